@@ -1,0 +1,38 @@
+"""Package metadata. `kernels/` holds the package `spml_kernels`, which can be used without the trainer."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="spml_fast",
+    version="0.1.0",
+    description="Fast distributed training of multi-label image classifiers from partly labelled pictures",
+    python_requires=">=3.11",
+    packages=find_packages(".", include=["spml_fast", "spml_fast.*"]) + find_packages("kernels"),
+    package_dir={"spml_fast": "spml_fast", "spml_kernels": "kernels/spml_kernels"},
+    package_data={"spml_fast": ["py.typed"], "spml_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",
+        "triton>=3.6; sys_platform == 'linux'",
+        "timm>=1.0.20",
+        "nvidia-dali-cuda130>=2.0; sys_platform == 'linux'",
+        "deepspeed>=0.19",
+        "numpy>=2",
+        "pyarrow>=17",
+        "jsonargparse>=4.40",
+        "docstring-parser>=0.16",
+        "PyYAML>=6",
+        "pillow>=10",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "jinja2>=3",
+        "safetensors>=0.4",
+        "scikit-learn>=1.4",
+        "tensorboard>=2.15",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6"],
+        "lint": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+        "onnx": ["onnx", "onnxruntime"],
+    },
+)

@@ -1,0 +1,66 @@
+"""Collectives that also work in a single process, and where this process stands among the ranks."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks; 1 when torch.distributed is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 when torch.distributed is not initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """This process's rank on its machine, from the launcher's environment."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes files and prints."""
+    return rank() == 0
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, out of place and without gradient; the tensor itself when there is one rank."""
+    if world_size() == 1:
+        return tensor
+    out = tensor.detach().clone()
+    dist.all_reduce(out)
+    return out
+
+
+def all_gather_equal(tensor: Tensor) -> Tensor:
+    """Stack equal-shaped tensors of all ranks to [world, ...], without gradient."""
+    if world_size() == 1:
+        return tensor.detach()[None]
+    source = tensor.detach().contiguous()
+    parts = [torch.empty_like(source) for _ in range(world_size())]
+    dist.all_gather(parts, source)
+    return torch.stack(parts)
+
+
+def all_gather_rows(tensor: Tensor) -> Tensor:
+    """Concatenate tensors [n_r, ...] of all ranks along the first axis, in rank order; n_r may differ and be 0."""
+    if world_size() == 1:
+        return tensor
+    count = torch.tensor([len(tensor)], device=tensor.device)
+    counts = all_gather_equal(count).flatten().tolist()
+    padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    gathered = all_gather_equal(padded)
+    return torch.cat([gathered[r, :n] for r, n in enumerate(counts)])
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()

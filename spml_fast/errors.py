@@ -1,0 +1,32 @@
+"""The one exception that stands for a mistake a user can mend, and the wrapper that prints it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something a user got wrong: one sentence that names the file, line, field or class and says what to do."""
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Print one sentence to standard error and leave with `status`."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command line program: a `UserError` becomes one sentence and exit status 1, never a traceback."""
+    try:
+        status = main()
+    except UserError as error:
+        fail(str(error))
+    except BrokenPipeError:
+        # `prog | head` closes our standard output early; that is not a failure worth a traceback.
+        sys.stderr.close()
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        fail("interrupted; what was already written is kept", status=130)
+    raise SystemExit(status or 0)

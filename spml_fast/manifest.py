@@ -1,0 +1,279 @@
+"""The on-disk data set: what `launch/prepare.py` writes once and everything else reads.
+
+    MANIFEST/
+      manifest.json      format, name, image root, split sizes; written last, so a folder without it is not a Manifest
+      classes.txt        one class name a line, line number = class id
+      report.json        what preparation found: counts, pictures left out and why
+      SPLIT/             train, val, test, or any other name
+        width.npy height.npy    int32 [N], as shown (after orientation)
+        orientation.npy         uint8 [N], EXIF orientation 1..8 that the loader applies; 1 = as stored
+        paths.bin + paths.npy   UTF-8 bytes of all relative paths and int64 [N + 1] offsets; or, with a path template,
+        ids.npy                 uint64 [N] numeric ids
+        known/ observed/        SparseLabels: everything that is annotated, and what training may see
+        boxes.npy + boxes_indptr.npy   optional, float32 [K, 5] (class, x0, y0, x1, y1 as fractions), int64 [N + 1]
+
+All arrays are opened memory-mapped: a Manifest of nine million pictures opens without being read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spml_fast.errors import UserError
+from spml_fast.labels import SparseLabels
+
+FORMAT = 1
+
+
+class Split:
+    """One split of a Manifest; sample indices are 0..N-1 within the split."""
+
+    def __init__(self, folder: Path, image_root: Path, template: str | None, size: int) -> None:
+        self.folder, self.image_root, self.template = folder, image_root, template
+        self._size = size
+
+    @property
+    def name(self) -> str:
+        """The split's name."""
+        return self.folder.name
+
+    def __len__(self) -> int:
+        return self._size
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        path = self.folder / f"{name}.npy"
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); prepare the data again") from error
+
+    @cached_property
+    def width(self) -> npt.NDArray[np.int32]:
+        """Picture widths in pixels after orientation, int32 [N]."""
+        return self._array("width")
+
+    @cached_property
+    def height(self) -> npt.NDArray[np.int32]:
+        """Picture heights in pixels after orientation, int32 [N]."""
+        return self._array("height")
+
+    @cached_property
+    def orientation(self) -> npt.NDArray[np.uint8]:
+        """EXIF orientation 1..8 that the loader applies to the stored pixels, uint8 [N]."""
+        return self._array("orientation")
+
+    @cached_property
+    def _path_offsets(self) -> npt.NDArray[np.int64]:
+        return self._array("paths")
+
+    @cached_property
+    def _path_bytes(self) -> npt.NDArray[np.uint8]:
+        path = self.folder / "paths.bin"
+        return np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+
+    @cached_property
+    def ids(self) -> npt.NDArray[np.uint64] | None:
+        """Numeric ids, uint64 [N], when paths come from a template; None otherwise."""
+        return self._array("ids") if self.template else None
+
+    def relative_path(self, index: int) -> str:
+        """Path of a picture relative to the image root."""
+        if self.template:
+            assert self.ids is not None
+            return self.template.format(id=int(self.ids[index]), split=self.name)
+        start, stop = self._path_offsets[index], self._path_offsets[index + 1]
+        return self._path_bytes[start:stop].tobytes().decode("utf-8", "surrogateescape")
+
+    def path(self, index: int) -> str:
+        """Full path of a picture."""
+        return os.path.join(self.image_root, self.relative_path(index))
+
+    @cached_property
+    def known(self) -> SparseLabels:
+        """Everything that is annotated: the truth that evaluation uses."""
+        return SparseLabels.load(self.folder / "known")
+
+    @cached_property
+    def observed(self) -> SparseLabels:
+        """What training may see; the same as `known` when nothing was hidden."""
+        folder = self.folder / "observed"
+        return SparseLabels.load(folder) if folder.exists() else self.known
+
+    @property
+    def hides_labels(self) -> bool:
+        """Whether `observed` leaves out labels that are known (a simulation), so that methods can be scored on them."""
+        return (self.folder / "observed").exists()
+
+    @cached_property
+    def boxes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
+        """(indptr int64 [N + 1], boxes float32 [K, 5] of class, x0, y0, x1, y1 in 0..1), or None when unknown."""
+        if not (self.folder / "boxes.npy").exists():
+            return None
+        return self._array("boxes_indptr"), self._array("boxes")
+
+
+class Manifest:
+    """A prepared data set, opened for reading.
+
+    Args:
+        folder: the Manifest directory.
+        image_root: use this picture folder instead of the one recorded at preparation.
+
+    Raises:
+        UserError: the folder is not a (whole) Manifest.
+    """
+
+    def __init__(self, folder: str | Path, image_root: str | Path | None = None) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            raise UserError(
+                f"{self.folder} is not a Manifest (no manifest.json in it); make one with launch/prepare.py"
+            )
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); prepare the data again") from error
+        if meta.get("format") != FORMAT:
+            raise UserError(f"{path} has format {meta.get('format')!r}, this version reads {FORMAT}; prepare it again")
+        self.name: str = meta["name"]
+        self.meta: dict[str, Any] = meta
+        self.classes = (self.folder / "classes.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        root = Path(image_root) if image_root is not None else self.folder / meta["image_root"]
+        self.image_root = root
+        self.splits = {
+            name: Split(self.folder / name, root, info.get("template"), int(info["size"]))
+            for name, info in meta["splits"].items()
+        }
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return len(self.classes)
+
+    def split(self, name: str) -> Split:
+        """The split called `name`; `UserError` names those that exist."""
+        if name not in self.splits:
+            raise UserError(f"{self.folder} has no split {name!r}; it has {', '.join(sorted(self.splits)) or 'none'}")
+        return self.splits[name]
+
+
+class ManifestWriter:
+    """Writes a Manifest beside its final place and moves it there when it is whole.
+
+    Args:
+        folder: the Manifest directory to make. `UserError` if it exists and is not an empty folder, unless `overwrite`
+            and it is a Manifest.
+        name: name of the data set.
+        classes: class names in class-id order.
+        image_root: folder that the pictures' paths are relative to. A folder inside `staging` is stored relative.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        classes: Sequence[str],
+        image_root: str | Path | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.overwrite = overwrite
+        if self.folder.exists() and any(self.folder.iterdir()):
+            if not (self.folder / "manifest.json").is_file():
+                raise UserError(f"{self.folder} exists and is not a Manifest; choose another --out")
+            if not overwrite:
+                raise UserError(f"{self.folder} already holds a Manifest; choose another --out or pass --overwrite")
+        for line, class_name in enumerate(classes, 1):
+            if "\n" in class_name or not class_name:
+                raise UserError(f"class {line} has an unusable name: {class_name!r}")
+        if len(set(classes)) != len(classes):
+            twice = next(c for i, c in enumerate(classes) if c in classes[:i])
+            raise UserError(f"class {twice!r} is listed twice")
+        self.name, self.classes = name, list(classes)
+        self.staging = self.folder.with_name(self.folder.name + ".partial")
+        try:
+            if self.staging.exists():
+                shutil.rmtree(self.staging)
+            self.staging.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{self.staging} cannot be written ({error.strerror})") from error
+        self.image_root = Path(image_root).resolve() if image_root is not None else None
+        self.splits: dict[str, dict[str, Any]] = {}
+
+    def add_split(
+        self,
+        name: str,
+        *,
+        known: SparseLabels,
+        width: npt.ArrayLike,
+        height: npt.ArrayLike,
+        orientation: npt.ArrayLike | None = None,
+        paths: Iterable[str] | None = None,
+        ids: npt.ArrayLike | None = None,
+        template: str | None = None,
+        observed: SparseLabels | None = None,
+        boxes: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
+    ) -> None:
+        """Write one split. Give `paths` (relative to the image root), or `ids` with a `template` such as
+        `{split}/{id:016x}.jpg`. `observed` None means that training sees everything that is known."""
+        size = len(known)
+        if (paths is None) == (ids is None or template is None):
+            raise ValueError("give either paths, or ids with a template")
+        folder = self.staging / name
+        folder.mkdir()
+        for key, values, dtype in (
+            ("width", width, np.int32),
+            ("height", height, np.int32),
+            ("orientation", np.ones(size, np.uint8) if orientation is None else orientation, np.uint8),
+        ):
+            self._save(folder / f"{key}.npy", np.asarray(values, dtype=dtype), size)
+        if paths is not None:
+            encoded = [p.encode("utf-8", "surrogateescape") for p in paths]
+            offsets = np.zeros(len(encoded) + 1, np.int64)
+            np.cumsum([len(e) for e in encoded], out=offsets[1:])
+            (folder / "paths.bin").write_bytes(b"".join(encoded))
+            self._save(folder / "paths.npy", offsets, size + 1)
+        else:
+            self._save(folder / "ids.npy", np.asarray(ids, dtype=np.uint64), size)
+        known.save(folder / "known")
+        if observed is not None:
+            if len(observed) != size:
+                raise ValueError(f"split {name}: {len(observed)} rows of observed labels for {size} samples")
+            observed.save(folder / "observed")
+        if boxes is not None:
+            self._save(folder / "boxes_indptr.npy", np.asarray(boxes[0], np.int64), size + 1)
+            np.save(folder / "boxes.npy", np.asarray(boxes[1], np.float32))
+        self.splits[name] = {"size": size, "template": template}
+
+    @staticmethod
+    def _save(path: Path, values: npt.NDArray[Any], size: int) -> None:
+        if len(values) != size:
+            raise ValueError(f"{path.name}: {len(values)} values, {size} expected")
+        np.save(path, values)
+
+    def finish(self, report: dict[str, Any]) -> Manifest:
+        """Write classes, report and manifest.json, then move the folder to its place."""
+        (self.staging / "classes.txt").write_text("".join(f"{c}\n" for c in self.classes), encoding="utf-8")
+        (self.staging / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        root = "."
+        if self.image_root is not None:
+            staging = self.staging.resolve()
+            inside = self.image_root.is_relative_to(staging)
+            root = str(self.image_root.relative_to(staging) if inside else self.image_root)
+        meta = {"format": FORMAT, "name": self.name, "image_root": root, "splits": self.splits}
+        (self.staging / "manifest.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+        if self.folder.exists():
+            # Only an empty folder or, with overwrite, an older Manifest reaches this point.
+            shutil.rmtree(self.folder)
+        os.replace(self.staging, self.folder)
+        return Manifest(self.folder)
