@@ -46,3 +46,154 @@ class DataConfig:
     std: list[float] | None = None
     threads: int = 0
     prefetch: int = 2
+
+
+@dataclass
+class ModelConfig:
+    """Backbone and head.
+
+    Attributes:
+        backbone: any timm model that gives a feature map, for example resnet50.tv_in1k or vit_base_patch16_224.
+        pretrained: load the backbone's pretrained weights by timm's own means (a download or its cache).
+        weights: local file with backbone weights (.safetensors, .pth), used instead of a download.
+        head: cam is 1x1 class weights, BoostLU and the spatial mean.
+        alpha_train: BoostLU's factor on positive cells in training; 1 is the plain class activation map.
+        alpha_eval: BoostLU's factor at evaluation.
+        output_stride: stride of the feature map, where the backbone allows to choose; null takes its own.
+        freeze_bn: keep BatchNorm statistics as they are (its weights still train).
+        sync_bn: BatchNorm statistics over all ranks (GPUs only).
+        drop_path: stochastic depth rate; null takes the backbone's default.
+        grad_checkpointing: recompute activations in the backward, to save memory.
+        compile: torch.compile the backbone.
+    """
+
+    backbone: str = "resnet50.tv_in1k"
+    pretrained: bool = True
+    weights: str | None = None
+    head: Literal["cam"] = "cam"
+    alpha_train: float = 5.0
+    alpha_eval: float = 5.0
+    output_stride: int | None = None
+    freeze_bn: bool = False
+    sync_bn: bool = False
+    drop_path: float | None = None
+    grad_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation.
+
+    Attributes:
+        epochs: epochs of fine-tuning (the whole network).
+        linear_epochs: epochs before that with a frozen backbone, training the head only (linear-init protocol).
+        linear_lr: head learning rate of the linear phase; null takes lr times head_lr_multiplier.
+        batch_size: samples of one optimizer update, over all ranks and accumulation steps.
+        accumulation: forward and backward passes an update.
+        exact_accumulation: batch statistics of the method over the whole update instead of each micro-step; costs one
+            more forward without gradient a step. No effect when accumulation is 1.
+        lr: learning rate of the backbone (peak value for one_cycle and cosine).
+        head_lr_multiplier: the head's learning rate is lr times this.
+        optimizer: torch optimizer.
+        weight_decay: weight decay; not applied to biases and norms unless decay_all.
+        decay_all: apply weight decay to every parameter.
+        momentum: SGD momentum.
+        betas: Adam betas.
+        schedule: learning rate over updates.
+        warmup_share: share of updates that the learning rate rises for (one_cycle, cosine).
+        clip: largest global gradient norm; 0 is off.
+        ema_decay: decay of an exponential moving average of the weights (then evaluated and saved); 0 is off.
+        precision: bf16 runs the network under autocast; auto takes bf16 where the hardware computes in it.
+        stop_after_drop: stop when validation mAP falls this many points below the best; 0 never stops.
+        log_every: updates between two progress lines in metrics.jsonl.
+    """
+
+    epochs: int = 10
+    linear_epochs: int = 0
+    linear_lr: float | None = None
+    batch_size: int = 16
+    accumulation: int = 1
+    exact_accumulation: bool = False
+    lr: float = 1e-5
+    head_lr_multiplier: float = 10.0
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    decay_all: bool = False
+    momentum: float = 0.9
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    schedule: Literal["constant", "one_cycle", "cosine"] = "constant"
+    warmup_share: float = 0.2
+    clip: float = 0.0
+    ema_decay: float = 0.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    stop_after_drop: float = 0.0
+    log_every: int = 50
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation.
+
+    Attributes:
+        alphas: BoostLU factors to report at the end; null reports 1 and model.alpha_eval. All come from one pass.
+        batch_size: pictures a rank and forward; every batch is padded to this size, so results do not depend on ranks.
+        definition: average precision as scikit-learn defines it, by rank, or VOC-interpolated.
+        every: epochs between two validations.
+        threshold: probability above which a class counts as predicted (OP, OR, OF1, CP, CR, CF1).
+    """
+
+    alphas: list[float] | None = None
+    batch_size: int = 64
+    definition: Literal["sklearn", "rank", "voc"] = "sklearn"
+    every: int = 1
+    threshold: float = 0.5
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed.
+
+    Attributes:
+        zero_stage: ZeRO stage. 0 suits CNNs (and keeps their weights channels_last); 1 saves memory on large ViTs.
+        tensorboard: write TensorBoard events to the run directory.
+        extra: further sections for DeepSpeed's configuration as they are, for example
+            {wandb: {enabled: true, project: spml}, csv_monitor: {enabled: true, output_path: runs/csv}}.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    tensorboard: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives.
+
+    Attributes:
+        dir: run directory; null makes a new one under runs/.
+        resume: auto goes on from the newest checkpoint in the run directory if there is one, never starts afresh and
+            refuses a directory that has one; anything else is the path of a checkpoint directory to go on from.
+        seed: seed of everything random.
+        keep: checkpoints kept beside the best one.
+        save_updates: also save every so many updates within an epoch; 0 saves at the end of epochs only.
+    """
+
+    dir: str | None = None
+    resume: str = "auto"
+    seed: int = 0
+    keep: int = 1
+    save_updates: int = 0
+
+
+@dataclass
+class Config:
+    """A whole run. `method` holds the options dataclass of the method chosen."""
+
+    method: Any
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    deepspeed: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)

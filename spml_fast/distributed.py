@@ -64,3 +64,35 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """As `all_gather_rows`, to rank 0 alone; other ranks get their own rows back.
+
+    Rows are sent one rank at a time, so that rank 0 never holds a padded copy of everything.
+    """
+    if world_size() == 1:
+        return tensor
+    count = torch.tensor([len(tensor)], device=tensor.device)
+    counts = all_gather_equal(count).flatten().tolist()
+    source = tensor.detach().contiguous()
+    if not is_main():
+        if len(source):
+            dist.send(source, 0)
+        return tensor
+    parts = [source]
+    for other, number in enumerate(counts[1:], 1):
+        part = source.new_empty((number, *source.shape[1:]))
+        if number:
+            dist.recv(part, other)
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's text on every rank."""
+    if world_size() == 1:
+        return text
+    box = [text]
+    dist.broadcast_object_list(box, 0)
+    return str(box[0])

@@ -108,7 +108,7 @@ class SparseLabels:
         counts = (self.indptr[1:] - self.indptr[:-1])[index_a]
         indptr = np.zeros(len(index_a) + 1, dtype=np.int64)
         np.cumsum(counts, out=indptr[1:])
-        take = np.repeat(np.asarray(self.indptr)[index_a] - indptr[:-1], counts) + np.arange(indptr[-1])
+        take = np.repeat(np.asarray(self.indptr)[:-1][index_a] - indptr[:-1], counts) + np.arange(indptr[-1])
         return SparseLabels(indptr, self.classes[take], self.codes[take], self.num_classes, self.default)
 
     def class_counts(self, code: int) -> npt.NDArray[np.int64]:

@@ -186,19 +186,17 @@ class ManifestWriter:
         image_root: str | Path | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.abspath(folder))
         self.overwrite = overwrite
-        if self.folder.exists() and any(self.folder.iterdir()):
-            if not (self.folder / "manifest.json").is_file():
-                raise UserError(f"{self.folder} exists and is not a Manifest; choose another --out")
-            if not overwrite:
-                raise UserError(f"{self.folder} already holds a Manifest; choose another --out or pass --overwrite")
+        self.check_target(self.folder, overwrite)
         for line, class_name in enumerate(classes, 1):
-            if "\n" in class_name or not class_name:
+            if "\n" in class_name or "\r" in class_name or not class_name:
                 raise UserError(f"class {line} has an unusable name: {class_name!r}")
-        if len(set(classes)) != len(classes):
-            twice = next(c for i, c in enumerate(classes) if c in classes[:i])
-            raise UserError(f"class {twice!r} is listed twice")
+        seen: set[str] = set()
+        for class_name in classes:
+            if class_name in seen:
+                raise UserError(f"class {class_name!r} is listed twice")
+            seen.add(class_name)
         self.name, self.classes = name, list(classes)
         self.staging = self.folder.with_name(self.folder.name + ".partial")
         try:
@@ -208,7 +206,30 @@ class ManifestWriter:
         except OSError as error:
             raise UserError(f"{self.staging} cannot be written ({error.strerror})") from error
         self.image_root = Path(image_root).resolve() if image_root is not None else None
+        if self.image_root is not None and self.image_root.is_relative_to(self.folder.resolve()):
+            # Replacing the folder would delete the pictures.
+            shutil.rmtree(self.staging)
+            raise UserError(f"the pictures lie inside {self.folder}; choose an --out outside {self.image_root}")
         self.splits: dict[str, dict[str, Any]] = {}
+
+    @staticmethod
+    def check_target(folder: str | Path, overwrite: bool) -> None:
+        """Raise `UserError` when a Manifest must not be written to `folder`."""
+        folder = Path(folder)
+        try:
+            if not folder.exists():
+                return
+            if not folder.is_dir():
+                raise UserError(f"{folder} is a file; choose another --out")
+            if not any(folder.iterdir()):
+                return
+            is_manifest = (folder / "manifest.json").is_file()
+        except OSError as error:
+            raise UserError(f"{folder} cannot be used ({error.strerror}); choose another --out") from error
+        if not is_manifest:
+            raise UserError(f"{folder} exists and is not a Manifest; choose another --out")
+        if not overwrite:
+            raise UserError(f"{folder} already holds a Manifest; choose another --out or pass --overwrite")
 
     def add_split(
         self,

@@ -4,6 +4,18 @@ Every public function computes the same thing in plain PyTorch (`reference/`) an
 `dispatch.use_triton` chooses.
 """
 
+from spml_kernels.cam_pool import cam_map, cam_pool
+from spml_kernels.label_loss import PointLoss, label_loss
 from spml_kernels.label_rows import label_rows
+from spml_kernels.large_loss import large_loss, list_selected, select_large
 
-__all__ = ["label_rows"]
+__all__ = [
+    "PointLoss",
+    "cam_map",
+    "cam_pool",
+    "label_loss",
+    "label_rows",
+    "large_loss",
+    "list_selected",
+    "select_large",
+]

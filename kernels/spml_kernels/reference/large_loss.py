@@ -1,0 +1,65 @@
+"""Large Loss in plain PyTorch (spec/boostlu_large_loss.md 1.4).
+
+For an unobserved entry the assumed target is 0, its loss softplus(z) grows strictly with z, so the k largest losses are
+the k largest unobserved logits. Observed entries are never candidates: they are left out by minus infinity, not by
+multiplying their loss with 0, so they cannot be selected even when k exceeds the number of unobserved entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+def _as_float(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def select_large_reference(
+    logits: Tensor,
+    codes: Tensor,
+    k: Tensor,
+    k_max: int,
+    ties: str,
+    gather: Callable[[Tensor], Tensor],
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    """See `spml_kernels.select_large`."""
+    values = _as_float(logits.detach())
+    candidate = codes == -1
+    score = torch.where(candidate, values, -torch.inf).flatten()
+    top = score.new_full((k_max,), -torch.inf)
+    here = min(k_max, len(score))
+    top[:here] = score.topk(here).values
+    pooled = gather(top).flatten().sort(descending=True).values
+    # k = 0 selects nothing: a threshold above everything. Fewer candidates than k: minus infinity, all are selected.
+    padded = torch.cat([pooled.new_full((1,), torch.inf), pooled])
+    threshold = padded[k.clamp(max=k_max)]
+    above = candidate & (values > threshold)
+    tied = candidate & (values == threshold)
+    if ties == "inclusive":
+        return above | tied, threshold
+    # Exactly k: of those equal to the threshold the first ones by position in the global batch, rank after rank.
+    counts = gather(torch.stack([above.sum(), tied.sum()])[None]).reshape(-1, 2)
+    room = k - counts[:, 0].sum() - counts[:rank, 1].sum()
+    position = tied.flatten().cumsum(0).reshape(tied.shape)
+    return above | (tied & (position <= room)), threshold
+
+
+def large_loss_reference(logits: Tensor, codes: Tensor, selected: Tensor, scheme: str) -> Tensor:
+    """See `spml_kernels.large_loss`."""
+    values = _as_float(logits)
+    loss = softplus(values) - values * (codes == 1)
+    changed = torch.zeros_like(values) if scheme == "reject" else softplus(-values)
+    return torch.where(selected, changed, loss).sum()
+
+
+def list_selected_reference(selected: Tensor, k_max: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `spml_kernels.list_selected`."""
+    flat = selected.flatten()
+    # A stable descending sort puts the chosen entries first, in order of position; the length is known beforehand.
+    order = flat.to(torch.int8).sort(descending=True, stable=True).indices[:k_max]
+    return order // selected.shape[1], order % selected.shape[1], flat[order]

@@ -1,0 +1,177 @@
+"""Time of average precision at evaluation size, against scikit-learn's per-class loop.
+
+    python benchmarks/bench_evaluation.py [--json OUT] [--repeats 5] [--cases coco voc openimages]
+
+Three made-up evaluations of published size:
+
+    voc         5,823 x 20 logits, fully labelled (VOC 2012 validation)
+    coco        40,137 x 80 logits, fully labelled (COCO 2014 validation)
+    openimages  125,436 pictures x 9,668 classes, 2,003,748 annotated pairs (OpenImages V7 test), class sizes after
+                Zipf's law; only the pairs exist, nothing of N x C is ever made
+
+Each case first passes a gate: our AP equals scikit-learn's to 1e-12 on every class with a positive. Then both are timed
+on the same data, with all classes (nothing is sampled or scaled). scikit-learn's loop is spared what it would need
+besides: for the sparse case the pairs are grouped by class outside its time. `all metrics` is the whole of
+`evaluate_scores` or `evaluate_pairs`: mAP in every convention, threshold metrics, top-3, groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sklearn
+from sklearn.metrics import average_precision_score
+
+from spml_fast import metrics
+
+TOLERANCE = 1e-12
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Median, least and greatest wall time of `repeats` calls, after one call that warms up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        text = cpuinfo.read_text()
+        names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+        model = (names[0] if names else model) + (", AVX-512" if " avx512f " in text else ", no AVX-512")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": model,
+        "cores": cores,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "scikit-learn": sklearn.__version__,
+    }
+
+
+def loop(columns: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """scikit-learn, one call for each class; NaN without positives. Columns are (codes, scores) of known entries."""
+    return np.array([average_precision_score(y, s) if y.any() else np.nan for y, s in columns])
+
+
+def gate(name: str, ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest difference over classes; leaves the program when it is above 1e-12 or a class is missing."""
+    if not np.array_equal(np.isnan(ours), np.isnan(theirs)):
+        sys.exit(f"{name}: the classes with an AP differ from scikit-learn's")
+    worst = float(np.nanmax(np.abs(ours - theirs)))
+    if not worst <= TOLERANCE:
+        sys.exit(f"{name}: AP differs from scikit-learn's by {worst:.3g}")
+    return worst
+
+
+def dense_case(name: str, num_rows: int, num_classes: int, mean_positives: float, repeats: int) -> dict[str, Any]:
+    """Fully labelled logits [N, C]; positives score higher by about two standard deviations."""
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(2, num_classes + 2)
+    share *= mean_positives / share.sum()
+    codes = (rng.random((num_rows, num_classes)) < share).astype(np.int8)
+    scores = rng.standard_normal(codes.shape, dtype=np.float32) + 2 * codes - np.float32(3)
+    columns = [(codes[:, c], scores[:, c]) for c in range(num_classes)]
+    groups = np.arange(num_classes) % 5
+    ours = metrics.average_precision(scores, codes)
+    row = {"case": name, "rows": num_rows, "classes": num_classes, "entries": codes.size}
+    row["worst_difference"] = gate(name, ours.ap, loop(columns))
+    row["sklearn_s"] = seconds(lambda: loop(columns), min(repeats, 3))
+    row["ours_s"] = seconds(lambda: metrics.average_precision(scores, codes), repeats)
+    row["ours_rank_s"] = seconds(lambda: metrics.average_precision(scores, codes, "rank"), repeats)
+    row["ours_voc_s"] = seconds(lambda: metrics.average_precision(scores, codes, "voc"), repeats)
+    row["all_metrics_s"] = seconds(lambda: metrics.evaluate_scores(scores, codes, groups=groups), repeats)
+    return row
+
+
+def sparse_case(name: str, num_rows: int, num_classes: int, num_pairs: int, repeats: int) -> dict[str, Any]:
+    """Annotated pairs in row order, as an evaluation collects them; two labels in three are positive."""
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, num_classes + 1)
+    # A pair drawn twice is dropped and drawn anew until there are enough distinct ones.
+    keys = np.empty(0, np.int64)
+    while len(keys) < num_pairs:
+        lacking = num_pairs - len(keys)
+        drawn = rng.integers(0, num_rows, lacking) * num_classes
+        drawn += rng.choice(num_classes, lacking, p=share / share.sum())
+        keys = np.unique(np.concatenate([keys, drawn]))
+    rows, classes = np.divmod(keys, num_classes)
+    codes = (rng.random(num_pairs) < 0.66).astype(np.int8)
+    scores = rng.standard_normal(num_pairs, dtype=np.float32) + codes
+    in_top_k = rng.random(num_pairs) < 0.2
+    groups = metrics.groups_by_count(np.bincount(classes, minlength=num_classes))
+
+    order = np.argsort(classes, kind="stable")
+    bounds = np.searchsorted(classes[order], np.arange(1, num_classes))
+    columns = list(zip(np.split(codes[order], bounds), np.split(scores[order], bounds), strict=True))
+
+    def ours(definition: metrics.Definition = "sklearn") -> metrics.ClassAP:
+        return metrics.average_precision_pairs(classes, scores, codes, num_classes, definition, row=rows)
+
+    def everything() -> dict[str, Any]:
+        return metrics.evaluate_pairs(classes, scores, codes, num_classes, row=rows, in_top_k=in_top_k, groups=groups)
+
+    result = ours()
+    row = {"case": name, "rows": num_rows, "classes": num_classes, "entries": num_pairs}
+    row["classes_with_positives"] = int(result.defined.sum())
+    row["worst_difference"] = gate(name, result.ap, loop(columns))
+    # One pass of the loop takes seconds, and the gate has warmed it.
+    row["sklearn_s"] = seconds(lambda: loop(columns), 1)
+    row["ours_s"] = seconds(ours, repeats)
+    row["ours_rank_s"] = seconds(lambda: ours("rank"), repeats)
+    row["ours_voc_s"] = seconds(lambda: ours("voc"), repeats)
+    row["all_metrics_s"] = seconds(everything, repeats)
+    return row
+
+
+CASES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "voc": lambda repeats: dense_case("voc", 5823, 20, 1.5, repeats),
+    "coco": lambda repeats: dense_case("coco", 40137, 80, 2.9, repeats),
+    "openimages": lambda repeats: sparse_case("openimages", 125436, 9668, 2003748, repeats),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there as well")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of ours; the median is reported")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    args = parser.parse_args()
+
+    where = machine()
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    print(f"{'case':12}{'entries':>11}{'scikit-learn':>14}{'ours':>10}{'ratio':>8}", end="")
+    print(f"{'rank':>10}{'voc':>10}{'all metrics':>13}{'worst difference':>18}   (median seconds)")
+    results = []
+    for name in args.cases:
+        row = CASES[name](args.repeats)
+        row["ratio"] = row["sklearn_s"]["median"] / row["ours_s"]["median"]
+        results.append(row)
+        print(f"{name:12}{row['entries']:11,}{row['sklearn_s']['median']:14.3f}", end="")
+        print(f"{row['ours_s']['median']:10.4f}{row['ratio']:8.1f}", end="")
+        print(f"{row['ours_rank_s']['median']:10.4f}{row['ours_voc_s']['median']:10.4f}", end="")
+        print(f"{row['all_metrics_s']['median']:13.4f}{row['worst_difference']:18.1e}", flush=True)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

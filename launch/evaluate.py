@@ -1,0 +1,71 @@
+"""Evaluate a run's best weights: `python launch/evaluate.py --run RUN [--alpha A ...] [--split test] [--json OUT]`.
+
+Starts under `deepspeed` and `torchrun` as well; the numbers do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+try:
+    from spml_fast.errors import UserError, run_command
+except ImportError as error:
+    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser.add_argument("--alpha", type=float, nargs="+", help="BoostLU factors; default 1 and the run's alpha_eval")
+    parser.add_argument("--split", help="split to evaluate; default the run's test split")
+    parser.add_argument("--definition", choices=("sklearn", "rank", "voc"), help="average precision; default the run's")
+    parser.add_argument("--batch-size", type=int, help="pictures a forward; default the run's")
+    parser.add_argument("--json", type=Path, help="write all metrics to this file")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Evaluate and print."""
+    args = parse()
+    from spml_fast.engine import init_distributed, leave_distributed
+
+    device = init_distributed()
+    from spml_fast import distributed
+    from spml_fast.evaluate import evaluate_split, load_run, make_eval_loader
+    from spml_fast.logs import print_table
+
+    config, manifest, classifier, _ = load_run(args.run, device)
+    if args.definition:
+        config.eval.definition = args.definition
+    if args.batch_size is not None:
+        if args.batch_size < 1:
+            raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
+        config.eval.batch_size = args.batch_size
+    split = manifest.split(args.split or config.data.test_split or config.data.train_split)
+    if len(split) == 0:
+        raise UserError(f"split {split.name!r} of {manifest.folder} has no pictures")
+    alphas = args.alpha or sorted({1.0, config.model.alpha_eval})
+    loader = make_eval_loader(config, split, classifier, device)
+    found = evaluate_split(classifier, loader, split, alphas, config, manifest.classes)
+    if distributed.is_main():
+        report = {"split": split.name, "alpha": {f"{a:g}": found[a] for a in alphas}, "classes": manifest.classes}
+        if args.json is not None:
+            try:
+                args.json.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
+        for alpha in alphas:
+            shown = ("map", "map_skipping", "OF1", "CF1", "OF1_top3", "CF1_top3")
+            rows = [(name, f"{found[alpha][name]:.2f}") for name in shown if found[alpha].get(name) is not None]
+            empty = found[alpha]["classes_without_positive"]
+            rows.append(("classes without a positive", str(empty)))
+            print_table(f"{split.name}, alpha {alpha:g}, {len(split)} pictures", rows)
+    leave_distributed()
+
+
+if __name__ == "__main__":
+    run_command(main)

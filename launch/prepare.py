@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Turn raw data into a Manifest: `python launch/prepare.py {digits,voc,coco,csv} --out DIR ...`."""
+
+from __future__ import annotations
+
+import argparse
+
+from spml_fast.datasets import load_all
+from spml_fast.datasets.base import add_common_options, summary
+from spml_fast.errors import run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, prepare, print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
+    datasets = load_all()
+    for name, dataset in datasets.items():
+        text = (dataset.__doc__ or "").strip().splitlines()[0]
+        subparser = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+        dataset.add_options(subparser)
+        add_common_options(subparser, dataset)
+    options = parser.parse_args(arguments)
+    print(summary(datasets[options.dataset]().prepare(options)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

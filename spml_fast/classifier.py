@@ -1,0 +1,195 @@
+"""The classifier: a timm backbone and a head. The only file that imports timm's models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from spml_fast.config import ModelConfig
+from spml_fast.errors import UserError
+from spml_fast.heads.cam import CamHead
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass
+class HeadOutput:
+    """What a forward gives.
+
+    Attributes:
+        mean: mean(M) [B, C] fp32, the logits at alpha 1.
+        mean_relu: mean(relu M) [B, C] fp32, or None when it was not asked for.
+        logits: [B, C] fp32 at the alpha of the call.
+        maps: [B, N, h, w] fp32 class activation maps of the classes asked for, else None.
+    """
+
+    mean: Tensor
+    mean_relu: Tensor | None
+    logits: Tensor
+    maps: Tensor | None = None
+
+    def at_alpha(self, alpha: float) -> Tensor:
+        """Logits [B, C] fp32 with BoostLU's factor `alpha`, from the same pass."""
+        return boosted(self.mean, self.mean_relu, alpha)
+
+
+def boosted(mean: Tensor, mean_relu: Tensor | None, alpha: float) -> Tensor:
+    """BoostLU's logits mean(M) + (alpha - 1) mean(relu M) (spec/boostlu_large_loss.md 1.1).
+
+    phi(m) = alpha m for m > 0, else m; for alpha < 1 this is not max(m, alpha m).
+    """
+    if alpha == 1:
+        return mean
+    if mean_relu is None:
+        raise ValueError("alpha other than 1 needs mean(relu M); call the classifier with boost=True")
+    return mean + (alpha - 1) * mean_relu
+
+
+def check_alpha(alpha: float, name: str) -> None:
+    """Raise `UserError` unless alpha is positive."""
+    if not alpha > 0:
+        raise UserError(f"{name} is {alpha}; BoostLU's alpha must be greater than 0 (1 turns boosting off)")
+
+
+class Classifier(nn.Module):
+    """Backbone, feature map in channels-last shape, head.
+
+    Args:
+        config: backbone and head.
+        num_classes: C.
+        image_size: side of the square input in pixels; fixes the position codes of transformers.
+
+    Raises:
+        UserError: unknown backbone, unreachable pretrained weights, or an option that the backbone does not have.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        check_alpha(config.alpha_train, "model.alpha_train")
+        check_alpha(config.alpha_eval, "model.alpha_eval")
+        self.alpha_train, self.alpha_eval = config.alpha_train, config.alpha_eval
+        self.freeze_bn = config.freeze_bn
+        self.frozen = False
+        self.backbone = create_backbone(config, image_size)
+        self.channels: int = self.backbone.num_features
+        self.prefix_tokens: int = getattr(self.backbone, "num_prefix_tokens", 0)
+        self.feature_size, self.layout = self._probe(image_size, config.backbone)
+        self.head = CamHead(self.channels, num_classes)
+
+    @torch.no_grad()
+    def _probe(self, image_size: int, name: str) -> tuple[tuple[int, int], str]:
+        """Grid (h, w) and layout of the backbone's features, found by one forward of an empty picture."""
+        mode = self.backbone.training
+        self.backbone.eval()
+        try:
+            out = self.backbone.forward_features(torch.zeros(1, 3, image_size, image_size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"backbone {name} does not take {image_size} px pictures: {error}") from error
+        finally:
+            self.backbone.train(mode)
+        if not isinstance(out, Tensor) or out.ndim not in (3, 4) or self.channels not in out.shape[1:]:
+            raise UserError(f"backbone {name} gives no feature map; choose another timm model")
+        if out.ndim == 3:
+            side = round((out.shape[1] - self.prefix_tokens) ** 0.5)
+            if side * side != out.shape[1] - self.prefix_tokens:
+                raise UserError(f"backbone {name} gives {out.shape[1]} tokens, which are no square grid")
+            return (side, side), "NLC"
+        # timm's own mark where there is one (Swin and other NHWC models); otherwise channels come first.
+        layout = getattr(self.backbone, "output_fmt", None)
+        layout = str(getattr(layout, "value", layout or ("NCHW" if out.shape[1] == self.channels else "NHWC")))
+        height, width = (out.shape[2], out.shape[3]) if layout == "NCHW" else (out.shape[1], out.shape[2])
+        return (int(height), int(width)), layout
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Keep the backbone as it is (evaluation mode, no gradient), so that only the head trains; or undo that."""
+        self.frozen = frozen
+        self.backbone.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Training mode; BatchNorm uses its running statistics with `freeze_bn`, and all of a frozen backbone does."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.train(False)
+        elif self.freeze_bn:
+            for module in self.backbone.modules():
+                if isinstance(module, BATCH_NORMS):
+                    module.train(False)
+        return self
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Feature map [B, h, w, K] of pictures [B, 3, S, S]; a view, contiguous for channels_last backbones."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            out = self.backbone.forward_features(pictures)
+        if self.layout == "NCHW":
+            return out.permute(0, 2, 3, 1)
+        if self.layout == "NHWC":
+            return out
+        return out[:, self.prefix_tokens :].unflatten(1, self.feature_size)
+
+    def forward(
+        self, pictures: Tensor, alpha: float = 1.0, boost: bool | None = None, classes: Tensor | None = None
+    ) -> HeadOutput:
+        """Logits of a batch.
+
+        Args:
+            pictures: [B, 3, S, S].
+            alpha: BoostLU's factor for `logits`.
+            boost: compute mean(relu M) even for alpha 1, so that `HeadOutput.at_alpha` works for every alpha.
+            classes: int64 [B, N] classes whose maps are wanted.
+        """
+        want = alpha != 1 if boost is None else boost
+        mean, mean_relu, maps = self.head(self.features(pictures), want, classes)
+        return HeadOutput(mean, mean_relu, boosted(mean, mean_relu, alpha), maps)
+
+    def input_normalisation(self) -> tuple[list[float], list[float]]:
+        """Per-channel mean and standard deviation (0..1) that the backbone was trained with."""
+        data = timm.data.resolve_model_data_config(self.backbone)
+        return list(data["mean"]), list(data["std"])
+
+
+def create_backbone(config: ModelConfig, image_size: int) -> nn.Module:
+    """The timm model without its own pooling and classifier.
+
+    Raises:
+        UserError: see `Classifier`.
+    """
+    if not timm.is_model(config.backbone):
+        close = timm.list_models(f"*{config.backbone.split('.')[0]}*")[:5]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise UserError(f"timm has no model {config.backbone!r}{hint}")
+    options: dict[str, Any] = {"num_classes": 0, "global_pool": ""}
+    if config.output_stride is not None:
+        options["output_stride"] = config.output_stride
+    if config.drop_path is not None:
+        options["drop_path_rate"] = config.drop_path
+    cfg = timm.get_pretrained_cfg(config.backbone, allow_unregistered=True)
+    if cfg is not None and getattr(cfg, "fixed_input_size", False):
+        options["img_size"] = image_size
+    if config.weights is not None:
+        if not Path(config.weights).is_file():
+            raise UserError(f"model.weights: {config.weights} does not exist")
+        options["pretrained_cfg_overlay"] = {"file": config.weights}
+    try:
+        model = timm.create_model(config.backbone, pretrained=config.pretrained or config.weights is not None, **options)
+    except TypeError as error:
+        given = [k for k in ("output_stride", "drop_path_rate", "img_size") if k in options]
+        raise UserError(f"backbone {config.backbone} does not accept {' or '.join(given)}: {error}") from error
+    except (OSError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if config.weights is not None:
+            raise UserError(f"{config.weights} does not fit backbone {config.backbone}: {first}") from error
+        if config.pretrained:
+            raise UserError(
+                f"the pretrained weights of {config.backbone} cannot be had ({first}); give a local file with "
+                "--model.weights FILE, or start from random weights with --model.pretrained false"
+            ) from error
+        raise UserError(f"backbone {config.backbone} cannot be made: {first}") from error
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model

@@ -1,0 +1,226 @@
+"""Evaluation: one pass over a split, any number of alphas, the same numbers for any number of ranks.
+
+Batches are cut and padded in the same way whatever the world size (order.EvalOrder), so a picture's logits do not
+depend on how many ranks share the work; scores are brought together in sample order before anything is averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from spml_fast import distributed
+from spml_fast.checkpoint import load_weights
+from spml_fast.classifier import Classifier, boosted, check_alpha
+from spml_fast.cli import load_config
+from spml_fast.config import Config
+from spml_fast.datasets.digits import prepare_digits
+from spml_fast.engine import autocast_dtype
+from spml_fast.errors import UserError
+from spml_fast.labels import UNKNOWN, LabelStore, SparseLabels
+from spml_fast.manifest import Manifest, Split
+from spml_fast.metrics import evaluate_pairs, evaluate_scores, logit_threshold, top_k_mask
+from spml_fast.pipeline import EvalLoader
+
+TOP_K = 3
+DIGITS_DIR = "data/digits"
+
+
+@dataclass
+class Scores:
+    """The two means of the head for a whole split, on rank 0 in sample order.
+
+    Attributes:
+        mean: fp32 [N, C], or [M] for the M annotated pairs of a partly annotated split.
+        mean_relu: the same shape, or None when only alpha 1 was asked for.
+        index: int64 [N] or [M] sample of each row or pair.
+        class_id: int64 [M] for pairs, else None.
+        code: int8 [M] for pairs, else None (the labels are then read from the split).
+        top: alpha -> bool [M], whether the pair's class is among its picture's TOP_K highest.
+    """
+
+    mean: npt.NDArray[np.float32]
+    mean_relu: npt.NDArray[np.float32] | None
+    index: npt.NDArray[np.int64]
+    class_id: npt.NDArray[np.int64] | None = None
+    code: npt.NDArray[np.int8] | None = None
+    top: dict[float, npt.NDArray[np.bool_]] | None = None
+
+    def at_alpha(self, alpha: float) -> npt.NDArray[np.float32]:
+        """fp32 logits of the shape of `mean`."""
+        relu = None if self.mean_relu is None else torch.from_numpy(self.mean_relu)
+        return boosted(torch.from_numpy(self.mean), relu, alpha).numpy()
+
+
+@torch.no_grad()
+def score_split(
+    classifier: Classifier,
+    loader: EvalLoader,
+    labels: SparseLabels,
+    alphas: Sequence[float],
+    dtype: torch.dtype | None,
+) -> Scores | None:
+    """Run the classifier over a split (collective).
+
+    Fully annotated splits keep whole score rows; partly annotated ones keep the annotated pairs alone, so that nothing
+    of N x C is held where C is large.
+
+    Args:
+        classifier: put into eval mode by the caller.
+        loader: this rank's batches.
+        labels: known labels of the split.
+        alphas: BoostLU factors that will be asked for.
+        dtype: autocast dtype of the network, or None.
+
+    Returns:
+        Scores on rank 0, None elsewhere.
+    """
+    device = loader.device
+    pairs = labels.default == UNKNOWN
+    store = LabelStore(labels, device) if pairs else None
+    boost = any(a != 1 for a in alphas)
+    parts: list[list[Tensor]] = []
+    for batch in loader:
+        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            output = classifier(batch.views["eval"], boost=boost)
+        if batch.real == 0:
+            continue
+        index, mean = batch.index[: batch.real], output.mean[: batch.real]
+        relu = None if output.mean_relu is None else output.mean_relu[: batch.real]
+        if store is None:
+            part = [index, mean] + ([] if relu is None else [relu])
+        else:
+            codes = store.rows(index)
+            row, column = torch.nonzero(codes != UNKNOWN, as_tuple=True)
+            part = [index[row], mean[row, column]] + ([] if relu is None else [relu[row, column]])
+            part += [column, codes[row, column]]
+            for alpha in alphas:
+                top = top_k_mask(boosted(mean, relu, alpha).cpu().numpy(), TOP_K)
+                part.append(torch.from_numpy(top).to(device)[row, column].to(torch.int8))
+        parts.append([t.cpu() for t in part])
+    width = labels.num_classes
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((0,), torch.int64)]
+    shapes += [((0,) if pairs else (0, width), torch.float32)] * (2 if boost else 1)
+    if pairs:
+        shapes += [((0,), torch.int64), ((0,), torch.int8)] + [((0,), torch.int8)] * len(alphas)
+    columns = [
+        torch.cat([p[i] for p in parts]) if parts else torch.empty(shape, dtype=kind)
+        for i, (shape, kind) in enumerate(shapes)
+    ]
+    gathered = [distributed.gather_rows(c.to(device)) for c in columns]
+    if not distributed.is_main():
+        return None
+    index_all = gathered[0].cpu().numpy()
+    order = np.argsort(index_all, kind="stable")
+    arrays = [g.cpu().numpy()[order] for g in gathered]
+    relu_all = arrays[2] if boost else None
+    if not pairs:
+        return Scores(arrays[1], relu_all, arrays[0])
+    rest = arrays[3:] if boost else arrays[2:]
+    tops = {alpha: rest[2 + i].astype(bool) for i, alpha in enumerate(alphas)}
+    return Scores(arrays[1], relu_all, arrays[0], rest[0], rest[1], tops)
+
+
+def measure(
+    scores: Scores, labels: SparseLabels, alpha: float, definition: str, threshold: float, classes: Sequence[str]
+) -> dict[str, Any]:
+    """All metrics at one alpha, in per cent; see `metrics.evaluate_scores`."""
+    logits = scores.at_alpha(alpha)
+    options: dict[str, Any] = {
+        "definition": definition,
+        "threshold": logit_threshold(threshold),
+        "class_names": classes,
+        "top_k": TOP_K,
+    }
+    if scores.class_id is None:
+        return evaluate_scores(logits, labels.rows(scores.index), **options)
+    assert scores.code is not None and scores.top is not None
+    return evaluate_pairs(
+        scores.class_id,
+        logits,
+        scores.code,
+        labels.num_classes,
+        row=scores.index,
+        in_top_k=scores.top[alpha],
+        **options,
+    )
+
+
+def evaluate_split(
+    classifier: Classifier,
+    loader: EvalLoader,
+    split: Split,
+    alphas: Sequence[float],
+    config: Config,
+    classes: Sequence[str],
+) -> dict[float, dict[str, Any]]:
+    """Metrics of a split at every alpha, on every rank (collective).
+
+    Returns:
+        alpha -> metrics (per cent); ranks other than 0 get `map` alone.
+    """
+    for alpha in alphas:
+        check_alpha(alpha, "alpha")
+    was_training = classifier.training
+    classifier.eval()
+    dtype = autocast_dtype(config.train.precision, loader.device)
+    scores = score_split(classifier, loader, split.known, alphas, dtype)
+    classifier.train(was_training)
+    results: dict[float, dict[str, Any]] = {alpha: {} for alpha in alphas}
+    maps = torch.zeros(len(alphas), dtype=torch.float64, device=loader.device)
+    if scores is not None:
+        for i, alpha in enumerate(alphas):
+            found = measure(scores, split.known, alpha, config.eval.definition, config.eval.threshold, classes)
+            results[alpha] = found
+            maps[i] = float("nan") if found["map"] is None else found["map"]
+    # NaN survives the sum, so every rank takes the same decisions.
+    maps = distributed.all_reduce_sum(maps)
+    for i, alpha in enumerate(alphas):
+        results[alpha]["map"] = float(maps[i])
+    return results
+
+
+def open_data(config: Config) -> Manifest:
+    """The Manifest of a run; builds the embedded digit scenes on first use (one process builds, others wait)."""
+    if config.data.dir is not None:
+        return Manifest(config.data.dir, config.data.image_root)
+    return prepare_digits(Path(DIGITS_DIR))
+
+
+def input_normalisation(config: Config, classifier: Classifier) -> tuple[list[float], list[float]]:
+    """Channel mean and standard deviation: as configured, or the backbone's."""
+    mean, std = classifier.input_normalisation()
+    return config.data.mean or mean, config.data.std or std
+
+
+def make_eval_loader(config: Config, split: Split, classifier: Classifier, device: torch.device) -> EvalLoader:
+    """The loader that training and stand-alone evaluation share."""
+    mean, std = input_normalisation(config, classifier)
+    return EvalLoader(split, config.data, batch_size=config.eval.batch_size, device=device, mean=mean, std=std)
+
+
+def load_run(run: Path, device: torch.device) -> tuple[Config, Manifest, Classifier, dict[str, str]]:
+    """Config, data, classifier with the best weights, and the weights' metadata of a finished or running run.
+
+    Raises:
+        UserError: not a run directory, no weights yet, or the data have other classes than the run.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run directory (no config.yaml in it)")
+    config = load_config(run / "config.yaml")
+    manifest = open_data(config)
+    # The weights come from the run; nothing is downloaded to evaluate it.
+    config.model.pretrained, config.model.weights = False, None
+    classifier = Classifier(config.model, manifest.num_classes, config.data.image_size)
+    metadata = load_weights(run / "model.safetensors", classifier)
+    classifier.to(device).eval()
+    if device.type == "cuda" or config.deepspeed.zero_stage == 0:
+        classifier.to(memory_format=torch.channels_last)
+    return config, manifest, classifier, metadata

@@ -1,0 +1,1 @@
+"""Heads: from the backbone's feature map to logits. One file each."""

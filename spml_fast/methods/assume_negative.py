@@ -1,0 +1,32 @@
+"""AN: assume that every unknown label is negative (baseline of Cole et al., CVPR 2021; spec/baselines.md 2).
+
+L = 1/(B C) sum [ -log p on observed positives, -log(1 - p) elsewhere ], in the with-logits form.
+The released code of the Cole line writes -log(p + 1e-5); LargeLoss and BoostLU use the with-logits form, as here.
+"""
+
+from __future__ import annotations
+
+from spml_kernels import PointLoss, label_loss
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from spml_fast.batch import Batch
+from spml_fast.methods.base import LossOutput, Method, Progress, global_mean, register
+
+
+def an_point(logits: Tensor, codes: Tensor) -> Tensor:
+    """Binary cross-entropy with unknown as negative, element-wise."""
+    return softplus(logits) - logits * (codes == 1)
+
+
+AN_POINT = PointLoss("an", an_point)
+
+
+@register("an")
+class AssumeNegative(Method):
+    """Binary cross-entropy with every unknown label as a negative."""
+
+    def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
+        """Mean over B x C."""
+        total = label_loss(logits, batch.labels, AN_POINT)
+        return LossOutput(global_mean(total, batch.global_size * logits.shape[1]), {})

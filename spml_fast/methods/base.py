@@ -1,0 +1,153 @@
+"""What every method shares: the registry, the options, and the meaning of a loss that is spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from spml_fast import distributed
+from spml_fast.batch import Batch
+from spml_fast.errors import UserError
+from spml_fast.labels import LabelStore, SparseLabels
+
+if TYPE_CHECKING:
+    from spml_fast.classifier import Classifier
+
+
+@dataclass
+class MethodOptions:
+    """Method.
+
+    Attributes:
+        name: the method.
+    """
+
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands.
+
+    Attributes:
+        epoch: current epoch, counted from 1.
+        epochs: epochs of this phase.
+        update: optimizer updates done in this phase.
+        updates_per_epoch: updates an epoch.
+    """
+
+    epoch: int
+    epochs: int
+    update: int
+    updates_per_epoch: int
+
+
+@dataclass
+class LossOutput:
+    """What a method's forward gives.
+
+    Attributes:
+        loss: 0-d; its mean over ranks is the loss of the global micro-step, which is what DeepSpeed averages.
+        metrics: 0-d device tensors whose sums over ranks are meaningful; names ending in `_count` are counts, summed
+            over an epoch. Nobody reads them within a step.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Method(nn.Module):
+    """A loss with its state. Subclass, set the class attributes, implement `loss`, and decorate with `@register`.
+
+    State lives in buffers, so that it is moved and checkpointed like any other.
+
+    Attributes:
+        views: views the method needs; the first is the one that `forward` passes through the classifier.
+        label_source: `observed`, what training may see, or `known`, everything annotated (the oracle).
+        batch_statistics: whether the loss depends on statistics of the whole batch, so that `plan` matters.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    views: ClassVar[tuple[str, ...]] = ("weak",)
+    label_source: ClassVar[str] = "observed"
+    batch_statistics: ClassVar[bool] = False
+
+    def __init__(self, options: MethodOptions, store: LabelStore) -> None:
+        super().__init__()
+        self.options: Any = options
+        self.store = store
+
+    @classmethod
+    def check_labels(cls, labels: SparseLabels, options: MethodOptions) -> None:
+        """Raise `UserError` when the training labels do not suit the method."""
+
+    def forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> LossOutput:
+        """One forward through the classifier and the loss of its logits. Methods with several views override this."""
+        output = classifier(batch.views[self.views[0]], alpha=classifier.alpha_train)
+        with torch.autocast(output.logits.device.type, enabled=False):
+            return self.loss(output.logits, batch, progress)
+
+    def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
+        """Loss of logits [B, C] fp32 of this rank's part of the micro-step."""
+        raise NotImplementedError
+
+    def plan(self, logits: list[Tensor], batches: list[Batch], progress: Progress) -> list[Any]:
+        """Batch statistics of a whole update ahead of its micro-steps (exact accumulation).
+
+        Args:
+            logits: per micro-step, [B, C] of this rank from a pass without gradient.
+            batches: the micro-steps.
+
+        Returns:
+            What `loss` finds in `batch.plan`, per micro-step.
+        """
+        return [None] * len(batches)
+
+    def on_epoch_start(self, progress: Progress) -> None:
+        """Called on every rank before an epoch."""
+
+    def on_epoch_end(self, progress: Progress) -> dict[str, float]:
+        """Called on every rank after an epoch (collective); returns figures for the log."""
+        return {}
+
+
+M = TypeVar("M", bound=type[Method])
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a method known by `name`."""
+
+    def add(cls: M) -> M:
+        if name in _REGISTRY:
+            raise ValueError(f"method {name!r} is registered twice")
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def method_names() -> list[str]:
+    """Names of all methods."""
+    return sorted(_REGISTRY)
+
+
+def get_method(name: str) -> type[Method]:
+    """The method class called `name`; `UserError` lists the names that exist."""
+    if name not in _REGISTRY:
+        raise UserError(f"there is no method {name!r}; choose one of {', '.join(method_names())}")
+    return _REGISTRY[name]
+
+
+def global_mean(local_sum: Tensor, count: Tensor | float) -> Tensor:
+    """This rank's share of sum / count over all ranks, such that the mean over ranks is the global mean.
+
+    Args:
+        local_sum: 0-d sum over this rank's entries, differentiable.
+        count: number of entries over all ranks.
+    """
+    return local_sum * (distributed.world_size() / count)

@@ -1,0 +1,25 @@
+"""Full labels: binary cross-entropy on the complete annotation, the upper reference of every table."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from spml_fast.errors import UserError
+from spml_fast.labels import UNKNOWN, SparseLabels
+from spml_fast.methods.assume_negative import AssumeNegative
+from spml_fast.methods.base import MethodOptions, register
+
+
+@register("full")
+class FullLabels(AssumeNegative):
+    """The assumed-negative loss on labels of which none is unknown."""
+
+    label_source: ClassVar[str] = "known"
+
+    @classmethod
+    def check_labels(cls, labels: SparseLabels, options: MethodOptions) -> None:
+        """Every label must be known."""
+        if labels.default == UNKNOWN and labels.indptr[-1] < len(labels) * labels.num_classes:
+            raise UserError(
+                "method full needs every label of the training split, but some are unknown; use partial, an or ll_r"
+            )
