@@ -36,7 +36,8 @@ class Batch:
         labels: int8 [B, C] codes that the method trains on (1 positive, 0 negative, -1 unknown).
         index: int64 [B].
         global_size: samples of this micro-step over all ranks.
-        truth: int8 [B, C] known labels where they are more than `labels` (simulations), for diagnostics only.
+        truth: int8 [B, C] known labels where they are more than `labels` (simulations), for diagnostics and
+            oracles only.
         plan: what the method's `plan` made for this micro-batch ahead of the step (exact accumulation), else None.
     """
 

@@ -1,28 +1,30 @@
 """Checkpoints: which exist, which to go on from, which to delete; and the weights file.
 
-    RUN/checkpoints/
-      newest.json, best.json          {"tag", "phase", "epoch", "update", "world_size", "zero_stage", ...}
-      finetune-e0003-u000000-w2/      what DeepSpeed saved; the world size is in the name, because saving over another
-                                      world size's files mixes them
-    RUN/model.safetensors             the best weights, whole, for evaluation and export
+RUN/checkpoints/
+  newest.json, best.json          {"tag", "phase", "epoch", "update", "world_size", "zero_stage", ...}
+  finetune-e0003-u000000-w2/      what DeepSpeed saved; the world size is in the name, because saving over another
+                                  world size's files mixes them
+RUN/model.safetensors             the best weights, whole, for evaluation and export
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spml_fast import distributed
 from spml_fast.errors import UserError
+
+TAG = re.compile(r"[a-z]+-e\d{4,}-u\d{6,}-w\d+")
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,12 @@ def publish(folder: Path, mark: Mark, keep: int, best: bool) -> None:
         if best:
             write_json(folder / "best.json", asdict(mark))
         kept = read_mark(folder / "best.json")
-        marked = [p for p in folder.iterdir() if p.is_dir()]
-        marked.sort(key=lambda p: p.stat().st_mtime, reverse=True)
-        for place, path in enumerate(marked):
-            if place >= keep and path.name != mark.tag and (kept is None or path.name != kept.tag):
+        # Copies that a user put beside ours have other names and stay. What a killed save left has no mark and goes.
+        ours = [p for p in folder.iterdir() if p.is_dir() and TAG.fullmatch(p.name)]
+        ours.sort(key=lambda p: ((p / "mark.json").is_file(), p.stat().st_mtime), reverse=True)
+        for place, path in enumerate(ours):
+            whole = place < keep and (path / "mark.json").is_file()
+            if not whole and path.name != mark.tag and (kept is None or path.name != kept.tag):
                 shutil.rmtree(path)
     distributed.barrier()
 
@@ -159,9 +163,8 @@ def rng_seed(seed: int, *place: int) -> int:
 
     Seeding every update from it makes dropout reproducible after a resume without saving any generator's state.
     """
-    mixed = torch.tensor([seed, *place], dtype=torch.int64)
     value = 0x9E3779B97F4A7C15
-    for word in mixed.tolist():
+    for word in (seed, *place):
         value = ((value ^ word) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
         value ^= value >> 31
     return value >> 1

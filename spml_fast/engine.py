@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from spml_fast import distributed
 from spml_fast.config import EngineConfig, TrainConfig
 from spml_fast.errors import UserError
+from spml_fast.optim import restore_schedule_options, schedule_options
 
 OWNED_KEYS = (
     "train_batch_size",
@@ -45,8 +47,10 @@ def set_environment() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "spml_fast" / "torch_extensions"))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     adopt_slurm()
+    if "LOCAL_SIZE" in os.environ:
+        # DeepSpeed's launcher has its own name for what torchrun calls LOCAL_WORLD_SIZE.
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
 
 
 def adopt_slurm() -> None:
@@ -59,19 +63,18 @@ def adopt_slurm() -> None:
     env["RANK"] = env["SLURM_PROCID"]
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"]).split("(")[0].split(",")[0])
+    env.setdefault(
+        "LOCAL_WORLD_SIZE", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"]).split("(")[0].split(",")[0]
+    )
     env.setdefault("MASTER_ADDR", first_slurm_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     # One port per job, so that jobs sharing a machine do not meet.
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
 
 
 def first_slurm_host(nodelist: str) -> str:
-    """First host of SLURM's compressed list, such as `gpu[003-007,012],login1` -> `gpu003`."""
-    head = nodelist.split(",")[0] if "[" not in nodelist.split(",")[0] else nodelist
-    if "[" not in head:
-        return head
-    prefix, rest = head.split("[", 1)
-    return prefix + rest.split("]", 1)[0].split(",")[0].split("-")[0]
+    """First host of SLURM's compressed list: `rack[1-2]n[003-007,012]-ib,login1` -> `rack1n003-ib`."""
+    head = re.match(r"(\[[^\]]*\]|[^,\[])*", nodelist)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", head[0] if head else nodelist)
 
 
 def _deepspeed() -> Any:
@@ -100,6 +103,10 @@ def init_distributed() -> torch.device:
         os.environ["MASTER_PORT"] = str(free_port())
     deepspeed = _deepspeed()
     device = torch.device("cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that share a machine share its cores, or they would slow each other down.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if torch.cuda.is_available():
         local = distributed.local_rank()
         if local >= torch.cuda.device_count():
@@ -195,6 +202,10 @@ class Engine:
         channels_last: bool = True,
     ) -> None:
         deepspeed = _deepspeed()
+        # An earlier engine of this process may have left channels_last weights, which DeepSpeed cannot start with.
+        module.to(memory_format=torch.contiguous_format)
+        options = schedule_options(optimizer, scheduler)
+        self._schedule = (optimizer, scheduler, options)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config)
@@ -256,7 +267,9 @@ class Engine:
             self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restore module, optimizer and schedule (collective); returns the client state.
+        """Restore module, optimizer and the place in the schedule (collective); returns the client state.
+
+        The schedule itself stays as configured now, so a run may go on with more epochs.
 
         Raises:
             UserError: nothing usable is there.
@@ -268,6 +281,7 @@ class Engine:
                 raise UserError(f"checkpoint {folder / tag} cannot be loaded: {error}") from error
         if path is None:
             raise UserError(f"checkpoint {folder / tag} cannot be loaded: files are missing")
+        restore_schedule_options(*self._schedule)
         return dict(state)
 
     @contextlib.contextmanager

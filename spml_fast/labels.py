@@ -137,10 +137,12 @@ class SparseLabels:
         """Open what `save` wrote, memory-mapped. Raises `UserError` when a file is missing or damaged."""
         try:
             meta = json.loads((folder / "labels.json").read_text())
-            arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indptr", "classes", "codes")]
+            indptr, classes, codes = (
+                np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indptr", "classes", "codes")
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"the label files in {folder} cannot be read ({error}); prepare the data again") from error
-        return cls(*arrays, num_classes=int(meta["num_classes"]), default=int(meta["default"]))
+        return cls(indptr, classes, codes, int(meta["num_classes"]), int(meta["default"]))
 
 
 class LabelStore:
@@ -173,15 +175,20 @@ class LabelStore:
         """Number of corrected entries that are in effect."""
         return len(self._overlay_keys)
 
+    def class_counts(self, code: int) -> Tensor:
+        """Observed entries with `code` per class, unlisted ones included, int64 [C]."""
+        counts = torch.bincount(self._classes[self._codes == code].long(), minlength=self.num_classes)
+        if code == self.default:
+            counts += len(self) - torch.bincount(self._classes.long(), minlength=self.num_classes)
+        return counts
+
     def rows(self, index: Tensor, corrected: bool = True) -> Tensor:
         """Codes int8 [B, C] of the samples `index` (int64 [B], on the store's device).
 
         Args:
             corrected: with the overlay of committed corrections (default), or the observed codes alone.
         """
-        out = label_rows(
-            self._indptr, self._classes, self._codes, index, self.num_classes, self.default, self._max_row
-        )
+        out = label_rows(self._indptr, self._classes, self._codes, index, self.num_classes, self.default, self._max_row)
         if corrected and self.num_corrections:
             base = self._overlay
             over = label_rows(base[0], base[1], base[2], index, self.num_classes, -2, self._overlay_max_row)
@@ -226,15 +233,19 @@ class LabelStore:
         if len(rows) and rows[-1] >= len(self):
             raise UserError(f"a label correction names sample {rows[-1]}, but the data have only {len(self)} samples")
         sparse = SparseLabels.from_entries(rows, classes, self._overlay_codes, len(self), self.num_classes)
-        self._overlay = tuple(
-            torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
-            for a in (sparse.indptr, sparse.classes, sparse.codes)
-        ) if len(unique) else ()
+        self._overlay = (
+            tuple(
+                torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
+                for a in (sparse.indptr, sparse.classes, sparse.codes)
+            )
+            if len(unique)
+            else ()
+        )
         self._overlay_max_row = int(np.diff(sparse.indptr).max()) if len(unique) else 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Committed corrections, and those still pending on this rank, as CPU tensors."""
-        keys, codes = self._pending_entries()
+        """Committed corrections, and those of all ranks still pending, as CPU tensors (collective)."""
+        keys, codes = (all_gather_rows(t) for t in self._pending_entries())
         return {
             "keys": torch.from_numpy(self._overlay_keys.copy()),
             "codes": torch.from_numpy(self._overlay_codes.copy()),
@@ -243,7 +254,7 @@ class LabelStore:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict`."""
+        """Restore `state_dict`; every rank takes all pending corrections, which `commit` merges to one of each."""
         self._set_overlay(state["keys"].numpy(), state["codes"].numpy())
         self._pending.clear()
         for code in state["pending_codes"].unique().tolist():

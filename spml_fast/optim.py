@@ -54,9 +54,10 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, updates:
     """
     if train.schedule == "one_cycle":
         peaks = [float(g["lr"]) for g in optimizer.param_groups]
-        return lr_scheduler.OneCycleLR(
-            optimizer, max_lr=peaks, total_steps=updates + 1, pct_start=train.warmup_share or 1 / (updates + 1)
-        )
+        # A rise of one step or none starts at the peak; OneCycleLR divides by zero on a rise of exactly one step.
+        rise = train.warmup_share * (updates + 1)
+        share = train.warmup_share if rise > 1 + 1e-6 else (1 - 1e-6) / (updates + 1)
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=updates + 1, pct_start=share)
     if train.schedule == "cosine":
         warm = round(updates * train.warmup_share)
 
@@ -67,3 +68,27 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, updates:
 
         return lr_scheduler.LambdaLR(optimizer, factor)
     return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+GROUP_OPTIONS = ("weight_decay", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+SCHEDULE_OPTIONS = ("total_steps", "_schedule_phases", "base_lrs")
+
+
+def schedule_options(optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler) -> list[dict[str, object]]:
+    """What the configuration says of the schedule, to be put back after a checkpoint was loaded over it.
+
+    A checkpoint holds the options of the run that saved it; a run that goes on with more epochs or another learning
+    rate must follow the new ones from where it stands.
+    """
+    state = scheduler.state_dict()
+    groups = [{k: g[k] for k in GROUP_OPTIONS if k in g} for g in optimizer.param_groups]
+    return [{k: state[k] for k in SCHEDULE_OPTIONS if k in state}, *groups]
+
+
+def restore_schedule_options(
+    optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler, options: list[dict[str, object]]
+) -> None:
+    """Put `schedule_options` back."""
+    scheduler.load_state_dict({**scheduler.state_dict(), **options[0]})
+    for group, values in zip(optimizer.param_groups, options[1:], strict=True):
+        group.update(values)

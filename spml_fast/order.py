@@ -64,14 +64,17 @@ class TrainOrder:
         samples_per_epoch: samples that one epoch visits over all ranks.
 
     Raises:
-        UserError: batch or split are too small to give every rank a sample in every micro-step.
+        UserError: batch or split are too small to give every rank a sample in every micro-step, or the seed is out of
+            range.
     """
 
     def __init__(
         self, size: int, batch_size: int, accumulation: int = 1, world_size: int = 1, rank: int = 0, seed: int = 0
     ) -> None:
-        if accumulation < 1 or world_size < 1 or not 0 <= rank < world_size or seed < 0:
-            raise ValueError(f"accumulation {accumulation}, world size {world_size}, rank {rank}, seed {seed}")
+        if accumulation < 1 or world_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"accumulation {accumulation}, world size {world_size}, rank {rank}")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"run.seed is {seed}; it must be 0 or more and less than 2**63")
         smallest = accumulation * world_size
         for value, what in ((batch_size, "a batch"), (size, "a training split")):
             if value < smallest:

@@ -20,7 +20,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,10 @@ def _threads(config: DataConfig) -> int:
     if config.threads > 0:
         return config.threads
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _device_id(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 # --- The graph -----------------------------------------------------------------------------------------------------
@@ -92,7 +96,7 @@ def _grey(picture: Any) -> Any:
 def _contrast(picture: Any, factor: Any, gpu: bool) -> Any:
     centre = math.floor(fn.reductions.mean(_grey(picture)) + 0.5)
     if gpu:
-        scale = factor.gpu()
+        scale = _placed(factor, gpu)
         return fn.cast(picture * scale + (centre * (1.0 - scale) - _CUT), dtype=types.UINT8)
     return fn.brightness_contrast(
         picture, contrast=factor, contrast_center=centre, brightness_shift=-_CUT / 255.0, dtype=types.UINT8
@@ -251,7 +255,7 @@ class _Stream:
         self._options = {
             "batch_size": batch_size,
             "num_threads": threads,
-            "device_id": (device.index or 0) if plan.gpu else None,
+            "device_id": _device_id(device) if plan.gpu else None,
             "prefetch_queue_depth": prefetch,
         }
         self._pipe: Any = None
@@ -260,17 +264,21 @@ class _Stream:
 
     def _submit(self, requests: Sequence[_Request]) -> None:
         """Hand batches to DALI and start them."""
+        inputs = [self._inputs(request) for request in requests]
         first = self._pipe is None
-        if first:
-            self._pipe = _graph(plan=self._plan, **self._options)
-            self._pipe.build()
-        for request in requests:
-            for name, value in self._inputs(request).items():
-                self._pipe.feed_input(name, value)
-            self._flight.append(request)
-        # The first run of a pipeline starts as many batches as its queue is deep; each later one starts one.
-        for _ in range(1 if first else len(requests)):
-            self._pipe.schedule_run()
+        try:
+            if first:
+                self._pipe = _graph(plan=self._plan, **self._options)
+                self._pipe.build()
+            for request, arrays in zip(requests, inputs, strict=True):
+                for name, value in arrays.items():
+                    self._pipe.feed_input(name, value)
+                self._flight.append(request)
+            # The first run of a pipeline starts as many batches as its queue is deep; each later one starts one.
+            for _ in range(1 if first else len(requests)):
+                self._pipe.schedule_run()
+        except RuntimeError as error:
+            self._fail(error)
 
     def _receive(self) -> tuple[_Request, tuple[Tensor, ...]]:
         """Wait for the oldest batch in flight. `UserError` if a picture in flight is missing or damaged."""
@@ -286,13 +294,14 @@ class _Stream:
             self._fail(error)
         return self._flight.popleft(), views
 
-    def _fail(self, error: RuntimeError) -> None:
-        """Throw the dead pipeline away and say which picture killed it."""
+    def _fail(self, error: RuntimeError) -> NoReturn:
+        """Throw the dead pipeline away and say which picture killed it; the error itself if none did."""
         flight, self._pipe = list(self._flight), None
         self._flight.clear()
-        for request in flight:
-            for index in dict.fromkeys(request.index.tolist()):
-                _check_picture(self._split, index)
+        index = list(dict.fromkeys(itertools.chain.from_iterable(request.index.tolist() for request in flight)))
+        for sample in index:
+            _check_picture(self._split, sample)
+        _check_decoding(self._split, index)
         raise error
 
     def _discard(self) -> None:
@@ -353,6 +362,30 @@ def _check_picture(split: Split, index: int) -> None:
             f"picture {path} is {size[0]} x {size[1]} pixels now and was {known[0]} x {known[1]} when the data were "
             f"prepared; {_MEND}"
         )
+
+
+@pipeline_def
+def _decode_graph() -> Any:
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+
+
+def _check_decoding(split: Split, index: Sequence[int]) -> None:
+    """Raise `UserError` naming the first of the pictures that Pillow may read but DALI does not."""
+    pipe = _decode_graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    pipe.build()
+    for sample in index:
+        path = split.path(sample)
+        try:
+            pipe.feed_input("encoded", [np.fromfile(path, np.uint8)])
+            pipe.run()
+        except RuntimeError as error:
+            with Image.open(path) as picture:
+                kind = picture.format
+            raise UserError(
+                f"picture {path} is a {kind} file that DALI does not decode; convert it to JPEG or PNG, or prepare the "
+                "data again to leave it out"
+            ) from error
 
 
 def _paths(split: Split, index: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:

@@ -36,10 +36,11 @@ from spml_fast.errors import UserError
 from spml_fast.evaluate import evaluate_split, input_normalisation, make_eval_loader, open_data
 from spml_fast.labels import LabelStore
 from spml_fast.logs import Meter, RunLog, memory_gib, print_table
+from spml_fast.manifest import Split
 from spml_fast.methods import Method, Progress, get_method
 from spml_fast.metrics import selection_quality
 from spml_fast.optim import make_optimizer, make_schedule, parameter_groups
-from spml_fast.pipeline import TrainLoader
+from spml_fast.pipeline import EvalLoader, TrainLoader
 
 
 class TrainingModule(nn.Module):
@@ -99,15 +100,17 @@ class Trainer:
         method_class = get_method(config.method.name)
         self.method_class = method_class
         self.train_split = self.manifest.split(config.data.train_split)
-        self.val_split = self.manifest.split(config.data.val_split) if config.data.val_split else None
-        self.test_split = self.manifest.split(config.data.test_split) if config.data.test_split else None
+        self.val_split = self._optional_split(config.data.val_split, "val")
+        self.test_split = self._optional_split(config.data.test_split, "test")
         for split in (self.train_split, self.val_split, self.test_split):
             if split is not None and len(split) == 0:
                 raise UserError(f"split {split.name!r} of {self.manifest.folder} has no pictures")
         labels = self.train_split.observed if method_class.label_source == "observed" else self.train_split.known
         if not (labels.codes == 1).any():
-            raise UserError(f"no picture of split {self.train_split.name!r} has a positive label; nothing to learn from")
-        method_class.check_labels(labels, config.method)
+            raise UserError(
+                f"no picture of split {self.train_split.name!r} has a positive label; nothing to learn from"
+            )
+        method_class.check_labels(self.train_split.known if method_class.reads_truth else labels, config.method)
         self.run_dir = self._make_run_dir()
         torch.manual_seed(config.run.seed)
         self.classifier = Classifier(config.model, self.manifest.num_classes, config.data.image_size)
@@ -132,16 +135,23 @@ class Trainer:
             mean=mean,
             std=std,
         )
+        self.train_scorer: EvalLoader | None = None
         self.val_loader = make_eval_loader(config, self.val_split, self.classifier, device) if self.val_split else None
         linear = [Phase("linear", config.train.linear_epochs)] if config.train.linear_epochs else []
         self.phases = [*linear, Phase("finetune", config.train.epochs)]
         self.total_updates = sum(p.epochs for p in self.phases) * self.loader.updates_per_epoch
-        self.best = -math.inf
+        self.best = self.latest = -math.inf
         self.trained_samples, self.trained_seconds, self.waited_seconds = 0, 0.0, 0.0
         self.last_loss: float | None = None
         self.ema: ModelEmaV3 | None = None
 
     # ---- set-up
+
+    def _optional_split(self, name: str | None, default: str) -> Split | None:
+        """The split called `name`. One that nobody asked for by name may be missing; the opening lines say so."""
+        if name is None or (name == default and name not in self.manifest.splits):
+            return None
+        return self.manifest.split(name)
 
     def _make_run_dir(self) -> Path:
         """Make the run directory on rank 0, and settle where it is for all ranks."""
@@ -202,6 +212,10 @@ class Trainer:
         found = find_resume(self.run_dir / "checkpoints", self.config.run.resume)
         with RunLog(self.run_dir, self.total_updates) as self.log:
             self.log.say(self._opening())
+            if self.val_split is None:
+                self.log.say("no validation split: the weights of the last epoch are kept, not the best ones")
+            if self.test_split is None:
+                self.log.say("no test split: there will be no test figures")
             for phase in self.phases:
                 if found is not None and [p.name for p in self.phases].index(phase.name) < self._place(found[1]):
                     continue
@@ -249,27 +263,25 @@ class Trainer:
         start_epoch, start_update = 1, 0
         if resume is not None:
             start_epoch, start_update = self._restore(*resume)
-        stopped = False
         for epoch in range(start_epoch, phase.epochs + 1):
+            if self._should_stop():
+                self.log.say(f"stopped: validation mAP is {train.stop_after_drop:g} points below the best")
+                break
             self._train_epoch(phase, epoch, start_update)
             start_update = 0
-            last = epoch == phase.epochs
-            score = self._validate(phase, epoch) if last or epoch % config.eval.every == 0 else None
-            stopped = self._judge(phase, epoch, score)
-            if stopped:
-                break
-        if stopped:
-            self.log.say(f"stopped: validation mAP is {train.stop_after_drop:g} points below the best")
+            validates = epoch == phase.epochs or epoch % config.eval.every == 0
+            self._finish_epoch(phase, epoch, self._validate() if validates else None)
         self.engine.close()
         if linear and (self.run_dir / "model.safetensors").exists():
             # Fine-tuning starts from the best linear head (spec/boostlu_large_loss.md 1.6).
             distributed.barrier()
             load_weights(self.run_dir / "model.safetensors", self.classifier)
-            self.best = -math.inf
+            self.best = self.latest = -math.inf
 
     def _progress(self, phase: Phase, epoch: int, update: int) -> Progress:
         per_epoch = self.loader.updates_per_epoch
-        return Progress(epoch, phase.epochs, (epoch - 1) * per_epoch + update, per_epoch)
+        done = (epoch - 1) * per_epoch + update
+        return Progress(epoch, phase.epochs, done, per_epoch, phase.name, self.engine.learning_rate)
 
     def _train_epoch(self, phase: Phase, epoch: int, start_update: int) -> None:
         """One epoch, from an update on."""
@@ -279,7 +291,7 @@ class Trainer:
         meter = Meter()
         sums: dict[str, Tensor] = {}
         phase_index = self.phases.index(phase)
-        done = sum(p.epochs for p in self.phases[:phase_index]) * self.loader.updates_per_epoch
+        done = self._updates_before(phase)
         updates = self.loader.epoch(epoch, start_update)
         update = start_update
         while True:
@@ -297,7 +309,11 @@ class Trainer:
                 self._log_update(phase, progress, meter, sums)
             if self.log.live:
                 self.log.progress(done + progress.update + 1, self._live_text(epoch, phase, meter))
-            if config.run.save_updates and update % config.run.save_updates == 0 and update < progress.updates_per_epoch:
+            if (
+                config.run.save_updates
+                and update % config.run.save_updates == 0
+                and update < progress.updates_per_epoch
+            ):
                 self._save(phase, epoch - 1, update, best=False)
         figures = self._read(sums)
         self.trained_samples += meter.samples
@@ -310,7 +326,10 @@ class Trainer:
             "lr": self.engine.learning_rate,
             "seconds": meter.seconds,
         }
-        figures |= self.method.on_epoch_end(self._progress(phase, epoch, update))
+        progress = self._progress(phase, epoch, update)
+        if self.method.needs_train_scores(progress):
+            self._score_training_split()
+        figures |= self.method.on_epoch_end(progress)
         self.figures = figures
 
     def _live_text(self, epoch: int, phase: Phase, meter: Meter) -> str:
@@ -339,7 +358,7 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
             sums["samples"] = sums.get("samples", torch.zeros((), device=self.device)) + batch.global_size / self.world
         if self.ema is not None:
-            self.ema.update(self.engine.module.classifier, step=progress.update + 1)
+            self.ema.update(self.classifier, step=progress.update + 1)
 
     def _batch(self, views: Views) -> Batch:
         labels = self.store.rows(views.index)
@@ -349,7 +368,7 @@ class Trainer:
     @torch.no_grad()
     def _plan(self, batches: list[Batch], progress: Progress) -> None:
         """Exact accumulation: one more forward without gradient, and the method's statistics over the whole update."""
-        classifier = self.engine.module.classifier
+        classifier = self.classifier
         dtype = autocast_dtype(self.config.train.precision, self.device)
         view = self.method.views[0]
         with (
@@ -360,6 +379,21 @@ class Trainer:
             logits = [classifier(b.views[view], alpha=classifier.alpha_train).logits for b in batches]
         for batch, plan in zip(batches, self.method.plan(logits, batches, progress), strict=True):
             batch.plan = plan
+
+    @torch.no_grad()
+    def _score_training_split(self) -> None:
+        """A pass over the training split in evaluation mode, for methods that ask for it (collective)."""
+        self._average_bn()
+        if self.train_scorer is None:
+            self.train_scorer = make_eval_loader(self.config, self.train_split, self.classifier, self.device)
+        dtype = autocast_dtype(self.config.train.precision, self.device)
+        self.classifier.eval()
+        for batch in self.train_scorer:
+            with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+                logits = self.classifier(batch.views["eval"], alpha=self.classifier.alpha_train).logits
+            if batch.real:
+                self.method.on_train_scores(batch.index[: batch.real], logits[: batch.real])
+        self.classifier.train()
 
     def _read(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sums over ranks as numbers (the one place that waits for the device), loss as a mean."""
@@ -385,41 +419,54 @@ class Trainer:
             values["gradient_norm"] = norm
         place = {"phase": phase.name, "epoch": progress.epoch, "update": progress.update + 1}
         self.log.record("update", place | values)
-        self.engine.write_events({f"train/{k}": v for k, v in values.items()}, self._seen(progress.update + 1))
+        self.engine.write_events({f"train/{k}": v for k, v in values.items()}, self._seen(phase, progress.update + 1))
 
-    def _seen(self, update: int) -> int:
-        """Samples seen in this phase after `update` updates; the x axis of the monitor."""
-        return update * self.config.train.batch_size
+    def _updates_before(self, phase: Phase) -> int:
+        """Updates of the phases before this one."""
+        return sum(p.epochs for p in self.phases[: self.phases.index(phase)]) * self.loader.updates_per_epoch
+
+    def _seen(self, phase: Phase, update: int) -> int:
+        """Samples seen after `update` updates of a phase; the x axis of the monitor."""
+        return (self._updates_before(phase) + update) * self.config.train.batch_size
 
     # ---- validation and saving
 
     def _average_bn(self) -> None:
         """BatchNorm statistics averaged over ranks; each rank has seen its own slices only."""
         if self.world > 1:
-            distribute_bn(self.engine.module.classifier, self.world, reduce=True)
+            distribute_bn(self.classifier, self.world, reduce=True)
             if self.ema is not None:
                 distribute_bn(self.ema.module, self.world, reduce=True)
 
-    def _validate(self, phase: Phase, epoch: int) -> float | None:
+    def _should_stop(self) -> bool:
+        """Whether the last validation fell too far below the best (`train.stop_after_drop`)."""
+        drop = self.config.train.stop_after_drop
+        return bool(drop) and self.best - self.latest > drop
+
+    def _validate(self) -> float | None:
         """Validation mAP at model.alpha_eval; None without a validation split."""
         self._average_bn()
         if self.val_loader is None or self.val_split is None:
             return None
-        model = self.ema.module if self.ema is not None else self.engine.module.classifier
+        model = self.ema.module if self.ema is not None else self.classifier
         alpha = self.config.model.alpha_eval
         found = evaluate_split(model, self.val_loader, self.val_split, [alpha], self.config, self.manifest.classes)
         return float(found[alpha]["map"])
 
-    def _judge(self, phase: Phase, epoch: int, score: float | None) -> bool:
-        """Log the epoch, save, keep the best weights; whether to stop."""
-        best = score is None or not math.isfinite(score) or score > self.best
+    def _finish_epoch(self, phase: Phase, epoch: int, score: float | None) -> None:
+        """Log the epoch, save, and keep the weights when they are the best (or when nothing can tell)."""
+        best = self.val_split is None
         if score is not None and math.isfinite(score):
-            self.best = max(self.best, score)
+            best = score > self.best
+            self.best, self.latest = max(self.best, score), score
+        elif score is not None:
+            self.log.say("validation mAP is not defined (no known labels in the split); these weights are kept")
+            best = True
         place = {"phase": phase.name, "epoch": epoch}
         self.log.record("epoch", place | self.figures | ({"val_map": score} if score is not None else {}))
         update = epoch * self.loader.updates_per_epoch
         events = {f"epoch/{k}": v for k, v in self.figures.items()} | ({"epoch/val_map": score} if score else {})
-        self.engine.write_events(events, self._seen(update))
+        self.engine.write_events(events, self._seen(phase, update))
         figures = self.figures
         quality = ""
         if "selection_precision" in figures and figures["selected_count"]:
@@ -434,18 +481,17 @@ class Trainer:
             + f" | {figures['memory_gib']:.1f} GiB | {figures['seconds']:.1f} s{quality}"
         )
         self._save(phase, epoch, 0, best)
-        drop = self.config.train.stop_after_drop
-        return bool(drop and score is not None and math.isfinite(score) and self.best - score > drop)
 
     def _save(self, phase: Phase, epoch: int, update: int, best: bool) -> None:
         """Checkpoint (collective); with `best` the weights file too."""
+        self._average_bn()
         folder = self.run_dir / "checkpoints"
         mark = Mark(phase.name, epoch, update, self.world, self.engine.stage)
         state = {
             "version": __version__,
             "labels": self.store.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "best": self.best,
+            "best": (self.best, self.latest),
             "trained": (self.trained_samples, self.trained_seconds, self.waited_seconds),
         }
         clear_unfinished(folder, mark.tag)
@@ -455,7 +501,7 @@ class Trainer:
             raise UserError(f"checkpoint {folder / mark.tag} cannot be written: {error}") from error
         if best:
             with self.engine.whole_parameters():
-                model = self.ema.module if self.ema is not None else self.engine.module.classifier
+                model = self.ema.module if self.ema is not None else self.classifier
                 metadata = {"phase": phase.name, "epoch": str(epoch), "val_map": f"{self.best:.6f}"}
                 metadata |= {"backbone": self.config.model.backbone, "version": __version__}
                 save_weights(self.run_dir / "model.safetensors", model, metadata)
@@ -468,7 +514,8 @@ class Trainer:
         ):
             raise UserError(
                 f"checkpoint {folder / mark.tag} was saved by {mark.world_size} ranks at ZeRO stage {mark.zero_stage}; "
-                f"go on with the same, not with {self.world} ranks at stage {self.engine.stage} (stage 0 is free in ranks)"
+                f"go on with the same, not with {self.world} ranks at stage {self.engine.stage} "
+                "(stage 0 alone allows another number of ranks)"
             )
         state = self.engine.load(folder, mark.tag)["spml_fast"]
         self.store.load_state_dict(state["labels"])
@@ -476,7 +523,7 @@ class Trainer:
             if state["ema"] is None:
                 raise UserError(f"checkpoint {folder / mark.tag} has no EMA; go on with train.ema_decay 0")
             self.ema.module.load_state_dict(state["ema"])
-        self.best = state["best"]
+        self.best, self.latest = state["best"]
         self.trained_samples, self.trained_seconds, self.waited_seconds = state["trained"]
         self.log.say(f"going on from {folder / mark.tag}")
         return mark.epoch + 1, mark.update
@@ -501,15 +548,15 @@ class Trainer:
         }
         if self.test_split is not None:
             loader = make_eval_loader(config, self.test_split, self.classifier, self.device)
-            found = evaluate_split(
-                self.classifier, loader, self.test_split, alphas, config, self.manifest.classes
-            )
+            found = evaluate_split(self.classifier, loader, self.test_split, alphas, config, self.manifest.classes)
             results |= {"split": self.test_split.name, "alpha": {f"{a:g}": found[a] for a in alphas}}
         if distributed.is_main():
             write_json(self.run_dir / "results.json", results)
-            self.log.record("final", {k: v for k, v in results.items() if k != "alpha"} | {
-                "test_map": {a: m["map"] for a, m in results.get("alpha", {}).items()}
-            })
+            self.log.record(
+                "final",
+                {k: v for k, v in results.items() if k != "alpha"}
+                | {"test_map": {a: m["map"] for a, m in results.get("alpha", {}).items()}},
+            )
         return results
 
     def _closing(self, results: dict[str, Any]) -> None:

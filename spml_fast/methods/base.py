@@ -38,12 +38,16 @@ class Progress:
         epochs: epochs of this phase.
         update: optimizer updates done in this phase.
         updates_per_epoch: updates an epoch.
+        phase: `linear` trains the head on a frozen backbone, `finetune` everything.
+        lr: learning rate of this update, that of the first parameter group (the backbone; the head in phase linear).
     """
 
     epoch: int
     epochs: int
     update: int
     updates_per_epoch: int
+    phase: str = "finetune"
+    lr: float = 0.0
 
 
 @dataclass
@@ -63,18 +67,22 @@ class LossOutput:
 class Method(nn.Module):
     """A loss with its state. Subclass, set the class attributes, implement `loss`, and decorate with `@register`.
 
-    State lives in buffers, so that it is moved and checkpointed like any other.
+    State lives in buffers, so that it is moved and checkpointed like any other; state whose size changes goes through
+    `get_extra_state` and `set_extra_state`. Checkpoints hold rank 0's, so state is the same on every rank whenever one
+    is saved: after every update for methods that change it in the step, else after `on_epoch_end`.
 
     Attributes:
         views: views the method needs; the first is the one that `forward` passes through the classifier.
         label_source: `observed`, what training may see, or `known`, everything annotated (the oracle).
         batch_statistics: whether the loss depends on statistics of the whole batch, so that `plan` matters.
+        reads_truth: whether the loss reads `batch.truth` (oracles alone); `check_labels` then gets the known labels.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     views: ClassVar[tuple[str, ...]] = ("weak",)
     label_source: ClassVar[str] = "observed"
     batch_statistics: ClassVar[bool] = False
+    reads_truth: ClassVar[bool] = False
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__()
@@ -109,6 +117,18 @@ class Method(nn.Module):
 
     def on_epoch_start(self, progress: Progress) -> None:
         """Called on every rank before an epoch."""
+
+    def needs_train_scores(self, progress: Progress) -> bool:
+        """Whether, at the end of this epoch, the training split is to be scored for `on_train_scores`."""
+        return False
+
+    def on_train_scores(self, index: Tensor, logits: Tensor) -> None:
+        """One batch of that pass, before `on_epoch_end`: every sample once over all ranks, network in evaluation mode.
+
+        Args:
+            index: int64 [n] samples.
+            logits: [n, C] fp32 at the training alpha, of the evaluation view (no flip, no crop).
+        """
 
     def on_epoch_end(self, progress: Progress) -> dict[str, float]:
         """Called on every rank after an epoch (collective); returns figures for the log."""
@@ -151,3 +171,18 @@ def global_mean(local_sum: Tensor, count: Tensor | float) -> Tensor:
         count: number of entries over all ranks.
     """
     return local_sum * (distributed.world_size() / count)
+
+
+def global_sum(local_sum: Tensor) -> Tensor:
+    """This rank's share of a sum over all ranks, such that the mean over ranks is the global sum."""
+    return local_sum * distributed.world_size()
+
+
+def attached_global_sum(local_sum: Tensor) -> Tensor:
+    """The sum over ranks itself, on every rank, for losses that are not linear in it.
+
+    Its gradient reaches this rank's share alone, scaled so that the mean over ranks of the parameter gradients is that
+    of the global loss.
+    """
+    total = distributed.all_reduce_sum(local_sum.detach())
+    return total + distributed.world_size() * (local_sum - local_sum.detach())

@@ -19,7 +19,9 @@ class FullLabels(AssumeNegative):
     @classmethod
     def check_labels(cls, labels: SparseLabels, options: MethodOptions) -> None:
         """Every label must be known."""
-        if labels.default == UNKNOWN and labels.indptr[-1] < len(labels) * labels.num_classes:
+        unlisted = labels.default == UNKNOWN and labels.indptr[-1] < len(labels) * labels.num_classes
+        if unlisted or (labels.codes == UNKNOWN).any():
             raise UserError(
-                "method full needs every label of the training split, but some are unknown; use partial, an or ll_r"
+                f"method {options.name} needs every label of the training split, but some are unknown; "
+                "use partial, an or ll_r"
             )

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def label_loss_reference(logits: Tensor, codes: Tensor, point: Callable[..., Tensor], params: tuple[float, ...]) -> Tensor:
+def label_loss_reference(
+    logits: Tensor, codes: Tensor, point: Callable[..., Tensor], params: tuple[float, ...]
+) -> Tensor:
     """See `spml_kernels.label_loss`."""
     values = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return point(values, codes, *params).sum()

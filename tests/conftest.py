@@ -1,0 +1,34 @@
+"""Shared fixtures: small digit scenes, and a way to run the scripts of launch/."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_tools import ROOT, Run, command, environment
+
+SMALL = {"train": 192, "val": 60, "test": 90}
+
+
+@pytest.fixture
+def run_script() -> Run:
+    """Run a script of launch/ to its end: run_script("train.py", "--option", "value", ranks=2, launcher="torchrun")."""
+
+    def run(script: str, *args: object, ranks: int = 1, launcher: str | None = None, **env: str) -> Any:
+        chosen = launcher or ("python" if ranks == 1 else "torchrun")
+        words = command(script, ranks, chosen) + [str(a) for a in args]
+        return subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment(**env), cwd=ROOT)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few hundred digit scenes as a Manifest."""
+    from spml_fast.datasets.digits import prepare_digits
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    prepare_digits(folder, sizes=SMALL)
+    return folder
