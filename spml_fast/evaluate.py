@@ -168,6 +168,11 @@ def evaluate_split(
     """
     for alpha in alphas:
         check_alpha(alpha, "alpha")
+        if alpha != 1 and not classifier.head.boosts:
+            raise UserError(
+                f"alpha {alpha:g} has no meaning for head {config.model.head}, which has no class activation map to boost; "
+                "use alpha 1"
+            )
     was_training = classifier.training
     classifier.eval()
     dtype = autocast_dtype(config.train.precision, loader.device)
@@ -220,7 +225,5 @@ def load_run(run: Path, device: torch.device) -> tuple[Config, Manifest, Classif
     config.model.pretrained, config.model.weights = False, None
     classifier = Classifier(config.model, manifest.num_classes, config.data.image_size)
     metadata = load_weights(run / "model.safetensors", classifier)
-    classifier.to(device).eval()
-    if device.type == "cuda" or config.deepspeed.zero_stage == 0:
-        classifier.to(memory_format=torch.channels_last)
+    classifier.to(device, memory_format=torch.channels_last).eval()
     return config, manifest, classifier, metadata

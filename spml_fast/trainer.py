@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from spml_fast.checkpoint import (
 )
 from spml_fast.classifier import BATCH_NORMS, Classifier
 from spml_fast.cli import to_yaml
-from spml_fast.config import Config
+from spml_fast.config import Config, ModelConfig
 from spml_fast.engine import Engine, autocast_dtype, deepspeed_config
 from spml_fast.errors import UserError
 from spml_fast.evaluate import evaluate_split, input_normalisation, make_eval_loader, open_data
@@ -113,11 +114,7 @@ class Trainer:
         method_class.check_labels(self.train_split.known if method_class.reads_truth else labels, config.method)
         self.run_dir = self._make_run_dir()
         torch.manual_seed(config.run.seed)
-        self.classifier = Classifier(config.model, self.manifest.num_classes, config.data.image_size)
-        if config.model.sync_bn:
-            self._use_sync_bn()
-        if config.model.compile:
-            self.classifier.backbone.compile()
+        self.classifier = self._make_classifier(config.model)
         self.store = LabelStore(labels, device)
         self.truth: LabelStore | None = None
         if method_class.label_source == "observed" and self.train_split.hides_labels:
@@ -175,12 +172,25 @@ class Trainer:
         distributed.barrier()
         return path
 
-    def _use_sync_bn(self) -> None:
-        if self.device.type != "cuda":
-            raise UserError("model.sync_bn needs GPUs; leave it off here (statistics are averaged over ranks anyway)")
-        from timm.layers import convert_sync_batchnorm
+    def _make_classifier(self, model: ModelConfig) -> Classifier:
+        """A classifier on the CPU, with what the run asks of it in training."""
+        classifier = Classifier(model, self.manifest.num_classes, self.config.data.image_size)
+        if model.sync_bn:
+            if self.device.type != "cuda":
+                raise UserError("model.sync_bn needs GPUs; leave it off (statistics are averaged over ranks anyway)")
+            classifier.backbone = convert_sync_batchnorm(classifier.backbone)
+        if model.compile:
+            classifier.backbone.compile()
+        return classifier
 
-        self.classifier.backbone = convert_sync_batchnorm(self.classifier.backbone)
+    def _best_classifier(self) -> tuple[Classifier, dict[str, str]]:
+        """A new classifier with the best weights so far, and their metadata.
+
+        The one that was trained cannot take them: ZeRO stage 3 leaves it in pieces.
+        """
+        distributed.barrier()
+        classifier = self._make_classifier(dataclasses.replace(self.config.model, pretrained=False, weights=None))
+        return classifier, load_weights(self.run_dir / "model.safetensors", classifier)
 
     def _write_description(self, ds_config: dict[str, Any]) -> None:
         """Resolved recipe, DeepSpeed configuration and class names; says what differs when a run goes on."""
@@ -274,8 +284,7 @@ class Trainer:
         self.engine.close()
         if linear and (self.run_dir / "model.safetensors").exists():
             # Fine-tuning starts from the best linear head (spec/boostlu_large_loss.md 1.6).
-            distributed.barrier()
-            load_weights(self.run_dir / "model.safetensors", self.classifier)
+            self.classifier, _ = self._best_classifier()
             self.best = self.latest = -math.inf
 
     def _progress(self, phase: Phase, epoch: int, update: int) -> Progress:
@@ -370,13 +379,12 @@ class Trainer:
         """Exact accumulation: one more forward without gradient, and the method's statistics over the whole update."""
         classifier = self.classifier
         dtype = autocast_dtype(self.config.train.precision, self.device)
-        view = self.method.views[0]
         with (
             keep_bn_statistics(classifier),
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
             torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
         ):
-            logits = [classifier(b.views[view], alpha=classifier.alpha_train).logits for b in batches]
+            logits = [self.method.scout(classifier, b, progress) for b in batches]
         for batch, plan in zip(batches, self.method.plan(logits, batches, progress), strict=True):
             batch.plan = plan
 
@@ -531,10 +539,8 @@ class Trainer:
     def _final(self) -> dict[str, Any]:
         """Test metrics of the best weights at every alpha asked for."""
         config = self.config
-        distributed.barrier()
-        weights = self.run_dir / "model.safetensors"
-        metadata = load_weights(weights, self.classifier)
-        self.classifier.to(self.device)
+        self.classifier, metadata = self._best_classifier()
+        self.classifier.to(self.device, memory_format=torch.channels_last)
         alphas = config.eval.alphas or sorted({1.0, config.model.alpha_eval})
         results: dict[str, Any] = {
             "run": str(self.run_dir),

@@ -1,0 +1,269 @@
+"""Everything that only a machine with a GPU can tell, in one call: `python tests/gpu_check.py [--out CSV] [--only NAME]`.
+
+Checks, each with its time and outcome, written to a CSV with GPU, versions and commit:
+  decode    mixed (nvJPEG) decoding and GPU views against the CPU pipeline, every training and evaluation view
+  ops       every op on the GPU against fp64 on the CPU, values and gradients, twice for bit-equality
+  stages    a few DeepSpeed updates at ZeRO stages 0 to 3 in bf16, loss finite and falling
+  sync      the training step under torch.cuda.set_sync_debug_mode("error"): no host-device synchronisation
+  quick     the README's quick start, end to end, with its test mAP
+A check whose library is not installed (DALI, DeepSpeed) is recorded as such, never as passed.
+Not collected by pytest: it needs a GPU and minutes. Exit status 1 when a check failed, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+
+class NotInstalled(Exception):
+    """A library that a check needs is not on this machine."""
+
+
+def need(*modules: str) -> None:
+    """Raise `NotInstalled` unless all modules can be found."""
+    for name in modules:
+        if importlib.util.find_spec(name.split(".")[0]) is None:
+            raise NotInstalled(name)
+
+
+def check_decode() -> str:
+    """GPU views against CPU views on the digit scenes and on larger generated pictures."""
+    need("nvidia.dali")
+    import numpy as np
+    from PIL import Image
+
+    from spml_fast.config import DataConfig
+    from spml_fast.labels import SparseLabels
+    from spml_fast.manifest import ManifestWriter
+    from spml_fast.pipeline import EvalLoader, TrainLoader
+
+    folder = Path(tempfile.mkdtemp())
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(pictures / f"{i}.jpg", quality=92)
+    labels = SparseLabels.from_positives([[i % 3] for i in range(16)], 3, 0)
+    writer = ManifestWriter(folder / "data", "check", ["a", "b", "c"], pictures)
+    size = {"width": [640] * 16, "height": [480] * 16}
+    writer.add_split("train", known=labels, paths=[f"{i}.jpg" for i in range(16)], **size)
+    split = writer.finish({}).split("train")
+    worst = {}
+    for crop in ("squash", "random_resized"):
+        config = DataConfig(image_size=224, train_crop=crop)
+        out = {}
+        for device in (torch.device("cpu"), torch.device("cuda", 0)):
+            shared = {"device": device, "mean": [0.0] * 3, "std": [1 / 255.0] * 3, "world_size": 1, "rank": 0}
+            train = TrainLoader(split, config, views=("weak", "strong"), batch_size=8, accumulation=1, seed=1, **shared)
+            views = [v for update in train.epoch(1) for v in update]
+            out[device.type] = {n: torch.cat([v.views[n].cpu() for v in views]) for n in ("weak", "strong")}
+            evaluation = EvalLoader(split, config, batch_size=8, **shared)
+            out[device.type]["eval"] = torch.cat([v.views["eval"].cpu() for v in evaluation])
+        for name in out["cpu"]:
+            worst[f"{crop} {name}"] = float((out["cpu"][name] - out["cuda"][name]).abs().mean())
+    assert max(worst.values()) < 1.5, f"grey levels apart: {worst}"
+    return "mean grey levels apart: " + ", ".join(f"{k} {v:.3f}" for k, v in worst.items())
+
+
+def check_ops() -> str:
+    """Every op on the GPU against fp64 on the CPU."""
+    from spml_kernels import PointLoss, cam_map, cam_pool, label_loss, label_rows, large_loss, select_large
+
+    worst = 0.0
+    for shape, classes in (((3, 7, 7, 96), 10), ((2, 14, 14, 512), 80), ((5, 5, 3, 2048), 312)):
+        torch.manual_seed(0)
+        features = torch.randn(shape, dtype=torch.float64)
+        weight = torch.randn(classes, shape[-1], dtype=torch.float64) / shape[-1] ** 0.5
+        bias = torch.randn(classes, dtype=torch.float64)
+        for dtype, tolerance in ((torch.float32, 2e-4), (torch.bfloat16, 4e-2)):
+            inputs = [features, weight, bias]
+            low = [t.to(dtype).cuda().requires_grad_() for t in inputs]
+            high = [t.detach().cpu().double().requires_grad_() for t in low]
+            results = []
+            for tensors in (high, low, low):
+                mean, relu = cam_pool(*tensors)
+                assert relu is not None
+                loss = (mean.double() * 0.7 + relu.double() * 2).sum()
+                grads = torch.autograd.grad(loss, tensors)
+                results.append([mean, relu, *grads])
+            for reference, value, again in zip(*results, strict=True):
+                assert torch.equal(value, again), "two runs differ"
+                scale = reference.abs().mean()
+                error = float((reference - value.cpu().double()).abs().mean() / scale)
+                worst = max(worst, error if dtype == torch.float32 else 0)
+                assert error < tolerance, f"cam_pool {shape} {dtype}: relative error {error}"
+            ids = torch.randint(-1, classes, (shape[0], 2))
+            maps = cam_map(*[t.detach() for t in low], ids.cuda()).cpu().double()
+            assert float((maps - cam_map(*[t.detach() for t in high], ids)).abs().mean()) < tolerance
+        logits, codes = torch.randn(64, classes), torch.randint(-1, 2, (64, classes), dtype=torch.int8)
+        for k in (0, 1, 17, 64 * classes):
+            args = (torch.tensor(k), 64 * classes)
+            expected, threshold = select_large(logits, codes, *args)
+            found, level = select_large(logits.cuda(), codes.cuda(), args[0].cuda(), args[1])
+            assert torch.equal(expected, found.cpu()) and torch.equal(threshold, level.cpu())
+            for scheme in ("reject", "correct"):
+                one = large_loss(logits.double(), codes, expected, scheme)
+                two = large_loss(logits.cuda(), codes.cuda(), found, scheme)
+                assert abs(float(one) - float(two)) <= 1e-5 * abs(float(one))
+        point = PointLoss("bce", lambda z, c: torch.nn.functional.softplus(z) - z * (c == 1))
+        one, two = label_loss(logits.double(), codes, point), label_loss(logits.cuda(), codes.cuda(), point)
+        assert abs(float(one) - float(two)) <= 1e-5 * abs(float(one))
+        listed = codes != -1
+        rows, columns = torch.nonzero(listed, as_tuple=True)
+        indptr = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
+        arrays = [indptr, columns.to(torch.int16), codes[rows, columns], torch.randperm(64)]
+        wanted = codes[arrays[3]]
+        got = label_rows(*[a.cuda() for a in arrays], classes, -1, int(listed.sum(1).max()))
+        assert torch.equal(got.cpu(), wanted)
+    return f"largest fp32 relative error {worst:.1e}"
+
+
+def train(run: Path, *options: str) -> dict[str, object]:
+    """Run launch/train.py in this environment; returns results.json."""
+    words = [sys.executable, str(ROOT / "launch" / "train.py"), "--run.dir", str(run), *options]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=run.parent, env=env, timeout=560)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    result: dict[str, object] = json.loads((run / "results.json").read_text())
+    return result
+
+
+def check_stages() -> str:
+    """One short bf16 run at every ZeRO stage."""
+    need("deepspeed", "nvidia.dali", "jsonargparse")
+    folder, notes = Path(tempfile.mkdtemp()), []
+    recipe = str(ROOT / "launch" / "configs" / "digits.yaml")
+    for stage in range(4):
+        run = folder / f"stage{stage}"
+        options = ["--config", recipe, "--train.epochs", "2", "--deepspeed.zero_stage", str(stage)]
+        train(run, *options, "--train.precision", "bf16")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses = [entry["loss"] for entry in lines if entry["kind"] == "epoch"]
+        assert losses[1] < losses[0], f"stage {stage}: {losses}"
+        notes.append(f"stage {stage} {losses[0]:.3f} -> {losses[1]:.3f}")
+    return ", ".join(notes)
+
+
+def check_sync() -> str:
+    """Method and head of a training step with synchronisation forbidden."""
+    need("timm", "jsonargparse")
+    from spml_fast.batch import Batch
+    from spml_fast.classifier import Classifier
+    from spml_fast.config import ModelConfig
+    from spml_fast.labels import LabelStore, SparseLabels
+    from spml_fast.methods import Progress, get_method
+
+    store = LabelStore(SparseLabels.from_positives([[i % 10] for i in range(256)], 10, -1), "cuda")
+    model = ModelConfig(backbone="resnet18", pretrained=False)
+    classifier = Classifier(model, 10, 64).cuda().to(memory_format=torch.channels_last)
+    pictures = torch.randn(32, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    index = torch.arange(32, device="cuda")
+    progress = Progress(5, 10, 40, 10)
+    names = ("an", "ll_r", "ll_ct", "ll_cp")
+    for name in names:
+        cls = get_method(name)
+        method = cls(cls.Options(name=name), store).cuda()
+
+        def step(method: torch.nn.Module = method) -> None:
+            batch = Batch({"weak": pictures}, store.rows(index), index, 32)
+            method(classifier, batch, progress).loss.backward()
+
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return "none in " + ", ".join(names)
+
+
+def check_quick() -> str:
+    """The quick start."""
+    need("deepspeed", "nvidia.dali", "jsonargparse")
+    results = train(Path(tempfile.mkdtemp()) / "quick")
+    alphas = results["alpha"]
+    assert isinstance(alphas, dict) and alphas["5"]["map"] > 95, alphas
+    return (
+        f"test mAP {alphas['1']['map']:.2f} / {alphas['5']['map']:.2f} at alpha 1 / 5, "
+        f"{results['images_per_second']:.0f} images/s, data wait {results['data_wait']:.1%}"
+    )
+
+
+CHECKS: dict[str, Callable[[], str]] = {
+    "ops": check_ops,
+    "sync": check_sync,
+    "decode": check_decode,
+    "stages": check_stages,
+    "quick": check_quick,
+}
+
+
+def version(package: str) -> str:
+    """Installed version, or `none`."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def main() -> int:
+    """Run the checks and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, help="CSV file; default benchmarks/results/gpu_check_<GPU>.csv")
+    parser.add_argument("--only", nargs="+", choices=sorted(CHECKS), help="run these alone")
+    parser.add_argument("--commit", help="commit to record where git is not at hand")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("there is no GPU on this machine; nothing was checked", file=sys.stderr)
+        return 2
+    gpu = torch.cuda.get_device_name(0)
+    commit = (
+        args.commit
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+        ).stdout.strip()
+    )
+    versions = " ".join(f"{p}={version(p)}" for p in ("torch", "triton", "timm", "deepspeed", "nvidia-dali-cuda130"))
+    rows, failed = [], False
+    for name in args.only or CHECKS:
+        start = time.perf_counter()
+        try:
+            outcome, note = "passed", CHECKS[name]()
+        except NotInstalled as error:
+            outcome, note = "not installed", str(error)
+        except Exception:  # every failure is recorded with its traceback, and the rest still runs
+            outcome, note, failed = "FAILED", traceback.format_exc()[-1500:], True
+        seconds = time.perf_counter() - start
+        print(f"{name:8} {outcome:14} {seconds:6.1f} s  {note}", flush=True)
+        rows.append([name, outcome, f"{seconds:.1f}", note.replace("\n", " | "), gpu, versions, commit])
+    out = args.out or ROOT / "benchmarks" / "results" / f"gpu_check_{gpu.replace(' ', '_')}.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["check", "outcome", "seconds", "note", "gpu", "versions", "commit"])
+        writer.writerows(rows)
+    print(f"written to {out}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
