@@ -15,13 +15,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
     datasets = load_all()
-    for name, dataset in datasets.items():
-        text = (dataset.__doc__ or "").strip().splitlines()[0]
+    for name, candidate in datasets.items():
+        text = (candidate.__doc__ or "").strip().splitlines()[0]
         subparser = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
-        dataset.add_options(subparser)
-        add_common_options(subparser, dataset)
+        candidate.add_options(subparser)
+        add_common_options(subparser, candidate)
     options = parser.parse_args(arguments)
-    print(summary(datasets[options.dataset]().prepare(options)))
+    dataset = datasets[options.dataset]
+    print(summary(dataset().prepare(options), dataset.train_options))
     return 0
 
 

@@ -70,6 +70,8 @@ class SparseLabels:
             raise ValueError(f"class id outside 0..{num_classes - 1}")
         if len(rows_a) and (rows_a.min() < 0 or rows_a.max() >= num_rows):
             raise ValueError(f"row outside 0..{num_rows - 1}")
+        if len(codes_a) and (codes_a.min() < UNKNOWN or codes_a.max() > POSITIVE):
+            raise ValueError("a code is not 1, 0 or -1")
         key = rows_a * num_classes + classes_a
         order = np.argsort(key, kind="stable")
         key = key[order]
@@ -83,7 +85,7 @@ class SparseLabels:
     def from_positives(cls, positives: Sequence[Iterable[int]], num_classes: int, default: int) -> SparseLabels:
         """Build from one collection of positive class ids per row; repeated ids count once."""
         unique = [sorted(set(p)) for p in positives]
-        rows = np.repeat(np.arange(len(unique)), [len(p) for p in unique])
+        rows = np.repeat(np.arange(len(unique)), np.array([len(p) for p in unique], np.int64))
         flat = [c for p in unique for c in p]
         return cls.from_entries(rows, flat, np.ones(len(flat), np.int8), len(unique), num_classes, default)
 
@@ -140,7 +142,7 @@ class SparseLabels:
             indptr, classes, codes = (
                 np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indptr", "classes", "codes")
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"the label files in {folder} cannot be read ({error}); prepare the data again") from error
         return cls(indptr, classes, codes, int(meta["num_classes"]), int(meta["default"]))
 
@@ -169,6 +171,12 @@ class LabelStore:
 
     def __len__(self) -> int:
         return len(self._indptr) - 1
+
+    def max_row_count(self, code: int) -> int:
+        """The largest number of entries with `code` that any sample has, unlisted entries and corrections left out."""
+        running = torch.nn.functional.pad((self._codes == code).cumsum(0), (1, 0))
+        counts = running[self._indptr[1:]] - running[self._indptr[:-1]]
+        return int(counts.max()) if len(counts) else 0
 
     @property
     def num_corrections(self) -> int:

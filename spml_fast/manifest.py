@@ -53,7 +53,7 @@ class Split:
         path = self.folder / f"{name}.npy"
         try:
             return np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} cannot be read ({error}); prepare the data again") from error
 
     @cached_property

@@ -256,9 +256,7 @@ def import_labels(
     return Imported(labels, np.concatenate(soft) if fmt == "soft" else None)
 
 
-def _understand(
-    block: npt.NDArray[Any], fmt: ImportFormat
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def _understand(block: npt.NDArray[Any], fmt: ImportFormat) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """(entries whose value the format has, entries that are to be listed), bool of the block's shape."""
     one, zero = block == 1, block == 0
     if fmt == "spml":

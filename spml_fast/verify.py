@@ -1,10 +1,13 @@
 """Looks at every picture once, so that a bad file is a line in a report and never a dead training run.
 
-The loader stops for good at the first file that it cannot decode. Which files those are was found by decoding some
-eighty kinds of file, whole and damaged, with DALI 2.4 on the CPU and with Pillow 13: the two agree on JPEG
-(progressive, grey, CMYK), PNG (grey, palette, RGBA, 16 bit), WebP, BMP, PNM, JPEG 2000 and most TIFF; DALI alone refuses GIF,
-AVIF, ICO, TGA, TIFF with 32-bit integers or without BitsPerSample, and PNG whose checksums are wrong. `check_picture`
-refuses those by name.
+The loader stops for good at the first file that it cannot decode. Which files those are was found by decoding a
+hundred kinds of file, whole and damaged, with DALI 2.4 on the CPU and with Pillow 13. The two agree on JPEG
+(progressive, grey, CMYK), PNG (grey, palette, RGBA, 16 bit), WebP, BMP, PNM, JPEG 2000 and most TIFF. DALI alone
+refuses GIF, AVIF, ICO, TGA, 32-bit TIFF, TIFF without BitsPerSample, two rare kinds of BMP, JPEG 2000 of grey with
+transparency, PNG whose checksums are wrong and JPEG with stray bytes between its segments; `check_picture` refuses
+those by name. Of 2,200 JPEG, PNG, WebP and BMP files spoiled at random, none that DALI refuses got past it; of 600
+TIFF, JPEG 2000 and PPM files, 9 did.
+
 This module imports neither torch nor DALI, and its workers are light.
 """
 
@@ -17,6 +20,7 @@ import struct
 import sys
 import time
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -37,6 +41,10 @@ DECODE_LIMIT = 200_000
 _LOADER_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"})
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS_PER_SAMPLE = 258
+_MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP")
+# Restart markers, start and end of image, and markers without a segment; none belongs before the first scan.
+_JPEG_NO_SEGMENT = frozenset(bytes([m]) for m in (0x00, 0x01, *range(0xD0, 0xDA)))
+_JPEG_UNUSUAL_FRAMES = frozenset(bytes([m]) for m in (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
 _CHUNK = 128
 # Below this, starting processes takes longer than looking at the pictures.
 _POOL_FROM = 64
@@ -120,22 +128,19 @@ def _check_stream(stream: io.BytesIO | io.BufferedReader, path: str, level: str)
         warnings.simplefilter("ignore")
         try:
             with Image.open(stream) as image:
-                checked = _check_header(image)
+                checked = _check_header(image, stream)
                 if level == "header" or checked.reason:
                     return checked
-                if image.format == "PNG":
-                    # Pillow decodes in spite of a wrong checksum, libpng as the loader uses it does not.
-                    image.verify()
-                    stream.seek(0)
-                    with Image.open(stream) as again:
-                        again.load()
-                else:
-                    if image.format in ("JPEG", "MPO"):
-                        # Every coefficient is still read, so damage shows as in a full decode, in half the time.
-                        image.draft(image.mode, (1, 1))
-                    image.load()
-                return checked
+                if image.format in ("JPEG", "MPO"):
+                    # Every coefficient is still read, so damage shows as in a full decode, in half the time.
+                    image.draft(image.mode, (1, 1))
+                image.load()
+                damage = _png_damage(stream) if image.format == "PNG" else ""
+                return Checked("damaged or truncated", damage) if damage else checked
         except UnidentifiedImageError:
+            stream.seek(0)
+            if stream.read(16).startswith(_MAGIC):
+                return Checked("damaged or truncated", "it starts as a picture, but its header is damaged")
             return Checked("not a picture", "no picture format fits the file's first bytes")
         except Image.DecompressionBombError as error:
             return Checked("too many pixels", str(error))
@@ -144,27 +149,110 @@ def _check_stream(stream: io.BytesIO | io.BufferedReader, path: str, level: str)
             return Checked("damaged or truncated", f"{type(error).__name__}: {error}")
 
 
-def _check_header(image: Image.Image) -> Checked:
+def _check_header(image: Image.Image, stream: io.BytesIO | io.BufferedReader) -> Checked:
     """Format, pixel kind, stored size and orientation of an opened picture."""
     fmt, mode = image.format or "unknown", image.mode
     if fmt not in _LOADER_FORMATS:
         return Checked(f"format {fmt} is not read by the loader; convert it to JPEG or PNG")
-    if mode in ("F", "I") or mode.startswith("I;32"):
-        return Checked(f"{fmt} with 32 bits a pixel channel is not read by the loader; convert it to 8 or 16 bits")
-    if fmt == "TIFF" and _TIFF_BITS_PER_SAMPLE not in getattr(image, "tag_v2", {}):
-        return Checked("TIFF without the BitsPerSample tag is not read by the loader; convert it to PNG")
+    kind = _unreadable_kind(fmt, mode, image, stream)
+    if kind:
+        return Checked(f"{kind} is not read by the loader; convert it to JPEG or 8-bit PNG")
+    if fmt in ("JPEG", "MPO"):
+        damage = _jpeg_damage(stream)
+        if damage:
+            return Checked("damaged or truncated", damage)
     width, height = image.size
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, struct.error):
-        # A damaged EXIF block; the pixels may be fine.
-        orientation = 1
-    if not isinstance(orientation, int) or not 1 <= orientation <= 8:
-        orientation = 1
+    orientation = _exif_orientation(image)
     if fmt == "TIFF" and orientation >= 5:
         # Pillow turns TIFF by itself and reports the turned size.
         width, height = height, width
     return Checked(None, "", width, height, orientation)
+
+
+def _unreadable_kind(fmt: str, mode: str, image: Image.Image, stream: io.BytesIO | io.BufferedReader) -> str:
+    """Name of a kind of file that Pillow reads and the loader does not; empty when the loader does."""
+    # Pillow opens 16-bit PGM in its 32-bit mode.
+    if mode == "F" or mode.startswith("I;32") or (mode == "I" and fmt not in ("PPM", "PNG")):
+        return f"{fmt} with 32 bits a pixel channel"
+    if fmt == "TIFF" and _TIFF_BITS_PER_SAMPLE not in getattr(image, "tag_v2", {}):
+        return "TIFF without the BitsPerSample tag"
+    if fmt == "JPEG2000" and mode == "LA":
+        return "JPEG 2000 of grey with transparency"
+    if fmt == "BMP":
+        position = stream.tell()
+        stream.seek(0)
+        header = stream.read(34)
+        stream.seek(position)
+        bits, compression = int.from_bytes(header[28:30], "little"), int.from_bytes(header[30:34], "little")
+        if int.from_bytes(header[14:18], "little") >= 40:
+            if bits == 16 and compression == 0:
+                return "BMP with 16 bits a pixel and no bit masks"
+            if compression == 2:
+                return "BMP with 4-bit run-length compression"
+    return ""
+
+
+def _jpeg_damage(stream: io.BytesIO | io.BufferedReader) -> str:
+    """What is wrong with the segments before the first scan; empty when nothing is.
+
+    libjpeg and Pillow skip stray bytes between segments; the loader's parser gives up on them. The stream's position
+    is kept.
+    """
+    position = stream.tell()
+    stream.seek(2)
+    try:
+        while True:
+            place = stream.tell()
+            byte = stream.read(1)
+            if byte != b"\xff":
+                return f"stray bytes between JPEG segments at byte {place}"
+            while byte == b"\xff":
+                byte = stream.read(1)
+            if not byte or byte in _JPEG_NO_SEGMENT:
+                return f"unexpected JPEG marker at byte {place}"
+            if byte in _JPEG_UNUSUAL_FRAMES:
+                return "JPEG with arithmetic, lossless or hierarchical coding, which the loader does not read"
+            if byte == b"\xda":
+                return ""
+            length = int.from_bytes(stream.read(2), "big")
+            if length < 2:
+                return f"JPEG segment of impossible length at byte {place}"
+            stream.seek(length - 2, os.SEEK_CUR)
+    finally:
+        stream.seek(position)
+
+
+def _png_damage(stream: io.BytesIO | io.BufferedReader) -> str:
+    """What is wrong with the chunks of a PNG; empty when nothing is.
+
+    Pillow decodes in spite of wrong checksums and a cut-off end; libpng as the loader uses it does not.
+    """
+    stream.seek(8)
+    while True:
+        head = stream.read(8)
+        if len(head) < 8:
+            return "the PNG ends without its last chunk"
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        body, checksum = stream.read(length), stream.read(4)
+        if len(body) < length or len(checksum) < 4:
+            return f"the PNG ends within its chunk {kind!r}"
+        if zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(checksum, "big"):
+            return f"wrong checksum of the PNG's chunk {kind!r}"
+        if kind == b"IEND":
+            return ""
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8 of an opened picture; 1 when absent, damaged or senseless."""
+    if image.format == "PNG" and "exif" not in image.info:
+        # Pillow would decode the whole picture to look for an EXIF chunk behind the pixels.
+        return 1
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, struct.error):
+        # A damaged EXIF block; the pixels may be fine.
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _check_chunk(paths: list[str], level: Literal["decode", "header"]) -> list[Checked]:

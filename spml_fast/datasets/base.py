@@ -18,7 +18,9 @@ split, look at every picture, drop the bad ones from every column, write the Man
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -157,6 +159,8 @@ class Dataset:
     name: ClassVar[str]
     default_observe: ClassVar[str] = "single"
     default_orientation: ClassVar[Orientation] = "ignore"
+    # What the summary's next command has besides --data.dir.
+    train_options: ClassVar[str] = ""
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -309,13 +313,14 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
             kept, cut = published_split(len(official))
             parts = [(official.name, kept), (raw.carve[1], cut)]
         for name, rows in parts:
+            official_rows = len(rows)
             rows = rows[checked.ok[rows]]
             if not len(rows):
                 raise UserError(f"split {name!r} is empty ({len(official)} rows in the official {official.name!r})")
             part = official.select(rows, name)
             seen = None if observed is None else observed.select(rows)
             entry = _write(part, seen, checked, rows, common.orientation, writer, notes)
-            entry["left_out"] = int(len(parts[[n for n, _ in parts].index(name)][1]) - len(rows))
+            entry["left_out"] = official_rows - len(rows)
             report_splits[name] = entry
 
     if not report_splits[raw.splits[0].name]["known"]["positive"]:
@@ -363,7 +368,7 @@ def _write(
     differ = opened & (annotated_width > 0) & ((width != annotated_width) | (height != annotated_height))
     if differ.any():
         notes.append(
-            f"{part.name}: {int(differ.sum())} pictures have another size than their annotation says "
+            f"{part.name}: another size than the annotation says: {int(differ.sum()):,} pictures "
             f"(first: {part.relative_path(int(np.argmax(differ)))}); the pictures' own sizes are kept"
         )
     width, height = np.where(opened, width, annotated_width), np.where(opened, height, annotated_height)
@@ -445,10 +450,8 @@ def turn_boxes(boxes: npt.NDArray[np.float32], orientation: npt.NDArray[np.uint8
     return out
 
 
-def summary(manifest: Manifest) -> str:
+def summary(manifest: Manifest, train_options: str = "") -> str:
     """What preparation found, for the end of the command: counts, what was left out and why, the next command."""
-    import json
-
     report = cast(dict[str, Any], json.loads((manifest.folder / "report.json").read_text(encoding="utf-8")))
     lines = [f"{report['name']}: {report['classes']} classes"]
     header = ("split", "samples", "known +", "known -", "unknown", "observed +", "observed -", "unknown")
@@ -462,15 +465,16 @@ def summary(manifest: Manifest) -> str:
         lines.append("  " + "  ".join(cells))
     for name, split in report["splits"].items():
         if split["without_positive"]:
-            lines.append(f"{name}: {split['without_positive']:,} pictures have no positive label")
+            lines.append(f"{name}: no positive label for {split['without_positive']:,} of {split['samples']:,} pictures")
         if split["classes_without_positive"]:
-            lines.append(f"{name}: {split['classes_without_positive']:,} classes have no positive picture")
+            missing = split["classes_without_positive"]
+            lines.append(f"{name}: no positive picture for {missing:,} of {report['classes']:,} classes")
         if split["turned_by_exif"]:
-            lines.append(f"{name}: {split['turned_by_exif']:,} pictures are turned as their EXIF data say")
+            lines.append(f"{name}: turned as their EXIF data say: {split['turned_by_exif']:,} pictures")
     lines += report["notes"]
     left_out = report["left_out"]
     if left_out["total"]:
-        lines.append(f"left out: {left_out['total']:,} pictures (each is named in {manifest.folder / 'report.json'})")
+        lines.append(f"left out: {left_out["total"]:,} pictures (each is named in {manifest.folder / 'report.json'})")
         lines += [f"  {count:,}  {reason}" for reason, count in left_out["reasons"].items()]
     elif report["verify"] == "none":
         lines.append("no picture was looked at (--verify none)")
@@ -478,5 +482,6 @@ def summary(manifest: Manifest) -> str:
         how = "decoded" if report["verify"] == "decode" else "headers read"
         lines.append(f"left out: no picture (all were checked: {how})")
     lines.append(f"Manifest: {manifest.folder}")
-    lines.append(f"next: deepspeed launch/train.py --data.dir {manifest.folder}")
+    words = f"{train_options} --data.dir {shlex.quote(str(manifest.folder))}".strip()
+    lines.append(f"next: deepspeed launch/train.py {words}")
     return "\n".join(lines)

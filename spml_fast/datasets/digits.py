@@ -75,12 +75,10 @@ def _load_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     data = load_digits()
     small = np.round(data.images * (255 / 16)).astype(np.uint8)
     large = [np.asarray(Image.fromarray(s).resize((DIGIT, DIGIT), Image.Resampling.BICUBIC)) for s in small]
-    return np.stack(large).astype(np.float32) / 255, data.target.astype(np.int64)
+    return np.stack(large).astype(np.float32) / np.float32(255), data.target.astype(np.int64)
 
 
-def plan_scenes(
-    count: int, sources: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], seed: list[int]
-) -> Scenes:
+def plan_scenes(count: int, sources: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], seed: list[int]) -> Scenes:
     """Decide what `count` scenes show; a pure function of the arguments.
 
     Args:
@@ -135,7 +133,7 @@ def render_scenes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> npt.NDArray[n
 def _boxes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """Boxes [K, 5] (digit, x0, y0, x1, y1 in pixels) around the ink of every digit."""
     inked = ink > _INK
-    columns, rows = inked.any(1), inked.any(2)
+    columns, rows = np.any(inked, axis=1), np.any(inked, axis=2)
     x0, y0 = columns.argmax(1), rows.argmax(1)
     x1, y1 = DIGIT - columns[:, ::-1].argmax(1), DIGIT - rows[:, ::-1].argmax(1)
     s = scenes.source
@@ -236,8 +234,8 @@ def prepare_digits(
     for key, value in wanted.items():
         if report.get(key) != value:
             raise UserError(
-                f"{out} holds another data set than the digit scenes asked for ({key}: {report.get(key)}, not {value}); "
-                "delete it or choose another folder"
+                f"{out} holds another data set than the digit scenes asked for "
+                f"({key}: {report.get(key)}, not {value}); delete it or choose another folder"
             )
     return manifest
 
@@ -245,6 +243,8 @@ def prepare_digits(
 @register("digits")
 class Digits(Dataset):
     """Digit scenes: 64 x 64 pictures made from scikit-learn's handwritten digits; nothing is downloaded."""
+
+    train_options = "--config launch/configs/digits.yaml"
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
