@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -12,7 +16,10 @@ from torch import Tensor, nn
 
 from spml_fast.config import ModelConfig
 from spml_fast.errors import UserError
-from spml_fast.heads.cam import CamHead
+from spml_fast.heads import Head, MaskOptions, make_head
+
+# Its long lists of weights that a file lacks are replaced by the check in `load_backbone`.
+logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -25,13 +32,17 @@ class HeadOutput:
         mean: mean(M) [B, C] fp32, the logits at alpha 1.
         mean_relu: mean(relu M) [B, C] fp32, or None when it was not asked for.
         logits: [B, C] fp32 at the alpha of the call.
-        maps: [B, N, h, w] fp32 class activation maps of the classes asked for, else None.
+        maps: [B, N, h, w] fp32 maps of the classes asked for, else None.
+        masked: [B, 3, S, S] pictures masked by those maps, when that was asked for, else None.
+
+    Heads without a class activation map have their logits in `mean`, and alpha must be 1.
     """
 
     mean: Tensor
     mean_relu: Tensor | None
     logits: Tensor
     maps: Tensor | None = None
+    masked: Tensor | None = None
 
     def at_alpha(self, alpha: float) -> Tensor:
         """Logits [B, C] fp32 with BoostLU's factor `alpha`, from the same pass."""
@@ -56,6 +67,30 @@ def check_alpha(alpha: float, name: str) -> None:
         raise UserError(f"{name} is {alpha}; BoostLU's alpha must be greater than 0 (1 turns boosting off)")
 
 
+BnMode = Literal["update", "no_update", "eval"]
+
+
+@contextlib.contextmanager
+def bn_behaviour(module: nn.Module, mode: BnMode) -> Iterator[None]:
+    """Inside, BatchNorm of a module in training mode behaves as said.
+
+    Args:
+        mode: `update` as always; `no_update` normalises by the batch without moving the running statistics; `eval`
+            normalises by the running statistics.
+    """
+    norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.training] if mode != "update" else []
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.training = mode == "no_update"
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.training = True
+
+
 class Classifier(nn.Module):
     """Backbone, feature map in channels-last shape, head.
 
@@ -65,21 +100,27 @@ class Classifier(nn.Module):
         image_size: side of the square input in pixels; fixes the position codes of transformers.
 
     Raises:
-        UserError: unknown backbone, unreachable pretrained weights, or an option that the backbone does not have.
+        UserError: unknown backbone or head, unreachable pretrained weights, or an option that they do not have.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int, image_size: int) -> None:
         super().__init__()
         check_alpha(config.alpha_train, "model.alpha_train")
         check_alpha(config.alpha_eval, "model.alpha_eval")
-        self.alpha_train, self.alpha_eval = config.alpha_train, config.alpha_eval
         self.freeze_bn = config.freeze_bn
         self.frozen = False
+        # timm's models have more than nn.Module promises.
         self.backbone = create_backbone(config, image_size)
         self.channels: int = self.backbone.num_features
         self.prefix_tokens: int = getattr(self.backbone, "num_prefix_tokens", 0)
         self.feature_size, self.layout = self._probe(image_size, config.backbone)
-        self.head = CamHead(self.channels, num_classes)
+        self.any_size = self.layout != "NLC" and not needs_fixed_size(config.backbone)
+        self.head: Head = make_head(config.head, config.head_options, self.channels, num_classes, self.feature_size)
+        # The defaults are BoostLU's; a head without a map takes 1 whatever they say.
+        self.alpha_train = config.alpha_train if self.head.boosts else 1.0
+        self.alpha_eval = config.alpha_eval if self.head.boosts else 1.0
+        self.fixed = frozen_parameters(self.backbone, config.freeze)
+        self.freeze_backbone(False)
 
     @torch.no_grad()
     def _probe(self, image_size: int, name: str) -> tuple[tuple[int, int], str]:
@@ -109,6 +150,8 @@ class Classifier(nn.Module):
         """Keep the backbone as it is (evaluation mode, no gradient), so that only the head trains; or undo that."""
         self.frozen = frozen
         self.backbone.requires_grad_(not frozen)
+        for parameter in self.fixed:
+            parameter.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Classifier:
@@ -133,7 +176,12 @@ class Classifier(nn.Module):
         return out[:, self.prefix_tokens :].unflatten(1, self.feature_size)
 
     def forward(
-        self, pictures: Tensor, alpha: float = 1.0, boost: bool | None = None, classes: Tensor | None = None
+        self,
+        pictures: Tensor,
+        alpha: float = 1.0,
+        boost: bool | None = None,
+        classes: Tensor | None = None,
+        mask: MaskOptions | None = None,
     ) -> HeadOutput:
         """Logits of a batch.
 
@@ -141,11 +189,13 @@ class Classifier(nn.Module):
             pictures: [B, 3, S, S].
             alpha: BoostLU's factor for `logits`.
             boost: compute mean(relu M) even for alpha 1, so that `HeadOutput.at_alpha` works for every alpha.
-            classes: int64 [B, N] classes whose maps are wanted.
+            classes: int64 [B, N] classes whose maps are wanted, padded with -1.
+            mask: give the pictures masked by these maps instead of the maps.
         """
         want = alpha != 1 if boost is None else boost
-        mean, mean_relu, maps = self.head(self.features(pictures), want, classes)
-        return HeadOutput(mean, mean_relu, boosted(mean, mean_relu, alpha), maps)
+        source = pictures if mask is not None else None
+        mean, mean_relu, maps, masked = self.head(self.features(pictures), want, classes, source, mask)
+        return HeadOutput(mean, mean_relu, boosted(mean, mean_relu, alpha), maps, masked)
 
     def input_normalisation(self) -> tuple[list[float], list[float]]:
         """Per-channel mean and standard deviation (0..1) that the backbone was trained with."""
@@ -153,7 +203,23 @@ class Classifier(nn.Module):
         return list(data["mean"]), list(data["std"])
 
 
-def create_backbone(config: ModelConfig, image_size: int) -> nn.Module:
+def needs_fixed_size(name: str) -> bool:
+    """Whether a timm model takes pictures of the size it was made for alone."""
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return bool(cfg is not None and getattr(cfg, "fixed_input_size", False))
+
+
+def frozen_parameters(backbone: nn.Module, patterns: list[str]) -> list[nn.Parameter]:
+    """Parameters whose names match one of the shell patterns. `UserError` for a pattern that matches none."""
+    named = dict(backbone.named_parameters())
+    for pattern in patterns:
+        if not fnmatch.filter(named, pattern):
+            some = ", ".join(list(named)[:3])
+            raise UserError(f"model.freeze: {pattern!r} matches no parameter of the backbone; it has {some}, ...")
+    return [p for name, p in named.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def create_backbone(config: ModelConfig, image_size: int) -> Any:
     """The timm model without its own pooling and classifier.
 
     Raises:
@@ -168,28 +234,59 @@ def create_backbone(config: ModelConfig, image_size: int) -> nn.Module:
         options["output_stride"] = config.output_stride
     if config.drop_path is not None:
         options["drop_path_rate"] = config.drop_path
-    cfg = timm.get_pretrained_cfg(config.backbone, allow_unregistered=True)
-    if cfg is not None and getattr(cfg, "fixed_input_size", False):
+    if needs_fixed_size(config.backbone):
         options["img_size"] = image_size
     if config.weights is not None:
         if not Path(config.weights).is_file():
             raise UserError(f"model.weights: {config.weights} does not exist")
         options["pretrained_cfg_overlay"] = {"file": config.weights}
+    loads = config.pretrained or config.weights is not None
+    # Made without weights first: what is wrong with the options is then told apart from what is wrong with the weights.
     try:
-        model = timm.create_model(config.backbone, pretrained=config.pretrained or config.weights is not None, **options)
-    except TypeError as error:
-        given = [k for k in ("output_stride", "drop_path_rate", "img_size") if k in options]
-        raise UserError(f"backbone {config.backbone} does not accept {' or '.join(given)}: {error}") from error
-    except (OSError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if config.weights is not None:
-            raise UserError(f"{config.weights} does not fit backbone {config.backbone}: {first}") from error
-        if config.pretrained:
-            raise UserError(
-                f"the pretrained weights of {config.backbone} cannot be had ({first}); give a local file with "
-                "--model.weights FILE, or start from random weights with --model.pretrained false"
-            ) from error
-        raise UserError(f"backbone {config.backbone} cannot be made: {first}") from error
+        with torch.random.fork_rng(devices=[], enabled=loads):
+            model = timm.create_model(config.backbone, pretrained=False, **options)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
+        given = ", ".join(f"{k} {options[k]}" for k in ("output_stride", "drop_path_rate", "img_size") if k in options)
+        reason = f"{type(error).__name__} {error}".strip()
+        raise UserError(
+            f"backbone {config.backbone} cannot be made with {given or 'its defaults'}: {reason}"
+        ) from error
+    if loads:
+        model = load_backbone(model, config, options)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
+    return model
+
+
+def load_backbone(fresh: nn.Module, config: ModelConfig, options: dict[str, Any]) -> nn.Module:
+    """The backbone with weights from `config.weights`, or by timm's own means.
+
+    Args:
+        fresh: the same model, made with random weights from the generator's present state.
+        options: what it was made with.
+
+    Raises:
+        UserError: the weights cannot be read or had, or belong to another model.
+    """
+    try:
+        model = timm.create_model(config.backbone, pretrained=True, **options)
+    except Exception as error:
+        # Reading somebody's weight file, or fetching one, may raise anything.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
+        reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        if config.weights is not None:
+            raise UserError(f"{config.weights} cannot be loaded into backbone {config.backbone} ({reason})") from error
+        raise UserError(
+            f"the pretrained weights of {config.backbone} cannot be had ({reason}); give a local file with "
+            "--model.weights FILE, or start from random weights with --model.pretrained false"
+        ) from error
+    if config.weights is not None:
+        # timm passes over weights that a file lacks; those still equal the fresh model's, made from the same seed.
+        initial = {k: v for k, v in fresh.named_parameters() if v.ndim > 1}
+        lacking = [k for k, v in model.named_parameters() if k in initial and torch.equal(v, initial[k])]
+        if lacking:
+            raise UserError(
+                f"{config.weights} has no weights for {len(lacking)} of {len(initial)} tensors of backbone "
+                f"{config.backbone}, for example {lacking[0]}; it belongs to another model"
+            )
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from spml_fast.config import Config, DataConfig, EngineConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from spml_fast.errors import UserError, fail
+from spml_fast.heads import get_head
+from spml_fast.heads.base import head_options
 from spml_fast.methods import get_method
 
 SECTIONS: dict[str, type] = {
@@ -29,13 +32,21 @@ DEFAULT_METHOD = "ll_r"
 
 
 class RunParser(ArgumentParser):
-    """Says what is wrong in one sentence instead of printing every option; exit status 2."""
+    """Says what is wrong in one sentence instead of printing every option; exit status 2.
+
+    Attributes:
+        source: what is being parsed, to begin the sentence with; empty for the command line.
+    """
+
+    source: str = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message on one line and leave."""
         text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(message).split()))
         text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", text)
-        fail(f"{text} (--help lists every option)", status=2)
+        unknown = re.match(r"unrecognized arguments: (--[\w.]+)", text)
+        hint = _closest(unknown[1], self._option_string_actions) if unknown else ""
+        fail(f"{self.source}{text}{hint} (--help lists every option)", status=2)
 
 
 def build_parser(method: str = DEFAULT_METHOD, prog: str | None = None) -> RunParser:
@@ -117,11 +128,18 @@ def parse_config(argv: list[str], default_recipe: Path | None = None, prog: str 
     method = chosen[-1] if chosen else from_files or DEFAULT_METHOD
     for recipe, path in zip(recipes, files, strict=True):
         check_keys(recipe, path, method if from_files == method else None)
+    # `train:` with nothing under it is a section of defaults.
+    recipes = [{k: v for k, v in recipe.items() if v is not None} for recipe in recipes]
     parser = build_parser(method, prog)
     if from_files is not None and method != from_files:
         # The recipe's method options belong to another method; this one starts from its own defaults.
-        argv = _without_method_sections(argv, files, recipes)
-    namespace = parser.parse_args(argv)
+        recipes = [{k: v for k, v in recipe.items() if k != "method"} for recipe in recipes]
+    for recipe, path in zip(recipes, files, strict=True):
+        # Each alone first, so that a wrong value is reported with its file.
+        parser.source = f"recipe {path}: "
+        parser.parse_object(recipe)
+    parser.source = ""
+    namespace = parser.parse_args(_with_recipes(argv, files, recipes))
     return _to_config(parser.instantiate_classes(namespace))
 
 
@@ -151,12 +169,10 @@ def _closest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _without_method_sections(argv: list[str], files: list[str], recipes: list[dict[str, Any]]) -> list[str]:
-    """The command line with its recipes given as text, less their `method` sections."""
-    texts = {
-        path: yaml.safe_dump({k: v for k, v in recipe.items() if k != "method"})
-        for path, recipe in zip(files, recipes, strict=True)
-    }
+def _with_recipes(argv: list[str], files: list[str], recipes: list[dict[str, Any]]) -> list[str]:
+    """The command line with its recipes as text in place of their paths."""
+    # JSON is YAML with every string in quotes: a directory called 1e3 stays a name.
+    texts = {path: json.dumps(recipe, default=str) for path, recipe in zip(files, recipes, strict=True)}
     out = list(argv)
     for i, word in enumerate(out):
         if word == "--config" and i + 1 < len(out):
@@ -174,6 +190,7 @@ def _to_config(namespace: Namespace) -> Config:
 
 def validate(config: Config) -> None:
     """Raise `UserError` for values that have the right type but no meaning; names the option."""
+    settle_head(config)
     positive = {
         "data.image_size": config.data.image_size,
         "data.prefetch": config.data.prefetch,
@@ -190,7 +207,10 @@ def validate(config: Config) -> None:
         "model.alpha_eval": config.model.alpha_eval,
     }
     for alpha in config.eval.alphas or []:
-        positive["eval.alphas"] = min(alpha, positive.get("eval.alphas", alpha))
+        if not alpha > 0:
+            raise UserError(f"eval.alphas has {alpha}; every alpha must be greater than 0")
+    if config.train.linear_lr is not None:
+        positive["train.linear_lr"] = config.train.linear_lr
     for name, value in positive.items():
         if not value > 0:
             raise UserError(f"{name} is {value}; it must be greater than 0")
@@ -204,12 +224,49 @@ def validate(config: Config) -> None:
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise UserError(f"{name} is {share}; it must lie between 0 and 1")
-    if len(config.train.betas) != 2:
-        raise UserError(f"train.betas needs two numbers, not {len(config.train.betas)}")
+    if len(config.train.betas) != 2 or not all(0 <= beta < 1 for beta in config.train.betas):
+        raise UserError(f"train.betas is {config.train.betas}; it needs two numbers from 0 to below 1")
+    for name, values in {"data.mean": config.data.mean, "data.std": config.data.std}.items():
+        if values is not None and len(values) != 3:
+            raise UserError(f"{name} needs three numbers, one a channel, not {len(values)}")
+    if config.data.std is not None and not all(value > 0 for value in config.data.std):
+        raise UserError(f"data.std is {config.data.std}; its numbers must be greater than 0")
+    if not 0 <= config.run.seed < 2**63:
+        raise UserError(f"run.seed is {config.run.seed}; it must lie between 0 and 2^63 - 1")
     if config.train.ema_decay and config.deepspeed.zero_stage == 3:
         raise UserError("train.ema_decay does not work with deepspeed.zero_stage 3 (no rank holds whole weights)")
-    if config.train.linear_epochs < 0 or config.run.save_updates < 0 or config.train.clip < 0:
-        raise UserError("train.linear_epochs, run.save_updates and train.clip must not be negative")
+    not_negative = {
+        "data.threads": config.data.threads,
+        "train.linear_epochs": config.train.linear_epochs,
+        "train.weight_decay": config.train.weight_decay,
+        "train.momentum": config.train.momentum,
+        "train.clip": config.train.clip,
+        "train.stop_after_drop": config.train.stop_after_drop,
+        "run.save_updates": config.run.save_updates,
+    }
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise UserError(f"{name} is {value}; it must not be negative")
+
+
+def settle_head(config: Config) -> None:
+    """Check head and head options; alpha becomes 1 for a head that BoostLU has no meaning for.
+
+    Raises:
+        UserError: no such head or option, or another alpha than 1 or the default was asked for with such a head.
+    """
+    model = config.model
+    head_options(model.head, model.head_options)
+    if get_head(model.head).boosts:
+        return
+    why = f"but head {model.head} has no class activation map to boost; leave it out or set it to 1"
+    for name in ("alpha_train", "alpha_eval"):
+        value = getattr(model, name)
+        if value not in (1, getattr(ModelConfig, name)):
+            raise UserError(f"model.{name} is {value:g}, {why}")
+        setattr(model, name, 1.0)
+    if any(alpha != 1 for alpha in config.eval.alphas or []):
+        raise UserError(f"eval.alphas is {config.eval.alphas}, {why}")
 
 
 def to_yaml(config: Config) -> str:
@@ -220,6 +277,11 @@ def to_yaml(config: Config) -> str:
 def load_config(path: Path) -> Config:
     """Read a run's resolved recipe. Raises `UserError` when it is missing or from another version."""
     recipe = _read_recipe(str(path))
-    name = (recipe.get("method") or {}).get("name", DEFAULT_METHOD)
-    parser = build_parser(str(name), prog=Path(sys.argv[0]).name)
-    return _to_config(parser.instantiate_classes(parser.parse_object(recipe)))
+    section = recipe.get("method")
+    name = str(section.get("name", DEFAULT_METHOD)) if isinstance(section, dict) else DEFAULT_METHOD
+    check_keys(recipe, str(path), name)
+    parser = build_parser(name, prog=Path(sys.argv[0]).name)
+    parser.source = f"recipe {path}: "
+    return _to_config(
+        parser.instantiate_classes(parser.parse_object({k: v for k, v in recipe.items() if v is not None}))
+    )

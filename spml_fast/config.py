@@ -56,11 +56,14 @@ class ModelConfig:
         backbone: any timm model that gives a feature map, for example resnet50.tv_in1k or vit_base_patch16_224.
         pretrained: load the backbone's pretrained weights by timm's own means (a download or its cache).
         weights: local file with backbone weights (.safetensors, .pth), used instead of a download.
-        head: cam is 1x1 class weights, BoostLU and the spatial mean.
+        head: cam is 1x1 class weights, BoostLU and the spatial mean; query2label reads the features by cross-attention
+            (it has no map to boost, so alpha is 1 with it).
+        head_options: options of that head, for example {preset: tiny} for query2label; heads/NAME.py explains them.
         alpha_train: BoostLU's factor on positive cells in training; 1 is the plain class activation map.
         alpha_eval: BoostLU's factor at evaluation.
         output_stride: stride of the feature map, where the backbone allows to choose; null takes its own.
         freeze_bn: keep BatchNorm statistics as they are (its weights still train).
+        freeze: shell patterns of backbone parameter names that do not train, for example [conv1.*, layer1.*].
         sync_bn: BatchNorm statistics over all ranks (GPUs only).
         drop_path: stochastic depth rate; null takes the backbone's default.
         grad_checkpointing: recompute activations in the backward, to save memory.
@@ -70,11 +73,13 @@ class ModelConfig:
     backbone: str = "resnet50.tv_in1k"
     pretrained: bool = True
     weights: str | None = None
-    head: Literal["cam"] = "cam"
+    head: str = "cam"
+    head_options: dict[str, Any] = field(default_factory=dict)
     alpha_train: float = 5.0
     alpha_eval: float = 5.0
     output_stride: int | None = None
     freeze_bn: bool = False
+    freeze: list[str] = field(default_factory=list)
     sync_bn: bool = False
     drop_path: float | None = None
     grad_checkpointing: bool = False
@@ -104,7 +109,8 @@ class TrainConfig:
         warmup_share: share of updates that the learning rate rises for (one_cycle, cosine).
         clip: largest global gradient norm; 0 is off.
         ema_decay: decay of an exponential moving average of the weights (then evaluated and saved); 0 is off.
-        precision: bf16 runs the network under autocast; auto takes bf16 where the hardware computes in it.
+        precision: bf16 runs the network under autocast; auto takes bf16 where it is faster (GPUs from sm_80, CPUs with
+            AMX) and fp32 elsewhere.
         stop_after_drop: stop when validation mAP falls this many points below the best; 0 never stops.
         log_every: updates between two progress lines in metrics.jsonl.
     """

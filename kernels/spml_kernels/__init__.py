@@ -4,18 +4,26 @@ Every public function computes the same thing in plain PyTorch (`reference/`) an
 `dispatch.use_triton` chooses.
 """
 
+from spml_kernels.cam_mask import cam_mask, map_mask, positive_classes
 from spml_kernels.cam_pool import cam_map, cam_pool
+from spml_kernels.ignore_loss import IgnoreTerms, ignore_loss, ignore_statistics
 from spml_kernels.label_loss import PointLoss, label_loss
 from spml_kernels.label_rows import label_rows
 from spml_kernels.large_loss import large_loss, list_selected, select_large
 
 __all__ = [
+    "IgnoreTerms",
     "PointLoss",
     "cam_map",
+    "cam_mask",
     "cam_pool",
+    "ignore_loss",
+    "ignore_statistics",
     "label_loss",
     "label_rows",
     "large_loss",
     "list_selected",
+    "map_mask",
+    "positive_classes",
     "select_large",
 ]

@@ -6,22 +6,25 @@ alpha 1 is exactly global average pooling followed by a linear layer, so checkpo
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
-from spml_kernels import cam_map, cam_pool
+from spml_kernels import cam_map, cam_mask, cam_pool
 from torch import Tensor, nn
 
+from spml_fast.heads.base import Head, HeadOptions, MaskOptions, register
 
-class CamHead(nn.Module):
-    """Class weights [C, K] and bias [C], both initialised uniformly in +-1/sqrt(K) as the released code's 1x1 conv.
 
-    Args:
-        channels: K.
-        num_classes: C.
-    """
+@register("cam")
+class CamHead(Head):
+    """Class weights [C, K] and bias [C], both initialised uniformly in +-1/sqrt(K) as the released code's 1x1 conv."""
 
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
+    boosts: ClassVar[bool] = True
+
+    def __init__(
+        self, channels: int, num_classes: int, grid: tuple[int, int] = (1, 1), options: HeadOptions | None = None
+    ) -> None:
+        super().__init__(channels, num_classes, grid, options or HeadOptions())
         self.weight = nn.Parameter(torch.empty(num_classes, channels))
         self.bias = nn.Parameter(torch.empty(num_classes))
         self.reset_parameters()
@@ -33,20 +36,23 @@ class CamHead(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
-        self, features: Tensor, boost: bool = True, classes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Plain tensors only, so that ZeRO stage 3 can hook them.
-
-        Args:
-            features: [B, H, W, K].
-            boost: whether mean(relu M) is wanted.
-            classes: int64 [B, N]; maps of these classes are wanted as well.
-
-        Returns:
-            mean(M) [B, C] fp32, mean(relu M) [B, C] fp32 or None, maps [B, N, H, W] fp32 or None.
-        """
+        self,
+        features: Tensor,
+        boost: bool = True,
+        classes: Tensor | None = None,
+        pictures: Tensor | None = None,
+        mask: MaskOptions | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The two means of the map; maps are signed, unboosted and include the bias. See `Head.forward`."""
+        maps = masked = None
         # Autocast would take these fp32 products down to bf16; logits are ranked, so they stay fp32.
         with torch.autocast(features.device.type, enabled=False):
             mean, mean_relu = cam_pool(features, self.weight, self.bias, boost)
-            maps = None if classes is None else cam_map(features, self.weight, self.bias, classes)
-        return mean, mean_relu, maps
+            if classes is not None and mask is not None and pictures is not None:
+                with torch.no_grad():
+                    masked = cam_mask(
+                        features, self.weight, self.bias, classes, pictures, mask.threshold, mask.norm, mask.group
+                    )
+            elif classes is not None:
+                maps = cam_map(features, self.weight, self.bias, classes)
+        return mean, mean_relu, maps, masked

@@ -1,0 +1,347 @@
+"""IGNORE: ECCV 2024 (first released as CALR); spec/ignore.md 1.
+
+A label that nobody gave is probably a false negative when the picture loses its evidence together with everything but
+the observed class. Three views go through one network in one step: weak z, strong z_s, and masked z_m, the weak
+picture kept only where the map of its observed class is high.
+    gap g = |z - z_m|
+    T_gap <- l T_gap + (1 - l) mean of g over observed positives;   T_avg[c] <- l T_avg[c] + (1 - l) mean of z[:, c]
+    rejected: g > T_gap and z > T_avg[c] and the label is unknown and epoch > warm_up
+    L = w_spbc BCE(z, observed positives) + w_ign BCE(z_s, everything that is not rejected) + w_reg mean (z_s - z)^2
+Thresholds are updated first, then used; each term is divided by its own number of entries over all ranks.
+
+Rules for what the release crashes on: several observed positives of a picture give the union of their masks and all
+count for T_gap; known negatives are trained and never rejected; a picture without a positive is not masked; a step
+without any positive leaves the thresholds alone.
+
+The released code differs from the description, and from what scales; `preset` chooses, and every option can be set
+by itself:
+                 clean (default)            released                        calr
+cam_norm         per_image                  batch_rawmax in groups of 16    batch_minmax in groups of 16
+cam_threshold    0.8                        0.8                             0.5
+loss_form        logits                     epsilon: -log(p + 1e-5)         epsilon
+debias           true                       false                           false
+masked_bn        no_update                  update                          update
+In all of them lambda holds for 16 pictures and is rescaled to the batch (l^(B/16), identical at the published batch);
+the masked view is made without gradient, which is exact; the head's alpha applies to all views, masks come from the
+unboosted map. CALR's linear head, whose maps lack the bias, is not imitated. Without `ignore` no masked view is made,
+so BatchNorm does not see it either.
+
+Cost: three forwards and two backwards a step, 2.3 times assumed negative (a backward is two forwards). Two speed
+options change the result: masked_every (steps between two masked views; the others reject nothing) and masked_scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from spml_kernels import ignore_loss, ignore_statistics, positive_classes
+from spml_kernels.cam_mask import MapNorm
+from spml_kernels.ignore_loss import LossForm
+from torch import Tensor
+from torch.nn import functional as F
+
+from spml_fast import distributed
+from spml_fast.batch import Batch
+from spml_fast.classifier import BnMode, bn_behaviour
+from spml_fast.errors import UserError
+from spml_fast.heads import MaskOptions
+from spml_fast.labels import POSITIVE, UNKNOWN, LabelStore
+from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
+
+if TYPE_CHECKING:
+    from spml_fast.classifier import Classifier
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "clean": {
+        "cam_norm": "per_image",
+        "cam_threshold": 0.8,
+        "loss_form": "logits",
+        "debias": True,
+        "masked_bn": "no_update",
+    },
+    "released": {
+        "cam_norm": "batch_rawmax",
+        "cam_threshold": 0.8,
+        "loss_form": "epsilon",
+        "debias": False,
+        "masked_bn": "update",
+    },
+    "calr": {
+        "cam_norm": "batch_minmax",
+        "cam_threshold": 0.5,
+        "loss_form": "epsilon",
+        "debias": False,
+        "masked_bn": "update",
+    },
+}
+
+
+@dataclass
+class IgnoreOptions(MethodOptions):
+    """IGNORE.
+
+    Attributes:
+        name: the method.
+        preset: clean is the recommended form; released and calr are the authors' two releases.
+        warm_up: epochs that reject nothing.
+        spbc_weight: weight of the positives' loss on the weak view.
+        ign_weight: weight of the loss on the strong view without the rejected entries.
+        reg_weight: weight of the squared difference of the two views' logits.
+        gap_lambda: decay of the gap threshold for 16 pictures.
+        avg_lambda: decay of the average thresholds for 16 pictures.
+        strong_aug: switch; off takes the ign loss on the weak view.
+        ignore: switch; off rejects nothing.
+        spbc: switch; off drops the spbc loss.
+        reg: switch; off drops the reg loss.
+        lat: switch; off drops the condition on the average logit.
+        cam_threshold: a pixel is kept where the normalised map is greater; null takes the preset's.
+        cam_norm: over what the map is normalised; null takes the preset's.
+        norm_group: pictures of a rank that are normalised together in the batch modes.
+        loss_form: logits is exact binary cross-entropy, epsilon is -log(p + eps); null takes the preset's.
+        eps: of the epsilon form.
+        ema_rescale: rescale the decays to the batch size; off applies them once a step whatever its size.
+        ema_batch: pictures that the decays are meant for.
+        debias: divide the thresholds by the share of the mean that they have seen; null takes the preset's.
+        masked_bn: BatchNorm in the masked view moves its running statistics, uses the batch without moving them, or
+            uses the running ones; null takes the preset's.
+        masked_every: steps between two masked views; other steps reject nothing. 1 is the method.
+        masked_scale: side of the masked view as a share of the picture's; 1 is the method.
+    """
+
+    name: str = "ignore"
+    preset: Literal["clean", "released", "calr"] = "clean"
+    warm_up: int = 3
+    spbc_weight: float = 0.5
+    ign_weight: float = 1.0
+    reg_weight: float = 0.5
+    gap_lambda: float = 0.999
+    avg_lambda: float = 0.999
+    strong_aug: bool = True
+    ignore: bool = True
+    spbc: bool = True
+    reg: bool = True
+    lat: bool = True
+    cam_threshold: float | None = None
+    cam_norm: Literal["per_image", "batch_rawmax", "batch_minmax"] | None = None
+    norm_group: int = 16
+    loss_form: Literal["logits", "epsilon"] | None = None
+    eps: float = 1e-5
+    ema_rescale: bool = True
+    ema_batch: int = 16
+    debias: bool | None = None
+    masked_bn: Literal["update", "no_update", "eval"] | None = None
+    masked_every: int = 1
+    masked_scale: float = 1.0
+
+    def choice(self, name: str) -> Any:
+        """An option that a preset fills in."""
+        value = getattr(self, name)
+        return PRESETS[self.preset][name] if value is None else value
+
+
+class Plan(NamedTuple):
+    """What a micro-step takes from the whole update (exact accumulation).
+
+    Attributes:
+        masked: [B, C] logits of the masked view, or None.
+        positives: observed positives of the update over all ranks, times this micro-step's share of its pictures.
+        kept: entries of the update that are not rejected, in the same way.
+    """
+
+    masked: Tensor | None
+    positives: Tensor
+    kept: Tensor
+
+
+@register("ignore")
+class Ignore(Method):
+    """The three views, the two thresholds, and the three loss terms."""
+
+    Options: ClassVar[type[MethodOptions]] = IgnoreOptions
+    views: ClassVar[tuple[str, ...]] = ("weak", "strong")
+    batch_statistics: ClassVar[bool] = True
+
+    def __init__(self, options: MethodOptions, store: LabelStore) -> None:
+        super().__init__(options, store)
+        o = self.options
+        shares = {"gap_lambda": o.gap_lambda, "avg_lambda": o.avg_lambda}
+        for name, share in shares.items():
+            if not 0 <= share < 1:
+                raise UserError(f"method.{name} is {share}; it must be at least 0 and less than 1")
+        for name in ("norm_group", "ema_batch", "masked_every"):
+            if getattr(o, name) < 1:
+                raise UserError(f"method.{name} is {getattr(o, name)}; it must be at least 1")
+        for name in ("warm_up", "spbc_weight", "ign_weight", "reg_weight", "eps"):
+            if getattr(o, name) < 0:
+                raise UserError(f"method.{name} is {getattr(o, name)}; it must not be negative")
+        if not 0 < o.masked_scale <= 1:
+            raise UserError(f"method.masked_scale is {o.masked_scale}; it must be greater than 0 and at most 1")
+        self.form: LossForm = o.choice("loss_form")
+        self.debias: bool = o.choice("debias")
+        self.masked_bn: BnMode = o.choice("masked_bn")
+        norm: MapNorm = o.choice("cam_norm")
+        self.mask = MaskOptions(o.choice("cam_threshold"), norm, o.norm_group)
+        self.max_positives = max(store.max_row_count(POSITIVE), 1)
+        self.gap_average: Tensor
+        self.logit_average: Tensor
+        self.ema_steps: Tensor
+        # The averages before any debiasing, and how many batches of ema_batch pictures they have seen.
+        self.register_buffer("gap_average", torch.zeros((), device=store.device))
+        self.register_buffer("logit_average", torch.zeros(store.num_classes, device=store.device))
+        self.register_buffer("ema_steps", torch.zeros((), dtype=torch.float64, device=store.device))
+
+    # ---- thresholds
+
+    def update_thresholds(self, statistics: Tensor, pictures: int, repeats: int = 1) -> None:
+        """Move both averages by one micro-step; nothing moves when it had no observed positive on any rank.
+
+        Args:
+            statistics: [C + 3] from `ignore_statistics`, summed over ranks.
+            pictures: of the micro-step over all ranks.
+            repeats: steps that this one stands for.
+        """
+        o = self.options
+        steps = repeats * (pictures / o.ema_batch if o.ema_rescale else 1.0)
+        gap_sum, positives, rows = statistics[0], statistics[1], statistics[2]
+        seen = positives > 0
+        gap_decay, avg_decay = o.gap_lambda**steps, o.avg_lambda**steps
+        gap = gap_decay * self.gap_average + (1 - gap_decay) * (gap_sum / positives.clamp(min=1))
+        average = avg_decay * self.logit_average + (1 - avg_decay) * (statistics[3:] / rows.clamp(min=1))
+        self.gap_average.copy_(torch.where(seen, gap, self.gap_average))
+        self.logit_average.copy_(torch.where(seen, average, self.logit_average))
+        self.ema_steps.add_(seen * steps)
+
+    def thresholds(self) -> tuple[Tensor, Tensor]:
+        """T_gap (0-d) and T_avg [C] as they stand; 0 before the first update."""
+        if not self.debias:
+            return self.gap_average, self.logit_average
+
+        def share(decay: float) -> Tensor:
+            seen = 1 - torch.pow(decay, self.ema_steps)
+            return torch.where(self.ema_steps > 0, seen, 1.0).to(self.gap_average.dtype)
+
+        return self.gap_average / share(self.options.gap_lambda), self.logit_average / share(self.options.avg_lambda)
+
+    # ---- one step
+
+    def _masks_now(self, progress: Progress) -> bool:
+        return bool(self.options.ignore) and progress.update % self.options.masked_every == 0
+
+    def _weak(self, classifier: Classifier, batch: Batch, masking: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, C] of the weak view and, on demand, the masked pictures."""
+        alpha, pictures = classifier.alpha_train, batch.views["weak"]
+        if not masking:
+            return classifier(pictures, alpha=alpha).logits, None
+        classes = positive_classes(batch.labels, self.max_positives)
+        out = classifier(pictures, alpha=alpha, classes=classes, mask=self.mask)
+        return out.logits, out.masked
+
+    @torch.no_grad()
+    def _masked(self, classifier: Classifier, pictures: Tensor) -> Tensor:
+        """Logits [B, C] of the masked view. Exact without gradient: they are constants of the loss."""
+        scale = self.options.masked_scale
+        if scale != 1:
+            if not classifier.any_size:
+                raise UserError("method.masked_scale needs a backbone that takes pictures of any size; set it to 1")
+            side = max(round(pictures.shape[-1] * scale), 1)
+            pictures = F.interpolate(pictures, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        with bn_behaviour(classifier, self.masked_bn):
+            logits: Tensor = classifier(pictures, alpha=classifier.alpha_train).logits
+        return logits
+
+    def forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> LossOutput:
+        """All views of a micro-step, in the order weak, strong, masked."""
+        o, plan = self.options, batch.plan
+        logits, masked_pictures = self._weak(classifier, batch, plan is None and self._masks_now(progress))
+        strong = None
+        if o.strong_aug or o.reg:
+            strong = classifier(batch.views["strong"], alpha=classifier.alpha_train).logits
+        masked = plan.masked if plan is not None else None
+        if masked_pictures is not None:
+            masked = self._masked(classifier, masked_pictures)
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.combine(logits, strong, masked, batch, progress)
+
+    def combine(
+        self, logits: Tensor, strong: Tensor | None, masked: Tensor | None, batch: Batch, progress: Progress
+    ) -> LossOutput:
+        """Thresholds, rejection and loss from the logits [B, C] of the views of this rank's part of the micro-step.
+
+        Args:
+            strong: None when no term needs it.
+            masked: None on steps that reject nothing.
+        """
+        o, plan = self.options, batch.plan
+        entries = batch.global_size * logits.shape[1]
+        if plan is not None:
+            positives, kept = plan.positives, plan.kept
+        elif masked is not None:
+            statistics = distributed.all_reduce_sum(ignore_statistics(logits, masked, batch.labels))
+            self.update_thresholds(statistics, batch.global_size, o.masked_every)
+            positives = statistics[1]
+        else:
+            positives = distributed.all_reduce_sum((batch.labels == POSITIVE).sum().to(logits.dtype))
+        rejects = masked is not None and progress.epoch > o.warm_up
+        gap_threshold, average_threshold = self.thresholds()
+        terms = ignore_loss(
+            logits,
+            strong,
+            masked if rejects else None,
+            batch.labels,
+            gap_threshold,
+            average_threshold if o.lat else None,
+            self.form,
+            o.eps,
+            o.strong_aug,
+        )
+        if plan is None:
+            kept = terms.ign.new_full((), entries)
+            if rejects:
+                kept = kept - distributed.all_reduce_sum(terms.rejected.sum().to(kept.dtype))
+        # An update without positives, or without anything kept, has a sum of 0 and must not divide by 0.
+        loss = o.ign_weight * global_mean(terms.ign, torch.where(kept > 0, kept, 1.0))
+        if o.spbc:
+            loss = loss + o.spbc_weight * global_mean(terms.spbc, torch.where(positives > 0, positives, 1.0))
+        if o.reg:
+            loss = loss + o.reg_weight * global_mean(terms.reg, entries)
+        metrics = {"selected_count": terms.rejected.sum()}
+        if batch.truth is not None:
+            hidden = (batch.labels == UNKNOWN) & (batch.truth == POSITIVE)
+            metrics["selected_true_count"] = (terms.rejected & hidden).sum()
+            metrics["hidden_positive_count"] = hidden.sum()
+        return LossOutput(loss, metrics)
+
+    # ---- exact accumulation
+
+    def scout(self, classifier: Classifier, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor | None]:
+        """Logits of the weak and the masked view; the step itself then needs no masked view any more."""
+        logits, pictures = self._weak(classifier, batch, self._masks_now(progress))
+        return logits, None if pictures is None else self._masked(classifier, pictures)
+
+    def plan(self, logits: list[Any], batches: list[Batch], progress: Progress) -> list[Any]:
+        """One update of the thresholds and one set of denominators for all micro-steps of an update."""
+        o = self.options
+        weak, labels = torch.cat([z for z, _ in logits]).float(), torch.cat([b.labels for b in batches])
+        masked = torch.cat([m for _, m in logits]).float() if logits[0][1] is not None else None
+        pictures = sum(b.global_size for b in batches)
+        rejected = labels.new_zeros((), dtype=weak.dtype)
+        if masked is not None:
+            statistics = distributed.all_reduce_sum(ignore_statistics(weak, masked, labels))
+            self.update_thresholds(statistics, pictures, o.masked_every)
+            positives = statistics[1]
+            if progress.epoch > o.warm_up:
+                gap, average = self.thresholds()
+                terms = ignore_loss(weak, None, masked, labels, gap, average if o.lat else None)
+                rejected = distributed.all_reduce_sum(terms.rejected.sum().to(weak.dtype))
+        else:
+            positives = distributed.all_reduce_sum((labels == POSITIVE).sum().to(weak.dtype))
+        kept = pictures * weak.shape[1] - rejected
+        shares = [b.global_size / pictures for b in batches]
+        return [Plan(m, positives * s, kept * s) for (_, m), s in zip(logits, shares, strict=True)]
+
+    def on_epoch_end(self, progress: Progress) -> dict[str, float]:
+        """The thresholds as they stand."""
+        gap, average = self.thresholds()
+        return {"t_gap": float(gap), "t_avg_mean": float(average.mean())}
