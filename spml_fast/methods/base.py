@@ -103,11 +103,15 @@ class Method(nn.Module):
         """Loss of logits [B, C] fp32 of this rank's part of the micro-step."""
         raise NotImplementedError
 
-    def plan(self, logits: list[Tensor], batches: list[Batch], progress: Progress) -> list[Any]:
+    def scout(self, classifier: Classifier, batch: Batch, progress: Progress) -> Any:
+        """What `plan` needs of one micro-step, from a pass without gradient: the first view's logits [B, C]."""
+        return classifier(batch.views[self.views[0]], alpha=classifier.alpha_train).logits
+
+    def plan(self, logits: list[Any], batches: list[Batch], progress: Progress) -> list[Any]:
         """Batch statistics of a whole update ahead of its micro-steps (exact accumulation).
 
         Args:
-            logits: per micro-step, [B, C] of this rank from a pass without gradient.
+            logits: per micro-step, what `scout` gave on this rank.
             batches: the micro-steps.
 
         Returns:
@@ -170,7 +174,7 @@ def global_mean(local_sum: Tensor, count: Tensor | float) -> Tensor:
         local_sum: 0-d sum over this rank's entries, differentiable.
         count: number of entries over all ranks.
     """
-    return local_sum * (distributed.world_size() / count)
+    return local_sum * distributed.world_size() / count
 
 
 def global_sum(local_sum: Tensor) -> Tensor:

@@ -117,16 +117,21 @@ class LargeLoss(Method):
             # The share of unobserved entries is known on the device only; k_max bounds it on the host.
             unknown = (labels == UNKNOWN).sum()
             unknown = distributed.all_reduce_sum(unknown) if shared else unknown
-            rate = k.new_tensor(self._rate(progress), dtype=torch.float64)
-            k = torch.ceil(unknown.double() * rate).long().clamp(max=k_max)
+            if self.options.k_rule == "rational":
+                share = self._steps(progress) * Fraction(str(self.options.delta_rel)) / 100
+                k = -(-unknown * share.numerator // share.denominator)
+            else:
+                rate = 1 - clean_rate(self.options.delta_rel, self._steps(progress) + 1)
+                k = torch.ceil(unknown.double() * rate).long()
+            k = k.clamp(max=k_max)
         ties: Literal["exact", "inclusive"] = "exact" if self.options.ties == "exact" else "inclusive"
         gather = distributed.all_gather_equal if shared else None
         selected, threshold = select_large(logits, labels, k, k_max, ties, gather, distributed.rank())
         return selected, threshold, k_max
 
-    def _rate(self, progress: Progress) -> float:
-        steps = min(progress.epoch - 1, 1) if self.permanent else progress.epoch - 1
-        return 1 - clean_rate(self.options.delta_rel, steps + 1)
+    def _steps(self, progress: Progress) -> int:
+        """How many times delta_rel the rate of this epoch is."""
+        return min(progress.epoch - 1, 1) if self.permanent else progress.epoch - 1
 
     def select(self, logits: Tensor, labels: Tensor, rows: int, progress: Progress) -> tuple[Tensor, Tensor, int]:
         """Selection bool [B, C], the part of it that flips for good, and an upper bound of that part's size here."""

@@ -8,10 +8,14 @@ batch without known labels gives 0. With single positives and no negatives the l
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from spml_kernels import PointLoss, label_loss
+from spml_kernels.jit import jit, tl
+from spml_kernels.math import sigmoid_jit, softplus_jit
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from spml_fast import distributed
 from spml_fast.batch import Batch
@@ -22,15 +26,31 @@ from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, 
 
 def partial_point(logits: Tensor, codes: Tensor) -> Tensor:
     """Binary cross-entropy on known entries, 0 on unknown ones, element-wise."""
-    return torch.where(codes == UNKNOWN, 0, softplus(logits) - logits * (codes == 1))
+    return torch.where(codes == UNKNOWN, 0, -logsigmoid(torch.where(codes == 1, logits, -logits)))
 
 
-PARTIAL_POINT = PointLoss("partial", partial_point)
+@jit
+def partial_point_jit(z, code):
+    """`partial_point` and its derivative, for the fused kernel."""
+    sign = tl.where(code == 1, -1.0, 1.0)
+    known = code != -1
+    return tl.where(known, softplus_jit(sign * z), 0.0), tl.where(known, sign * sigmoid_jit(sign * z)[0], 0.0)
+
+
+PARTIAL_POINT = PointLoss("partial", partial_point, partial_point_jit)
+
+
+def count_known(batches: list[Batch]) -> Tensor:
+    """Known entries over all ranks, at least 1, fp32 0-d."""
+    own = torch.stack([(b.labels != UNKNOWN).sum() for b in batches]).sum()
+    return distributed.all_reduce_sum(own.to(torch.float32)).clamp(min=1)
 
 
 @register("partial")
 class PartialBCE(Method):
     """Binary cross-entropy over known entries, averaged over their number in the global batch."""
+
+    batch_statistics: ClassVar[bool] = True
 
     @classmethod
     def check_labels(cls, labels: SparseLabels, options: MethodOptions) -> None:
@@ -41,7 +61,13 @@ class PartialBCE(Method):
                 "everything would be predicted positive; use an or ll_r"
             )
 
+    def plan(self, logits: list[Any], batches: list[Batch], progress: Progress) -> list[Any]:
+        """Known entries of the whole update, times each micro-step's share of its pictures."""
+        known = count_known(batches)
+        pictures = sum(b.global_size for b in batches)
+        return [known * (b.global_size / pictures) for b in batches]
+
     def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
         """Mean over the known entries of the global micro-step."""
-        known = distributed.all_reduce_sum((batch.labels != UNKNOWN).sum().to(torch.float32))
-        return LossOutput(global_mean(label_loss(logits, batch.labels, PARTIAL_POINT), known.clamp(min=1)), {})
+        known = batch.plan if batch.plan is not None else count_known([batch])
+        return LossOutput(global_mean(label_loss(logits, batch.labels, PARTIAL_POINT), known), {})

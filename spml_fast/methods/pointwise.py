@@ -1,0 +1,125 @@
+"""What the point-wise methods share: both forms of the logarithms, the reduction, one `loss` for all of them.
+
+The Cole line of code (AN-LS, WAN, EPR, ROLE, EM, IU) writes -log(p + 1e-5), GR guards with 1e-7, the ASL line clamps p
+at 1e-8. A guard caps one entry's loss (11.5 for 1e-5) and bends gradients where p is small, so it belongs to the
+published method: `log_form: released` keeps it, `log_form: logits` is exact cross-entropy. Source: spec/baselines.md 1.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from spml_kernels import PointLoss, label_loss
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from spml_fast.batch import Batch
+from spml_fast.errors import UserError
+from spml_fast.labels import NEGATIVE, UNKNOWN, SparseLabels
+from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, global_sum
+
+LogForm = Literal["released", "logits"]
+Reduction = Literal["mean", "sum"]
+
+COLE_GUARD = 1e-5
+GR_GUARD = 1e-7
+ASL_CLAMP = 1e-8
+
+# Code of an entry that a method takes out of its point loss; never in the data.
+LEFT_OUT = -2
+
+
+def log_terms(logits: Tensor, guard: float) -> tuple[Tensor, Tensor]:
+    """-log(p + guard) and -log(1 - p + guard); from the logits, without loss of digits, when guard is 0."""
+    if guard == 0:
+        return -logsigmoid(logits), -logsigmoid(-logits)
+    return -torch.log(torch.sigmoid(logits) + guard), -torch.log(torch.sigmoid(-logits) + guard)
+
+
+def power_p(logits: Tensor, exponent: float) -> Tensor:
+    """p ** exponent; value and gradient stay finite where p underflows."""
+    return torch.exp(exponent * logsigmoid(logits))
+
+
+def power_q(logits: Tensor, exponent: float) -> Tensor:
+    """(1 - p) ** exponent; value and gradient stay finite where 1 - p underflows."""
+    return torch.exp(exponent * logsigmoid(-logits))
+
+
+def has_negatives(labels: SparseLabels) -> bool:
+    """Whether any entry is a known negative."""
+    if labels.default == NEGATIVE:
+        return int(labels.indptr[-1]) < len(labels) * labels.num_classes or bool((labels.codes == NEGATIVE).any())
+    return bool((labels.codes == NEGATIVE).any())
+
+
+def require_negatives(labels: SparseLabels, name: str) -> None:
+    """Raise `UserError` when a method that learns from known labels alone would only ever see positives."""
+    if not has_negatives(labels):
+        raise UserError(
+            f"method {name} learns from known labels only, and the training split has no known negative: "
+            "everything would be predicted positive; use an, em or ll_r"
+        )
+
+
+class PointMethod(Method):
+    """A method whose loss is a sum over (logit, code) pairs. Subclasses give the point function and its numbers.
+
+    `options.log_form` chooses the guard and `options.reduction` mean or sum, where a method has these options.
+
+    Attributes:
+        point: loss of one entry.
+        guard: guard of the released code's logarithms.
+    """
+
+    point: ClassVar[PointLoss]
+    guard: ClassVar[float] = COLE_GUARD
+
+    @property
+    def log_guard(self) -> float:
+        """The guard in use."""
+        return 0.0 if self.options.log_form == "logits" else self.guard
+
+    def params(self, progress: Progress) -> tuple[float, ...]:
+        """Numbers handed to the point function."""
+        return ()
+
+    def codes(self, logits: Tensor, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes handed to the point function, and metrics."""
+        return batch.labels, {}
+
+    def reduce(self, total: Tensor, batch: Batch) -> Tensor:
+        """This rank's loss from the sum over its entries: the mean over B x C of all ranks, or the sum over them."""
+        if getattr(self.options, "reduction", "mean") == "sum":
+            return global_sum(total)
+        return global_mean(total, batch.global_size * self.store.num_classes)
+
+    def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
+        """The reduced point loss."""
+        codes, metrics = self.codes(logits, batch, progress)
+        total = label_loss(logits, codes, self.point, self.params(progress))
+        return LossOutput(self.reduce(total, batch), metrics)
+
+
+def hidden_positives(selected: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Metrics of a selection of unknown entries: how many, and where the truth is known how many were positives."""
+    metrics = {"selected_count": selected.sum()}
+    if batch.truth is not None:
+        hidden = (batch.labels == UNKNOWN) & (batch.truth == 1)
+        metrics |= {"selected_true_count": (selected & hidden).sum(), "hidden_positive_count": hidden.sum()}
+    return metrics
+
+
+def require_share(options: MethodOptions, *names: str) -> None:
+    """Raise `UserError` unless these options lie between 0 and 1."""
+    for name in names:
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"method.{name} is {getattr(options, name)}; it must lie between 0 and 1")
+
+
+def require_not_negative(options: MethodOptions, *names: str) -> None:
+    """Raise `UserError` unless these options are 0 or more."""
+    for name in names:
+        if not getattr(options, name) >= 0:
+            raise UserError(f"method.{name} is {getattr(options, name)}; it must not be negative")
