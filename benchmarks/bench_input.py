@@ -216,9 +216,9 @@ def main() -> int:
     about = machine(device)
     result: dict[str, Any] = {"machine": about, "threads": threads, "image_size": args.image_size}
     with tempfile.TemporaryDirectory() as scratch:
-        if args.count < (config.prefetch + 2) * args.batch_size:
-            raise UserError(f"--count {args.count} is too few for batches of {args.batch_size}; give more pictures")
         bench = Bench(pictures(args.images, args.count, Path(scratch)), config, args.batch_size, device)
+        if len(bench.split) < (config.prefetch + 2) * args.batch_size:
+            raise UserError(f"{len(bench.split)} pictures are too few for batches of {args.batch_size}; give more")
         print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
         print(
             f"{len(bench.split)} pictures of {args.images or 'generated noise, 640 x 480'}, to {args.image_size} px, "
@@ -245,7 +245,11 @@ def main() -> int:
                     # What a loader makes ahead of the next epoch must not cost the next loader its time.
                     time.sleep(0.5)
             rate = {name: statistics.median(values) for name, values in rates.items()}
-            ratio = {name: rate["spml_fast"] / rate[name] for name in ("dali_readers", "pil")}
+            # Round by round: loaders that took turns met the same machine.
+            ratio = {
+                name: statistics.median(a / b for a, b in zip(rates["spml_fast"], rates[name], strict=True))
+                for name in ("dali_readers", "pil")
+            }
             result["images_per_second"][mode] = {"median": rate, "all": rates, "ratio": ratio}
             print(
                 f"{mode:12s}{rate['spml_fast']:12.1f}{rate['dali_readers']:14.1f}{rate['pil']:8.1f}"

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,9 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
+        # The last line may list every tensor of a large model.
+        reason = textwrap.shorten(str(error).splitlines()[-1], 300)
+        raise UserError(f"{path} does not fit the model: {reason}") from error
     return metadata
 
 

@@ -225,5 +225,5 @@ def load_run(run: Path, device: torch.device) -> tuple[Config, Manifest, Classif
     config.model.pretrained, config.model.weights = False, None
     classifier = Classifier(config.model, manifest.num_classes, config.data.image_size)
     metadata = load_weights(run / "model.safetensors", classifier)
-    classifier.to(device, memory_format=torch.channels_last).eval()
+    classifier.to(device).to(memory_format=torch.channels_last).eval()
     return config, manifest, classifier, metadata

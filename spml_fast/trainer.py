@@ -540,7 +540,7 @@ class Trainer:
         """Test metrics of the best weights at every alpha asked for."""
         config = self.config
         self.classifier, metadata = self._best_classifier()
-        self.classifier.to(self.device, memory_format=torch.channels_last)
+        self.classifier.to(self.device).to(memory_format=torch.channels_last)
         alphas = config.eval.alphas or sorted({1.0, config.model.alpha_eval})
         results: dict[str, Any] = {
             "run": str(self.run_dir),

@@ -1,25 +1,41 @@
 """Chooses between Triton and the plain PyTorch reference. The one place that reads `SPML_KERNELS`.
 
 SPML_KERNELS: `auto` (default) takes Triton for CUDA tensors where an op has a kernel and the reference otherwise;
-`reference` always takes the reference; `triton` takes Triton always (on CPU tensors this needs Triton's interpreter).
+`reference` always takes the reference; `triton` also takes Triton for CPU tensors, which needs Triton's interpreter
+(TRITON_INTERPRET=1 in the environment before Python starts). fp64 tensors always take the reference.
 """
 
 from __future__ import annotations
 
 import os
 
+import torch
 from torch import Tensor
+
+from spml_kernels.jit import HAVE_TRITON, INTERPRETED
 
 CHOICES = ("auto", "triton", "reference")
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether an op on `tensor` should launch its Triton kernel. Raises `ValueError` on a bad SPML_KERNELS."""
+    """Whether an op on `tensor` should launch its Triton kernel.
+
+    Raises:
+        ValueError: a bad SPML_KERNELS.
+        RuntimeError: SPML_KERNELS=triton where no kernel can run.
+    """
     choice = os.environ.get("SPML_KERNELS", "auto")
     if choice not in CHOICES:
         raise ValueError(f"SPML_KERNELS is {choice!r}; it must be one of {', '.join(CHOICES)}")
-    if choice == "reference":
+    if choice == "reference" or tensor.dtype == torch.float64:
         return False
-    if choice == "triton":
-        return True
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if choice == "auto":
+        return HAVE_TRITON and tensor.is_cuda
+    if not HAVE_TRITON:
+        raise RuntimeError("SPML_KERNELS=triton, but triton is not installed; use auto or reference")
+    if not (tensor.is_cuda or INTERPRETED):
+        raise RuntimeError(
+            f"SPML_KERNELS=triton with a tensor on {tensor.device.type}: set TRITON_INTERPRET=1 before Python starts, "
+            "or use auto or reference"
+        )
+    return True

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 
 def _as_float(logits: Tensor) -> Tensor:
@@ -52,9 +52,9 @@ def select_large_reference(
 def large_loss_reference(logits: Tensor, codes: Tensor, selected: Tensor, scheme: str) -> Tensor:
     """See `spml_kernels.large_loss`."""
     values = _as_float(logits)
-    loss = softplus(values) - values * (codes == 1)
-    changed = torch.zeros_like(values) if scheme == "reject" else softplus(-values)
-    return torch.where(selected, changed, loss).sum()
+    positive = codes == 1 if scheme == "reject" else (codes == 1) | selected
+    loss = -logsigmoid(torch.where(positive, values, -values))
+    return (torch.where(selected, 0, loss) if scheme == "reject" else loss).sum()
 
 
 def list_selected_reference(selected: Tensor, k_max: int) -> tuple[Tensor, Tensor, Tensor]:

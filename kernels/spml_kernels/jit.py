@@ -1,0 +1,37 @@
+"""The one place that imports triton, and that knows whether it can.
+
+Where triton does not exist (it has wheels for Linux only), kernels stay plain Python functions that nobody calls, and
+every op runs its PyTorch reference. Annotations in kernel files are strings (`from __future__ import annotations`), so
+that `tl.constexpr` is never looked up there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+except ImportError:
+    triton = tl = None
+
+    def jit(function: Any) -> Any:
+        """Stand-in for `triton.jit`: the function itself."""
+        return function
+
+
+HAVE_TRITON = triton is not None
+# Decided by TRITON_INTERPRET when triton is imported; later changes of the variable have no effect.
+INTERPRETED = HAVE_TRITON and bool(triton.knobs.runtime.interpret)
+
+# Triton's default for multiply-add contraction changes with its version; fixed here, so that an upgrade moves no number.
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+__all__ = ["HAVE_TRITON", "INTERPRETED", "LAUNCH", "cdiv", "jit", "tl", "triton"]

@@ -1,0 +1,106 @@
+"""Train the papers' comparison and say which of their statements hold: `python launch/reproduce.py [--seeds 3] ...`.
+
+Finished runs are kept and not repeated, so the command can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+try:
+    from spml_fast.errors import UserError, run_command
+except ImportError as error:
+    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+
+HERE = Path(__file__).parent
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--preset", default="digits", help="digits, voc or coco (default: %(default)s)")
+    parser.add_argument("--methods", help="comma-separated entries of the preset; default all")
+    parser.add_argument("--seeds", type=int, default=3, help="runs an entry, seeds 0 to N-1 (default: %(default)s)")
+    parser.add_argument("--data", help="Manifest directory, when it is not where the preset's recipes look")
+    parser.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/reproduce-PRESET)")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks a run (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write rows and statements to this file")
+    parser.add_argument("--set", nargs="*", default=[], metavar="WORD", help="more words for every train.py command")
+    return parser.parse_args()
+
+
+def train(entry_dir: Path, words: list[str], ranks: int) -> None:
+    """One run, its output in train.log; `UserError` with the last line when it fails."""
+    script = str(HERE / "train.py")
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    head = [sys.executable, script] if ranks == 1 else [launcher, "--num_accelerators", str(ranks), script]
+    entry_dir.mkdir(parents=True, exist_ok=True)
+    log = entry_dir / "train.log"
+    with log.open("a", encoding="utf-8") as file:
+        status = subprocess.run([*head, *words], stdout=file, stderr=subprocess.STDOUT).returncode
+    if status:
+        lines = log.read_text(encoding="utf-8").strip().splitlines()
+        errors = [line for line in lines if "error:" in line]
+        last = (errors or lines or ["no output"])[-1]
+        raise UserError(f"a run failed ({last.strip()}); all of its output is in {log}")
+
+
+def main() -> None:
+    """Train what is missing, then show and write the table."""
+    args = parse()
+    from rich.console import Console
+
+    from spml_fast.cli import load_config
+    from spml_fast.reproduce import (
+        as_json,
+        as_markdown,
+        as_table,
+        choose_entries,
+        collect,
+        get_preset,
+        judge,
+        plot,
+        write_csv,
+    )
+
+    if args.seeds < 1:
+        raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
+    preset = get_preset(args.preset)
+    entries = choose_entries(preset, args.methods.split(",") if args.methods else None)
+    out = args.out or Path("runs") / f"reproduce-{preset.name}"
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    runs = {e.name: [out / f"{e.name}-s{seed}" for seed in range(args.seeds)] for e in entries}
+    todo = [(e, s) for s in range(args.seeds) for e in entries if not (runs[e.name][s] / "results.json").exists()]
+    start = time.monotonic()
+    for done, (entry, seed) in enumerate(todo):
+        left = f", about {(time.monotonic() - start) / done * (len(todo) - done) / 60:.0f} min left" if done else ""
+        console.print(f"run {done + 1} of {len(todo)}: {entry.name}, seed {seed}{left}")
+        run = runs[entry.name][seed]
+        words = ["--config", str(HERE / "configs" / entry.recipe), "--method", entry.method, *entry.options]
+        words += ["--run.seed", str(seed), "--run.dir", str(run), "--eval.alphas", "[1,5]"]
+        words += (["--data.dir", args.data] if args.data else []) + args.set
+        train(run, words, args.ranks)
+    heads = {e.name: load_config(runs[e.name][0] / "config.yaml").model.head for e in entries}
+    rows = collect(runs, entries, heads)
+    statements = judge(preset, rows)
+    console.print(as_table(preset, rows))
+    for statement in statements:
+        console.print(f"{'holds   ' if statement['holds'] else 'FAILS   '} {statement['text']}")
+    (out / "table.md").write_text(as_markdown(preset, rows, statements), encoding="utf-8")
+    write_csv(out / "table.csv", rows)
+    plot(out / "table.png", rows, runs)
+    if args.json is not None:
+        try:
+            args.json.write_text(json.dumps(as_json(rows, statements), indent=1), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
+    console.print(f"table and plot: {out / 'table.md'}, {out / 'table.csv'}, {out / 'table.png'}")
+
+
+if __name__ == "__main__":
+    run_command(main)
