@@ -902,7 +902,8 @@ def test_role_evaluation_leaves_the_table_alone() -> None:
 
 
 def test_apl_quota_is_exact() -> None:
-    """0.9 * 10 / 3 = 3 although 0.9 is no binary fraction."""
+    """0.29 * 100 = 29, although floats say 28.999...; theta is meant as it is written."""
+    assert apl_quota(100, 0.29, 2, 1) == 29 and math.floor(0.29 * 100 / 1) == 28
     assert apl_quota(10, 0.9, 8, 5) == 3
     assert apl_quota(9, 0.9, 8, 5) == 2
     assert apl_quota(0, 0.9, 8, 5) == 0

@@ -333,7 +333,7 @@ def test_coco(tmp_path):
     assert np.allclose(split.boxes[1][:, 1:], [12 / 48, 8 / 32, 24 / 48, 16 / 32])
     assert manifest.split("test").known.rows([0, 1]).tolist() == [[1, 0, 1], [0, 1, 0]]
     assert all(Path(s.path(i)).is_file() for s in manifest.splits.values() for i in range(len(s)))
-    assert report_of(manifest)["notes"][0].startswith("train: 1 pictures without any annotation")
+    assert report_of(manifest)["notes"][0].startswith("train: not used, as in the papers: 1 without")
 
 
 def test_coco_annotated_sizes_without_looking(tmp_path):
@@ -355,7 +355,7 @@ def test_coco_boxes_follow_the_annotated_size(tmp_path):
     split = manifest.split("train")
     assert split.width.tolist() == [24, 24] and split.boxes is not None
     assert np.allclose(split.boxes[1][:, 1:], [12 / 48, 8 / 32, 24 / 48, 16 / 32])
-    assert any("2 pictures have another size" in note for note in report_of(manifest)["notes"])
+    assert any("another size than the annotation says: 2 pictures" in note for note in report_of(manifest)["notes"])
 
 
 @pytest.mark.parametrize(
@@ -738,7 +738,7 @@ def test_commands_as_a_user_runs_them(tmp_path, run_script):
         done = run_script("prepare.py", *words, "--out", out)
         assert done.returncode == 0, done.stderr
         manifest = Manifest(out)
-        assert f"Manifest: {out}" in done.stdout and "launch/train.py --data.dir" in done.stdout
+        assert f"Manifest: {out}" in done.stdout and f"--data.dir '{out}'" in done.stdout
         assert all(len(split) for split in manifest.splits.values())
         if name == "voc":
             assert "left out: 1 pictures" in done.stdout and "1  empty file" in done.stdout

@@ -9,10 +9,11 @@ from spml_kernels.cam_pool import cam_map, cam_pool
 from spml_kernels.ignore_loss import IgnoreTerms, ignore_loss, ignore_statistics
 from spml_kernels.label_loss import PointLoss, label_loss
 from spml_kernels.label_rows import label_rows
-from spml_kernels.large_loss import large_loss, list_selected, select_large
+from spml_kernels.large_loss import LargeLossStep, large_loss, large_loss_step, list_selected, select_large
 
 __all__ = [
     "IgnoreTerms",
+    "LargeLossStep",
     "PointLoss",
     "cam_map",
     "cam_mask",
@@ -22,6 +23,7 @@ __all__ = [
     "label_loss",
     "label_rows",
     "large_loss",
+    "large_loss_step",
     "list_selected",
     "map_mask",
     "positive_classes",

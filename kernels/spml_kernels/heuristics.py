@@ -29,3 +29,9 @@ def flat_launch(elements: int) -> Flat:
     """Point-wise kernels. 16 elements a thread: one 128-bit load of int8 codes, four of fp32 logits."""
     block = 2048 if elements > 2048 * 64 else 512
     return Flat(block, 4 if block == 2048 else 1, cdiv(elements, block))
+
+
+def histogram_launch(elements: int) -> Flat:
+    """Passes of the radix select: few programs, since each adds its histogram to the one in memory."""
+    block = 2048
+    return Flat(block, 8, max(1, min(cdiv(elements, block), 128)))

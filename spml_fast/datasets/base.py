@@ -465,7 +465,9 @@ def summary(manifest: Manifest, train_options: str = "") -> str:
         lines.append("  " + "  ".join(cells))
     for name, split in report["splits"].items():
         if split["without_positive"]:
-            lines.append(f"{name}: no positive label for {split['without_positive']:,} of {split['samples']:,} pictures")
+            lines.append(
+                f"{name}: no positive label for {split['without_positive']:,} of {split['samples']:,} pictures"
+            )
         if split["classes_without_positive"]:
             missing = split["classes_without_positive"]
             lines.append(f"{name}: no positive picture for {missing:,} of {report['classes']:,} classes")
@@ -474,7 +476,7 @@ def summary(manifest: Manifest, train_options: str = "") -> str:
     lines += report["notes"]
     left_out = report["left_out"]
     if left_out["total"]:
-        lines.append(f"left out: {left_out["total"]:,} pictures (each is named in {manifest.folder / 'report.json'})")
+        lines.append(f"left out: {left_out['total']:,} pictures (each is named in {manifest.folder / 'report.json'})")
         lines += [f"  {count:,}  {reason}" for reason, count in left_out["reasons"].items()]
     elif report["verify"] == "none":
         lines.append("no picture was looked at (--verify none)")

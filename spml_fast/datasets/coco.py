@@ -166,6 +166,4 @@ class Coco(Dataset):
     @staticmethod
     def _left_out(data: dict[str, Any], split: RawSplit) -> str:
         number = len(data["images"]) - len(split)
-        return (
-            f"{split.name}: {number} pictures without any annotation are not used, as in the papers" if number else ""
-        )
+        return f"{split.name}: not used, as in the papers: {number:,} without any annotation" if number else ""

@@ -1,0 +1,267 @@
+"""Radix selection against the sorted reference, bit for bit, and the losses made from it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from kernel_tools import TOLERANCE, assert_close, assert_op_sound, draw_codes, draw_logits, value_and_gradients
+from spml_kernels import large_loss, large_loss_step, list_selected, select_large
+from spml_kernels.large_loss import BINS, large_histogram_op, large_select_op, large_threshold_op
+from spml_kernels.reference.large_loss import (
+    large_loss_reference,
+    list_selected_reference,
+    select_large_reference,
+)
+
+pytestmark = pytest.mark.usefixtures("triton_on")
+
+INF = float("inf")
+
+
+def reference(logits, codes, k, k_max, ties):
+    logits, codes, k = logits.detach().cpu(), codes.cpu(), torch.tensor(k)
+    return select_large_reference(logits, codes, k, k_max, ties, lambda t: t[None], 0)
+
+
+def check(logits, codes, k, ties="exact", k_max=None):
+    k_max = k if k_max is None else k_max
+    selected, threshold = select_large(logits, codes, torch.tensor(k, device=logits.device), k_max, ties)
+    expected, level = reference(logits, codes, k, k_max, ties)
+    assert selected.dtype == torch.bool and threshold.shape == ()
+    assert torch.equal(threshold.cpu(), level)
+    assert torch.equal(selected.cpu(), expected)
+    return selected
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("ties", ["exact", "inclusive"])
+@pytest.mark.parametrize("k", [0, 1, 2, 17, 300, 1200, 37 * 81])
+def test_equals_the_reference(k, ties, dtype, device):
+    # Half precision has many ties by itself; k passes the number of candidates.
+    check(draw_logits((37, 81), dtype, device), draw_codes((37, 81), device), k, ties)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 20), (3, 4099), (128, 312)])
+def test_shapes(shape, device):
+    logits, codes = draw_logits(shape, torch.float32, device, scale=2.0), draw_codes(shape, device)
+    for k in (0, 1, shape[0] * shape[1] // 50 + 1):
+        check(logits, codes, k, k_max=k + 3)
+
+
+@pytest.mark.parametrize("ties", ["exact", "inclusive"])
+def test_ties_go_by_position(ties, device):
+    logits = torch.zeros(7, 700, device=device)
+    logits[2, 300:320] = 1
+    codes = torch.full((7, 700), -1, dtype=torch.int8, device=device)
+    codes[0, ::2] = 1
+    for k in (1, 20, 21, 1000, 4549, 4550, 4551):
+        selected = check(logits, codes, k, ties)
+        if ties == "exact":
+            assert selected.sum() == min(k, 4550)
+
+
+def test_signed_zeros_are_equal(device):
+    logits = torch.tensor([[0.0, -0.0, 0.0, -0.0, -1.0]], device=device)
+    codes = torch.full((1, 5), -1, dtype=torch.int8, device=device)
+    for k in range(6):
+        check(logits, codes, k)
+
+
+def test_infinities_and_extremes(device):
+    tiny = torch.finfo(torch.float32).tiny
+    values = [INF, -INF, 3e38, -3e38, tiny, -tiny, tiny / 1024, -tiny / 1024, 100, -100, 0, 1, INF, -INF]
+    logits = torch.tensor([values], device=device)
+    codes = torch.full((1, len(values)), -1, dtype=torch.int8, device=device)
+    for k in range(len(values) + 2):
+        for ties in ("exact", "inclusive"):
+            check(logits, codes, k, ties)
+    codes[0, :3] = 1
+    for k in range(len(values) + 2):
+        check(logits, codes, k)
+
+
+def test_neighbouring_floats_are_told_apart(device):
+    bits = torch.arange(4096, dtype=torch.int32) + torch.tensor(0.3).view(torch.int32)
+    logits = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)])
+    logits = logits[torch.randperm(8192, generator=torch.Generator().manual_seed(0))].view(8, 1024).to(device)
+    codes = torch.full((8, 1024), -1, dtype=torch.int8, device=device)
+    for k in (1, 7, 4095, 4096, 4097, 8000):
+        assert check(logits, codes, k).sum() == k
+
+
+def test_observed_entries_are_never_selected(device):
+    logits, codes = draw_logits((9, 80), torch.float32, device), draw_codes((9, 80), device)
+    assert torch.equal(check(logits, codes, 720), codes == -1)
+    assert not check(logits, codes.clamp(min=0), 50).any()
+
+
+def test_empty_batch(device):
+    for shape in ((0, 80), (4, 0)):
+        check(torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.int8, device=device), 3)
+
+
+def test_k_on_the_device_may_be_smaller_than_its_bound(device):
+    logits, codes = draw_logits((37, 81), torch.float32, device), draw_codes((37, 81), device)
+    for k in (0, 5, 99, 150):
+        check(logits, codes, k, k_max=100)
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+@pytest.mark.parametrize("ties", ["exact", "inclusive"])
+def test_over_ranks(ranks, ties, device):
+    logits, codes = draw_logits((11, 60), torch.bfloat16, device).float(), draw_codes((11, 60), device)
+    logits[logits.abs() < 2] = 1.5
+    for k in (0, 1, 60, 150, 600):
+        barrier, shared, found = threading.Barrier(ranks), [None] * ranks, [None] * ranks
+        parts = list(zip(logits.tensor_split(ranks), codes.tensor_split(ranks), strict=True))
+
+        def work(rank, k=k, barrier=barrier, shared=shared, found=found, parts=parts):
+            def gather(tensor):
+                shared[rank] = tensor
+                barrier.wait(60)
+                stacked = torch.stack(shared)
+                barrier.wait(60)
+                return stacked
+
+            try:
+                found[rank] = select_large(*parts[rank], torch.tensor(k, device=device), 600, ties, gather, rank)
+            except BaseException:
+                barrier.abort()
+                raise
+
+        if device == "cpu":
+            # The interpreter keeps the grid in a global: one thread after another, in turns at every gather.
+            found = in_turns(parts, k, 600, ties)
+        else:
+            threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        expected, level = reference(logits, codes, k, 600, ties)
+        assert torch.equal(torch.cat([f[0] for f in found]).cpu(), expected)
+        assert all(torch.equal(f[1].cpu(), level) for f in found)
+
+
+def in_turns(parts, k, k_max, ties):
+    """`select_large` on every part, with gathers that replay what the other parts would have handed in."""
+    log: list[list[torch.Tensor]] = []
+    found = []
+    while True:
+        handed = [[] for _ in parts]
+        found = []
+        for rank, part in enumerate(parts):
+
+            def gather(tensor, rank=rank, handed=handed):
+                step = len(handed[rank])
+                handed[rank].append(tensor)
+                if step < len(log):
+                    return torch.stack(log[step])
+                return torch.stack([tensor] * len(parts))
+
+            found.append(select_large(*part, torch.tensor(k), k_max, ties, gather, rank))
+        if len(log) == len(handed[0]):
+            return found
+        log.append([h[len(log)] for h in handed])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("scheme", ["reject", "correct"])
+@pytest.mark.parametrize("shape", [(1, 1), (37, 81), (128, 20)])
+def test_loss(shape, scheme, dtype, device):
+    logits, codes = draw_logits(shape, dtype, device), draw_codes(shape, device)
+    selected = (codes == -1) & (logits > 1)
+    total, (grad,) = value_and_gradients(lambda z: large_loss(z, codes, selected, scheme), [logits])
+    exact, (slope,) = value_and_gradients(
+        lambda z: large_loss_reference(z, codes.cpu(), selected.cpu(), scheme), [logits.double().cpu()]
+    )
+    assert total.dtype == torch.float32 and grad.dtype == dtype
+    assert_close("loss", total, exact, 2e-6)
+    assert_close("gradient", grad, slope, TOLERANCE[dtype])
+    assert not grad[selected].any() or scheme == "correct"
+
+
+@pytest.mark.parametrize("scheme", ["reject", "correct"])
+@pytest.mark.parametrize("ties", ["exact", "inclusive"])
+@pytest.mark.parametrize("k", [0, 33, 3000])
+def test_one_step_equals_its_three_parts(k, ties, scheme, device):
+    logits, codes = draw_logits((37, 81), torch.bfloat16, device).float(), draw_codes((37, 81), device)
+    expected, level = reference(logits, codes, k, k, ties)
+    leaf = logits.clone().requires_grad_()
+    step = large_loss_step(leaf, codes, torch.tensor(k, device=device), k, scheme, ties)
+    (step.loss * 0.37).backward()
+    exact, (slope,) = value_and_gradients(
+        lambda z: large_loss_reference(z, codes.cpu(), expected, scheme), [logits.double().cpu()]
+    )
+    assert torch.equal(step.selected.cpu(), expected) and torch.equal(step.threshold.cpu(), level)
+    assert_close("loss", step.loss, exact, 2e-6)
+    assert_close("gradient", leaf.grad, slope, TOLERANCE[torch.float32])
+    check_list((step.rows, step.classes, step.valid), expected, k)
+
+
+def check_list(found, selected, k_max):
+    rows, classes, valid = (t.cpu() for t in found)
+    expected = list_selected_reference(selected, k_max)
+    assert torch.equal(valid, expected[2])
+    assert torch.equal(rows[valid], expected[0][valid]) and torch.equal(classes[valid], expected[1][valid])
+    assert rows.dtype == classes.dtype == torch.int64
+    assert ((rows >= 0) & (rows < len(selected))).all()
+
+
+@pytest.mark.parametrize("k_max", [0, 1, 50, 5000])
+def test_list_of_selected(k_max, device):
+    selected = torch.rand(37, 81, generator=torch.Generator().manual_seed(0)) < 0.1
+    check_list(list_selected(selected.to(device), k_max), selected, k_max)
+    none = torch.zeros(0, 81, dtype=torch.bool)
+    check_list(list_selected(none.to(device), k_max), none, k_max)
+
+
+def test_two_runs_are_bit_equal(device):
+    logits, codes = draw_logits((37, 312), torch.float32, device), draw_codes((37, 312), device)
+    k = torch.tensor(77, device=device)
+    one, two = (large_loss_step(logits, codes, k, 77, "reject") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_layouts(device):
+    logits, codes = draw_logits((60, 37), torch.float32, device).T, draw_codes((60, 37), device).T
+    check(logits, codes, 100)
+    total = large_loss(logits, codes, codes == -1, "reject")
+    assert total == large_loss(logits.contiguous(), codes.contiguous(), codes == -1, "reject")
+
+
+def test_ops_are_sound(device):
+    logits, codes = draw_logits((9, 33), torch.float32, device), draw_codes((9, 33), device)
+    k = torch.tensor(5, device=device)
+    hist, state = large_histogram_op(logits, codes, k, k, k, 5, 0)
+    assert hist.shape == (BINS,) and hist.sum() == (codes == -1).sum()
+    assert_op_sound(torch.ops.spml.large_histogram.default, (logits, codes, k, hist, state, 5, 1))
+    for level in (1, 2):
+        hist, state = large_histogram_op(logits, codes, k, hist, state, 5, level)
+    assert_op_sound(torch.ops.spml.large_threshold.default, (logits, codes, hist, state))
+    found = large_threshold_op(logits, codes, hist, state)
+    leaf = logits.clone().requires_grad_()
+    assert_op_sound(torch.ops.spml.large_select.default, (leaf, codes, *found, False, True, True, True, 5))
+    assert_op_sound(torch.ops.spml.large_select.default, (logits, codes, *found, True, False, False, False, 0))
+    selected = large_select_op(logits, codes, *found, False, False, False, False, 0)[1]
+    assert_op_sound(torch.ops.spml.large_loss.default, (leaf, codes, selected, True, True))
+    assert_op_sound(torch.ops.spml.list_selected.default, (selected, 5))
+
+
+def test_compiles_into_one_graph(device):
+    codes, k = draw_codes((9, 33), device), torch.tensor(12, device=device)
+
+    def step(z):
+        selected, threshold = select_large(z, codes, k, 12)
+        return large_loss(z, codes, selected, "correct") * 2 + threshold
+
+    def fused(z):
+        return large_loss_step(z, codes, k, 12, "correct").loss * 2
+
+    logits = draw_logits((9, 33), torch.float32, device)
+    for function in (step, fused):
+        plain, (slope,) = value_and_gradients(function, [logits])
+        value, (grad,) = value_and_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), [logits])
+        assert torch.equal(value, plain) and torch.equal(grad, slope)
