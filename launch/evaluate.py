@@ -6,7 +6,6 @@ Starts under `deepspeed` and `torchrun` as well; the numbers do not depend on th
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 try:
@@ -24,7 +23,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--definition", choices=("sklearn", "rank", "voc"), help="average precision; default the run's")
     parser.add_argument("--batch-size", type=int, help="pictures a forward; default the run's")
     parser.add_argument("--json", type=Path, help="write all metrics to this file")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -35,6 +34,7 @@ def main() -> None:
 
     device = init_distributed()
     from spml_fast import distributed
+    from spml_fast.checkpoint import write_json
     from spml_fast.evaluate import evaluate_split, load_run, make_eval_loader
     from spml_fast.logs import print_table
 
@@ -55,7 +55,7 @@ def main() -> None:
         report = {"split": split.name, "alpha": {f"{a:g}": found[a] for a in alphas}, "classes": manifest.classes}
         if args.json is not None:
             try:
-                args.json.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+                write_json(args.json, report)
             except OSError as error:
                 raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
         for alpha in alphas:

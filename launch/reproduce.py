@@ -20,9 +20,13 @@ except ImportError as error:
 HERE = Path(__file__).parent
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what is handed on to train.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Any other option, such as --train.epochs 2, goes to every training run.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--preset", default="digits", help="digits, voc or coco (default: %(default)s)")
     parser.add_argument("--methods", help="comma-separated entries of the preset; default all")
     parser.add_argument("--seeds", type=int, default=3, help="runs an entry, seeds 0 to N-1 (default: %(default)s)")
@@ -30,8 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/reproduce-PRESET)")
     parser.add_argument("--ranks", type=int, default=1, help="ranks a run (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write rows and statements to this file")
-    parser.add_argument("--set", nargs="*", default=[], metavar="WORD", help="more words for every train.py command")
-    return parser.parse_args()
+    return parser.parse_known_args()
 
 
 def train(entry_dir: Path, words: list[str], ranks: int) -> None:
@@ -52,7 +55,7 @@ def train(entry_dir: Path, words: list[str], ranks: int) -> None:
 
 def main() -> None:
     """Train what is missing, then show and write the table."""
-    args = parse()
+    args, more = parse()
     from rich.console import Console
 
     from spml_fast.cli import load_config
@@ -83,7 +86,7 @@ def main() -> None:
         run = runs[entry.name][seed]
         words = ["--config", str(HERE / "configs" / entry.recipe), "--method", entry.method, *entry.options]
         words += ["--run.seed", str(seed), "--run.dir", str(run), "--eval.alphas", "[1,5]"]
-        words += (["--data.dir", args.data] if args.data else []) + args.set
+        words += (["--data.dir", args.data] if args.data else []) + more
         train(run, words, args.ranks)
     heads = {e.name: load_config(runs[e.name][0] / "config.yaml").model.head for e in entries}
     rows = collect(runs, entries, heads)

@@ -10,6 +10,7 @@ RUN/model.safetensors             the best weights, whole, for evaluation and ex
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -52,10 +53,21 @@ class Mark:
         return f"{self.phase}-e{self.epoch:04d}-u{self.update:06d}-w{self.world_size}"
 
 
+def finite(value: Any) -> Any:
+    """A JSON value with null in the place of numbers that are not finite, which strict readers refuse."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    partial.write_text(json.dumps(finite(values), indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -74,7 +86,7 @@ def find_resume(folder: Path, resume: str) -> tuple[Path, Mark] | None:
 
     Args:
         folder: the run's checkpoint directory.
-        resume: `auto`, `never`, or the path of a checkpoint folder (or of a run directory).
+        resume: `auto`, `never`, or the path of a checkpoint folder (or of a run directory) to start from.
 
     Returns:
         Checkpoint directory and mark, or None to start afresh.
@@ -82,11 +94,14 @@ def find_resume(folder: Path, resume: str) -> tuple[Path, Mark] | None:
     Raises:
         UserError: `never` and there is one, or the path holds none.
     """
+    own = read_mark(folder / "newest.json")
+    if resume != "never" and own is not None:
+        # A run that was started from a path and then killed goes on from its own checkpoints.
+        return folder, own
     if resume == "auto":
-        mark = read_mark(folder / "newest.json")
-        return (folder, mark) if mark else None
+        return None
     if resume == "never":
-        if (folder / "newest.json").exists():
+        if own is not None:
             raise UserError(
                 f"{folder.parent} already holds a run; choose another --run.dir, or go on with --run.resume auto"
             )

@@ -106,10 +106,11 @@ def parse_config(argv: list[str], default_recipe: Path | None = None, prog: str 
         UserError: an unreadable recipe or an unknown method. Unknown options and wrong types end the program with
             status 2 and a message that names them.
     """
-    argv = [a for a in argv if not a.startswith("--local_rank=")]
-    if "--local_rank" in argv:
-        at = argv.index("--local_rank")
-        del argv[at : at + 2]
+    argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
+    for launchers_own in ("--local_rank", "--local-rank"):
+        if launchers_own in argv:
+            at = argv.index(launchers_own)
+            del argv[at : at + 2]
     files = _option_values(argv, "--config")
     if not files and not _option_values(argv, "--data.dir", "--data") and default_recipe is not None:
         files = [str(default_recipe)]

@@ -170,7 +170,7 @@ def evaluate_split(
         check_alpha(alpha, "alpha")
         if alpha != 1 and not classifier.head.boosts:
             raise UserError(
-                f"alpha {alpha:g} has no meaning for head {config.model.head}, which has no class activation map to boost; "
+                f"alpha {alpha:g} has no meaning for head {config.model.head}, which has no class activation map; "
                 "use alpha 1"
             )
     was_training = classifier.training

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from spml_fast import distributed
+from spml_fast.checkpoint import finite
 
 
 class Meter:
@@ -96,9 +96,8 @@ class RunLog:
         """Append one JSON line; numbers that are not finite become null."""
         if not self.active:
             return
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **clean}) + "\n")
+            file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **finite(values)}) + "\n")
 
     def progress(self, done: int, text: str) -> None:
         """Move the live line; nothing where there is no terminal."""

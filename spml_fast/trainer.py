@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from spml_fast.checkpoint import (
     save_weights,
     write_json,
 )
-from spml_fast.classifier import BATCH_NORMS, Classifier
+from spml_fast.classifier import Classifier, bn_behaviour
 from spml_fast.cli import to_yaml
 from spml_fast.config import Config, ModelConfig
 from spml_fast.engine import Engine, autocast_dtype, deepspeed_config
@@ -66,18 +64,9 @@ class Phase:
     epochs: int
 
 
-@contextlib.contextmanager
-def keep_bn_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm in training mode uses batch statistics without moving the running ones."""
-    norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS)]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+def shown(map_percent: float) -> str:
+    """A mAP for people."""
+    return f"{map_percent:.2f}" if math.isfinite(map_percent) else "not defined (no positive among the known labels)"
 
 
 class Trainer:
@@ -357,8 +346,8 @@ class Trainer:
             self._plan(batches, progress)
         for views, batch in zip(micro, batches, strict=True):
             loss, metrics = self.engine(batch, progress)
-            # Micro-steps may differ by a sample; each weighs as much as its samples do.
-            weight = batch.global_size * train.accumulation / views.update_size
+            # DeepSpeed divides by the number of micro-steps, which may differ in size by a sample.
+            weight = train.accumulation * self.method.share_of_update(batch.global_size, views.update_size)
             self.engine.backward(loss if weight == 1 else loss * weight)
             self.engine.step()
             share = loss.detach() * (batch.global_size / self.world)
@@ -380,7 +369,7 @@ class Trainer:
         classifier = self.classifier
         dtype = autocast_dtype(self.config.train.precision, self.device)
         with (
-            keep_bn_statistics(classifier),
+            bn_behaviour(classifier, "no_update"),
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
             torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
         ):
@@ -567,11 +556,11 @@ class Trainer:
 
     def _closing(self, results: dict[str, Any]) -> None:
         rows = [
-            (f"{results['split']} mAP, alpha {alpha}", f"{metrics['map']:.2f}")
+            (f"{results['split']} mAP, alpha {alpha}", shown(metrics["map"]))
             for alpha, metrics in results.get("alpha", {}).items()
         ]
         if results["best_val_map"] is not None:
-            rows.append(("best validation mAP", f"{results['best_val_map']:.2f} (epoch {results['best_epoch']})"))
+            rows.append(("best validation mAP", f"{shown(results['best_val_map'])} (epoch {results['best_epoch']})"))
         rows += [
             ("training speed", f"{results['images_per_second']:.0f} images/s over {self.world} rank(s)"),
             ("waiting for data", f"{results['data_wait']:.1%} of the training time"),

@@ -1,4 +1,4 @@
-"""Everything that only a machine with a GPU can tell, in one call: `python tests/gpu_check.py [--out CSV] [--only NAME]`.
+"""Everything that only a machine with a GPU can tell, in one call: `python tests/gpu_check.py [--only NAME]`.
 
 Checks, each with its time and outcome, written to a CSV with GPU, versions and commit:
   decode    mixed (nvJPEG) decoding and GPU views against the CPU pipeline, every training and evaluation view

@@ -30,6 +30,11 @@ def make(channels: int = CHANNELS, seed: int = 0, **options: object) -> Query2La
     torch.manual_seed(seed)
     head = make_head("query2label", TINY | options, channels, CLASSES, GRID)
     assert isinstance(head, Query2LabelHead)
+    with torch.no_grad():
+        # Norms start as the identity and attention biases as 0, which would hide where they are applied.
+        for name, parameter in head.named_parameters():
+            if parameter.ndim == 1 and not name.startswith("classify"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return head.to(D)
 
 

@@ -154,5 +154,5 @@ def cases() -> Iterator[Case]:
     from importlib import import_module
 
     # By module name: the package's attributes of these names are the public functions.
-    for op in ("label_loss", "large_loss"):
+    for op in ("label_loss", "large_loss", "label_rows"):
         yield from import_module(f"spml_kernels.{op}").aot_cases()

@@ -2,12 +2,32 @@
 
 With M[b,c,p] = <w_c, X[b,p]> + bias_c, BoostLU's logit is mean_p phi(M) = mean(M) + (alpha - 1) mean(relu M)
 (spec/boostlu_large_loss.md 1.1), so the two means give the logits of every alpha in one pass.
+
+Forward: a tiled matrix product whose tile of the map is summed over the cells of each picture and dropped. Rows are
+(picture, cell) pairs, so a tile holds the end of one picture, whole ones, and the start of another. Sums of whole
+pictures are final; the two others go to a buffer of two slots a tile, which a second kernel adds up in a fixed order.
+What is kept is one bit per cell, the sign, 32 cells of one class to a word: making the map again instead would be a
+fourth product beside the three that forward and backward need anyway, a bit costs 1/16 of a bf16 map.
+
+Backward, with P the sign and g the gradient of mean(relu M) over H W:
+    dX = (g_mean W) / H W [pooled, B x K] + (g P) W,   dW = g_mean' mean(X) + (g P)' X,   dbias = sum g_mean + sum g P
+g P is made on the fly from bits and g. 64 x 64 squares without a positive cell, most of a trained network's, are left
+out of the sums by lists made beforehand. Sums that are split over programs are added in a fixed order: no atomics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from spml_kernels.aot import Case
+from spml_kernels.chunked import cam_pool_chunked
+from spml_kernels.dispatch import use_triton
+from spml_kernels.heuristics import SKIP, WORD, Tiles, cam_pool_launch, pictures_per_tile
+from spml_kernels.jit import INTERPRETED, LAUNCH, cdiv, jit, tl
 from spml_kernels.reference.cam_pool import cam_map_reference, cam_pool_reference
 
 
@@ -24,7 +44,16 @@ def cam_pool(features: Tensor, weight: Tensor, bias: Tensor, boost: bool = True)
         mean(M) [B, C] and mean(relu M) [B, C] (None without `boost`), fp32 (fp64 for fp64 input). Both differentiable;
         the derivative of relu at 0 is 0 (strict ">", as the released code).
     """
-    return cam_pool_reference(features, weight, bias, boost)
+    if not use_triton(features):
+        return cam_pool_reference(features, weight, bias, boost)
+    if not boost:
+        pooled = features.flatten(1, 2).mean(1, dtype=torch.float32)
+        return torch.nn.functional.linear(pooled, weight.float(), bias.float()), None
+    if features.shape[1] * features.shape[2] < MIN_CELLS or weight.shape[0] == 0 or features.shape[3] == 0:
+        return cam_pool_chunked(features, weight, bias)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (features, weight, bias))
+    mean, relu, _ = cam_pool_op(features, weight, bias, wanted)
+    return mean, relu
 
 
 def cam_map(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
@@ -40,3 +69,491 @@ def cam_map(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> 
         [B, N, H, W], fp32 (fp64 for fp64 input), signed, bias included.
     """
     return cam_map_reference(features, weight, bias, classes)
+
+
+# Below this many cells the map is hardly larger than the logits, and a tile would touch very many pictures.
+MIN_CELLS = 16
+
+
+@jit
+def _operand(value, UPCAST: tl.constexpr):
+    """A tile as an operand of a product. Triton's interpreter multiplies bf16 by its bit patterns, so it gets fp32."""
+    return value.to(tl.float32) if UPCAST else value
+
+
+@jit
+def _cam_pool_fwd_kernel(
+    features_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    relu_ptr,
+    part_ptr,
+    bits_ptr,
+    rows,
+    classes,
+    channels,
+    cells,
+    scale,
+    PICTURES: tl.constexpr,
+    EVEN: tl.constexpr,
+    BITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of the map (classes by cells), summed over the cells of each picture.
+
+    Args:
+        features_ptr: [rows, channels]; weight_ptr: [classes, channels]; bias_ptr: fp32 [classes].
+        mean_ptr, relu_ptr: fp32 [B, classes], of pictures that lie within one tile.
+        part_ptr: fp32 [tiles, 2, 2, classes]: of each tile the picture that began before it (0) and the one that goes
+            on after it (1); sums of M and of relu M.
+        bits_ptr: int32 [words, classes], the signs.
+        scale: 1 / cells.
+    """
+    tiles_c = tl.cdiv(classes, BLOCK_C)
+    tiles_r = tl.cdiv(rows, BLOCK_R)
+    # A few row tiles meet all class tiles before the next few, so that operands are found in the level-2 cache.
+    pid = tl.program_id(0)
+    first_r = pid // (GROUP * tiles_c) * GROUP
+    width = tl.minimum(tiles_r - first_r, GROUP)
+    tile_r = first_r + pid % (GROUP * tiles_c) % width
+    tile_c = pid % (GROUP * tiles_c) // width
+
+    start = tile_r * BLOCK_R
+    row = start + tl.arange(0, BLOCK_R)
+    cls = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, BLOCK_K)
+    # Lanes past the end repeat the last row or class and are dropped below: loads need no mask for them.
+    x_ptrs = features_ptr + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * channels + k[:, None]
+    w_ptrs = weight_ptr + tl.minimum(cls, classes - 1).to(tl.int64)[:, None] * channels + k[None, :]
+    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    for k0 in range(0, channels, BLOCK_K):
+        if EVEN:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(k0 + k)[:, None] < channels, other=0.0)
+            w = tl.load(w_ptrs, mask=(k0 + k)[None, :] < channels, other=0.0)
+        acc = tl.dot(_operand(w, UPCAST), _operand(x, UPCAST), acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+
+    there = cls < classes
+    cam = acc + tl.load(bias_ptr + cls, mask=there, other=0.0)[:, None]
+    if BITS:
+        positive = ((cam > 0) & (row < rows)[None, :]).to(tl.int32)
+        lanes = tl.reshape(positive, (BLOCK_C, BLOCK_R // 32, 32)) << tl.arange(0, 32)[None, None, :]
+        word = start // 32 + tl.arange(0, BLOCK_R // 32)
+        target = bits_ptr + word.to(tl.int64)[None, :] * classes + cls[:, None]
+        tl.store(target, tl.sum(lanes, 2), mask=there[:, None] & (word < tl.cdiv(rows, 32))[None, :])
+    relu = tl.maximum(cam, 0.0)
+    stop = tl.minimum(start + BLOCK_R, rows)
+    for turn in range(0, PICTURES):
+        picture = start // cells + turn
+        begin = picture * cells
+        end = begin + cells
+        inside = ((row >= begin) & (row < end) & (row < rows))[None, :]
+        total = tl.sum(tl.where(inside, cam, 0.0), 1)
+        total_relu = tl.sum(tl.where(inside, relu, 0.0), 1)
+        if begin < stop:
+            if (begin >= start) & (end <= start + BLOCK_R):
+                place = picture.to(tl.int64) * classes + cls
+                tl.store(mean_ptr + place, total * scale, mask=there)
+                tl.store(relu_ptr + place, total_relu * scale, mask=there)
+            else:
+                slot = tl.where(begin < start, 0, 1)
+                place = (tile_r.to(tl.int64) * 2 + slot) * 2 * classes + cls
+                tl.store(part_ptr + place, total, mask=there)
+                tl.store(part_ptr + place + classes, total_relu, mask=there)
+
+
+@jit
+def _cam_pool_finish_kernel(
+    mean_ptr, relu_ptr, part_ptr, classes, cells, scale, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Means of one picture that lies in several tiles, summed tile after tile."""
+    picture = tl.program_id(0)
+    cls = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    there = cls < classes
+    first = picture * cells // BLOCK_R
+    last = (picture * cells + cells - 1) // BLOCK_R
+    if last > first:
+        place = part_ptr + (first.to(tl.int64) * 2 + 1) * 2 * classes + cls
+        total = tl.load(place, mask=there, other=0.0)
+        total_relu = tl.load(place + classes, mask=there, other=0.0)
+        for turn in range(0, last - first):
+            place = part_ptr + (first.to(tl.int64) + 1 + turn) * 4 * classes + cls
+            total += tl.load(place, mask=there, other=0.0)
+            total_relu += tl.load(place + classes, mask=there, other=0.0)
+        out = picture.to(tl.int64) * classes + cls
+        tl.store(mean_ptr + out, total * scale, mask=there)
+        tl.store(relu_ptr + out, total_relu * scale, mask=there)
+
+
+@jit
+def _cam_pool_flags_kernel(bits_ptr, flags_ptr, words, classes, width, SIDE: tl.constexpr, SQUARES: tl.constexpr):
+    """Which squares of SIDE cells by SIDE classes hold a positive cell.
+
+    Args:
+        bits_ptr: int32 [words, classes].
+        flags_ptr: int8 [squares of cells, width].
+    """
+    down = tl.program_id(0)
+    cls = tl.program_id(1) * SQUARES * SIDE + tl.arange(0, SQUARES * SIDE)
+    found = tl.zeros((SQUARES * SIDE,), tl.int32)
+    for turn in range(0, SIDE // 32):
+        word = down * (SIDE // 32) + turn
+        place = bits_ptr + word.to(tl.int64) * classes + cls
+        found = found | tl.load(place, mask=(cls < classes) & (word < words), other=0)
+    hit = tl.max(tl.reshape((found != 0).to(tl.int32), (SQUARES, SIDE)), 1)
+    square = tl.program_id(1) * SQUARES + tl.arange(0, SQUARES)
+    tl.store(flags_ptr + down.to(tl.int64) * width + square, hit.to(tl.int8), mask=square < width)
+
+
+@jit
+def _cam_pool_dx_kernel(
+    grad_ptr,
+    bits_ptr,
+    weight_ptr,
+    pooled_ptr,
+    scale_ptr,
+    list_ptr,
+    count_ptr,
+    out_ptr,
+    rows,
+    classes,
+    channels,
+    cells,
+    width,
+    EVEN: tl.constexpr,
+    SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of the features' gradient (cells by channels), summed over the listed steps of classes.
+
+    Args:
+        grad_ptr: [B, classes], gradient of mean(relu M) over cells, in the operands' type.
+        bits_ptr: int32 [words, classes]; weight_ptr: [classes, channels].
+        pooled_ptr: fp32 [B, channels], the mean part, the same for all cells of a picture.
+        scale_ptr: fp32 [], what grad was divided by (with SCALED).
+        list_ptr: int32 [row tiles, width], steps of classes with a positive cell; count_ptr: int32 [row tiles].
+        out_ptr: [rows, channels].
+    """
+    tiles_k = tl.cdiv(channels, BLOCK_K)
+    tile_r = tl.program_id(0) // tiles_k
+    k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    safe = tl.minimum(row, rows - 1)
+    picture = (safe // cells).to(tl.int64)
+    g_ptrs = grad_ptr + picture[:, None] * classes
+    b_ptrs = bits_ptr + (safe // 32).to(tl.int64)[:, None] * classes
+    shift = (safe % 32)[:, None]
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for turn in range(0, tl.load(count_ptr + tile_r)):
+        step = tl.load(list_ptr + tile_r * width + turn)
+        cls = step * BLOCK_C + tl.arange(0, BLOCK_C)
+        there = (cls < classes)[None, :]
+        g = tl.load(g_ptrs + cls[None, :], mask=there, other=0.0)
+        bits = tl.load(b_ptrs + cls[None, :], mask=there, other=0)
+        w_ptrs = weight_ptr + tl.minimum(cls, classes - 1).to(tl.int64)[:, None] * channels + k[None, :]
+        if EVEN:
+            w = tl.load(w_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=k[None, :] < channels, other=0.0)
+        g = _operand(g, UPCAST)
+        boosted = tl.where(((bits >> shift) & 1) != 0, g, 0.0).to(g.dtype)
+        acc = tl.dot(boosted, _operand(w, UPCAST), acc, input_precision=PRECISION)
+    if SCALED:
+        acc = acc * tl.load(scale_ptr)
+    there = (row < rows)[:, None] & (k < channels)[None, :]
+    acc += tl.load(pooled_ptr + picture[:, None] * channels + k[None, :], mask=there, other=0.0)
+    place = out_ptr + row.to(tl.int64)[:, None] * channels + k[None, :]
+    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@jit
+def _cam_pool_dw_kernel(
+    grad_ptr,
+    bits_ptr,
+    features_ptr,
+    scale_ptr,
+    list_ptr,
+    count_ptr,
+    weight_ptr,
+    bias_ptr,
+    rows,
+    classes,
+    channels,
+    cells,
+    width,
+    splits,
+    EVEN: tl.constexpr,
+    SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of the boosted part of the weights' gradient (classes by channels), over a part of the listed cells.
+
+    Args:
+        grad_ptr, bits_ptr, scale_ptr: as for the features' gradient; features_ptr: [rows, channels].
+        list_ptr: int32 [class tiles, width], steps of cells with a positive one; count_ptr: int32 [class tiles].
+        weight_ptr: fp32 [splits, classes, channels]; bias_ptr: fp32 [splits, classes], the sums of the same tile.
+    """
+    tiles_k = tl.cdiv(channels, BLOCK_K)
+    tile_c = tl.program_id(0) // tiles_k
+    tile_k = tl.program_id(0) % tiles_k
+    part = tl.program_id(1)
+    cls = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    there = (cls < classes)[:, None]
+    k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    number = tl.load(count_ptr + tile_c)
+    each = tl.cdiv(number, splits)
+    first = part * each
+    acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    acc_bias = tl.zeros((BLOCK_C,), tl.float32)
+    for turn in range(first, tl.minimum(first + each, number)):
+        step = tl.load(list_ptr + tile_c * width + turn)
+        row = step * BLOCK_R + tl.arange(0, BLOCK_R)
+        safe = tl.minimum(row, rows - 1)
+        # Bits past the last row are 0, but the last row is read in their place: they need the mask.
+        inside = there & (row < rows)[None, :]
+        g = tl.load(grad_ptr + (safe // cells).to(tl.int64)[None, :] * classes + cls[:, None], mask=inside, other=0.0)
+        bits = tl.load(bits_ptr + (safe // 32).to(tl.int64)[None, :] * classes + cls[:, None], mask=inside, other=0)
+        x_ptrs = features_ptr + safe.to(tl.int64)[:, None] * channels + k[None, :]
+        if EVEN:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=k[None, :] < channels, other=0.0)
+        g = _operand(g, UPCAST)
+        boosted = tl.where(((bits >> (safe % 32)[None, :]) & 1) != 0, g, 0.0).to(g.dtype)
+        acc = tl.dot(boosted, _operand(x, UPCAST), acc, input_precision=PRECISION)
+        if tile_k == 0:
+            acc_bias += tl.sum(boosted.to(tl.float32), 1)
+    if SCALED:
+        scale = tl.load(scale_ptr)
+        acc = acc * scale
+        acc_bias = acc_bias * scale
+    place = weight_ptr + (part.to(tl.int64) * classes + cls)[:, None] * channels + k[None, :]
+    tl.store(place, acc, mask=there & (k < channels)[None, :])
+    if tile_k == 0:
+        tl.store(bias_ptr + part.to(tl.int64) * classes + cls, acc_bias, mask=cls < classes)
+
+
+def compute_dtype(features: Tensor) -> torch.dtype:
+    """Type of the products' operands: the features' own. Sums are fp32 in every case."""
+    return features.dtype
+
+
+def _precision(dtype: torch.dtype) -> str:
+    # Three products of tf32 parts: fp32's accuracy on tensor cores. Plain tf32 would be Triton's default.
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def _shared(dtype: torch.dtype, tiles: Tiles) -> dict[str, Any]:
+    """Constants that all matrix kernels take."""
+    return {
+        "PRECISION": _precision(dtype),
+        "UPCAST": INTERPRETED and dtype != torch.float32,
+        "BLOCK_R": tiles.rows,
+        "BLOCK_C": tiles.classes,
+        "BLOCK_K": tiles.channels,
+    }
+
+
+# Row tiles that share a sweep over all class tiles.
+GROUP = 8
+# Class squares of one program of the flags kernel.
+SQUARES = 8
+
+
+@torch.library.custom_op("spml::cam_pool", mutates_args=())
+def cam_pool_op(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """mean(M), mean(relu M), and with `keep` the signs int32 [cdiv(B H W, 32), C] (else empty)."""
+    batch, height, width, channels = features.shape
+    cells, classes = height * width, len(weight)
+    rows, dtype = batch * cells, compute_dtype(features)
+    x, w = features.contiguous(), weight.to(dtype).contiguous()
+    make = dict(dtype=torch.float32, device=features.device)
+    mean, relu = torch.empty(batch, classes, **make), torch.empty(batch, classes, **make)
+    words = cdiv(rows, WORD) if keep else 0
+    bits = torch.empty(words, classes, dtype=torch.int32, device=features.device)
+    if batch == 0:
+        return mean, relu, bits
+    tiles = cam_pool_launch(rows, classes, channels, dtype != torch.float32).forward
+    tiles_r, tiles_c = cdiv(rows, tiles.rows), cdiv(classes, tiles.classes)
+    split = tiles.rows % cells != 0
+    part = torch.empty((tiles_r, 2, 2, classes) if split else (0,), **make)
+    _cam_pool_fwd_kernel[(tiles_r * tiles_c,)](
+        x,
+        w,
+        bias.float().contiguous(),
+        mean,
+        relu,
+        part,
+        bits,
+        rows,
+        classes,
+        channels,
+        cells,
+        1.0 / cells,
+        PICTURES=min(pictures_per_tile(tiles.rows, cells), batch),
+        EVEN=channels % tiles.channels == 0,
+        BITS=keep,
+        GROUP=GROUP,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **_shared(dtype, tiles),
+        **LAUNCH,
+    )
+    if split:
+        _cam_pool_finish_kernel[(batch, cdiv(classes, 256))](
+            mean, relu, part, classes, cells, 1.0 / cells, BLOCK_R=tiles.rows, BLOCK_C=256, num_warps=2, **LAUNCH
+        )
+    return mean, relu, bits
+
+
+@cam_pool_op.register_fake
+def _(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, height, width, _ = features.shape
+    mean = features.new_empty((batch, len(weight)), dtype=torch.float32)
+    words = (batch * height * width + WORD - 1) // WORD if keep else 0
+    return mean, torch.empty_like(mean), features.new_empty((words, len(weight)), dtype=torch.int32)
+
+
+def _work_lists(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row of flags [n, m], the places that are set, in order, int32 [n, m], and how many, int32 [n]."""
+    order = flags.sort(dim=1, descending=True, stable=True).indices
+    return order.to(torch.int32).contiguous(), flags.sum(1, dtype=torch.int32)
+
+
+def _merge(flags: Tensor, dim: int, times: float) -> Tensor:
+    """Flags of coarser squares (`times` > 1: any of them) or finer ones (each inherits) along `dim`."""
+    if times < 1:
+        return flags.repeat_interleave(round(1 / times), dim)
+    if times == 1:
+        return flags
+    number = int(times)
+    padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % number) if dim else (0, 0, 0, -len(flags) % number))
+    return padded.unflatten(dim, (-1, number)).amax(dim + 1)
+
+
+@torch.library.custom_op("spml::cam_pool_backward", mutates_args=())
+def cam_pool_backward_op(
+    grad_mean: Tensor, grad_relu: Tensor, features: Tensor, weight: Tensor, bits: Tensor, want_x: bool, want_w: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of features, weight and bias (fp32); those of features or of the two others are empty if unwanted."""
+    batch, height, width, channels = features.shape
+    cells, classes = height * width, len(weight)
+    rows, dtype = batch * cells, compute_dtype(features)
+    x, w = features.contiguous(), weight.to(dtype).contiguous()
+    grad_mean, share = grad_mean.float(), grad_relu.float() / cells
+    d_x = torch.empty(features.shape if want_x else (0,), dtype=features.dtype, device=features.device)
+    make = dict(dtype=torch.float32, device=features.device)
+    if batch == 0:
+        shapes = ((classes, channels), (classes,)) if want_w else ((0,), (0,))
+        return d_x, torch.zeros(shapes[0], dtype=weight.dtype, device=weight.device), torch.zeros(shapes[1], **make)
+    # fp16 cannot hold the tiny gradients of a mean: they are scaled to 1, and the sums scaled back.
+    scaled = dtype == torch.float16
+    scale = share.abs().amax().clamp(min=1e-30) if scaled else share
+    share = (share / scale if scaled else share).to(dtype).contiguous()
+
+    launch = cam_pool_launch(rows, classes, channels, dtype != torch.float32)
+    down, across = cdiv(rows, SKIP), cdiv(classes, SKIP)
+    flags = torch.empty(down, across, dtype=torch.int8, device=features.device)
+    _cam_pool_flags_kernel[(down, cdiv(across, SQUARES))](
+        bits, flags, len(bits), classes, across, SIDE=SKIP, SQUARES=SQUARES, num_warps=4, **LAUNCH
+    )
+    if want_x:
+        tiles = launch.d_features
+        pooled = grad_mean @ weight.float() / cells
+        steps, count = _work_lists(_merge(_merge(flags, 0, tiles.rows / SKIP), 1, tiles.classes / SKIP))
+        _cam_pool_dx_kernel[(cdiv(rows, tiles.rows) * cdiv(channels, tiles.channels),)](
+            share,
+            bits,
+            w,
+            pooled,
+            scale,
+            steps,
+            count,
+            d_x,
+            rows,
+            classes,
+            channels,
+            cells,
+            steps.shape[1],
+            EVEN=channels % tiles.channels == 0,
+            SCALED=scaled,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            **_shared(dtype, tiles),
+            **LAUNCH,
+        )
+    if not want_w:
+        return d_x, torch.empty(0, dtype=weight.dtype, device=weight.device), torch.empty(0, **make)
+    tiles = launch.d_weight
+    steps, count = _work_lists(_merge(_merge(flags, 1, tiles.classes / SKIP), 0, tiles.rows / SKIP).T.contiguous())
+    d_w = torch.empty(launch.splits, classes, channels, **make)
+    d_b = torch.empty(launch.splits, classes, **make)
+    _cam_pool_dw_kernel[(cdiv(classes, tiles.classes) * cdiv(channels, tiles.channels), launch.splits)](
+        share,
+        bits,
+        x,
+        scale,
+        steps,
+        count,
+        d_w,
+        d_b,
+        rows,
+        classes,
+        channels,
+        cells,
+        steps.shape[1],
+        launch.splits,
+        EVEN=channels % tiles.channels == 0,
+        SCALED=scaled,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **_shared(dtype, tiles),
+        **LAUNCH,
+    )
+    whole = d_w[0] if launch.splits == 1 else d_w.sum(0)
+    whole.addmm_(grad_mean.T, features.flatten(1, 2).mean(1, dtype=torch.float32))
+    return d_x, whole.to(weight.dtype), d_b.sum(0) + grad_mean.sum(0)
+
+
+@cam_pool_backward_op.register_fake
+def _(
+    grad_mean: Tensor, grad_relu: Tensor, features: Tensor, weight: Tensor, bits: Tensor, want_x: bool, want_w: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_x = features.new_empty(features.shape if want_x else (0,))
+    d_w = weight.new_empty(weight.shape if want_w else (0,))
+    return d_x, d_w, weight.new_empty(len(weight) if want_w else 0, dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, weight, bias, _ = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(features, weight, output[2])
+    ctx.bias_dtype = bias.dtype
+
+
+def _backward(ctx: Any, grad_mean: Tensor, grad_relu: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    features, weight, bits = ctx.saved_tensors
+    want_x, want_w, want_b = ctx.needs_input_grad[:3]
+    d_x, d_w, d_b = cam_pool_backward_op(grad_mean, grad_relu, features, weight, bits, want_x, want_w or want_b)
+    return d_x if want_x else None, d_w if want_w else None, d_b.to(ctx.bias_dtype) if want_b else None, None
+
+
+cam_pool_op.register_autograd(_backward, setup_context=_setup)

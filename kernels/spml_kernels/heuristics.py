@@ -6,6 +6,7 @@ from register and shared-memory counts of ahead-of-time compiles (see docs/perfo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from spml_kernels.jit import cdiv
@@ -35,3 +36,107 @@ def histogram_launch(elements: int) -> Flat:
     """Passes of the radix select: few programs, since each adds its histogram to the one in memory."""
     block = 2048
     return Flat(block, 8, max(1, min(cdiv(elements, block), 128)))
+
+
+class Rows(NamedTuple):
+    """Launch of `label_rows`.
+
+    Attributes:
+        block: columns filled at a time.
+        entries: listed entries read at a time.
+        warps: warps a program.
+    """
+
+    block: int
+    entries: int
+    warps: int
+
+
+def rows_launch(num_classes: int) -> Rows:
+    """Rows of few classes take one small block; rows of many are filled 16 bytes a thread at a time."""
+    block = min(max(128, next_power_of_two(num_classes)), 2048)
+    return Rows(block, 32 if block < 2048 else 128, 1 if block < 2048 else 4)
+
+
+def next_power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+# Programs that fill a GPU once (an A100 has 108 multiprocessors, an H100 132, a B200 148). One number for all cards,
+# so that the order of sums, and with it every bit of a result, does not depend on the card.
+FULL_GPU = 128
+
+# A 32-bit word of sign bits covers this many consecutive cells of one class.
+WORD = 32
+
+
+class Tiles(NamedTuple):
+    """Launch of a matrix kernel.
+
+    Attributes:
+        rows: cells a tile.
+        classes: classes a tile, or a step where classes are summed over.
+        channels: channels a tile, or a step where channels are summed over.
+        warps, stages: of a program.
+    """
+
+    rows: int
+    classes: int
+    channels: int
+    warps: int
+    stages: int
+
+
+class CamPoolLaunch(NamedTuple):
+    """Launches of cam_pool.
+
+    Attributes:
+        forward: sums over channels.
+        d_features: sums over classes.
+        d_weight: sums over cells.
+        splits: parts of the cells whose sums are made apart in d_weight, so that enough programs run.
+    """
+
+    forward: Tiles
+    d_features: Tiles
+    d_weight: Tiles
+    splits: int
+
+
+# Edge of the squares (cells by classes) that the backward passes over when no cell in them is positive.
+SKIP = 64
+
+
+def cam_pool_launch(cells: int, classes: int, channels: int, half: bool) -> CamPoolLaunch:
+    """Block sizes of cam_pool for `cells` = B * H * W.
+
+    Classes are the rows of the forward's tile, cells its columns: sums over cells then run along the accumulator's
+    rows, mostly within a thread. 256 cells a tile keep the boundary sums of pictures at 1/16 of the map.
+    """
+    wide = cells * classes >= 128 * 256 * FULL_GPU
+    step = 64 if half else 32
+    if channels < step:
+        step = max(16, next_power_of_two(channels))
+    if half and wide and classes > 64:
+        forward = Tiles(256, 128, step, 8, 3)
+    elif half:
+        forward = Tiles(128, 64, step, 4, 3)
+    else:
+        forward = Tiles(128, 64, step, 8, 2)
+    across = 256 if half and channels % 256 == 0 and wide else 128 if half else 64
+    across = min(across, max(16, next_power_of_two(channels)))
+    rows = 128 if half else 64
+    warps = 8 if across == 256 else 4
+    d_features = Tiles(rows, SKIP if half else 32, across, warps, 2)
+    d_weight = Tiles(SKIP if half else 32, 128 if half and classes > 64 else 64, across, warps, 2)
+    programs = cdiv(classes, d_weight.classes) * cdiv(channels, across)
+    splits = max(1, min(cdiv(FULL_GPU, programs), cdiv(cells, d_weight.rows * 8)))
+    return CamPoolLaunch(forward, d_features, d_weight, splits)
+
+
+def pictures_per_tile(rows: int, cells: int) -> int:
+    """Most pictures of `cells` cells that a tile of `rows` consecutive cells touches, wherever it starts."""
+    # Tiles start at multiples of `rows`, so within a picture only at multiples of this.
+    step = math.gcd(rows, cells)
+    return cdiv(rows + cells - step, cells)

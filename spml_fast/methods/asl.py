@@ -126,7 +126,7 @@ class ASLOptions(MethodOptions):
             does.
         log_form: released clamps at 1e-8 before the logarithm; logits takes it from the logits where there is no
             margin.
-        reduction: sum over all B x C entries of the micro-step (released), or their mean.
+        reduction: sum over all B x C entries of the update (released), or their mean.
     """
 
     name: str = "asl"

@@ -93,6 +93,20 @@ class Method(nn.Module):
     def check_labels(cls, labels: SparseLabels, options: MethodOptions) -> None:
         """Raise `UserError` when the training labels do not suit the method."""
 
+    @property
+    def sums_over_batch(self) -> bool:
+        """Whether the loss is a sum over the batch (ASL, SPLC, Hill, CSL as published) rather than a mean."""
+        return getattr(self.options, "reduction", "mean") == "sum"
+
+    def share_of_update(self, micro_size: int, update_size: int) -> float:
+        """Factor of a micro-step's loss, such that the factors' losses add up to the loss of the whole update.
+
+        Args:
+            micro_size: samples of the micro-step over all ranks.
+            update_size: samples of the update over all ranks.
+        """
+        return 1.0 if self.sums_over_batch else micro_size / update_size
+
     def forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> LossOutput:
         """One forward through the classifier and the loss of its logits. Methods with several views override this."""
         output = classifier(batch.views[self.views[0]], alpha=classifier.alpha_train)

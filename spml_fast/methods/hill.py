@@ -58,7 +58,7 @@ class HillOptions(MethodOptions):
         margin: taken off the logits of observed positives.
         gamma: focal exponent of observed positives.
         focal_weight: attached (released) takes gradient through the focal weight; detached does not.
-        reduction: sum over all B x C entries of the micro-step (released), or their mean.
+        reduction: sum over all B x C entries of the update (released), or their mean.
     """
 
     name: str = "hill"

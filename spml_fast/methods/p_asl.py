@@ -103,7 +103,7 @@ class PASLOptions(MethodOptions):
         margin: probability below which a negative or unknown label costs nothing.
         log_form: released clamps at 1e-8 before the logarithm; logits takes it from the logits where there is no
             margin.
-        reduction: sum over all B x C entries of the micro-step (released), or their mean.
+        reduction: sum over all B x C entries of the update (released), or their mean.
     """
 
     name: str = "p_asl"

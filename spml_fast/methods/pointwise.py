@@ -91,7 +91,7 @@ class PointMethod(Method):
 
     def reduce(self, total: Tensor, batch: Batch) -> Tensor:
         """This rank's loss from the sum over its entries: the mean over B x C of all ranks, or the sum over them."""
-        if getattr(self.options, "reduction", "mean") == "sum":
+        if self.sums_over_batch:
             return global_sum(total)
         return global_mean(total, batch.global_size * self.store.num_classes)
 

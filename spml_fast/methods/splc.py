@@ -75,7 +75,7 @@ class SPLCOptions(MethodOptions):
         gamma: focal exponent.
         change_epoch: epochs before correction begins.
         focal_weight: attached (released) takes gradient through the focal weight; detached does not.
-        reduction: sum over all B x C entries of the micro-step (released), or their mean.
+        reduction: sum over all B x C entries of the update (released), or their mean.
     """
 
     name: str = "splc"
