@@ -174,7 +174,8 @@ class LabelStore:
 
     def max_row_count(self, code: int) -> int:
         """The largest number of entries with `code` that any sample has, unlisted entries and corrections left out."""
-        running = torch.nn.functional.pad((self._codes == code).cumsum(0), (1, 0))
+        width = torch.int32 if len(self._codes) < 2**31 else torch.int64
+        running = torch.nn.functional.pad((self._codes == code).cumsum(0, dtype=width), (1, 0))
         counts = running[self._indptr[1:]] - running[self._indptr[:-1]]
         return int(counts.max()) if len(counts) else 0
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from spml_fast.classifier import Classifier
 from spml_fast.cli import parse_config
-from spml_fast.config import ModelConfig
+from spml_fast.config import Config, ModelConfig
 from spml_fast.errors import UserError
+from spml_fast.evaluate import evaluate_split
 from spml_fast.heads import MaskOptions, make_head
 from spml_fast.heads.query2label import Query2LabelHead, sine_position
 
@@ -258,6 +259,12 @@ class TestClassifier:
         with pytest.raises(UserError, match=r"layer9\.\*"):
             Classifier(config, 5, 64)
 
+    def test_evaluation_refuses_other_alphas(self):
+        config = Config(method=None, model=self.CONFIG)
+        classifier = Classifier(self.CONFIG, 5, 64)
+        with pytest.raises(UserError, match="no class activation map"):
+            evaluate_split(classifier, None, None, [1.0, 5.0], config, [])
+
     def test_command_line(self):
         words = ["--data.dir", "x", "--model.head", "query2label", "--model.head_options", '{"preset": "tiny"}']
         config = parse_config(words)
@@ -301,5 +308,3 @@ class TestRuns:
         done = run_script("evaluate.py", "--run", run, "--json", out)
         assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads(out.read_text())["alpha"] == json.loads((run / "results.json").read_text())["alpha"]
-        done = run_script("evaluate.py", "--run", run, "--alpha", 5)
-        assert done.returncode == 1 and "no class activation map" in done.stderr and "Traceback" not in done.stderr

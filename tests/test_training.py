@@ -340,3 +340,46 @@ class TestBadInput:
 
     def test_evaluate_alpha_and_run(self, run_script: Run, tmp_path: Path) -> None:
         self.refuse(run_script("evaluate.py", "--run", tmp_path), "not a run directory")
+
+
+class TestPartlyKnownLabels:
+    """Real positives and negatives, the rest unknown, in training and in evaluation."""
+
+    @pytest.fixture(scope="class")
+    def data(self, small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        from spml_fast.manifest import Manifest
+
+        folder = tmp_path_factory.mktemp("partly")
+        manifest, rng = Manifest(small_digits), np.random.default_rng(0)
+        lines = ["path,positives,negatives,split"]
+        for name, split in manifest.splits.items():
+            for i in range(len(split)):
+                codes = split.known.rows([i])[0]
+                known = rng.random(10) < 0.5
+                lists = [";".join(str(c) for c in np.flatnonzero((codes == code) & known)) for code in (1, 0)]
+                lines.append(f"{split.relative_path(i)},{lists[0]},{lists[1]},{name}")
+        table = folder / "table.csv"
+        table.write_text("\n".join(lines) + "\n")
+        words = [*command("prepare.py", 1, "python"), "csv", "--table", str(table)]
+        words += ["--images", str(manifest.image_root), "--out", str(folder / "data")]
+        succeed(subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT))
+        return folder / "data"
+
+    def test_trains_and_scores_annotated_pairs_alone(self, data: Path, run_script: Run, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        monitor = json.dumps({"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}})
+        more = {"method": "partial", "model__alpha_train": 1, "deepspeed__extra": monitor}
+        succeed(run_script("train.py", *options(data, run, **more)))
+        assert list((tmp_path / "csv").glob("*.csv")), "DeepSpeed's CSV monitor was not passed through"
+        reports = []
+        for ranks in (1, 2):
+            out = tmp_path / f"{ranks}.json"
+            launcher = "python" if ranks == 1 else "deepspeed"
+            succeed(run_script("evaluate.py", "--run", run, "--json", out, ranks=ranks, launcher=launcher))
+            reports.append(json.loads(out.read_text()))
+        assert reports[0] == reports[1]
+        found = reports[0]["alpha"]["5"]
+        # About half of 90 x 10 labels are known; a dense evaluation would count all 900.
+        assert 350 < found["num_positives"] + found["num_negatives"] < 550
+        assert found["empty_classes"] == "skip_unlabelled" and 0 < found["map"] < 100 and found["OF1_top3"] is not None
+        assert json.loads((run / "results.json").read_text())["alpha"] == reports[0]["alpha"]

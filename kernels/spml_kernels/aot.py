@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,10 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
+def _disassemble(flag: str, file: str) -> str:
+    return subprocess.run([_tool("cuobjdump"), flag, file], check=True, capture_output=True, text=True).stdout
+
+
 def _widths(sass: str, instruction: str) -> dict[int, int]:
     """Width in bits -> how often, of LDG or STG style instructions (no suffix is 32 bits)."""
     found: dict[int, int] = {}
@@ -121,12 +125,7 @@ def compile_case(case: Case, arch: int) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        run: Callable[[str], str] = lambda flag: (
-            subprocess.run(  # noqa: E731
-                [_tool("cuobjdump"), flag, file.name], check=True, capture_output=True, text=True
-            ).stdout
-        )
-        usage, sass = run("-res-usage"), run("-sass")
+        usage, sass = (_disassemble(flag, file.name) for flag in ("-res-usage", "-sass"))
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     loads = _widths(sass, "LDG")
     for width, count in _widths(sass, "LDGSTS").items():
@@ -154,5 +153,5 @@ def cases() -> Iterator[Case]:
     from importlib import import_module
 
     # By module name: the package's attributes of these names are the public functions.
-    for op in ("label_loss", "large_loss", "label_rows"):
+    for op in ("label_loss", "large_loss", "label_rows", "cam_pool"):
         yield from import_module(f"spml_kernels.{op}").aot_cases()

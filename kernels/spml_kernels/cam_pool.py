@@ -151,7 +151,6 @@ def _cam_pool_fwd_kernel(
         word = start // 32 + tl.arange(0, BLOCK_R // 32)
         target = bits_ptr + word.to(tl.int64)[None, :] * classes + cls[:, None]
         tl.store(target, tl.sum(lanes, 2), mask=there[:, None] & (word < tl.cdiv(rows, 32))[None, :])
-    relu = tl.maximum(cam, 0.0)
     stop = tl.minimum(start + BLOCK_R, rows)
     for turn in range(0, PICTURES):
         picture = start // cells + turn
@@ -159,7 +158,7 @@ def _cam_pool_fwd_kernel(
         end = begin + cells
         inside = ((row >= begin) & (row < end) & (row < rows))[None, :]
         total = tl.sum(tl.where(inside, cam, 0.0), 1)
-        total_relu = tl.sum(tl.where(inside, relu, 0.0), 1)
+        total_relu = tl.sum(tl.where(inside, tl.maximum(cam, 0.0), 0.0), 1)
         if begin < stop:
             if (begin >= start) & (end <= start + BLOCK_R):
                 place = picture.to(tl.int64) * classes + cls
@@ -265,10 +264,7 @@ def _cam_pool_dx_kernel(
         g = tl.load(g_ptrs + cls[None, :], mask=there, other=0.0)
         bits = tl.load(b_ptrs + cls[None, :], mask=there, other=0)
         w_ptrs = weight_ptr + tl.minimum(cls, classes - 1).to(tl.int64)[:, None] * channels + k[None, :]
-        if EVEN:
-            w = tl.load(w_ptrs)
-        else:
-            w = tl.load(w_ptrs, mask=k[None, :] < channels, other=0.0)
+        w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=k[None, :] < channels, other=0.0)
         g = _operand(g, UPCAST)
         boosted = tl.where(((bits >> shift) & 1) != 0, g, 0.0).to(g.dtype)
         acc = tl.dot(boosted, _operand(w, UPCAST), acc, input_precision=PRECISION)
@@ -332,10 +328,7 @@ def _cam_pool_dw_kernel(
         g = tl.load(grad_ptr + (safe // cells).to(tl.int64)[None, :] * classes + cls[:, None], mask=inside, other=0.0)
         bits = tl.load(bits_ptr + (safe // 32).to(tl.int64)[None, :] * classes + cls[:, None], mask=inside, other=0)
         x_ptrs = features_ptr + safe.to(tl.int64)[:, None] * channels + k[None, :]
-        if EVEN:
-            x = tl.load(x_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=k[None, :] < channels, other=0.0)
+        x = tl.load(x_ptrs) if EVEN else tl.load(x_ptrs, mask=k[None, :] < channels, other=0.0)
         g = _operand(g, UPCAST)
         boosted = tl.where(((bits >> (safe % 32)[None, :]) & 1) != 0, g, 0.0).to(g.dtype)
         acc = tl.dot(boosted, _operand(x, UPCAST), acc, input_precision=PRECISION)
@@ -557,3 +550,112 @@ def _backward(ctx: Any, grad_mean: Tensor, grad_relu: Tensor, _: Any) -> tuple[T
 
 
 cam_pool_op.register_autograd(_backward, setup_context=_setup)
+
+
+# (C, K, cells of a picture, B) of the shapes that matter.
+AOT_SHAPES = (
+    (10, 96, 64, 64),
+    (20, 2048, 196, 16),
+    (80, 2048, 196, 128),
+    (81, 768, 256, 64),
+    (312, 1280, 49, 128),
+    (5000, 2048, 196, 128),
+    (5000, 512, 1024, 32),
+    (9605, 2048, 196, 128),
+)
+
+
+def aot_cases() -> Iterator[Case]:
+    """The kernels for compiles without a GPU."""
+    for classes, channels, cells, batch in AOT_SHAPES:
+        for dtype in ("bf16", "fp16", "fp32"):
+            if dtype != "bf16" and classes not in (80, 5000):
+                continue
+            yield from _shape_cases(classes, channels, cells, batch, dtype)
+
+
+def _shape_cases(classes: int, channels: int, cells: int, batch: int, dtype: str) -> Iterator[Case]:
+    rows, half = batch * cells, dtype != "fp32"
+    launch = cam_pool_launch(rows, classes, channels, half)
+    shape = f"{dtype} C {classes} K {channels} HW {cells} B {batch}"
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    numbers: dict[str, str | tuple[str, ...]] = {"rows": "i32", "classes": "i32", "channels": "i32", "cells": "i32"}
+    values = {"rows": rows, "classes": classes, "channels": channels, "cells": cells}
+    aligned = tuple(name for name, value in values.items() if value % 16 == 0)
+    data = f"*{dtype}"
+    yield Case(
+        "cam_pool forward",
+        shape,
+        _cam_pool_fwd_kernel,
+        {
+            "features_ptr": data,
+            "weight_ptr": data,
+            "bias_ptr": "*fp32",
+            "mean_ptr": "*fp32",
+            "relu_ptr": "*fp32",
+            "part_ptr": "*fp32",
+            "bits_ptr": "*i32",
+            **numbers,
+            "scale": "fp32",
+        },
+        {
+            "PICTURES": min(pictures_per_tile(launch.forward.rows, cells), batch),
+            "EVEN": channels % launch.forward.channels == 0,
+            "BITS": True,
+            "GROUP": GROUP,
+            **_shared(kind, launch.forward),
+        },
+        ("features_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "relu_ptr", "part_ptr", "bits_ptr", *aligned),
+        launch.forward.warps,
+        launch.forward.stages,
+        tensor_cores=True,
+    )
+    lists: dict[str, str | tuple[str, ...]] = {"scale_ptr": "*fp32", "list_ptr": "*i32", "count_ptr": "*i32"}
+    signs: dict[str, str | tuple[str, ...]] = {"grad_ptr": data, "bits_ptr": "*i32"}
+    yield Case(
+        "cam_pool dX",
+        shape,
+        _cam_pool_dx_kernel,
+        {
+            **signs,
+            "weight_ptr": data,
+            "pooled_ptr": "*fp32",
+            **lists,
+            "out_ptr": data,
+            **numbers,
+            "width": "i32",
+        },
+        {
+            "EVEN": channels % launch.d_features.channels == 0,
+            "SCALED": dtype == "fp16",
+            **_shared(kind, launch.d_features),
+        },
+        ("grad_ptr", "bits_ptr", "weight_ptr", "pooled_ptr", "out_ptr", *aligned),
+        launch.d_features.warps,
+        launch.d_features.stages,
+        tensor_cores=True,
+    )
+    yield Case(
+        "cam_pool dW",
+        shape,
+        _cam_pool_dw_kernel,
+        {
+            **signs,
+            "features_ptr": data,
+            **lists,
+            "weight_ptr": "*fp32",
+            "bias_ptr": "*fp32",
+            **numbers,
+            "width": "i32",
+            "splits": "i32",
+        },
+        {
+            "EVEN": channels % launch.d_weight.channels == 0,
+            "SCALED": dtype == "fp16",
+            **_shared(kind, launch.d_weight),
+        },
+        ("grad_ptr", "bits_ptr", "features_ptr", "weight_ptr", "bias_ptr", *aligned),
+        launch.d_weight.warps,
+        launch.d_weight.stages,
+        tensor_cores=True,
+    )

@@ -24,7 +24,8 @@ masked_bn        no_update                  update                          upda
 In all of them lambda holds for 16 pictures and is rescaled to the batch (l^(B/16), identical at the published batch);
 the masked view is made without gradient, which is exact; the head's alpha applies to all views, masks come from the
 unboosted map. CALR's linear head, whose maps lack the bias, is not imitated. Without `ignore` no masked view is made,
-so BatchNorm does not see it either.
+so BatchNorm does not see it either; under exact accumulation the masked view belongs to the planning pass, which moves
+no BatchNorm statistics.
 
 Cost: three forwards and two backwards a step, 2.3 times assumed negative (a backward is two forwards). Two speed
 options change the result: masked_every (steps between two masked views; the others reject nothing) and masked_scale.

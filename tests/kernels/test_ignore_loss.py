@@ -58,7 +58,7 @@ class TestGolden:
         codes = torch.tensor(CODES, dtype=torch.int8)
         terms = ignore_loss(z, strong, None, codes, tensor(GAP), tensor(AVERAGE), "epsilon")
         assert not terms.rejected.any()
-        assert float(terms.ign) / 6 == pytest.approx(0.55368675236911, abs=1e-13)
+        assert terms.ign.item() / 6 == pytest.approx(0.55368675236911, abs=1e-13)
 
     @pytest.mark.parametrize("form", ["logits", "epsilon"])
     def test_gradients_by_finite_differences(self, form):
@@ -113,8 +113,8 @@ class TestForms:
         y = (torch.tensor(CODES) == 1).to(D)
         bce = torch.nn.functional.binary_cross_entropy_with_logits
         keep = ~terms.rejected
-        assert float(terms.ign) == pytest.approx(float(bce(strong[keep], y[keep], reduction="sum")), abs=1e-13)
-        assert float(terms.spbc) == pytest.approx(float(bce(z[y == 1], y[y == 1], reduction="sum")), abs=1e-13)
+        assert terms.ign.item() == pytest.approx(float(bce(strong[keep], y[keep], reduction="sum")), abs=1e-13)
+        assert terms.spbc.item() == pytest.approx(float(bce(z[y == 1], y[y == 1], reduction="sum")), abs=1e-13)
 
     def test_epsilon_is_capped_and_its_gradient_vanishes(self):
         for value, gradient in ((12.0, 0.3806), (20.0, 2.06e-4), (60.0, 0.0)):
@@ -122,8 +122,8 @@ class TestForms:
             terms = ignore_loss(z, None, None, torch.tensor([[-1]], dtype=torch.int8), tensor(0), None, "epsilon")
             terms.ign.backward()
             assert float(z.grad) == pytest.approx(gradient, abs=1e-4)
-            assert float(terms.ign) < 11.5130
-        assert float(terms.ign) == pytest.approx(-math.log(1e-5), abs=1e-9)
+            assert terms.ign.item() < 11.5130
+        assert terms.ign.item() == pytest.approx(-math.log(1e-5), abs=1e-9)
         certain = ignore_loss(
             -z.detach(), None, None, torch.tensor([[-1]], dtype=torch.int8), tensor(0), None, "epsilon"
         )
@@ -133,7 +133,7 @@ class TestForms:
         z = tensor([[60.0]]).requires_grad_()
         terms = ignore_loss(z, None, None, torch.tensor([[-1]], dtype=torch.int8), tensor(0), None)
         terms.ign.backward()
-        assert float(terms.ign) == pytest.approx(60) and float(z.grad) == pytest.approx(1)
+        assert terms.ign.item() == pytest.approx(60) and float(z.grad) == pytest.approx(1)
 
     @pytest.mark.parametrize("form", ["logits", "epsilon"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,8 +154,8 @@ class TestForms:
         codes = torch.tensor(CODES, dtype=torch.int8)
         alone = ignore_loss(z, None, tensor(MASKED), codes, tensor(GAP), tensor(AVERAGE), "epsilon")
         same = ignore_loss(z, z, tensor(MASKED), codes, tensor(GAP), tensor(AVERAGE), "epsilon")
-        assert float(weak.ign) == float(alone.ign) == float(same.ign)
-        assert float(alone.reg) == 0 and float(weak.reg) == pytest.approx(0.45833333333333 * 6)
+        assert float(weak.ign) == alone.ign.item() == float(same.ign)
+        assert alone.reg.item() == 0 and float(weak.reg) == pytest.approx(0.45833333333333 * 6)
 
     def test_empty_batch(self):
         z, codes = torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int8)

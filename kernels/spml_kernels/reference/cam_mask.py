@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 from spml_kernels.reference.cam_pool import cam_map_reference
 
@@ -15,7 +16,7 @@ def positive_classes_reference(codes_BC: Tensor, width: int) -> Tensor:
     rank_C = torch.arange(count, 0, -1, device=codes_BC.device)
     key_BN = torch.where(codes_BC == 1, rank_C, 0).topk(min(width, count), dim=1).values
     ids_BN = torch.where(key_BN > 0, count - key_BN, -1)
-    return torch.nn.functional.pad(ids_BN, (0, max(width - count, 0)), value=-1)
+    return pad(ids_BN, (0, max(width - count, 0)), value=-1)
 
 
 def normalise_maps(maps_BNhw: Tensor, valid_BN: Tensor, norm: str, group: int) -> Tensor:
@@ -49,11 +50,12 @@ def map_mask_reference(
     maps = maps_BNhw.detach()
     maps = maps.float() if maps.dtype in (torch.bfloat16, torch.float16) else maps
     normal = normalise_maps(maps, valid, norm, group)
-    above = (
-        torch.nn.functional.interpolate(normal, pictures.shape[2:], mode="bilinear", align_corners=False) > threshold
-    )
-    keep_BSS = (above & valid[:, :, None, None]).any(1) | ~valid.any(1)[:, None, None]
-    return pictures * keep_BSS[:, None].to(pictures.dtype)
+    keep_B1SS = ~valid.any(1)[:, None, None, None]
+    # One class at a time: a picture-sized map is far larger than all the maps together.
+    for n in range(classes_BN.shape[1]):
+        large = interpolate(normal[:, n : n + 1], pictures.shape[2:], mode="bilinear", align_corners=False)
+        keep_B1SS = keep_B1SS | ((large > threshold) & valid[:, n, None, None, None])
+    return torch.where(keep_B1SS, pictures, 0)
 
 
 def cam_mask_reference(

@@ -1,0 +1,220 @@
+"""The tiled products with reducing epilogue, their sign bits and gradients, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_tools import TOLERANCE, assert_close, assert_op_sound
+from spml_kernels import cam_pool
+from spml_kernels.cam_pool import cam_pool_backward_op, cam_pool_op
+from spml_kernels.chunked import cam_pool_chunked
+from spml_kernels.heuristics import cam_pool_launch
+from spml_kernels.reference.cam_pool import cam_pool_reference
+
+pytestmark = pytest.mark.usefixtures("triton_on")
+
+# (B, H, W, K, C): several pictures in a tile, pictures over several tiles, tiles that end with a picture, odd sizes.
+SHAPES = [
+    (3, 4, 4, 16, 5),
+    (5, 7, 7, 40, 20),
+    (3, 14, 14, 96, 81),
+    (2, 16, 16, 64, 10),
+    (1, 7, 9, 33, 130),
+    (9, 5, 5, 70, 65),
+    (2, 32, 33, 32, 3),
+]
+
+
+def draw(shape, dtype, device, seed=0, shift=0.0):
+    batch, height, width, channels, classes = shape
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(batch, height, width, channels, generator=generator)
+    weight = torch.randn(classes, channels, generator=generator) / channels**0.5
+    bias = torch.randn(classes, generator=generator) * 0.3 + shift
+    return [t.to(dtype).to(device) for t in (features, weight, bias)]
+
+
+def run(function, inputs, seed=5):
+    """Both means and all gradients for upstream gradients that are not 1 and differ by entry."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    mean, relu = function(*leaves)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(mean.shape, generator=generator).to(mean.device, mean.dtype) * s for s in (0.7, 2e-3)]
+    loss = (mean * upstream[0]).sum() * 1e-3 + (relu * upstream[1]).sum()
+    return [mean, relu, *torch.autograd.grad(loss, leaves)]
+
+
+def exact(inputs):
+    return run(lambda *t: cam_pool_reference(*t, True), [t.detach().double().cpu() for t in inputs])
+
+
+def check(inputs, tolerance=None):
+    found, wanted = run(cam_pool, inputs), exact(inputs)
+    tolerance = tolerance or TOLERANCE[inputs[0].dtype]
+    for name, a, b in zip(("mean", "relu", "features", "weight", "bias"), found, wanted, strict=True):
+        if name in ("mean", "relu"):
+            assert a.dtype == torch.float32
+            assert_close(name, a, b, 1e-5)
+        else:
+            # Operands of the backward are rounded to the features' type, sums are not.
+            assert_close(f"gradient of {name}", a, b, max(tolerance, 5e-5))
+    for a, t in zip(found[2:], inputs, strict=True):
+        assert a.dtype == t.dtype and a.shape == t.shape
+    return found
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_equals_the_reference(shape, dtype, device):
+    check(draw(shape, dtype, device))
+
+
+def test_large_tiles(device):
+    # Enough work for the wide launch: 256 cells by 128 classes.
+    shape = (2, 3, 23, 64, 129)
+    inputs = draw(shape, torch.float16, device)
+    from spml_kernels import cam_pool as _  # noqa: F401
+    from spml_kernels import heuristics
+
+    full, heuristics.FULL_GPU = heuristics.FULL_GPU, 0
+    try:
+        assert cam_pool_launch(138, 129, 64, True).forward.rows == 256
+        check(inputs)
+    finally:
+        heuristics.FULL_GPU = full
+
+
+def test_fp32_weights_under_half_features(device):
+    features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
+    inputs = [features.half(), weight, bias]
+    found = run(cam_pool, inputs)
+    # Weights are rounded to the features' type for the products, and for nothing else.
+    wanted = exact([inputs[0], weight.half(), bias])
+    assert [t.dtype for t in found] == [torch.float32, torch.float32, torch.float16, torch.float32, torch.float32]
+    for name, a, b in zip(("mean", "relu", "x", "w", "b"), found, wanted, strict=True):
+        assert_close(name, a, b, 1e-5 if name in ("mean", "relu") else 2e-3)
+
+
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+def test_nothing_or_everything_positive(shift, device):
+    inputs = draw((3, 7, 7, 48, 70), torch.float32, device, shift=shift)
+    found = check(inputs)
+    if shift < 0:
+        assert not found[1].any()
+    else:
+        assert_close("relu", found[1], found[0], 1e-6)
+
+
+def test_few_positive_squares(device):
+    # Two classes of one picture: nearly all squares are passed over.
+    features, weight, bias = draw((6, 9, 9, 32, 200), torch.float32, device, shift=-30)
+    bias[7] = bias[150] = 0
+    features[2, 1:3] *= 3
+    check([features, weight, bias])
+
+
+def test_zero_is_not_positive(device):
+    features, weight, bias = draw((2, 5, 5, 16, 4), torch.float32, device)
+    inputs = [features, weight * 0, bias * 0]
+    mean, relu, *grads = check(inputs)
+    assert not mean.any() and not relu.any()
+    assert len(grads) == 3
+
+
+def test_extreme_logits_stay_finite(device):
+    features, weight, bias = draw((2, 7, 7, 64, 20), torch.float32, device)
+    for scale in (100.0, 1e4):
+        assert all(torch.isfinite(t).all() for t in check([features * scale, weight, bias]))
+
+
+def test_signs_are_one_bit_a_cell(device):
+    features, weight, bias = draw((3, 7, 7, 32, 21), torch.float32, device)
+    bits = cam_pool_op(features, weight, bias, True)[2]
+    cam = torch.nn.functional.linear(features.double(), weight.double(), bias.double()).reshape(147, 21)
+    assert bits.shape == (5, 21) and bits.dtype == torch.int32
+    lanes = (bits.cpu()[:, None] >> torch.arange(32)[None, :, None]) & 1
+    found = lanes.reshape(160, 21).bool()
+    assert not found[147:].any()
+    assert torch.equal(found[:147], cam.cpu() > 0)
+    assert cam_pool_op(features, weight, bias, False)[2].numel() == 0
+
+
+def test_without_boost_there_is_no_map(device):
+    inputs = draw((3, 7, 7, 32, 21), torch.bfloat16, device)
+    assert cam_pool(*inputs, False)[1] is None
+    leaves = [t.requires_grad_() for t in inputs]
+    mean = cam_pool(*leaves, False)[0]
+    grads = torch.autograd.grad((mean * 0.3).sum(), leaves)
+    double = [t.detach().double().cpu().requires_grad_() for t in inputs]
+    wanted = cam_pool_reference(*double, False)[0]
+    assert_close("mean", mean, wanted, 1e-5)
+    for a, b in zip(grads, torch.autograd.grad((wanted * 0.3).sum(), double), strict=True):
+        assert_close("gradient", a, b, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_in_chunks_of_classes(dtype, device, monkeypatch):
+    monkeypatch.setattr("spml_kernels.chunked.CACHE_BYTES", 1)
+    monkeypatch.setattr("spml_kernels.chunked.chunk_size", lambda *a: 64)
+    inputs = draw((5, 7, 7, 40, 150), dtype, device)
+    for name, a, b in zip(("mean", "relu", "x", "w", "b"), run(cam_pool_chunked, inputs), exact(inputs), strict=True):
+        # The map itself is rounded to half precision here.
+        assert_close(name, a, b, max(2 * TOLERANCE[dtype], 5e-5))
+
+
+def test_tiny_maps_go_in_chunks(device):
+    check(draw((4, 2, 2, 32, 20), torch.float32, device))
+    check(draw((4, 1, 1, 32, 20), torch.float32, device))
+
+
+def test_empty(device):
+    features, weight, bias = draw((0, 7, 7, 32, 20), torch.float32, device)
+    found = run(cam_pool, [features, weight, bias])
+    assert found[0].shape == found[1].shape == (0, 20) and found[2].shape == features.shape
+    assert not found[3].any() and not found[4].any()
+
+
+def test_layouts(device):
+    features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
+    maps = features.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    plain = run(cam_pool, [features, weight, bias])
+    for view in (maps.permute(0, 2, 3, 1), maps.contiguous().permute(0, 2, 3, 1)):
+        found = run(cam_pool, [view, weight.T.contiguous().T, bias])
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_only_wanted_gradients_are_made(device):
+    features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
+    whole = run(cam_pool, [features, weight, bias])
+    bits = cam_pool_op(features, weight, bias, True)[2]
+    grads = [torch.randn(3, 20, device=device) for _ in range(2)]
+    d_x, d_w, d_b = cam_pool_backward_op(*grads, features, weight, bits, True, False)
+    assert d_w.numel() == d_b.numel() == 0 and d_x.shape == features.shape
+    assert cam_pool_backward_op(*grads, features, weight, bits, False, True)[0].numel() == 0
+    mean, relu = cam_pool(features, weight.clone().requires_grad_(), bias)
+    assert torch.equal(mean, whole[0]) and relu.requires_grad
+    with torch.no_grad():
+        assert not cam_pool(features, weight.clone().requires_grad_(), bias)[0].requires_grad
+
+
+def test_two_runs_are_bit_equal(device):
+    inputs = draw((5, 14, 14, 96, 20), torch.float16, device)
+    one, two = run(cam_pool, inputs), run(cam_pool, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_op_is_sound(device):
+    inputs = [t.requires_grad_() for t in draw((2, 5, 5, 32, 9), torch.float32, device)]
+    assert_op_sound(torch.ops.spml.cam_pool.default, (*inputs, True))
+    bits = cam_pool_op(*inputs, True)[2]
+    grads = [torch.randn(2, 9, device=device) for _ in range(2)]
+    plain = [t.detach() for t in inputs]
+    for wanted in ((True, True), (True, False), (False, True)):
+        assert_op_sound(torch.ops.spml.cam_pool_backward.default, (*grads, *plain[:2], bits, *wanted))
+
+
+def test_compiles_into_one_graph(device):
+    inputs = draw((2, 5, 5, 32, 9), torch.float32, device)
+    compiled = torch.compile(lambda *t: cam_pool(*t), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(cam_pool, inputs), run(compiled, inputs), strict=True):
+        assert torch.equal(a, b)
