@@ -54,10 +54,14 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, updates:
     """
     if train.schedule == "one_cycle":
         peaks = [float(g["lr"]) for g in optimizer.param_groups]
-        # A rise of one step or none starts at the peak; OneCycleLR divides by zero on a rise of exactly one step.
-        rise = train.warmup_share * (updates + 1)
-        share = train.warmup_share if rise > 1 + 1e-6 else (1 - 1e-6) / (updates + 1)
-        return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=updates + 1, pct_start=share)
+        # As published: the last update has the lowest rate. A rise to the very end needs one step more to fall in, and
+        # two steps are the least that OneCycleLR can be made of.
+        total = max(updates, 2) if train.warmup_share < 1 else updates + 1
+        share = min(float(train.warmup_share), updates / total)
+        if share * total <= 1 + 1e-6:
+            # A rise of one step or none starts at the peak; OneCycleLR divides by zero on exactly one step.
+            share = (1 - 1e-6) / total
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=total, pct_start=share)
     if train.schedule == "cosine":
         warm = round(updates * train.warmup_share)
 

@@ -35,8 +35,10 @@ def command(script: str, ranks: int, launcher: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread a rank, so that results do not depend on how many ranks share the machine."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
+    """One thread a rank, so that results do not depend on how many ranks share the machine; nothing of a launcher."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {k: v for k, v in os.environ.items() if k not in launchers and not k.startswith("SLURM")}
+    return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

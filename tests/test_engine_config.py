@@ -182,24 +182,20 @@ def test_one_cycle_schedule():
     torch.testing.assert_close(rates[1], 3 * rates[0])
     assert rates[0, 0] == pytest.approx(1 / 25)
     assert rates[0].max() == pytest.approx(1, abs=2e-3) and rates[0].argmax() in (19, 20)
-    assert rates[0, 100] < 1e-4
-    reference = torch.optim.lr_scheduler.OneCycleLR(
-        torch.optim.AdamW(a_group()), max_lr=1.0, total_steps=101, pct_start=0.2
-    )
-    assert rates[0, 0] == pytest.approx(reference.get_last_lr()[0])
+    # Published end points (spec/ignore.md 1.6): a 25th of the peak, the peak, 4e-6 of it in the last update.
+    assert rates[0, 99] == pytest.approx(4e-6, rel=1e-3)
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3, 4, 5, 9, 24, 49])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("name", ["one_cycle", "cosine"])
 def test_schedules_of_short_runs(name, updates, share):
-    rates = learning_rates(updates, schedule=name, warmup_share=share)[0]
-    assert torch.isfinite(rates).all() and (rates >= 0).all() and rates[:updates].max() <= 1 + 1e-6
-    assert rates[:updates].max() > 0
+    rates = learning_rates(updates, schedule=name, warmup_share=share)[0, :updates]
+    assert torch.isfinite(rates).all() and (rates >= 0).all() and 0 < rates.max() <= 1 + 1e-6
     if share == 0:
-        assert rates[0] == pytest.approx(1, abs=1e-4) and rates[updates] < 1e-3
+        assert rates[0] == pytest.approx(1, abs=1e-4) and (rates.diff() < 0).all()
     if share == 1:
-        assert rates.argmax() == updates
+        assert rates.argmax() == updates - 1
 
 
 # ---- launchers' environment
@@ -207,14 +203,15 @@ def test_schedules_of_short_runs(name, updates, share):
 
 @pytest.fixture
 def environment(monkeypatch):
-    """The environment without anything of a launcher; what the code sets is undone."""
+    """The environment without anything of a launcher; all of it is as before afterwards, whoever changed it."""
     before = dict(os.environ)
     for name in list(os.environ):
         if name.startswith(("SLURM", "MASTER_", "LOCAL_")) or name in ("RANK", "WORLD_SIZE"):
-            monkeypatch.delenv(name)
+            del os.environ[name]
     yield monkeypatch
-    for name in set(os.environ) - set(before):
-        os.environ.pop(name)
+    monkeypatch.undo()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize(

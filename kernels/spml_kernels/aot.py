@@ -6,6 +6,7 @@ compute capability and reads the machine code. Used by tests and by `benchmarks/
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -145,13 +146,11 @@ def compile_case(case: Case, arch: int) -> Report:
     )
 
 
-POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+OPS = ("label_loss", "large_loss", "label_rows", "cam_pool")
 
 
-def cases() -> Iterator[Case]:
-    """Every kernel at its main shapes."""
-    from importlib import import_module
-
-    # By module name: the package's attributes of these names are the public functions.
-    for op in ("label_loss", "large_loss", "label_rows", "cam_pool"):
-        yield from import_module(f"spml_kernels.{op}").aot_cases()
+def cases(arch: int) -> Iterator[Case]:
+    """Every kernel at its main shapes, as launched on this compute capability."""
+    for op in OPS:
+        # By module name: the package's attributes of these names are the public functions.
+        yield from importlib.import_module(f"spml_kernels.{op}").aot_cases(arch)

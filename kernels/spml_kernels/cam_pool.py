@@ -3,9 +3,10 @@
 With M[b,c,p] = <w_c, X[b,p]> + bias_c, BoostLU's logit is mean_p phi(M) = mean(M) + (alpha - 1) mean(relu M)
 (spec/boostlu_large_loss.md 1.1), so the two means give the logits of every alpha in one pass.
 
-Forward: a tiled matrix product whose tile of the map is summed over the cells of each picture and dropped. Rows are
-(picture, cell) pairs, so a tile holds the end of one picture, whole ones, and the start of another. Sums of whole
-pictures are final; the two others go to a buffer of two slots a tile, which a second kernel adds up in a fixed order.
+Forward: a tiled matrix product whose tile of the map is summed over the cells of each picture and dropped; the sums are
+themselves products with a 0/1 matrix, so they run on tensor cores. Rows are (picture, cell) pairs, so a tile holds the
+end of one picture, whole ones, and the start of another. Sums of whole pictures are final; the two others go to a
+buffer of two slots a tile, which a second kernel adds up in a fixed order.
 What is kept is one bit per cell, the sign, 32 cells of one class to a word: making the map again instead would be a
 fourth product beside the three that forward and backward need anyway, a bit costs 1/16 of a bf16 map.
 
@@ -26,7 +27,15 @@ from torch import Tensor
 from spml_kernels.aot import Case
 from spml_kernels.chunked import cam_pool_chunked
 from spml_kernels.dispatch import use_triton
-from spml_kernels.heuristics import SKIP, WORD, Tiles, cam_pool_launch, pictures_per_tile
+from spml_kernels.heuristics import (
+    SKIP,
+    WORD,
+    CamPoolLaunch,
+    Tiles,
+    cam_pool_launch,
+    next_power_of_two,
+    pictures_per_tile,
+)
 from spml_kernels.jit import INTERPRETED, LAUNCH, cdiv, jit, tl
 from spml_kernels.reference.cam_pool import cam_map_reference, cam_pool_reference
 
@@ -82,6 +91,61 @@ def _operand(value, UPCAST: tl.constexpr):
 
 
 @jit
+def _halves(values):
+    """Left and right half of a tile; no value moves to another thread."""
+    left, right = tl.split(tl.permute(tl.reshape(values, (values.shape[0], 2, values.shape[1] // 2)), (0, 2, 1)))
+    return left, right
+
+
+@jit
+def _slice(values, SLICES: tl.constexpr):
+    """A tile cut into 1, 2, 4 or 8 tiles of fewer columns."""
+    if SLICES == 1:
+        result = (values,)
+    else:
+        left, right = _halves(values)
+        result = _slice(left, SLICES // 2) + _slice(right, SLICES // 2)
+    return result
+
+
+@jit
+def _reduce_cells(
+    cam,
+    sums,
+    sums_relu,
+    bits_ptr,
+    corner,
+    first,
+    cls,
+    rows,
+    classes,
+    cells,
+    stride,
+    TOUCHED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PICTURES: tl.constexpr,
+):
+    """Add WIDTH cells of the map, from cell `corner` on, to the sums of their pictures; store their signs."""
+    row = corner + tl.arange(0, WIDTH)
+    if BITS:
+        positive = ((cam > 0) & (row < rows)[None, :] & (cls < classes)[:, None]).to(tl.int32)
+        lanes = tl.reshape(positive, (BLOCK_C, WIDTH // 32, 32)) << tl.arange(0, 32)[None, None, :]
+        word = corner // 32 + tl.arange(0, WIDTH // 32)
+        target = bits_ptr + word.to(tl.int64)[None, :] * stride + cls[:, None]
+        tl.store(target, tl.sum(lanes, 2), mask=(cls < stride)[:, None] & (word < tl.cdiv(rows, 32))[None, :])
+    slot = tl.arange(0, PICTURES)
+    for turn in range(0, TOUCHED):
+        picture = corner // cells + turn
+        inside = ((row >= picture * cells) & (row < tl.minimum(picture * cells + cells, rows)))[None, :]
+        here = (slot == picture - first)[None, :]
+        sums += tl.where(here, tl.sum(tl.where(inside, cam, 0.0), 1)[:, None], 0.0)
+        sums_relu += tl.where(here, tl.sum(tl.where(inside, tl.maximum(cam, 0.0), 0.0), 1)[:, None], 0.0)
+    return sums, sums_relu
+
+
+@jit
 def _cam_pool_fwd_kernel(
     features_ptr,
     weight_ptr,
@@ -94,8 +158,11 @@ def _cam_pool_fwd_kernel(
     classes,
     channels,
     cells,
+    stride,
     scale,
     PICTURES: tl.constexpr,
+    SLICES: tl.constexpr,
+    TOUCHED: tl.constexpr,
     EVEN: tl.constexpr,
     BITS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -112,8 +179,9 @@ def _cam_pool_fwd_kernel(
         mean_ptr, relu_ptr: fp32 [B, classes], of pictures that lie within one tile.
         part_ptr: fp32 [tiles, 2, 2, classes]: of each tile the picture that began before it (0) and the one that goes
             on after it (1); sums of M and of relu M.
-        bits_ptr: int32 [words, classes], the signs.
+        bits_ptr: int32 [words, stride], the signs; classes past the last are 0.
         scale: 1 / cells.
+        SLICES: parts of the tile that are reduced one after the other, to hold fewer values at a time.
     """
     tiles_c = tl.cdiv(classes, BLOCK_C)
     tiles_r = tl.cdiv(rows, BLOCK_R)
@@ -125,50 +193,66 @@ def _cam_pool_fwd_kernel(
     tile_c = pid % (GROUP * tiles_c) // width
 
     start = tile_r * BLOCK_R
-    row = start + tl.arange(0, BLOCK_R)
-    cls = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_cls = tile_c * BLOCK_C
     k = tl.arange(0, BLOCK_K)
-    # Lanes past the end repeat the last row or class and are dropped below: loads need no mask for them.
-    x_ptrs = features_ptr + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * channels + k[:, None]
-    w_ptrs = weight_ptr + tl.minimum(cls, classes - 1).to(tl.int64)[:, None] * channels + k[None, :]
+    # 64-bit addresses of tiles, 32-bit offsets within them: half the registers. Lanes past the end repeat the last row
+    # or class and are dropped below: loads need no mask for them.
+    x_ptr = features_ptr + start.to(tl.int64) * channels
+    w_ptr = weight_ptr + first_cls.to(tl.int64) * channels
+    x_lane = tl.minimum(tl.arange(0, BLOCK_R), rows - 1 - start)[None, :] * channels + k[:, None]
+    w_lane = tl.minimum(tl.arange(0, BLOCK_C), classes - 1 - first_cls)[:, None] * channels + k[None, :]
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     for k0 in range(0, channels, BLOCK_K):
         if EVEN:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
+            x = tl.load(x_ptr + x_lane)
+            w = tl.load(w_ptr + w_lane)
         else:
-            x = tl.load(x_ptrs, mask=(k0 + k)[:, None] < channels, other=0.0)
-            w = tl.load(w_ptrs, mask=(k0 + k)[None, :] < channels, other=0.0)
+            x = tl.load(x_ptr + x_lane, mask=(k0 + k)[:, None] < channels, other=0.0)
+            w = tl.load(w_ptr + w_lane, mask=(k0 + k)[None, :] < channels, other=0.0)
         acc = tl.dot(_operand(w, UPCAST), _operand(x, UPCAST), acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
+        x_ptr += BLOCK_K
+        w_ptr += BLOCK_K
 
+    cls = first_cls + tl.arange(0, BLOCK_C)
     there = cls < classes
-    cam = acc + tl.load(bias_ptr + cls, mask=there, other=0.0)[:, None]
-    if BITS:
-        positive = ((cam > 0) & (row < rows)[None, :]).to(tl.int32)
-        lanes = tl.reshape(positive, (BLOCK_C, BLOCK_R // 32, 32)) << tl.arange(0, 32)[None, None, :]
-        word = start // 32 + tl.arange(0, BLOCK_R // 32)
-        target = bits_ptr + word.to(tl.int64)[None, :] * classes + cls[:, None]
-        tl.store(target, tl.sum(lanes, 2), mask=there[:, None] & (word < tl.cdiv(rows, 32))[None, :])
-    stop = tl.minimum(start + BLOCK_R, rows)
-    for turn in range(0, PICTURES):
-        picture = start // cells + turn
-        begin = picture * cells
-        end = begin + cells
-        inside = ((row >= begin) & (row < end) & (row < rows))[None, :]
-        total = tl.sum(tl.where(inside, cam, 0.0), 1)
-        total_relu = tl.sum(tl.where(inside, tl.maximum(cam, 0.0), 0.0), 1)
-        if begin < stop:
-            if (begin >= start) & (end <= start + BLOCK_R):
-                place = picture.to(tl.int64) * classes + cls
-                tl.store(mean_ptr + place, total * scale, mask=there)
-                tl.store(relu_ptr + place, total_relu * scale, mask=there)
-            else:
-                slot = tl.where(begin < start, 0, 1)
-                place = (tile_r.to(tl.int64) * 2 + slot) * 2 * classes + cls
-                tl.store(part_ptr + place, total, mask=there)
-                tl.store(part_ptr + place + classes, total_relu, mask=there)
+    acc += tl.load(bias_ptr + cls, mask=there, other=0.0)[:, None]
+    first = start // cells
+    sums = tl.zeros((BLOCK_C, PICTURES), tl.float32)
+    sums_relu = tl.zeros((BLOCK_C, PICTURES), tl.float32)
+    slices = _slice(acc, SLICES)
+    for index in tl.static_range(SLICES):
+        sums, sums_relu = _reduce_cells(
+            slices[index],
+            sums,
+            sums_relu,
+            bits_ptr,
+            start + index * (BLOCK_R // SLICES),
+            first,
+            cls,
+            rows,
+            classes,
+            cells,
+            stride,
+            TOUCHED,
+            BITS,
+            BLOCK_C,
+            BLOCK_R // SLICES,
+            PICTURES,
+        )
+
+    stop = start + BLOCK_R
+    picture = first + tl.arange(0, PICTURES)
+    begin = picture * cells
+    end = begin + cells
+    seen = there[:, None] & (begin < tl.minimum(stop, rows))[None, :]
+    whole = ((begin >= start) & (end <= stop))[None, :]
+    place = picture.to(tl.int64)[None, :] * classes + cls[:, None]
+    tl.store(mean_ptr + place, sums * scale, mask=seen & whole)
+    tl.store(relu_ptr + place, sums_relu * scale, mask=seen & whole)
+    side = tl.where(begin < start, 0, 1)
+    place = (tile_r.to(tl.int64) * 2 + side)[None, :] * 2 * classes + cls[:, None]
+    tl.store(part_ptr + place, sums, mask=seen & (whole == 0))
+    tl.store(part_ptr + place + classes, sums_relu, mask=seen & (whole == 0))
 
 
 @jit
@@ -195,20 +279,20 @@ def _cam_pool_finish_kernel(
 
 
 @jit
-def _cam_pool_flags_kernel(bits_ptr, flags_ptr, words, classes, width, SIDE: tl.constexpr, SQUARES: tl.constexpr):
+def _cam_pool_flags_kernel(bits_ptr, flags_ptr, words, stride, width, SIDE: tl.constexpr, SQUARES: tl.constexpr):
     """Which squares of SIDE cells by SIDE classes hold a positive cell.
 
     Args:
-        bits_ptr: int32 [words, classes].
+        bits_ptr: int32 [words, stride].
         flags_ptr: int8 [squares of cells, width].
     """
     down = tl.program_id(0)
     cls = tl.program_id(1) * SQUARES * SIDE + tl.arange(0, SQUARES * SIDE)
     found = tl.zeros((SQUARES * SIDE,), tl.int32)
-    for turn in range(0, SIDE // 32):
-        word = down * (SIDE // 32) + turn
-        place = bits_ptr + word.to(tl.int64) * classes + cls
-        found = found | tl.load(place, mask=(cls < classes) & (word < words), other=0)
+    for turn in tl.static_range(SIDE // 32):
+        word = down * (SIDE // 32) + turn + tl.zeros_like(cls)
+        place = bits_ptr + word.to(tl.int64) * stride + cls
+        found = found | tl.load(place, mask=(cls < stride) & (word < words), other=0)
     hit = tl.max(tl.reshape((found != 0).to(tl.int32), (SQUARES, SIDE)), 1)
     square = tl.program_id(1) * SQUARES + tl.arange(0, SQUARES)
     tl.store(flags_ptr + down.to(tl.int64) * width + square, hit.to(tl.int8), mask=square < width)
@@ -228,6 +312,7 @@ def _cam_pool_dx_kernel(
     classes,
     channels,
     cells,
+    stride,
     width,
     EVEN: tl.constexpr,
     SCALED: tl.constexpr,
@@ -240,8 +325,8 @@ def _cam_pool_dx_kernel(
     """One tile of the features' gradient (cells by channels), summed over the listed steps of classes.
 
     Args:
-        grad_ptr: [B, classes], gradient of mean(relu M) over cells, in the operands' type.
-        bits_ptr: int32 [words, classes]; weight_ptr: [classes, channels].
+        grad_ptr: [B, stride], gradient of mean(relu M) over cells, in the operands' type, 0 past the last class.
+        bits_ptr: int32 [words, stride], 0 past the last class; weight_ptr: [classes, channels].
         pooled_ptr: fp32 [B, channels], the mean part, the same for all cells of a picture.
         scale_ptr: fp32 [], what grad was divided by (with SCALED).
         list_ptr: int32 [row tiles, width], steps of classes with a positive cell; count_ptr: int32 [row tiles].
@@ -253,16 +338,15 @@ def _cam_pool_dx_kernel(
     row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     safe = tl.minimum(row, rows - 1)
     picture = (safe // cells).to(tl.int64)
-    g_ptrs = grad_ptr + picture[:, None] * classes
-    b_ptrs = bits_ptr + (safe // 32).to(tl.int64)[:, None] * classes
+    g_ptrs = grad_ptr + picture[:, None] * stride
+    b_ptrs = bits_ptr + (safe // 32).to(tl.int64)[:, None] * stride
     shift = (safe % 32)[:, None]
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for turn in range(0, tl.load(count_ptr + tile_r)):
         step = tl.load(list_ptr + tile_r * width + turn)
         cls = step * BLOCK_C + tl.arange(0, BLOCK_C)
-        there = (cls < classes)[None, :]
-        g = tl.load(g_ptrs + cls[None, :], mask=there, other=0.0)
-        bits = tl.load(b_ptrs + cls[None, :], mask=there, other=0)
+        g = tl.load(g_ptrs + cls[None, :])
+        bits = tl.load(b_ptrs + cls[None, :])
         w_ptrs = weight_ptr + tl.minimum(cls, classes - 1).to(tl.int64)[:, None] * channels + k[None, :]
         w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=k[None, :] < channels, other=0.0)
         g = _operand(g, UPCAST)
@@ -290,6 +374,7 @@ def _cam_pool_dw_kernel(
     classes,
     channels,
     cells,
+    stride,
     width,
     splits,
     EVEN: tl.constexpr,
@@ -323,14 +408,13 @@ def _cam_pool_dw_kernel(
         step = tl.load(list_ptr + tile_c * width + turn)
         row = step * BLOCK_R + tl.arange(0, BLOCK_R)
         safe = tl.minimum(row, rows - 1)
-        # Bits past the last row are 0, but the last row is read in their place: they need the mask.
-        inside = there & (row < rows)[None, :]
-        g = tl.load(grad_ptr + (safe // cells).to(tl.int64)[None, :] * classes + cls[:, None], mask=inside, other=0.0)
-        bits = tl.load(bits_ptr + (safe // 32).to(tl.int64)[None, :] * classes + cls[:, None], mask=inside, other=0)
+        g = tl.load(grad_ptr + (safe // cells).to(tl.int64)[None, :] * stride + cls[:, None])
+        bits = tl.load(bits_ptr + (safe // 32).to(tl.int64)[None, :] * stride + cls[:, None])
+        positive = (((bits >> (safe % 32)[None, :]) & 1) != 0) & (row < rows)[None, :]
         x_ptrs = features_ptr + safe.to(tl.int64)[:, None] * channels + k[None, :]
         x = tl.load(x_ptrs) if EVEN else tl.load(x_ptrs, mask=k[None, :] < channels, other=0.0)
         g = _operand(g, UPCAST)
-        boosted = tl.where(((bits >> (safe % 32)[None, :]) & 1) != 0, g, 0.0).to(g.dtype)
+        boosted = tl.where(positive, g, 0.0).to(g.dtype)
         acc = tl.dot(boosted, _operand(x, UPCAST), acc, input_precision=PRECISION)
         if tile_k == 0:
             acc_bias += tl.sum(boosted.to(tl.float32), 1)
@@ -354,6 +438,12 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def _launch(batch: int, cells: int, classes: int, channels: int, features: Tensor) -> CamPoolLaunch:
+    """The block sizes of a call; the interpreter takes Hopper's."""
+    major, minor = torch.cuda.get_device_capability(features.device) if features.is_cuda else (9, 0)
+    return cam_pool_launch(batch, cells, classes, channels, features.dtype != torch.float32, 10 * major + minor)
+
+
 def _shared(dtype: torch.dtype, tiles: Tiles) -> dict[str, Any]:
     """Constants that all matrix kernels take."""
     return {
@@ -373,7 +463,7 @@ SQUARES = 8
 
 @torch.library.custom_op("spml::cam_pool", mutates_args=())
 def cam_pool_op(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """mean(M), mean(relu M), and with `keep` the signs int32 [cdiv(B H W, 32), C] (else empty)."""
+    """mean(M), mean(relu M), and with `keep` the signs int32 [cdiv(B H W, 32), C rounded up to 64] (else empty)."""
     batch, height, width, channels = features.shape
     cells, classes = height * width, len(weight)
     rows, dtype = batch * cells, compute_dtype(features)
@@ -381,10 +471,12 @@ def cam_pool_op(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> t
     make = dict(dtype=torch.float32, device=features.device)
     mean, relu = torch.empty(batch, classes, **make), torch.empty(batch, classes, **make)
     words = cdiv(rows, WORD) if keep else 0
-    bits = torch.empty(words, classes, dtype=torch.int32, device=features.device)
+    stride = cdiv(classes, SKIP) * SKIP
+    bits = torch.empty(words, stride, dtype=torch.int32, device=features.device)
     if batch == 0:
         return mean, relu, bits
-    tiles = cam_pool_launch(rows, classes, channels, dtype != torch.float32).forward
+    launch = _launch(batch, cells, classes, channels, features)
+    tiles = launch.forward
     tiles_r, tiles_c = cdiv(rows, tiles.rows), cdiv(classes, tiles.classes)
     split = tiles.rows % cells != 0
     part = torch.empty((tiles_r, 2, 2, classes) if split else (0,), **make)
@@ -400,8 +492,11 @@ def cam_pool_op(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> t
         classes,
         channels,
         cells,
+        stride,
         1.0 / cells,
-        PICTURES=min(pictures_per_tile(tiles.rows, cells), batch),
+        PICTURES=next_power_of_two(pictures_per_tile(tiles.rows, cells)),
+        SLICES=launch.slices,
+        TOUCHED=pictures_per_tile(tiles.rows // launch.slices, cells),
         EVEN=channels % tiles.channels == 0,
         BITS=keep,
         GROUP=GROUP,
@@ -422,7 +517,8 @@ def _(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tenso
     batch, height, width, _ = features.shape
     mean = features.new_empty((batch, len(weight)), dtype=torch.float32)
     words = (batch * height * width + WORD - 1) // WORD if keep else 0
-    return mean, torch.empty_like(mean), features.new_empty((words, len(weight)), dtype=torch.int32)
+    stride = (len(weight) + SKIP - 1) // SKIP * SKIP
+    return mean, torch.empty_like(mean), features.new_empty((words, stride), dtype=torch.int32)
 
 
 def _work_lists(flags: Tensor) -> tuple[Tensor, Tensor]:
@@ -460,13 +556,14 @@ def cam_pool_backward_op(
     # fp16 cannot hold the tiny gradients of a mean: they are scaled to 1, and the sums scaled back.
     scaled = dtype == torch.float16
     scale = share.abs().amax().clamp(min=1e-30) if scaled else share
-    share = (share / scale if scaled else share).to(dtype).contiguous()
+    stride = bits.shape[1]
+    share = torch.nn.functional.pad((share / scale if scaled else share).to(dtype), (0, stride - classes)).contiguous()
 
-    launch = cam_pool_launch(rows, classes, channels, dtype != torch.float32)
+    launch = _launch(batch, cells, classes, channels, features)
     down, across = cdiv(rows, SKIP), cdiv(classes, SKIP)
     flags = torch.empty(down, across, dtype=torch.int8, device=features.device)
     _cam_pool_flags_kernel[(down, cdiv(across, SQUARES))](
-        bits, flags, len(bits), classes, across, SIDE=SKIP, SQUARES=SQUARES, num_warps=4, **LAUNCH
+        bits, flags, len(bits), stride, across, SIDE=SKIP, SQUARES=SQUARES, num_warps=4, **LAUNCH
     )
     if want_x:
         tiles = launch.d_features
@@ -485,6 +582,7 @@ def cam_pool_backward_op(
             classes,
             channels,
             cells,
+            stride,
             steps.shape[1],
             EVEN=channels % tiles.channels == 0,
             SCALED=scaled,
@@ -512,6 +610,7 @@ def cam_pool_backward_op(
         classes,
         channels,
         cells,
+        stride,
         steps.shape[1],
         launch.splits,
         EVEN=channels % tiles.channels == 0,
@@ -522,7 +621,7 @@ def cam_pool_backward_op(
         **LAUNCH,
     )
     whole = d_w[0] if launch.splits == 1 else d_w.sum(0)
-    whole.addmm_(grad_mean.T, features.flatten(1, 2).mean(1, dtype=torch.float32))
+    whole.addmm_(grad_mean.T, x.flatten(1, 2).mean(1, dtype=torch.float32))
     return d_x, whole.to(weight.dtype), d_b.sum(0) + grad_mean.sum(0)
 
 
@@ -565,22 +664,28 @@ AOT_SHAPES = (
 )
 
 
-def aot_cases() -> Iterator[Case]:
+def aot_cases(arch: int) -> Iterator[Case]:
     """The kernels for compiles without a GPU."""
     for classes, channels, cells, batch in AOT_SHAPES:
         for dtype in ("bf16", "fp16", "fp32"):
             if dtype != "bf16" and classes not in (80, 5000):
                 continue
-            yield from _shape_cases(classes, channels, cells, batch, dtype)
+            yield from _shape_cases(classes, channels, cells, batch, dtype, arch)
 
 
-def _shape_cases(classes: int, channels: int, cells: int, batch: int, dtype: str) -> Iterator[Case]:
-    rows, half = batch * cells, dtype != "fp32"
-    launch = cam_pool_launch(rows, classes, channels, half)
+def _shape_cases(classes: int, channels: int, cells: int, batch: int, dtype: str, arch: int) -> Iterator[Case]:
+    half = dtype != "fp32"
+    launch = cam_pool_launch(batch, cells, classes, channels, half, arch)
     shape = f"{dtype} C {classes} K {channels} HW {cells} B {batch}"
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    numbers: dict[str, str | tuple[str, ...]] = {"rows": "i32", "classes": "i32", "channels": "i32", "cells": "i32"}
-    values = {"rows": rows, "classes": classes, "channels": channels, "cells": cells}
+    numbers: dict[str, str | tuple[str, ...]] = {
+        "rows": "i32",
+        "classes": "i32",
+        "channels": "i32",
+        "cells": "i32",
+        "stride": "i32",
+    }
+    values = {"rows": batch * cells, "classes": classes, "channels": channels, "cells": cells, "stride": 64}
     aligned = tuple(name for name, value in values.items() if value % 16 == 0)
     data = f"*{dtype}"
     yield Case(
@@ -599,7 +704,9 @@ def _shape_cases(classes: int, channels: int, cells: int, batch: int, dtype: str
             "scale": "fp32",
         },
         {
-            "PICTURES": min(pictures_per_tile(launch.forward.rows, cells), batch),
+            "PICTURES": next_power_of_two(pictures_per_tile(launch.forward.rows, cells)),
+            "SLICES": launch.slices,
+            "TOUCHED": pictures_per_tile(launch.forward.rows // launch.slices, cells),
             "EVEN": channels % launch.forward.channels == 0,
             "BITS": True,
             "GROUP": GROUP,

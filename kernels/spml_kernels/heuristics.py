@@ -63,8 +63,8 @@ def next_power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-# Programs that fill a GPU once (an A100 has 108 multiprocessors, an H100 132, a B200 148). One number for all cards,
-# so that the order of sums, and with it every bit of a result, does not depend on the card.
+# Programs that fill a GPU once (an A100 has 108 multiprocessors, an H100 132, a B200 148); one number for all cards, so
+# that sums which are split over programs are split in the same way everywhere.
 FULL_GPU = 128
 
 # A 32-bit word of sign bits covers this many consecutive cells of one class.
@@ -93,12 +93,14 @@ class CamPoolLaunch(NamedTuple):
 
     Attributes:
         forward: sums over channels.
+        slices: parts of a forward tile that are reduced one after the other.
         d_features: sums over classes.
         d_weight: sums over cells.
         splits: parts of the cells whose sums are made apart in d_weight, so that enough programs run.
     """
 
     forward: Tiles
+    slices: int
     d_features: Tiles
     d_weight: Tiles
     splits: int
@@ -108,31 +110,32 @@ class CamPoolLaunch(NamedTuple):
 SKIP = 64
 
 
-def cam_pool_launch(cells: int, classes: int, channels: int, half: bool) -> CamPoolLaunch:
-    """Block sizes of cam_pool for `cells` = B * H * W.
+def cam_pool_launch(
+    batch: int, cells: int, classes: int, channels: int, half: bool, capability: int = 90
+) -> CamPoolLaunch:
+    """Block sizes of cam_pool for `batch` pictures of `cells` = H * W cells on a card of this compute capability.
 
     Classes are the rows of the forward's tile, cells its columns: sums over cells then run along the accumulator's
-    rows, mostly within a thread. 256 cells a tile keep the boundary sums of pictures at 1/16 of the map.
+    rows, mostly within a thread. The wide tile halves what is read from the level-2 cache, but only on Hopper and with
+    few pictures in a tile does it compile without spills.
     """
-    wide = cells * classes >= 128 * 256 * FULL_GPU
+    rows = batch * cells
+    large = half and classes > 64 and rows * classes >= 128 * 128 * FULL_GPU
     step = 64 if half else 32
     if channels < step:
         step = max(16, next_power_of_two(channels))
-    if half and wide and classes > 64:
-        forward = Tiles(256, 128, step, 8, 3)
-    elif half:
-        forward = Tiles(128, 64, step, 4, 3)
+    if large and capability == 90 and pictures_per_tile(256, cells) <= 4 and rows * classes >= 128 * 256 * FULL_GPU:
+        forward, slices = Tiles(256, 128, step, 8, 3), 4
+    elif large:
+        forward, slices = Tiles(128, 128, step, 8, 3), 2
     else:
-        forward = Tiles(128, 64, step, 8, 2)
-    across = 256 if half and channels % 256 == 0 and wide else 128 if half else 64
-    across = min(across, max(16, next_power_of_two(channels)))
-    rows = 128 if half else 64
-    warps = 8 if across == 256 else 4
-    d_features = Tiles(rows, SKIP if half else 32, across, warps, 2)
-    d_weight = Tiles(SKIP if half else 32, 128 if half and classes > 64 else 64, across, warps, 2)
+        forward, slices = Tiles(128, 64, step, 8, 3 if half else 2), 2
+    across = min(128 if half else 64, max(16, next_power_of_two(channels)))
+    d_features = Tiles(128 if half else 64, SKIP if half else 32, across, 8 if half else 4, 2)
+    d_weight = Tiles(SKIP if half else 32, 128 if half and classes > 64 else 64, across, 8 if half else 4, 2)
     programs = cdiv(classes, d_weight.classes) * cdiv(channels, across)
-    splits = max(1, min(cdiv(FULL_GPU, programs), cdiv(cells, d_weight.rows * 8)))
-    return CamPoolLaunch(forward, d_features, d_weight, splits)
+    splits = max(1, min(cdiv(FULL_GPU, programs), cdiv(rows, d_weight.rows * 8)))
+    return CamPoolLaunch(forward, slices, d_features, d_weight, splits)
 
 
 def pictures_per_tile(rows: int, cells: int) -> int:

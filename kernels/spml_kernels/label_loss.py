@@ -174,7 +174,7 @@ def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | No
 label_loss_op.register_autograd(_backward, setup_context=_setup)
 
 
-def aot_cases(points: dict[str, tuple[Any, int]] | None = None) -> Iterator[Case]:
+def aot_cases(arch: int = 90, points: dict[str, tuple[Any, int]] | None = None) -> Iterator[Case]:
     """The kernel for compiles without a GPU.
 
     Args:

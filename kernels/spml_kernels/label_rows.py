@@ -107,7 +107,7 @@ def _(indptr: Tensor, classes: Tensor, codes: Tensor, index: Tensor, num_classes
     return index.new_empty((len(index), num_classes), dtype=torch.int8)
 
 
-def aot_cases() -> Iterator[Case]:
+def aot_cases(arch: int = 90) -> Iterator[Case]:
     """The kernel for compiles without a GPU."""
     for classes, kind in ((20, "i16"), (80, "i16"), (5000, "i16"), (9605, "i16"), (40000, "i32")):
         launch = rows_launch(classes)

@@ -635,7 +635,7 @@ def _(selected: Tensor, length: int) -> Tensor:
     return selected.new_empty(length, dtype=torch.int64)
 
 
-def aot_cases() -> Iterator[Case]:
+def aot_cases(arch: int = 90) -> Iterator[Case]:
     """The kernels for compiles without a GPU."""
     for rows, classes in ((16, 80), (128, 5000)):
         for dtype in ("fp32", "bf16"):

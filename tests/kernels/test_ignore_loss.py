@@ -113,8 +113,8 @@ class TestForms:
         y = (torch.tensor(CODES) == 1).to(D)
         bce = torch.nn.functional.binary_cross_entropy_with_logits
         keep = ~terms.rejected
-        assert terms.ign.item() == pytest.approx(float(bce(strong[keep], y[keep], reduction="sum")), abs=1e-13)
-        assert terms.spbc.item() == pytest.approx(float(bce(z[y == 1], y[y == 1], reduction="sum")), abs=1e-13)
+        assert terms.ign.item() == pytest.approx(bce(strong[keep], y[keep], reduction="sum").item(), abs=1e-13)
+        assert terms.spbc.item() == pytest.approx(bce(z[y == 1], y[y == 1], reduction="sum").item(), abs=1e-13)
 
     def test_epsilon_is_capped_and_its_gradient_vanishes(self):
         for value, gradient in ((12.0, 0.3806), (20.0, 2.06e-4), (60.0, 0.0)):

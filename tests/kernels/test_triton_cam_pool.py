@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from kernel_tools import TOLERANCE, assert_close, assert_op_sound
@@ -39,8 +41,8 @@ def run(function, inputs, seed=5):
     leaves = [t.detach().requires_grad_() for t in inputs]
     mean, relu = function(*leaves)
     generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(mean.shape, generator=generator).to(mean.device, mean.dtype) * s for s in (0.7, 2e-3)]
-    loss = (mean * upstream[0]).sum() * 1e-3 + (relu * upstream[1]).sum()
+    upstream = [torch.randn(mean.shape, generator=generator).to(mean.device, mean.dtype) * s for s in (0.7, 2.0)]
+    loss = (mean * upstream[0]).sum() + (relu * upstream[1]).sum()
     return [mean, relu, *torch.autograd.grad(loss, leaves)]
 
 
@@ -69,19 +71,39 @@ def test_equals_the_reference(shape, dtype, device):
     check(draw(shape, dtype, device))
 
 
-def test_large_tiles(device):
-    # Enough work for the wide launch: 256 cells by 128 classes.
-    shape = (2, 3, 23, 64, 129)
-    inputs = draw(shape, torch.float16, device)
-    from spml_kernels import cam_pool as _  # noqa: F401
-    from spml_kernels import heuristics
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 10, 23, 64, 129), (7, 10, 10, 33, 70), (9, 8, 8, 32, 65)], ids=str)
+def test_launch_of_large_inputs(shape, dtype, device, monkeypatch):
+    monkeypatch.setattr("spml_kernels.heuristics.FULL_GPU", 0.01)
+    batch, height, width, channels, classes = shape
+    for capability, wide in ((90, dtype == torch.float16 and height * width >= 64), (80, False)):
+        launch = cam_pool_launch(batch, height * width, classes, channels, dtype != torch.float32, capability)
+        assert launch.forward.rows == (256 if wide else 128)
+        if device == "cpu":
+            # By module name: the package's attribute of that name is the function.
+            module = importlib.import_module("spml_kernels.cam_pool")
+            monkeypatch.setattr(module, "_launch", lambda *a, launch=launch: launch)
+        check(draw(shape, dtype, device))
 
-    full, heuristics.FULL_GPU = heuristics.FULL_GPU, 0
-    try:
-        assert cam_pool_launch(138, 129, 64, True).forward.rows == 256
-        check(inputs)
-    finally:
-        heuristics.FULL_GPU = full
+
+@pytest.mark.parametrize("full", [1, 1000])
+def test_sums_over_cells_in_parts(full, device, monkeypatch):
+    monkeypatch.setattr("spml_kernels.heuristics.FULL_GPU", full)
+    shape = (12, 14, 14, 40, 20)
+    assert cam_pool_launch(12, 196, 20, 40, True).splits == (1 if full == 1 else 5)
+    check(draw(shape, torch.float16, device))
+
+
+def test_tiny_gradients_in_fp16(device):
+    # Means over a batch of 10^4 classes: below what fp16 holds, so the boosted part is scaled.
+    features, weight, bias = draw((3, 7, 7, 48, 20), torch.float16, device)
+    bits = cam_pool_op(features, weight, bias, True)[2]
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(3, 20, generator=generator).to(device)
+    one = cam_pool_backward_op(grad * 0, grad, features, weight.float(), bits, False, True)[1:]
+    two = cam_pool_backward_op(grad * 0, grad * 1e-9, features, weight.float(), bits, False, True)[1:]
+    for a, b in zip(one, two, strict=True):
+        assert_close("gradient", b * 1e9, a.double(), 1e-3)
 
 
 def test_fp32_weights_under_half_features(device):
@@ -131,11 +153,11 @@ def test_signs_are_one_bit_a_cell(device):
     features, weight, bias = draw((3, 7, 7, 32, 21), torch.float32, device)
     bits = cam_pool_op(features, weight, bias, True)[2]
     cam = torch.nn.functional.linear(features.double(), weight.double(), bias.double()).reshape(147, 21)
-    assert bits.shape == (5, 21) and bits.dtype == torch.int32
+    assert bits.shape == (5, 64) and bits.dtype == torch.int32
     lanes = (bits.cpu()[:, None] >> torch.arange(32)[None, :, None]) & 1
-    found = lanes.reshape(160, 21).bool()
-    assert not found[147:].any()
-    assert torch.equal(found[:147], cam.cpu() > 0)
+    found = lanes.reshape(160, 64).bool()
+    assert not found[147:].any() and not found[:, 21:].any()
+    assert torch.equal(found[:147, :21], cam.cpu() > 0)
     assert cam_pool_op(features, weight, bias, False)[2].numel() == 0
 
 

@@ -1,0 +1,97 @@
+"""Block sizes are pure functions; what they promise holds for every shape."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from spml_kernels.chunked import chunk_size
+from spml_kernels.heuristics import (
+    SKIP,
+    WORD,
+    cam_pool_launch,
+    flat_launch,
+    histogram_launch,
+    next_power_of_two,
+    pictures_per_tile,
+    rows_launch,
+)
+
+CLASSES = (1, 10, 20, 80, 81, 312, 5000, 9605)
+CHANNELS = (1, 96, 512, 768, 1280, 2048)
+CELLS = (16, 49, 196, 256, 1024)
+BATCHES = (1, 16, 128, 512)
+# Shared memory of one program, in bytes, by compute capability.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def power_of_two(value):
+    return value > 0 and value & (value - 1) == 0
+
+
+@pytest.mark.parametrize("elements", [1, 511, 512, 4096, 131073, 2**31 + 7, 512 * 9605])
+def test_flat_launches_cover_everything_once(elements):
+    launch = flat_launch(elements)
+    assert power_of_two(launch.block) and (launch.programs - 1) * launch.block < elements
+    assert launch.programs * launch.block >= elements and launch.programs < 2**31
+    assert launch.block // (32 * launch.warps) == 16
+    assert 1 <= histogram_launch(elements).programs <= 128
+
+
+@pytest.mark.parametrize("classes", [*CLASSES, 40000])
+def test_rows_launch(classes):
+    launch = rows_launch(classes)
+    assert power_of_two(launch.block) and power_of_two(launch.entries)
+    assert launch.block >= min(classes, 2048)
+
+
+@pytest.mark.parametrize("tile", [64, 128, 256])
+@pytest.mark.parametrize("cells", [1, 2, 7, 16, 49, 64, 100, 128, 196, 255, 256, 257, 1024])
+def test_pictures_per_tile_is_the_most_there_are(tile, cells):
+    most = max((start + tile - 1) // cells - start // cells + 1 for start in range(0, tile * cells, tile))
+    assert pictures_per_tile(tile, cells) == most
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_cam_pool_launches_are_possible(half, capability):
+    for batch, cells, classes, channels in itertools.product(BATCHES, CELLS, CLASSES, CHANNELS):
+        launch = cam_pool_launch(batch, cells, classes, channels, half, capability)
+        for tiles in (launch.forward, launch.d_features, launch.d_weight):
+            assert all(power_of_two(n) and n >= 16 for n in (tiles.rows, tiles.classes, tiles.channels))
+        size = 2 if half else 4
+        forward = launch.forward
+        assert (forward.rows + forward.classes) * forward.channels * size * forward.stages <= SHARED[capability]
+        # A slice of the tile holds whole words of sign bits, and one bit of slack for the reshape.
+        assert forward.rows // launch.slices % WORD == 0
+        # Work lists are made of squares: steps and tiles are their multiples or parts.
+        for length in (launch.d_features.rows, launch.d_features.classes, launch.d_weight.rows):
+            assert length % SKIP == 0 or SKIP % length == 0
+        assert 1 <= launch.splits <= 128
+        # No grid is too long, also where the number of features passes 2^31.
+        assert (batch * cells // forward.rows + 1) * (classes // forward.classes + 1) < 2**31
+
+
+def test_memory_of_cam_pool_beside_its_outputs():
+    # One bit a cell, and two slots of two fp32 sums a tile: within 1/10 of a bf16 map on Hopper.
+    batch, cells, classes, channels = 128, 196, 5000, 2048
+    launch = cam_pool_launch(batch, cells, classes, channels, True, 90)
+    rows = batch * cells
+    bits = -(-rows // WORD) * -(-classes // SKIP) * SKIP * 4
+    part = -(-rows // launch.forward.rows) * 4 * classes * 4
+    assert bits + part <= rows * classes * 2 / 10
+
+
+def test_small_shapes_split_their_sums_and_large_ones_do_not():
+    assert cam_pool_launch(128, 196, 20, 2048, True).splits > 1
+    assert cam_pool_launch(128, 196, 5000, 2048, True).splits == 1
+    assert cam_pool_launch(1, 16, 20, 96, True).splits == 1
+
+
+def test_next_power_of_two():
+    assert [next_power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1000)] == [1, 1, 2, 4, 4, 8, 1024]
+
+
+def test_chunks_fit_in_the_cache():
+    assert chunk_size(25088, 5000, 2) == 448 and chunk_size(49, 80, 2) == 128
+    assert chunk_size(10**7, 5000, 2) == 64
