@@ -342,7 +342,7 @@ def plot(path: Path, rows: list[Row], runs: dict[str, list[Path]]) -> None:
     left.set_ylim(max(0, math.floor(lowest / 5) * 5 - 5), 101.5)
     left.set_xticks(range(len(names)), names, rotation=20)
     left.set_ylabel("test mAP (%)")
-    left.legend(loc="lower right")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.11), ncols=len(alphas), frameon=False)
     for name in names:
         histories = [read_epochs(run) for run in runs[name]]
         if not all("selection_precision" in e for h in histories for e in h):
