@@ -25,7 +25,8 @@ def assert_close(name: str, found: Tensor, exact: Tensor, tolerance: float) -> N
         place = tuple(torch.nonzero(bad)[0].tolist())
         raise AssertionError(
             f"{name}: {int(bad.sum())} of {bad.numel()} differ; at {place} {found[place].item()} for "
-            f"{exact[place].item()}; largest error {float(error.max()):.3g}, rms {float(exact.square().mean().sqrt()):.3g}"
+            f"{exact[place].item()}; largest error {float(error.max()):.3g}, "
+            f"rms {float(exact.square().mean().sqrt()):.3g}"
         )
 
 

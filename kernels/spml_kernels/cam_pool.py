@@ -468,7 +468,7 @@ def cam_pool_op(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> t
     cells, classes = height * width, len(weight)
     rows, dtype = batch * cells, compute_dtype(features)
     x, w = features.contiguous(), weight.to(dtype).contiguous()
-    make = dict(dtype=torch.float32, device=features.device)
+    make: dict[str, Any] = {"dtype": torch.float32, "device": features.device}
     mean, relu = torch.empty(batch, classes, **make), torch.empty(batch, classes, **make)
     words = cdiv(rows, WORD) if keep else 0
     stride = cdiv(classes, SKIP) * SKIP
@@ -549,7 +549,7 @@ def cam_pool_backward_op(
     x, w = features.contiguous(), weight.to(dtype).contiguous()
     grad_mean, share = grad_mean.float(), grad_relu.float() / cells
     d_x = torch.empty(features.shape if want_x else (0,), dtype=features.dtype, device=features.device)
-    make = dict(dtype=torch.float32, device=features.device)
+    make: dict[str, Any] = {"dtype": torch.float32, "device": features.device}
     if batch == 0:
         shapes = ((classes, channels), (classes,)) if want_w else ((0,), (0,))
         return d_x, torch.zeros(shapes[0], dtype=weight.dtype, device=weight.device), torch.zeros(shapes[1], **make)

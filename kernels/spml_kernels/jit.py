@@ -25,7 +25,7 @@ HAVE_TRITON = triton is not None
 # Decided by TRITON_INTERPRET when triton is imported; later changes of the variable have no effect.
 INTERPRETED = HAVE_TRITON and bool(triton.knobs.runtime.interpret)
 
-# Triton's default for multiply-add contraction changes with its version; fixed here, so that an upgrade moves no number.
+# Triton's default for multiply-add contraction changes with its version; fixed here, so that no upgrade moves a number.
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 
 

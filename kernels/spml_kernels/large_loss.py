@@ -371,7 +371,7 @@ def _large_select_kernel(
         if INCLUSIVE:
             before += tied_before
         else:
-            before += tl.maximum(tl.minimum(tied_before.to(tl.int64), room), 0).to(tl.int32)
+            before += tl.maximum(tl.minimum(room, tied_before), 0).to(tl.int32)
         place = before + tl.cumsum(selected.to(tl.int32), 0) - 1
         tl.store(entry_ptr + place, offsets, mask=selected & (place < length))
     if LOSS:

@@ -26,8 +26,13 @@ def csr(rows, num_classes, kind, share, seed=0):
 @pytest.mark.parametrize("default", [-1, 0, -2])
 @pytest.mark.parametrize(
     ("num_classes", "kind", "share"),
-    [(1, torch.int16, 0.5), (20, torch.int16, 0.3), (81, torch.int16, 1.0), (9605, torch.int16, 0.01)]
-    + [(40000, torch.int32, 0.001)],
+    [
+        (1, torch.int16, 0.5),
+        (20, torch.int16, 0.3),
+        (81, torch.int16, 1.0),
+        (9605, torch.int16, 0.01),
+        (40000, torch.int32, 0.001),
+    ],
 )
 def test_equals_the_reference(num_classes, kind, share, default, device):
     indptr, classes, codes, longest = csr(13, num_classes, kind, share)

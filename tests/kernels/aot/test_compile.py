@@ -90,3 +90,21 @@ def test_offsets_are_64_bits_wide(op):
     if op.startswith("cam_pool"):
         # Row numbers are widened before they are multiplied by channels.
         assert any("arith.extsi" in line and "i64" in line for line in text.splitlines())
+
+
+def test_every_method_has_a_point_function_that_compiles():
+    from spml_kernels.label_loss import aot_cases
+
+    from spml_fast.methods.base import get_method, method_names
+
+    points = {}
+    for name in method_names():
+        point = getattr(get_method(name), "point", None)
+        if point is not None and point.name not in points:
+            assert point.kernel is not None, f"{name} has no kernel"
+            points[point.name] = (point.kernel, len(point.kernel.arg_names) - 2)
+    assert len(points) >= 9
+    for name, point in points.items():
+        case = next(c for c in aot_cases(90, {name: point}) if "fp32 1229440" in c.shape)
+        report = compile_case(case, 90)
+        assert report.stack == 0 and report.spills == 0 and report.loads.get(128, 0) > 0, (name, report)
