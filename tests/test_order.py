@@ -25,7 +25,7 @@ from spml_fast.order import EvalOrder, TrainOrder
 )
 def test_ranks_slice_the_same_global_batch(size, batch, steps, world, seed, epoch):
     if min(size, batch) < steps * world:
-        with pytest.raises(UserError, match=str(min(size, batch) if batch < steps * world else size)):
+        with pytest.raises(UserError, match=f"of {batch if batch < steps * world else size} samples"):
             TrainOrder(size, batch, steps, world, 0, seed)
         return
     ranks = [TrainOrder(size, batch, steps, world, r, seed) for r in range(world)]
