@@ -48,8 +48,9 @@ from spml_fast.batch import Batch
 from spml_fast.classifier import BnMode, bn_behaviour
 from spml_fast.errors import UserError
 from spml_fast.heads import MaskOptions
-from spml_fast.labels import POSITIVE, UNKNOWN, LabelStore
+from spml_fast.labels import POSITIVE, LabelStore
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
+from spml_fast.methods.pointwise import hidden_positives
 
 if TYPE_CHECKING:
     from spml_fast.classifier import Classifier
@@ -307,12 +308,7 @@ class Ignore(Method):
             loss = loss + o.spbc_weight * global_mean(terms.spbc, torch.where(positives > 0, positives, 1.0))
         if o.reg:
             loss = loss + o.reg_weight * global_mean(terms.reg, entries)
-        metrics = {"selected_count": terms.rejected.sum()}
-        if batch.truth is not None:
-            hidden = (batch.labels == UNKNOWN) & (batch.truth == POSITIVE)
-            metrics["selected_true_count"] = (terms.rejected & hidden).sum()
-            metrics["hidden_positive_count"] = hidden.sum()
-        return LossOutput(loss, metrics)
+        return LossOutput(loss, hidden_positives(terms.rejected, batch))
 
     # ---- exact accumulation
 

@@ -30,6 +30,7 @@ from spml_fast.batch import Batch
 from spml_fast.errors import UserError
 from spml_fast.labels import POSITIVE, UNKNOWN, LabelStore
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
+from spml_fast.methods.pointwise import hidden_positives
 
 
 def clean_rate(delta_percent: float, epoch: int) -> float:
@@ -179,12 +180,7 @@ class LargeLoss(Method):
         if self.permanent and bound:
             rows, classes, valid = list_selected(flips, bound)
             self.store.correct(batch.index[rows], classes, POSITIVE, valid)
-        metrics = {"selected_count": selected.sum()}
-        if batch.truth is not None:
-            hidden = (batch.labels == UNKNOWN) & (batch.truth == POSITIVE)
-            metrics["selected_true_count"] = (selected & hidden).sum()
-            metrics["hidden_positive_count"] = hidden.sum()
-        return LossOutput(global_mean(total, batch.global_size * logits.shape[1]), metrics)
+        return LossOutput(global_mean(total, batch.global_size * logits.shape[1]), hidden_positives(selected, batch))
 
     def on_epoch_end(self, progress: Progress) -> dict[str, float]:
         """Permanent corrections of all ranks take effect."""
