@@ -462,7 +462,9 @@ class Trainer:
         place = {"phase": phase.name, "epoch": epoch}
         self.log.record("epoch", place | self.figures | ({"val_map": score} if score is not None else {}))
         update = epoch * self.loader.updates_per_epoch
-        events = {f"epoch/{k}": v for k, v in self.figures.items()} | ({"epoch/val_map": score} if score else {})
+        events = {f"epoch/{k}": v for k, v in self.figures.items()} | (
+            {} if score is None else {"epoch/val_map": score}
+        )
         self.engine.write_events(events, self._seen(phase, update))
         figures = self.figures
         quality = ""
