@@ -27,7 +27,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         epilog="Any other option, such as --train.epochs 2, goes to every training run.",
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", default="digits", help="digits, voc or coco (default: %(default)s)")
+    parser.add_argument("--preset", default="digits", help="digits, voc, coco, nuswide or cub (default: %(default)s)")
     parser.add_argument("--methods", help="comma-separated entries of the preset; default all")
     parser.add_argument("--seeds", type=int, default=3, help="runs an entry, seeds 0 to N-1 (default: %(default)s)")
     parser.add_argument("--data", help="Manifest directory, when it is not where the preset's recipes look")
@@ -59,17 +59,8 @@ def main() -> None:
     from rich.console import Console
 
     from spml_fast.cli import load_config
-    from spml_fast.reproduce import (
-        as_json,
-        as_markdown,
-        as_table,
-        choose_entries,
-        collect,
-        get_preset,
-        judge,
-        plot,
-        write_csv,
-    )
+    from spml_fast.presets import choose_entries, get_preset
+    from spml_fast.reproduce import as_json, as_markdown, as_table, collect, judge, plot, write_csv
 
     if args.seeds < 1:
         raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
@@ -85,7 +76,7 @@ def main() -> None:
         console.print(f"run {done + 1} of {len(todo)}: {entry.name}, seed {seed}{left}")
         run = runs[entry.name][seed]
         words = ["--config", str(HERE / "configs" / entry.recipe), "--method", entry.method, *entry.options]
-        words += ["--run.seed", str(seed), "--run.dir", str(run), "--eval.alphas", "[1,5]"]
+        words += ["--run.seed", str(seed), "--run.dir", str(run), "--eval.alphas", json.dumps(entry.alphas)]
         words += (["--data.dir", args.data] if args.data else []) + more
         train(run, words, args.ranks)
     heads = {e.name: load_config(runs[e.name][0] / "config.yaml").model.head for e in entries}

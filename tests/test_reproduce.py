@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from run_tools import ROOT, Run
 
+from spml_fast.cli import parse_config
 from spml_fast.errors import UserError
-from spml_fast.reproduce import PRESETS, Entry, Row, as_json, choose_entries, get_preset, judge
+from spml_fast.heads import get_head
+from spml_fast.presets import PRESETS, Entry, choose_entries, get_preset
+from spml_fast.reproduce import Row, as_json, judge
 
 
 def rows(**means: float) -> list[Row]:
@@ -50,6 +53,43 @@ def test_presets_name_recipes_that_exist() -> None:
     for preset in PRESETS.values():
         for entry in preset.entries:
             assert (ROOT / "launch" / "configs" / entry.recipe).is_file(), entry
+
+
+@pytest.mark.parametrize("preset", ["digits", "cub"])
+def test_every_entry_is_a_valid_run(preset: str) -> None:
+    for entry in PRESETS[preset].entries:
+        words = ["--config", str(ROOT / "launch" / "configs" / entry.recipe), "--method", entry.method, *entry.options]
+        config = parse_config(words)
+        assert config.method.name == entry.method
+        # Heads without a map have nothing to boost.
+        assert get_head(config.model.head).boosts == (5 in entry.alphas)
+        for name, value in zip(entry.options[::2], entry.options[1::2], strict=True):
+            section, _, field = name.removeprefix("--").partition(".")
+            assert str(getattr(getattr(config, section), field)).lower() in (value, str(float_or(value)).lower()), name
+
+
+def float_or(text: str) -> float | str:
+    """A number where the text is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def test_papers_hyper_parameters() -> None:
+    entries = {e.name: e for e in PRESETS["cub"].entries}
+    apl = entries["em_apl"]
+    assert apl.published == {"1": 21.84} and entries["an"].published == {"1": 18.31}
+    for words in (
+        ("--method.beta", "0.4"),
+        ("--method.warm_up", "3"),
+        ("--train.lr", "1e-4"),
+        ("--method.alpha", "0.01"),
+    ):
+        at = apl.options.index(words[0])
+        assert apl.options[at + 1] == words[1]
+    assert entries["ll_ct_2022_li"].published == {"1": 21.8} and entries["q2l_ignore"].published == {"1": 23.4}
+    assert next(e for e in PRESETS["voc"].entries if e.name == "an").published == {"5": 87.31, "1": 85.89}
 
 
 def test_unknown_names() -> None:
