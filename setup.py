@@ -28,6 +28,7 @@ setup(
         "jinja2>=3",
         "safetensors>=0.4",
         "scikit-learn>=1.4",
+        "scipy",
         "tensorboard>=2.15",
     ],
     extras_require={

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,16 @@ from spml_fast.cli import to_yaml
 from spml_fast.config import Config, ModelConfig
 from spml_fast.engine import Engine, autocast_dtype, deepspeed_config
 from spml_fast.errors import UserError
-from spml_fast.evaluate import evaluate_split, input_normalisation, make_eval_loader, open_data
-from spml_fast.labels import LabelStore
+from spml_fast.evaluate import class_groups, evaluate_split, input_normalisation, make_eval_loader, open_data
+from spml_fast.labels import NEGATIVE, POSITIVE, LabelStore, SparseLabels
 from spml_fast.logs import Meter, RunLog, memory_gib, print_table
 from spml_fast.manifest import Split
 from spml_fast.methods import Method, Progress, get_method
 from spml_fast.metrics import selection_quality
 from spml_fast.optim import make_optimizer, make_schedule, parameter_groups
+from spml_fast.order import TrainOrder
 from spml_fast.pipeline import EvalLoader, TrainLoader
+from spml_fast.sampling import RepeatFactorOrder, repeat_factors
 
 
 class TrainingModule(nn.Module):
@@ -67,6 +71,11 @@ class Phase:
 def shown(map_percent: float) -> str:
     """A mAP for people."""
     return f"{map_percent:.2f}" if math.isfinite(map_percent) else "not defined (no positive among the known labels)"
+
+
+def shown_group(group: dict[str, Any]) -> str:
+    """The mAP of a group of classes for people."""
+    return "-" if group["map"] is None else f"{group['map']:.2f}"
 
 
 class Trainer:
@@ -105,6 +114,9 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.classifier = self._make_classifier(config.model)
         self.store = LabelStore(labels, device)
+        self.classifier.set_prior(
+            self.store.class_counts(POSITIVE).cpu(), self.store.class_counts(NEGATIVE).cpu(), len(self.train_split)
+        )
         self.truth: LabelStore | None = None
         if method_class.label_source == "observed" and self.train_split.hides_labels:
             self.truth = LabelStore(self.train_split.known, device)
@@ -120,6 +132,7 @@ class Trainer:
             device=device,
             mean=mean,
             std=std,
+            make_order=self._make_order(labels),
         )
         self.train_scorer: EvalLoader | None = None
         self.val_loader = make_eval_loader(config, self.val_split, self.classifier, device) if self.val_split else None
@@ -132,6 +145,13 @@ class Trainer:
         self.ema: ModelEmaV3 | None = None
 
     # ---- set-up
+
+    def _make_order(self, labels: SparseLabels) -> Callable[..., TrainOrder]:
+        """How often pictures come (`train.sampling`), from the labels that training sees."""
+        train = self.config.train
+        if train.sampling == "uniform":
+            return TrainOrder
+        return functools.partial(RepeatFactorOrder, repeat_factors(labels, train.repeat_threshold))
 
     def _optional_split(self, name: str | None, default: str) -> Split | None:
         """The split called `name`. One that nobody asked for by name may be missing; the opening lines say so."""
@@ -313,7 +333,7 @@ class Trainer:
                 and update < progress.updates_per_epoch
             ):
                 self._save(phase, epoch - 1, update, best=False)
-        figures = self._read(sums)
+        figures: dict[str, Any] = dict(self._read(sums))
         self.trained_samples += meter.samples
         self.trained_seconds += meter.seconds
         self.waited_seconds += meter.waited
@@ -462,7 +482,7 @@ class Trainer:
         place = {"phase": phase.name, "epoch": epoch}
         self.log.record("epoch", place | self.figures | ({"val_map": score} if score is not None else {}))
         update = epoch * self.loader.updates_per_epoch
-        events = {f"epoch/{k}": v for k, v in self.figures.items()} | (
+        events = {f"epoch/{k}": v for k, v in self.figures.items() if isinstance(v, int | float)} | (
             {} if score is None else {"epoch/val_map": score}
         )
         self.engine.write_events(events, self._seen(phase, update))
@@ -545,7 +565,10 @@ class Trainer:
         }
         if self.test_split is not None:
             loader = make_eval_loader(config, self.test_split, self.classifier, self.device)
-            found = evaluate_split(self.classifier, loader, self.test_split, alphas, config, self.manifest.classes)
+            groups = class_groups(self.manifest, config)
+            found = evaluate_split(
+                self.classifier, loader, self.test_split, alphas, config, self.manifest.classes, groups
+            )
             results |= {"split": self.test_split.name, "alpha": {f"{a:g}": found[a] for a in alphas}}
         if distributed.is_main():
             write_json(self.run_dir / "results.json", results)
@@ -560,6 +583,11 @@ class Trainer:
         rows = [
             (f"{results['split']} mAP, alpha {alpha}", shown(metrics["map"]))
             for alpha, metrics in results.get("alpha", {}).items()
+        ]
+        rows += [
+            (f"groups of classes, rarest first, alpha {alpha}", " / ".join(shown_group(g) for g in metrics["groups"]))
+            for alpha, metrics in results.get("alpha", {}).items()
+            if "groups" in metrics
         ]
         if results["best_val_map"] is not None:
             rows.append(("best validation mAP", f"{shown(results['best_val_map'])} (epoch {results['best_epoch']})"))

@@ -72,6 +72,14 @@ class TestQuickStart:
         assert list((run / "tensorboard").rglob("events.out.tfevents*")), "no TensorBoard events"
         assert json.loads((run / "deepspeed.json").read_text())["gradient_clipping"] == 0.0
 
+    def test_diagnose_looks_at_its_maps(self, finished: tuple[Path, str], run_script: Run, tmp_path: Path) -> None:
+        words = ["--run", finished[0], "--against", finished[0], "--json", tmp_path / "maps.json"]
+        done = run_script("diagnose.py", *words, "--plot", tmp_path / "maps.png")
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = json.loads((tmp_path / "maps.json").read_text())
+        assert found["correlation"]["p25"] > 0.999 and found["pointing"]["pairs"] == found["pairs"]["positive"]
+        assert "pointing game" in done.stdout and (tmp_path / "maps.png").stat().st_size > 10_000
+
     def test_evaluate_gives_the_same_figures(self, finished: tuple[Path, str], run_script: Run, tmp_path: Path) -> None:
         run, _ = finished
         out = tmp_path / "out.json"

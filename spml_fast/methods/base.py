@@ -148,8 +148,9 @@ class Method(nn.Module):
             logits: [n, C] fp32 at the training alpha, of the evaluation view (no flip, no crop).
         """
 
-    def on_epoch_end(self, progress: Progress) -> dict[str, float]:
-        """Called on every rank after an epoch (collective); returns figures for the log."""
+    def on_epoch_end(self, progress: Progress) -> dict[str, Any]:
+        """Called on every rank after an epoch (collective); returns figures for the log (numbers also go to the
+        monitor, anything else that JSON can hold to metrics.jsonl alone)."""
         return {}
 
 

@@ -50,6 +50,7 @@ from spml_fast.errors import UserError
 from spml_fast.heads import MaskOptions
 from spml_fast.labels import POSITIVE, LabelStore
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
+from spml_fast.methods.gap_histogram import GapHistogram
 from spml_fast.methods.pointwise import hidden_positives
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class IgnoreOptions(MethodOptions):
             uses the running ones; null takes the preset's.
         masked_every: steps between two masked views; other steps reject nothing. 1 is the method.
         masked_scale: side of the masked view as a share of the picture's; 1 is the method.
+        gap_histogram: write a histogram of the gaps by kind of label to metrics.jsonl every epoch; one more pass over
+            the logits a step.
     """
 
     name: str = "ignore"
@@ -136,6 +139,7 @@ class IgnoreOptions(MethodOptions):
     masked_bn: Literal["update", "no_update", "eval"] | None = None
     masked_every: int = 1
     masked_scale: float = 1.0
+    gap_histogram: bool = False
 
     def choice(self, name: str) -> Any:
         """An option that a preset fills in."""
@@ -193,6 +197,7 @@ class Ignore(Method):
         self.register_buffer("gap_average", torch.zeros((), device=store.device))
         self.register_buffer("logit_average", torch.zeros(store.num_classes, device=store.device))
         self.register_buffer("ema_steps", torch.zeros((), dtype=torch.float64, device=store.device))
+        self.gaps = GapHistogram(store.device) if o.gap_histogram else None
 
     # ---- thresholds
 
@@ -285,6 +290,8 @@ class Ignore(Method):
             positives = statistics[1]
         else:
             positives = distributed.all_reduce_sum((batch.labels == POSITIVE).sum().to(logits.dtype))
+        if self.gaps is not None and masked is not None:
+            self.gaps.add(logits, masked, batch)
         rejects = masked is not None and progress.epoch > o.warm_up
         gap_threshold, average_threshold = self.thresholds()
         terms = ignore_loss(
@@ -338,7 +345,10 @@ class Ignore(Method):
         shares = [b.global_size / pictures for b in batches]
         return [Plan(m, positives * s, kept * s) for (_, m), s in zip(logits, shares, strict=True)]
 
-    def on_epoch_end(self, progress: Progress) -> dict[str, float]:
-        """The thresholds as they stand."""
+    def on_epoch_end(self, progress: Progress) -> dict[str, Any]:
+        """The thresholds as they stand, and the epoch's gaps where they are counted."""
         gap, average = self.thresholds()
-        return {"t_gap": float(gap), "t_avg_mean": float(average.mean())}
+        figures: dict[str, Any] = {"t_gap": float(gap), "t_avg_mean": float(average.mean())}
+        if self.gaps is not None:
+            figures["gap_histogram"] = self.gaps.take()
+        return figures

@@ -1,0 +1,117 @@
+"""What a run's class activation maps show: `python launch/diagnose.py --run RUN [--against FULL_RUN] [--plot OUT.png]`.
+
+Highest and lowest cells of the maps of positive and negative labels; with --against, a run with full labels on the same
+data, the rank correlation of the maps of both; the pointing game where the data set has boxes; for IGNORE the histogram
+of its gaps (train with --method.gap_histogram true). Starts under `deepspeed` and `torchrun` as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+try:
+    from spml_fast.errors import UserError, run_command
+except ImportError as error:
+    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser.add_argument("--against", type=Path, help="run directory of a model trained with full labels")
+    parser.add_argument("--split", help="split to look at; default the run's test split")
+    parser.add_argument("--negatives", type=int, default=20, help="known negatives a picture (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of their draw (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw them to this PNG file")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _shown(quartiles: dict[str, float] | None) -> str:
+    return "-" if quartiles is None else "{p50:.2f} ({p25:.2f} to {p75:.2f})".format(**quartiles)
+
+
+def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures for people: medians with quartiles."""
+    pairs = found["pairs"]
+    rows = [("pairs looked at", f"{pairs['positive']} positive, {pairs['negative']} negative")]
+    for end, title in (("top", "highest"), ("bottom", "lowest")):
+        for label in ("positive", "negative"):
+            cells = found[end][label]
+            text = _shown(cells["model"])
+            if cells["full"] is not None:
+                text += f"; full labels {_shown(cells['full'])}"
+            rows.append((f"{title} 5% of cells, {label} labels", text))
+    if found["correlation"] is not None:
+        rows.append(("rank correlation with the full-label map", _shown(found["correlation"])))
+        rows.append(("the same of a centred Gaussian", _shown(found["control"])))
+    if found["pointing"] is not None:
+        game = found["pointing"]
+        rows.append(
+            (
+                "pointing game",
+                f"{game['accuracy']:.1f}% of {game['pairs']} pairs, mean of classes {game['class_mean']:.1f}%, "
+                f"anywhere {game['chance']:.1f}%",
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    """Look and report."""
+    args = parse()
+    if args.negatives < 0 or args.seed < 0:
+        raise UserError("--negatives and --seed must not be negative")
+    from spml_fast.engine import init_distributed, leave_distributed
+
+    device = init_distributed()
+    from spml_fast import distributed
+    from spml_fast.checkpoint import write_json
+    from spml_fast.diagnostics import look_at_maps, plot, summarise
+    from spml_fast.evaluate import input_normalisation, load_run, make_eval_loader
+    from spml_fast.logs import print_table
+    from spml_fast.reproduce import read_epochs
+
+    config, manifest, classifier, _ = load_run(args.run, device)
+    split = manifest.split(args.split or config.data.test_split or config.data.train_split)
+    full = None
+    if args.against is not None:
+        other, their_manifest, full, _ = load_run(args.against, device)
+        if their_manifest.classes != manifest.classes:
+            raise UserError(f"{args.against} was trained on other classes than {args.run}")
+        same = other.data.image_size == config.data.image_size
+        if not same or input_normalisation(other, full) != input_normalisation(config, classifier):
+            raise UserError(f"{args.against} takes pictures of another size or normalisation than {args.run}")
+    table = look_at_maps(
+        classifier,
+        make_eval_loader(config, split, classifier, device),
+        split,
+        full=full,
+        negatives=args.negatives,
+        seed=args.seed,
+        precision=config.train.precision,
+    )
+    if table is not None and distributed.is_main():
+        found = summarise(table)
+        gaps = [e for e in read_epochs(args.run) if "gap_histogram" in e]
+        report = {"run": str(args.run), "against": None if args.against is None else str(args.against)}
+        report |= {"split": split.name, **found}
+        if gaps:
+            report["gap_histograms"] = [{"epoch": e["epoch"], **e["gap_histogram"]} for e in gaps]
+        try:
+            if args.json is not None:
+                write_json(args.json, report)
+            if args.plot is not None:
+                plot(args.plot, table, gaps)
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
+        print_table(f"maps of {args.run}, {split.name} split", table_rows(found))
+    leave_distributed()
+
+
+if __name__ == "__main__":
+    run_command(main)
