@@ -3,7 +3,8 @@
 RUN/checkpoints/
   newest.json, best.json          {"tag", "phase", "epoch", "update", "world_size", "zero_stage", ...}
   finetune-e0003-u000000-w2/      what DeepSpeed saved; the world size is in the name, because saving over another
-                                  world size's files mixes them
+                                  world size's files mixes them; and method_shard_R.pt, a rank's part of state that
+                                  grows with the samples, of methods that have any
 RUN/model.safetensors             the best weights, whole, for evaluation and export
 """
 
@@ -17,11 +18,13 @@ import shutil
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from spml_fast import distributed
 from spml_fast.errors import UserError
@@ -143,6 +146,32 @@ def clear_unfinished(folder: Path, tag: str) -> None:
     if distributed.is_main() and (folder / tag).exists():
         shutil.rmtree(folder / tag)
     distributed.barrier()
+
+
+def save_shard(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write this rank's part of a method's state beside what DeepSpeed saved (collective); nothing when it is empty.
+
+    The checkpoint counts only once `publish` has marked it, so a part that a killed save left does no harm.
+    """
+    if state:
+        torch.save({name: tensor.to("cpu") for name, tensor in state.items()}, _shard_path(folder, distributed.rank()))
+    distributed.barrier()
+
+
+def load_shards(folder: Path, world_size: int) -> list[dict[str, Tensor]]:
+    """The parts that `world_size` ranks saved, memory-mapped. `UserError` when one is missing or damaged."""
+    shards = []
+    for rank in range(world_size):
+        path = _shard_path(folder, rank)
+        try:
+            shards.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        except (OSError, RuntimeError, UnpicklingError) as error:
+            raise UserError(f"checkpoint part {path} cannot be read ({error})") from error
+    return shards
+
+
+def _shard_path(folder: Path, rank: int) -> Path:
+    return folder / f"method_shard_{rank:05d}.pt"
 
 
 def save_weights(path: Path, module: nn.Module, metadata: dict[str, str]) -> None:

@@ -23,9 +23,11 @@ from spml_fast.checkpoint import (
     Mark,
     clear_unfinished,
     find_resume,
+    load_shards,
     load_weights,
     publish,
     rng_seed,
+    save_shard,
     save_weights,
     write_json,
 )
@@ -114,9 +116,9 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.classifier = self._make_classifier(config.model)
         self.store = LabelStore(labels, device)
-        self.classifier.set_prior(
-            self.store.class_counts(POSITIVE).cpu(), self.store.class_counts(NEGATIVE).cpu(), len(self.train_split)
-        )
+        if config.model.prior_bias != "none":
+            positives, negatives = (self.store.class_counts(code).cpu() for code in (POSITIVE, NEGATIVE))
+            self.classifier.set_prior(positives, negatives, len(self.train_split))
         self.truth: LabelStore | None = None
         if method_class.label_source == "observed" and self.train_split.hides_labels:
             self.truth = LabelStore(self.train_split.known, device)
@@ -516,6 +518,7 @@ class Trainer:
         clear_unfinished(folder, mark.tag)
         try:
             self.engine.save(folder, mark.tag, {"spml_fast": state})
+            save_shard(folder / mark.tag, self.method.shard_state())
         except OSError as error:
             raise UserError(f"checkpoint {folder / mark.tag} cannot be written: {error}") from error
         if best:
@@ -538,6 +541,8 @@ class Trainer:
             )
         state = self.engine.load(folder, mark.tag)["spml_fast"]
         self.store.load_state_dict(state["labels"])
+        if self.method.shard_state():
+            self.method.load_shard_state(load_shards(folder / mark.tag, mark.world_size))
         if self.ema is not None:
             if state["ema"] is None:
                 raise UserError(f"checkpoint {folder / mark.tag} has no EMA; go on with train.ema_decay 0")

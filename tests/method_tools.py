@@ -186,7 +186,7 @@ class ThreadRanks:
             "world_size": lambda: self.world,
             "rank": lambda: self.here.rank,
             "is_main": lambda: self.here.rank == 0,
-            "all_reduce_sum": lambda t: torch.stack(self._exchange(t)).sum(0),
+            "all_reduce_sum": lambda t: torch.stack(self._exchange(t)).sum(0, dtype=t.dtype),
             "all_gather_equal": lambda t: torch.stack(self._exchange(t)),
             "all_gather_rows": lambda t: torch.cat(self._exchange(t)),
         }

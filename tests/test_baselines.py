@@ -264,7 +264,7 @@ def test_golden_soft_label() -> None:
     want = ((0.12471376, 0.015688273), (0.44015455, 0.31278175), (1.2845162, 0.6646434), (3.5078494, 0.85633604))
     codes = np.array([[P, U, U, U, U]], np.int8)
     method = make("em_apl", codes, alpha=0.2, beta=0.9)
-    method.soft.add(torch.zeros(4, dtype=torch.int64), torch.arange(1, 5), torch.full((4,), 0.03))
+    method.add(torch.zeros(4, dtype=torch.int64), torch.arange(1, 5), torch.full((4,), 0.03))
     logits = torch.tensor([[0.3, *POINTS]], dtype=torch.float64)
     loss, gradient = run(method, logits, batch_of(codes))
     positive = nl(sigmoid(0.3))
@@ -548,7 +548,7 @@ def test_edges_are_finite(name: str, edge: str) -> None:
     for form in forms:
         method = make(name, codes, **({"log_form": form} if form else {}))
         if name == "em_apl":
-            method.soft.add(torch.tensor([0]), torch.tensor([1]), torch.tensor([0.0]))
+            method.add(torch.tensor([0]), torch.tensor([1]), torch.tensor([0.0]))
         for logits in (torch.zeros(codes.shape), torch.tensor([100.0, -100, 100, -100]).expand(codes.shape)):
             loss, gradient = run(method, logits.contiguous(), batch_of(codes, truth=np.maximum(codes, 0)))
             assert torch.isfinite(loss) and torch.isfinite(gradient).all(), (form, loss, gradient)
@@ -701,7 +701,7 @@ class Ranks:
         monkeypatch.setattr(distributed, "world_size", lambda: self.world)
         monkeypatch.setattr(distributed, "rank", lambda: self.local.rank)
         monkeypatch.setattr(distributed, "all_gather_equal", self.gather)
-        monkeypatch.setattr(distributed, "all_reduce_sum", lambda t: self.gather(t).sum(0))
+        monkeypatch.setattr(distributed, "all_reduce_sum", lambda t: self.gather(t).sum(0, dtype=t.dtype))
 
     def gather(self, tensor: Tensor) -> Tensor:
         self.box[self.local.rank] = tensor.detach().clone()
@@ -749,12 +749,13 @@ def test_any_number_of_ranks_gives_the_same(name: str, rows: int, monkeypatch: p
     def train(parts: list[np.ndarray], rank: int) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Any]]:
         method = make(name, codes, **RANK_OPTIONS.get(name, {}))
         if name == "em_apl":
-            method.soft.add(torch.tensor([1, 3]), torch.tensor([2, 5]), torch.tensor([0.1, 0.2]))
+            method.add(torch.tensor([1, 3]), torch.tensor([2, 5]), torch.tensor([0.1, 0.2]))
         batch = batch_of(codes, parts[rank], rows, truth)
         out = [run(method, z[parts[rank]], batch, step) for z, step in zip(logits, steps, strict=True)]
-        return out, method.state_dict()
+        return out, method.state_dict() | {"shard": method.shard_state()}
 
     alone, state = train([np.arange(rows)], 0)
+    whole = state.pop("shard")
     parts = np.array_split(np.arange(rows), 2)
     ranks = Ranks(2, monkeypatch).run(lambda rank: train(parts, rank))
     for i, (loss, gradient) in enumerate(alone):
@@ -767,6 +768,10 @@ def test_any_number_of_ranks_gives_the_same(name: str, rows: int, monkeypatch: p
         if isinstance(value, Tensor):
             assert torch.equal(ranks[0][1][key], ranks[1][1][key]), f"{key} differs between ranks"
             torch.testing.assert_close(ranks[0][1][key], value, rtol=1e-5, atol=1e-7)
+    for key, value in whole.items() if name == "role" else ():
+        # Rank r has the rows of samples r, r + 2, ...
+        for rank in range(2):
+            torch.testing.assert_close(ranks[rank][1]["shard"][key], value[rank::2], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["epr", "role", "p_asl"])
@@ -842,7 +847,7 @@ def test_role_follows_dense_adam() -> None:
     """Loss, gradient and all label estimates equal the released way's, though only met rows are touched."""
     codes = some_codes(40, 6)
     method = make("role", codes, expected_positives=2.0)
-    dense = DenseRole(method.table.value, codes, 2.0)
+    dense = DenseRole(method.table.value[:-1], codes, 2.0)
     start = method.estimates(torch.arange(40)).double()
     for index, logits, progress in role_schedule(40, 6, 12, 6):
         if progress.update % progress.updates_per_epoch == 0:
@@ -898,6 +903,26 @@ def test_role_evaluation_leaves_the_table_alone() -> None:
     assert all(torch.equal(before[k], v) for k, v in method.state_dict().items() if isinstance(v, Tensor))
 
 
+@pytest.mark.parametrize("worlds", [(1, 3), (3, 2)])
+def test_role_goes_on_with_another_number_of_ranks(worlds: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = some_codes(11, 4)
+
+    def begin(rank: int) -> tuple[dict[str, Tensor], Tensor]:
+        method = make("role", codes)
+        method.table.value += torch.arange(len(method.table.value))[:, None] * 0.01
+        return method.shard_state(), method.estimates(torch.arange(11))
+
+    saved = Ranks(worlds[0], monkeypatch).run(begin)
+
+    def resume(rank: int) -> Tensor:
+        method = make("role", codes)
+        method.load_shard_state([shard for shard, _ in saved])
+        return method.estimates(torch.arange(11))
+
+    for found in Ranks(worlds[1], monkeypatch).run(resume):
+        assert torch.equal(found, saved[0][1])
+
+
 # --- APL's pseudo-labels ---------------------------------------------------------------------------------------------
 
 
@@ -948,14 +973,26 @@ def test_apl_freezes_the_lowest(world: int, chunk: int, monkeypatch: pytest.Monk
         method = make("em_apl", codes, warm_up=3)
         for scores, progress in zip(passes, epochs, strict=True):
             figures = score(method, parts[rank], scores, progress)
-        return method.soft.rows(torch.arange(50)), figures, method.soft.state_dict()
+        return method.soft_rows(torch.arange(50)), figures, method.shard_state()
 
     results = Ranks(world, monkeypatch).run(work) if world > 1 else [work(0)]
     assert (~np.isnan(want)).sum() > 50
-    for soft, figures, state in results:
+    for rank, (soft, figures, state) in enumerate(results):
         np.testing.assert_allclose(soft.numpy(), want, rtol=1e-6)
         assert figures["soft_labels"] == (~np.isnan(want)).sum() > figures["soft_labels_new"] > 0
-        assert all(torch.equal(value, results[0][2][key]) for key, value in state.items())
+        assert (state["index"] % world == rank).all() and len(state["values"]) < 1.5 * figures["soft_labels"] / world
+    # Nothing is kept twice, and a run on another number of ranks finds all of it.
+    shards = [state for *_, state in results]
+    assert sum(len(s["values"]) for s in shards) == (~np.isnan(want)).sum()
+
+    def reload(rank: int) -> Tensor:
+        method = make("em_apl", codes, warm_up=3)
+        method.load_shard_state(shards)
+        assert method.total == (~np.isnan(want)).sum()
+        return method.soft_rows(torch.arange(50))
+
+    for found in Ranks(2, monkeypatch).run(reload):
+        np.testing.assert_allclose(found.numpy(), want, rtol=1e-6)
 
 
 def test_apl_never_takes_more_than_there_are() -> None:
@@ -976,7 +1013,7 @@ def test_apl_loss() -> None:
     codes, logits = CODES, some_logits(*CODES.shape)
     method = make("em_apl", codes, alpha=0.3, beta=0.4, theta=0.5, warm_up=1)
     score(method, np.arange(5), some_logits(5, 7, 9).numpy(), Progress(1, 2, 0, 1))
-    soft = method.soft.rows(torch.arange(5)).double().numpy()
+    soft = method.soft_rows(torch.arange(5)).double().numpy()
     assert 3 <= (~np.isnan(soft)).sum() < (codes == U).sum()
 
     def formula(z: np.ndarray, z0: np.ndarray, codes: np.ndarray) -> float:
@@ -1055,18 +1092,20 @@ def test_state_survives_a_checkpoint(name: str) -> None:
     cut = 10
     first = make(name, codes, **options)
     go(first, plan[:cut], True)
-    state = copied(first.state_dict())
+    state, shard = copied(first.state_dict()), copied(first.shard_state())
     torch.manual_seed(99)
     second = get_method(name)(first.options, first.store)
     second.load_state_dict(state)
+    if shard:
+        second.load_shard_state([shard])
     assert go(second, plan[cut:], True) == losses[cut:]
-    before, after = whole.state_dict(), second.state_dict()
+    before, after = whole.state_dict() | whole.shard_state(), second.state_dict() | second.shard_state()
     assert before.keys() == after.keys()
     for key in before:
         if isinstance(before[key], Tensor):
             assert torch.equal(before[key], after[key]), key
     if name == "em_apl":
-        assert torch.equal(whole.soft.values, second.soft.values) and len(whole.soft) > 20
+        assert whole.total == second.total > 20
     if name in ("role", "em_apl", "p_asl"):
         fresh = make(name, codes, **options)
         assert go(fresh, plan[cut:], True) != losses[cut:], "the state makes no difference: the test tells nothing"

@@ -69,7 +69,8 @@ class Method(nn.Module):
 
     State lives in buffers, so that it is moved and checkpointed like any other; state whose size changes goes through
     `get_extra_state` and `set_extra_state`. Checkpoints hold rank 0's, so state is the same on every rank whenever one
-    is saved: after every update for methods that change it in the step, else after `on_epoch_end`.
+    is saved: after every update for methods that change it in the step, else after `on_epoch_end`. State that grows
+    with the samples is spread over ranks (sample_rows.py) and goes through `shard_state` and `load_shard_state`.
 
     Attributes:
         views: views the method needs; the first is the one that `forward` passes through the classifier.
@@ -132,6 +133,13 @@ class Method(nn.Module):
             What `loss` finds in `batch.plan`, per micro-step.
         """
         return [None] * len(batches)
+
+    def shard_state(self) -> dict[str, Tensor]:
+        """This rank's part of state that grows with the samples; saved by every rank in a file of its own."""
+        return {}
+
+    def load_shard_state(self, shards: list[dict[str, Tensor]]) -> None:
+        """Restore it from what every rank of the run that saved it gave, in rank order, on the CPU."""
 
     def on_epoch_start(self, progress: Progress) -> None:
         """Called on every rank before an epoch."""

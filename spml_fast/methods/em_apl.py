@@ -18,7 +18,8 @@ view; it also labels after the last epoch, which nothing uses; it stores -s in t
 a linear-init run nothing is labelled.
 
 The selection is exact over all ranks: of equal scores the lower sample index comes first. State: the frozen entries in
-CSR form, 6 to 8 bytes each (theta N C of them in the end, COCO about 30 MB), the same on all ranks, in the checkpoint.
+CSR form, 6 to 8 bytes each (theta N C of them in the end, COCO about 30 MB), spread over the ranks (sample_rows.py; a
+step gathers those of its samples, B C numbers) and in the checkpoint, in a file a rank.
 The pass holds N C / ranks scores of 4 bytes on the host until the epoch's end.
 """
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from spml_kernels import label_loss
@@ -36,6 +37,7 @@ from torch import Tensor
 from spml_fast import distributed
 from spml_fast.batch import Batch
 from spml_fast.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels, class_dtype
+from spml_fast.methods import sample_rows
 from spml_fast.methods.base import LossOutput, MethodOptions, Progress, register
 from spml_fast.methods.em import EMOptions, EntropyMaximisation
 from spml_fast.methods.memory import require_memory
@@ -75,7 +77,7 @@ class SoftLabels:
     """Soft labels of single entries in CSR form on a device.
 
     Args:
-        num_rows: N.
+        num_rows: number of rows.
         num_classes: C.
         device: where rows are made.
     """
@@ -94,8 +96,8 @@ class SoftLabels:
     def add(self, rows: Tensor, classes: Tensor, values: Tensor) -> None:
         """Merge entries in (int64, int64, fp32, on the device); none may be there already."""
         counts = torch.diff(self.indptr)
-        old = torch.repeat_interleave(torch.arange(self.num_rows, device=self.device), counts)
-        keys = torch.cat([old * self.num_classes + self.classes.long(), rows * self.num_classes + classes])
+        old, old_classes, _ = self.entries()
+        keys = torch.cat([old * self.num_classes + old_classes, rows * self.num_classes + classes])
         order = torch.argsort(keys)
         self.values = torch.cat([self.values, values])[order]
         self.classes = (keys[order] % self.num_classes).to(self.classes.dtype)
@@ -115,18 +117,10 @@ class SoftLabels:
             out.scatter_(1, torch.where(inside, self.classes[entry].long(), self.num_classes), self.values[entry])
         return out[:, : self.num_classes]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything, as CPU tensors."""
-        return {"indptr": self.indptr.cpu(), "classes": self.classes.cpu(), "values": self.values.cpu()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict`."""
-        if len(state["indptr"]) != self.num_rows + 1:
-            raise ValueError(f"soft labels of {len(state['indptr']) - 1} samples, but there are {self.num_rows}")
-        self.indptr, self.classes, self.values = (
-            state[name].to(self.device) for name in ("indptr", "classes", "values")
-        )
-        self.max_row = int(torch.diff(self.indptr).max()) if self.num_rows else 0
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, classes, values of all entries, int64, int64, fp32."""
+        rows = torch.repeat_interleave(torch.arange(self.num_rows, device=self.device), torch.diff(self.indptr))
+        return rows, self.classes.long(), self.values
 
 
 @register("em_apl")
@@ -139,7 +133,9 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
         super().__init__(options, store)
         require_share(options, "theta")
         require_not_negative(options, "beta", "warm_up")
-        self.soft = SoftLabels(len(store), store.num_classes, store.device)
+        self.soft = SoftLabels(sample_rows.owned_count(len(store)), store.num_classes, store.device)
+        # Soft labels of all ranks.
+        self.total = 0
         self.unknown_counts = store.class_counts(UNKNOWN).tolist()
         self._scores: list[tuple[Tensor, Tensor]] = []
 
@@ -150,16 +146,17 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
         unknown = len(labels) * labels.num_classes - int(labels.indptr[-1]) if labels.default == UNKNOWN else 0
         unknown += int((labels.codes == UNKNOWN).sum())
         entry = class_dtype(labels.num_classes).itemsize + 4
-        size = options.theta * unknown * (2 * entry + 16)
+        size = options.theta * unknown * (2 * entry + 16) / distributed.world_size()
         what = f"method em_apl's soft labels of {options.theta:g} of {len(labels):,} x {labels.num_classes:,} entries"
         require_memory(what, size, options.memory_limit, "method.memory_limit")
 
     def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
         """EM where there is no soft label, beta times cross-entropy against it where there is one; mean over B x C."""
         codes, metrics = self.codes(logits, batch, progress)
-        if len(self.soft) == 0:
+        if self.total == 0:
             return LossOutput(self.reduce(label_loss(logits, codes, self.point, self.params(progress)), batch), metrics)
-        soft = self.soft.rows(batch.index)
+        index, here = sample_rows.gather_batch(batch.index, batch.global_size)
+        soft = self.soft_rows(index)[here]
         frozen = ~soft.isnan() & (codes == UNKNOWN)
         total = label_loss(logits, torch.where(frozen, LEFT_OUT, codes), self.point, self.params(progress))
         target = torch.where(frozen, soft, 0).to(logits.dtype)
@@ -171,25 +168,43 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
             metrics["soft_label_wrong_count"] = (frozen & (batch.truth == POSITIVE)).sum()
         return LossOutput(self.reduce(total + self.options.beta * cross, batch), metrics)
 
+    def add(self, index: Tensor, classes: Tensor, values: Tensor) -> None:
+        """Freeze entries (sample, class, soft label), the same list on every rank; each keeps those of its samples."""
+        mine = sample_rows.owned(index)
+        self.soft.add(sample_rows.place(index[mine]), classes[mine], values[mine])
+        self.total += len(index)
+
+    def soft_rows(self, index: Tensor) -> Tensor:
+        """Soft labels fp32 [n, C], NaN where there is none (collective; the same samples on every rank)."""
+        # Rows of other ranks are looked up anywhere and dropped, so that no step waits for the number of own ones.
+        place = torch.where(sample_rows.owned(index), sample_rows.place(index), 0)
+        own = self.soft.rows(place)
+        if distributed.world_size() == 1:
+            return own
+        # Exact and in one sum over ranks: bits of -s for a soft label s (never 0, for -0.0 has its sign), 0 for none.
+        bits = torch.where(own.isnan(), 0, (-own).view(torch.int32))
+        bits = sample_rows.from_owners(bits, index)
+        return torch.where(bits == 0, torch.nan, -bits.view(torch.float32))
+
     def needs_train_scores(self, progress: Progress) -> bool:
         """From the warm-up epoch on, but not after the last epoch, which nothing follows."""
         return progress.phase == "finetune" and self.options.warm_up <= progress.epoch < progress.epochs
 
     def on_train_scores(self, index: Tensor, logits: Tensor) -> None:
-        """Keep the scores of candidates; the others become plus infinity."""
-        candidate = (self.store.rows(index) == UNKNOWN) & self.soft.rows(index).isnan()
-        self._scores.append((index.cpu(), torch.where(candidate, logits.float(), torch.inf).cpu()))
+        """Keep the scores of unknown entries; the others become plus infinity."""
+        unknown = self.store.rows(index) == UNKNOWN
+        self._scores.append((index.cpu(), torch.where(unknown, logits.float(), torch.inf).cpu()))
 
     def on_epoch_end(self, progress: Progress) -> dict[str, float]:
         """Freeze the lowest scores of every class."""
         figures = super().on_epoch_end(progress)
-        before = len(self.soft)
+        before = self.total
         if self.needs_train_scores(progress):
             self._freeze(progress)
-        return figures | {"soft_labels_new": float(len(self.soft) - before), "soft_labels": float(len(self.soft))}
+        return figures | {"soft_labels_new": float(self.total - before), "soft_labels": float(self.total)}
 
     def _freeze(self, progress: Progress) -> None:
-        """Choose over all ranks (collective) and merge; every rank comes to the same result."""
+        """Choose over all ranks (collective); every rank comes to the same list and keeps its part."""
         device, width = self.store.device, self.store.num_classes
         own_index = torch.cat([torch.empty(0, dtype=torch.int64), *(i for i, _ in self._scores)])
         own_scores = torch.cat([torch.empty(0, width), *(s for _, s in self._scores)])
@@ -201,23 +216,38 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
         ]
         wanted = torch.tensor(quota, device=device)
         step = max(1, _SELECTION_ELEMENTS // max(len(index), 1))
+        own_rows, own_classes, _ = self.soft.entries()
+        own_samples = own_rows * distributed.world_size() + distributed.rank()
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for first in range(0, width, step):
             part = own_scores[:, first : first + step].contiguous().to(device)
             # Rows in sample order and a stable sort: of equal scores the lower index first, whatever the ranks were.
-            scores, place = distributed.all_gather_rows(part)[order].sort(dim=0, stable=True)
+            gathered = distributed.all_gather_rows(part)[order]
+            # What is frozen already is no candidate; its owner says so.
+            taken = torch.zeros(gathered.shape, dtype=torch.int8, device=device)
+            within = (own_classes >= first) & (own_classes < first + step)
+            taken[torch.searchsorted(index, own_samples[within]), own_classes[within] - first] = 1
+            gathered[distributed.all_reduce_sum(taken) != 0] = torch.inf
+            scores, place = gathered.sort(dim=0, stable=True)
             longest = max(quota[first : first + step])
             lane = torch.arange(len(scores), device=device)[:longest, None]
             chosen = (lane < wanted[first : first + step]) & (scores[:longest] < torch.inf)
             row, column = torch.nonzero(chosen, as_tuple=True)
             found.append((index[place[row, column]], column + first, torch.sigmoid(scores[row, column])))
         rows, classes, values = (torch.cat(columns) for columns in zip(*found, strict=True))
-        self.soft.add(rows, classes, values)
+        self.add(rows, classes, values)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The soft labels; their number changes, so they are no buffers."""
-        return {"soft": self.soft.state_dict()}
+    def shard_state(self) -> dict[str, Tensor]:
+        """Sample, class and soft label of this rank's entries."""
+        rows, classes, values = self.soft.entries()
+        index = rows * distributed.world_size() + distributed.rank()
+        # Class ids in their narrow type: this is all that a checkpoint holds of them.
+        return {"index": index, "classes": classes.to(self.soft.classes.dtype), "values": values}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the soft labels."""
-        self.soft.load_state_dict(state["soft"])
+    def load_shard_state(self, shards: list[dict[str, Tensor]]) -> None:
+        """Take this rank's entries out of the shards."""
+        self.soft = SoftLabels(self.soft.num_rows, self.soft.num_classes, self.soft.device)
+        self.total = 0
+        for shard in shards:
+            index, classes, values = (shard[name].to(self.soft.device) for name in ("index", "classes", "values"))
+            self.add(index, classes.long(), values)

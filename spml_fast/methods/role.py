@@ -15,11 +15,12 @@ epoch that shows the picture. That momentum is nine tenths of the movement, so a
 confined to the batch's rows trains another model. Here only the batch's rows are touched, and a row that is met first
 makes up, in closed form, for the steps without gradient since it was last met: values equal dense Adam's
 (betas 0.9 and 0.999, epsilon 1e-8, no weight decay) up to rounding. The rows of the whole micro-step are updated on
-every rank alike from gathered logits (B C numbers a step), so the table is the same on all ranks at any time, and any
-checkpoint can be read by any number of ranks.
+the rank that keeps them (sample_rows.py), from gathered logits and estimates (2 B C numbers a step), and any checkpoint
+can be read by any number of ranks.
 
-Memory: 12 bytes per sample and class on every rank (COCO 65,000 x 80: 60 MB; OpenImages about 1 TB, refused), and as
-much in every checkpoint. Under gradient accumulation every micro-step counts as a batch of its own, in one Adam step.
+Memory: 12 bytes per sample and class over all ranks together (COCO 65,000 x 80: 60 MB; OpenImages about 1 TB), and as
+much in every checkpoint, in a file a rank. Under gradient accumulation every micro-step counts as a batch of its own,
+in one Adam step.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from spml_fast import distributed
 from spml_fast.batch import Batch
 from spml_fast.labels import NEGATIVE, POSITIVE, LabelStore, SparseLabels
+from spml_fast.methods import sample_rows
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
 from spml_fast.methods.epr import EPROptions, epr_point, mean_positives, require_expected_positives
 from spml_fast.methods.memory import require_memory
@@ -64,11 +66,11 @@ class AdamTable(nn.Module):
     that differs from Adam only where sqrt(v) is as small as epsilon.)
 
     Args:
-        value: fp32 [N, C] initial values; taken over.
+        value: fp32 [n, C] initial values of this rank's rows; taken over.
 
     Attributes:
-        value, first, second: fp32 [N, C]; rows stand as of step `visited`.
-        visited: int32 [N], step of a row's last gradient, 0 for none.
+        value, first, second: fp32 [n, C]; rows stand as of step `visited`.
+        visited: int32 [n], step of a row's last gradient, 0 for none.
         rates: fp32 [steps + 1], lr_s sqrt(1 - beta2^s) / (1 - beta1^s).
         done: steps done.
     """
@@ -82,10 +84,11 @@ class AdamTable(nn.Module):
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
-        self.register_buffer("value", value)
-        self.register_buffer("first", torch.zeros_like(value))
-        self.register_buffer("second", torch.zeros_like(value))
-        self.register_buffer("visited", torch.zeros(len(value), dtype=torch.int32, device=value.device))
+        self.register_buffer("value", value, persistent=False)
+        self.register_buffer("first", torch.zeros_like(value), persistent=False)
+        self.register_buffer("second", torch.zeros_like(value), persistent=False)
+        visited = torch.zeros(len(value), dtype=torch.int32, device=value.device)
+        self.register_buffer("visited", visited, persistent=False)
         self.register_buffer("rates", torch.zeros(1, dtype=value.dtype, device=value.device), persistent=False)
         self.done = 0
 
@@ -156,14 +159,18 @@ class ROLEOptions(EPROptions):
 
 
 def initial_table(store: LabelStore) -> Tensor:
-    """Label estimates at the start, fp32 [N, C]; follows torch's seed, not what was drawn since."""
+    """Label estimates of this rank's samples at the start, and one spare row; fp32 [n + 1, C].
+
+    They follow torch's seed, not what was drawn since, and are the same for any number of ranks.
+    """
     generator = torch.Generator().manual_seed(torch.initial_seed())
-    table = torch.empty(len(store), store.num_classes, device=store.device)
+    table = torch.zeros(sample_rows.owned_count(len(store)) + 1, store.num_classes, device=store.device)
     for index in torch.arange(len(store), device=store.device).split(_CHUNK):
         codes = store.rows(index, corrected=False)
         free = (torch.rand(codes.shape, generator=generator) * 2 - 1).to(store.device) * _logit(0.6)
         known = torch.where(codes == POSITIVE, _logit(0.995), torch.where(codes == NEGATIVE, _logit(0.005), free))
-        table[index] = known
+        mine = sample_rows.owned(index)
+        table[sample_rows.place(index[mine])] = known[mine]
     return table
 
 
@@ -186,13 +193,24 @@ class RegularisedLabelEstimation(Method):
         """k must be given, and the table must fit."""
         assert isinstance(options, ROLEOptions)
         require_expected_positives(options)
-        size = len(labels) * (12 * labels.num_classes + 4)
+        size = sample_rows.owned_count(len(labels)) * (12 * labels.num_classes + 4)
         what = f"method role's table of {len(labels):,} samples x {labels.num_classes:,} classes"
         require_memory(what, size, options.memory_limit, "method.memory_limit")
 
+    def _read(self, index: Tensor, done: int) -> Rows:
+        """Rows of samples that every rank asks for alike; moments are those of this rank's own rows alone."""
+        # Rows that others keep are read from, and written to, the spare one: nothing depends on it, and no step has to
+        # wait for the number of own rows.
+        rows = self.table.read(self._place(index), done)
+        return rows._replace(value=sample_rows.from_owners(rows.value, index))
+
+    def _place(self, index: Tensor) -> Tensor:
+        spare = len(self.table.value) - 1
+        return torch.where(sample_rows.owned(index), sample_rows.place(index), spare)
+
     def estimates(self, index: Tensor) -> Tensor:
-        """Label estimates of samples, [n, C] in 0..1."""
-        return torch.sigmoid(self.table.read(index, self.table.done).value)
+        """Label estimates of samples, [n, C] in 0..1 (collective; the same samples on every rank)."""
+        return torch.sigmoid(self._read(index, self.table.done).value)
 
     def on_epoch_start(self, progress: Progress) -> None:
         """A phase starts with a fresh Adam on the estimates as they are."""
@@ -200,28 +218,11 @@ class RegularisedLabelEstimation(Method):
             self.table.restart(_logit(1 - 1e-5))
         self.table.reserve(progress.epochs * progress.updates_per_epoch)
 
-    def _gathered(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample indices, logits and labels of the whole micro-step, on every rank."""
-        if distributed.world_size() == 1:
-            return batch.index, logits.detach(), batch.labels
-        # Ranks differ by a sample at most; the shorter ones are padded, and nothing is read back unless some are.
-        longest = -(-batch.global_size // distributed.world_size())
-        index = batch.index.new_full((longest,), -1)
-        scores = logits.new_zeros(longest, logits.shape[1])
-        index[: len(logits)], scores[: len(logits)] = batch.index, logits.detach()
-        index, scores = (
-            distributed.all_gather_equal(index).flatten(),
-            distributed.all_gather_equal(scores).flatten(0, 1),
-        )
-        if len(index) != batch.global_size:
-            real = index >= 0
-            index, scores = index[real], scores[real]
-        return index, scores, self.store.rows(index)
-
     def plan(self, logits: list[Tensor], batches: list[Batch], progress: Progress) -> list[Any]:
         """Mean numbers of positives over a whole update, the network's and the table's."""
-        rows = torch.cat([b.index for b in batches])
-        table = torch.sigmoid(self.table.read(rows, progress.update).value).sum()
+        index = distributed.all_gather_rows(torch.cat([b.index for b in batches]))
+        own = torch.sigmoid(self.table.read(self._place(index), progress.update).value)
+        table = torch.where(sample_rows.owned(index)[:, None], own, 0).sum()
         network = torch.stack([torch.sigmoid(z).sum() for z in logits]).sum()
         total = distributed.all_reduce_sum(torch.stack([network, table])) / sum(b.global_size for b in batches)
         return [(total[0], total[1])] * len(batches)
@@ -239,9 +240,13 @@ class RegularisedLabelEstimation(Method):
         """Both halves; in training the table takes its step here, from the network's logits of this step."""
         size, count = batch.global_size, batch.global_size * logits.shape[1]
         planned = batch.plan if batch.plan is not None else (None, None)
-        index, scores, labels = self._gathered(logits, batch)
-        rows = self.table.read(index, progress.update)
-        own = rows.value if distributed.world_size() == 1 else self.table.read(batch.index, progress.update).value
+        index, here = sample_rows.gather_batch(batch.index, size)
+        scores = logits.new_zeros(len(index), logits.shape[1])
+        scores[here] = logits.detach()
+        scores = distributed.all_reduce_sum(scores)
+        labels = batch.labels if distributed.world_size() == 1 else self.store.rows(index)
+        rows = self._read(index, progress.update)
+        own = rows.value[here]
         image_side = global_mean(self._half(logits, torch.sigmoid(own), batch.labels), count)
         image_side = image_side + self._penalty(mean_positives(logits, size, planned[0]))
         with torch.enable_grad():
@@ -254,9 +259,22 @@ class RegularisedLabelEstimation(Method):
         if self.training:
             lr = progress.lr * self.options.table_lr_multiplier
             self.table.reserve(progress.update + 1)
-            self.table.write(index, rows, gradient, progress.update + 1, lr)
+            self.table.write(self._place(index), rows, gradient, progress.update + 1, lr)
         metrics = {
             "predicted_positives_count": torch.sigmoid(logits.detach()).sum(),
             "estimated_positives_count": torch.sigmoid(own).sum(),
         }
         return LossOutput((image_side + label_side.detach()) / 2, metrics)
+
+    def shard_state(self) -> dict[str, Tensor]:
+        """This rank's rows of the table."""
+        table = self.table
+        columns = {"value": table.value, "first": table.first, "second": table.second, "visited": table.visited}
+        return {name: column[:-1] for name, column in columns.items()}
+
+    def load_shard_state(self, shards: list[dict[str, Tensor]]) -> None:
+        """Take this rank's rows out of the shards."""
+        for name in ("value", "first", "second", "visited"):
+            getattr(self.table, name)[:-1] = sample_rows.reshard([s[name] for s in shards], len(self.store)).to(
+                self.store.device
+            )
