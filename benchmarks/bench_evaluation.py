@@ -12,7 +12,9 @@ Three made-up evaluations of published size:
 Each case first passes a gate: our AP equals scikit-learn's to 1e-12 on every class with a positive. Then both are timed
 on the same data, with all classes (nothing is sampled or scaled). scikit-learn's loop is spared what it would need
 besides: for the sparse case the pairs are grouped by class outside its time. `all metrics` is the whole of
-`evaluate_scores` or `evaluate_pairs`: mAP in every convention, threshold metrics, top-3, groups.
+`evaluate_scores` or `evaluate_pairs`: mAP in every convention, threshold metrics, top-3, five groups of classes; the
+sparse case's group means must equal means of scikit-learn's too. `held` is what an evaluation keeps of the scores,
+`extra` the most memory that `all metrics` takes beside it, `dense` what two means of all N x C would be.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import platform
 import statistics
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from sklearn.metrics import average_precision_score
 from spml_fast import metrics
 
 TOLERANCE = 1e-12
+MEMORY = ("held_bytes", "extra_bytes", "dense_bytes")
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> dict[str, float]:
@@ -64,6 +68,15 @@ def machine() -> dict[str, Any]:
         "numpy": np.__version__,
         "scikit-learn": sklearn.__version__,
     }
+
+
+def extra_memory(function: Callable[[], Any]) -> int:
+    """Most bytes that a call holds at once beside what was there."""
+    tracemalloc.start()
+    function()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
 
 
 def loop(columns: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -98,6 +111,8 @@ def dense_case(name: str, num_rows: int, num_classes: int, mean_positives: float
     row["ours_rank_s"] = seconds(lambda: metrics.average_precision(scores, codes, "rank"), repeats)
     row["ours_voc_s"] = seconds(lambda: metrics.average_precision(scores, codes, "voc"), repeats)
     row["all_metrics_s"] = seconds(lambda: metrics.evaluate_scores(scores, codes, groups=groups), repeats)
+    row["held_bytes"], row["dense_bytes"] = 2 * scores.nbytes, 2 * scores.nbytes
+    row["extra_bytes"] = extra_memory(lambda: metrics.evaluate_scores(scores, codes, groups=groups))
     return row
 
 
@@ -112,11 +127,14 @@ def sparse_case(name: str, num_rows: int, num_classes: int, num_pairs: int, repe
         drawn = rng.integers(0, num_rows, lacking) * num_classes
         drawn += rng.choice(num_classes, lacking, p=share / share.sum())
         keys = np.unique(np.concatenate([keys, drawn]))
-    rows, classes = np.divmod(keys, num_classes)
+    # As `Scores` of spml_fast/evaluate.py holds them.
+    rows, classes = (a.astype(np.int32) for a in np.divmod(keys, num_classes))
     codes = (rng.random(num_pairs) < 0.66).astype(np.int8)
     scores = rng.standard_normal(num_pairs, dtype=np.float32) + codes
     in_top_k = rng.random(num_pairs) < 0.2
-    groups = metrics.groups_by_count(np.bincount(classes, minlength=num_classes))
+    # Training has about thirty times the labels, so its order of the classes is a little different.
+    training = rng.poisson(30 * num_pairs * share / share.sum())
+    groups = metrics.groups_by_count(training)
 
     order = np.argsort(classes, kind="stable")
     bounds = np.searchsorted(classes[order], np.arange(1, num_classes))
@@ -131,13 +149,21 @@ def sparse_case(name: str, num_rows: int, num_classes: int, num_pairs: int, repe
     result = ours()
     row = {"case": name, "rows": num_rows, "classes": num_classes, "entries": num_pairs}
     row["classes_with_positives"] = int(result.defined.sum())
-    row["worst_difference"] = gate(name, result.ap, loop(columns))
+    theirs = loop(columns)
+    row["worst_difference"] = gate(name, result.ap, theirs)
+    means = metrics.group_means(result, groups, "zero")
+    row["groups"] = [100 * m for m in means.tolist()]
+    gate(f"{name}, groups", means, np.array([np.nan_to_num(theirs[groups == g]).mean() for g in range(5)]))
     # One pass of the loop takes seconds, and the gate has warmed it.
     row["sklearn_s"] = seconds(lambda: loop(columns), 1)
     row["ours_s"] = seconds(ours, repeats)
     row["ours_rank_s"] = seconds(lambda: ours("rank"), repeats)
     row["ours_voc_s"] = seconds(lambda: ours("voc"), repeats)
     row["all_metrics_s"] = seconds(everything, repeats)
+    # The second mean has the size of the first.
+    row["held_bytes"] = 2 * scores.nbytes + rows.nbytes + classes.nbytes + codes.nbytes + 2 * in_top_k.nbytes
+    row["dense_bytes"] = 2 * 4 * num_rows * num_classes
+    row["extra_bytes"] = extra_memory(everything)
     return row
 
 
@@ -158,7 +184,8 @@ def main() -> None:
     where = machine()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     print(f"{'case':12}{'entries':>11}{'scikit-learn':>14}{'ours':>10}{'ratio':>8}", end="")
-    print(f"{'rank':>10}{'voc':>10}{'all metrics':>13}{'worst difference':>18}   (median seconds)")
+    print(f"{'rank':>10}{'voc':>10}{'all metrics':>13}{'worst difference':>18}", end="")
+    print(f"{'held MB':>9}{'extra MB':>10}{'dense MB':>10}   (median seconds)")
     results = []
     for name in args.cases:
         row = CASES[name](args.repeats)
@@ -167,7 +194,8 @@ def main() -> None:
         print(f"{name:12}{row['entries']:11,}{row['sklearn_s']['median']:14.3f}", end="")
         print(f"{row['ours_s']['median']:10.4f}{row['ratio']:8.1f}", end="")
         print(f"{row['ours_rank_s']['median']:10.4f}{row['ours_voc_s']['median']:10.4f}", end="")
-        print(f"{row['all_metrics_s']['median']:13.4f}{row['worst_difference']:18.1e}", flush=True)
+        print(f"{row['all_metrics_s']['median']:13.4f}{row['worst_difference']:18.1e}", end="")
+        print("".join(f"{row[k] / 1e6:{w}.0f}" for k, w in zip(MEMORY, (9, 10, 10), strict=True)), flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")

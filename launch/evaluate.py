@@ -35,7 +35,7 @@ def main() -> None:
     device = init_distributed()
     from spml_fast import distributed
     from spml_fast.checkpoint import write_json
-    from spml_fast.evaluate import evaluate_split, load_run, make_eval_loader
+    from spml_fast.evaluate import class_groups, evaluate_split, load_run, make_eval_loader, table_rows
     from spml_fast.logs import print_table
 
     config, manifest, classifier, _ = load_run(args.run, device)
@@ -50,7 +50,7 @@ def main() -> None:
         raise UserError(f"split {split.name!r} of {manifest.folder} has no pictures")
     alphas = args.alpha or sorted({1.0, config.model.alpha_eval})
     loader = make_eval_loader(config, split, classifier, device)
-    found = evaluate_split(classifier, loader, split, alphas, config, manifest.classes)
+    found = evaluate_split(classifier, loader, split, alphas, config, manifest.classes, class_groups(manifest, config))
     if distributed.is_main():
         report = {"split": split.name, "alpha": {f"{a:g}": found[a] for a in alphas}, "classes": manifest.classes}
         if args.json is not None:
@@ -59,11 +59,7 @@ def main() -> None:
             except OSError as error:
                 raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
         for alpha in alphas:
-            shown = ("map", "map_skipping", "OF1", "CF1", "OF1_top3", "CF1_top3")
-            rows = [(name, f"{found[alpha][name]:.2f}") for name in shown if found[alpha].get(name) is not None]
-            empty = found[alpha]["classes_without_positive"]
-            rows.append(("classes without a positive", str(empty)))
-            print_table(f"{split.name}, alpha {alpha:g}, {len(split)} pictures", rows)
+            print_table(f"{split.name}, alpha {alpha:g}, {len(split)} pictures", table_rows(found[alpha]))
     leave_distributed()
 
 

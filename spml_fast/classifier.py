@@ -119,6 +119,7 @@ class Classifier(nn.Module):
         # The defaults are BoostLU's; a head without a map takes 1 whatever they say.
         self.alpha_train = config.alpha_train if self.head.boosts else 1.0
         self.alpha_eval = config.alpha_eval if self.head.boosts else 1.0
+        self.prior_bias, self.prior_floor = config.prior_bias, config.prior_floor
         self.fixed = frozen_parameters(self.backbone, config.freeze)
         self.freeze_backbone(False)
 
@@ -197,10 +198,50 @@ class Classifier(nn.Module):
         mean, mean_relu, maps, masked = self.head(self.features(pictures), want, classes, source, mask)
         return HeadOutput(mean, mean_relu, boosted(mean, mean_relu, alpha), maps, masked)
 
+    def set_prior(self, positives: Tensor, negatives: Tensor, pictures: int) -> None:
+        """Start the head's biases as `model.prior_bias` says; nothing with `none`.
+
+        Args:
+            positives, negatives: int64 [C], observed labels of the training split.
+            pictures: training pictures.
+
+        Raises:
+            UserError: shares of labels were asked for and there is no observed negative, or the floor is no share.
+        """
+        if self.prior_bias != "none":
+            logits = prior_logits(positives, negatives, pictures, self.prior_bias, self.prior_floor)
+            self.head.set_bias(logits, self.alpha_train)
+
     def input_normalisation(self) -> tuple[list[float], list[float]]:
         """Per-channel mean and standard deviation (0..1) that the backbone was trained with."""
         data = timm.data.resolve_model_data_config(self.backbone)
         return list(data["mean"]), list(data["std"])
+
+
+def prior_logits(
+    positives: Tensor, negatives: Tensor, pictures: int, kind: Literal["labels", "pictures"], floor: float
+) -> Tensor:
+    """Logit of each class's share of positives, fp32 [C]; a class without a label gets the floor.
+
+    Args:
+        positives, negatives: int64 [C], observed labels.
+        pictures: training pictures.
+        kind: `labels` divides by positives and negatives, `pictures` by all pictures.
+        floor: the share is kept within [floor, 1 - floor].
+
+    Raises:
+        UserError: see `Classifier.set_prior`.
+    """
+    if not 0 < floor < 0.5:
+        raise UserError(f"model.prior_floor is {floor}; it must lie between 0 and 0.5")
+    if kind == "labels" and not int(negatives.sum()):
+        raise UserError(
+            "model.prior_bias labels takes the share of positives among positives and negatives, and the training "
+            "split has no observed negative; use pictures"
+        )
+    whole = positives + negatives if kind == "labels" else torch.full_like(positives, pictures)
+    share = positives.double() / whole.clamp(min=1)
+    return torch.logit(share.clamp(floor, 1 - floor)).float()
 
 
 def needs_fixed_size(name: str) -> bool:

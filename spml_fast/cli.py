@@ -195,6 +195,8 @@ def validate(config: Config) -> None:
     positive = {
         "data.image_size": config.data.image_size,
         "data.prefetch": config.data.prefetch,
+        "data.shuffle_block": config.data.shuffle_block,
+        "data.read_threads": config.data.read_threads,
         "train.batch_size": config.train.batch_size,
         "train.accumulation": config.train.accumulation,
         "train.epochs": config.train.epochs,
@@ -215,6 +217,11 @@ def validate(config: Config) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise UserError(f"{name} is {value}; it must be greater than 0")
+    if config.data.shuffle_window < config.data.shuffle_block:
+        raise UserError(
+            f"data.shuffle_window is {config.data.shuffle_window}; it must be data.shuffle_block "
+            f"({config.data.shuffle_block}) or more"
+        )
     shares = {
         "data.hflip": config.data.hflip,
         "data.crop_scale": config.data.crop_scale,
@@ -244,6 +251,7 @@ def validate(config: Config) -> None:
         "train.clip": config.train.clip,
         "train.stop_after_drop": config.train.stop_after_drop,
         "run.save_updates": config.run.save_updates,
+        "eval.groups": config.eval.groups or 0,
     }
     for name, value in not_negative.items():
         if not value >= 0:

@@ -29,6 +29,11 @@ class DataConfig:
         std: per-channel standard deviation in 0..1; null takes the backbone's.
         threads: decoding threads a rank; 0 shares the cores out evenly over the ranks of a machine.
         prefetch: batches decoded ahead.
+        shuffle: global draws every epoch's order from all samples; window reads shards a block at a time and shuffles
+            within windows of blocks, for disks and mounts that are slow at random reads (docs/data.md).
+        shuffle_window: samples of a window; two windows of encoded pictures are in memory, shared out over the ranks.
+        shuffle_block: samples that follow each other in the shards and are read in one go in shuffle window.
+        read_threads: threads a rank that read shards ahead.
     """
 
     dir: str | None = None
@@ -46,6 +51,10 @@ class DataConfig:
     std: list[float] | None = None
     threads: int = 0
     prefetch: int = 2
+    shuffle: Literal["global", "window"] = "global"
+    shuffle_window: int = 8192
+    shuffle_block: int = 64
+    read_threads: int = 4
 
 
 @dataclass
@@ -68,6 +77,9 @@ class ModelConfig:
         drop_path: stochastic depth rate; null takes the backbone's default.
         grad_checkpointing: recompute activations in the backward, to save memory.
         compile: torch.compile the backbone.
+        prior_bias: start the head's biases at the logit of each class's positive share among its observed labels
+            (labels), or among all pictures (pictures: what assumed negative is headed for); none leaves them random.
+        prior_floor: smallest share, and 1 minus the largest, that prior_bias takes.
     """
 
     backbone: str = "resnet50.tv_in1k"
@@ -84,6 +96,8 @@ class ModelConfig:
     drop_path: float | None = None
     grad_checkpointing: bool = False
     compile: bool = False
+    prior_bias: Literal["none", "labels", "pictures"] = "none"
+    prior_floor: float = 1e-3
 
 
 @dataclass
@@ -113,6 +127,9 @@ class TrainConfig:
             AMX) and fp32 elsewhere.
         stop_after_drop: stop when validation mAP falls this many points below the best; 0 never stops.
         log_every: updates between two progress lines in metrics.jsonl.
+        sampling: uniform shows every picture once an epoch; repeat_factor shows pictures of rare classes more often
+            (LVIS; spml_fast/sampling.py has the formula), so that an epoch is longer.
+        repeat_threshold: repeat_factor repeats classes with a positive in a smaller share of the pictures than this.
     """
 
     epochs: int = 10
@@ -135,6 +152,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     stop_after_drop: float = 0.0
     log_every: int = 50
+    sampling: Literal["uniform", "repeat_factor"] = "uniform"
+    repeat_threshold: float = 1e-3
 
 
 @dataclass
@@ -147,6 +166,13 @@ class EvalConfig:
         definition: average precision as scikit-learn defines it, by rank, or VOC-interpolated.
         every: epochs between two validations.
         threshold: probability above which a class counts as predicted (OP, OR, OF1, CP, CR, CF1).
+        empty_classes: what the headline mAP does with classes without a known positive; zero counts them as 0,
+            skip_unlabelled leaves out those without any label (Large Loss and BoostLU on OpenImages), skip all of
+            them, skip_one_sided those without a negative too (CSL on OpenImages V6). Null takes zero for fully
+            annotated splits and skip_unlabelled for others. All of them are reported.
+        groups: mAP also for so many groups of classes, sorted by their number of labels in the training split; 0 for
+            none, null for five where the training labels are partly known.
+        group_by: number of labels means positives and negatives (labels) or positives alone.
     """
 
     alphas: list[float] | None = None
@@ -154,6 +180,9 @@ class EvalConfig:
     definition: Literal["sklearn", "rank", "voc"] = "sklearn"
     every: int = 1
     threshold: float = 0.5
+    empty_classes: Literal["zero", "skip_unlabelled", "skip", "skip_one_sided"] | None = None
+    groups: int | None = None
+    group_by: Literal["labels", "positives"] = "labels"
 
 
 @dataclass

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import torch
 from spml_kernels import label_rows
 from torch import Tensor
 
-from spml_fast.distributed import all_gather_rows
+from spml_fast.distributed import all_gather_rows, is_main
 from spml_fast.errors import UserError
 
 POSITIVE, NEGATIVE, UNKNOWN = 1, 0, -1
@@ -110,6 +111,12 @@ class SparseLabels:
         counts = (self.indptr[1:] - self.indptr[:-1])[index_a]
         indptr = np.zeros(len(index_a) + 1, dtype=np.int64)
         np.cumsum(counts, out=indptr[1:])
+        if len(index_a) and index_a[0] >= 0 and (np.diff(index_a) > 0).all():
+            # A mask of the entries takes an eighth of the memory of their places.
+            kept = np.zeros(len(self), np.bool_)
+            kept[index_a] = True
+            mask = np.repeat(kept, np.diff(self.indptr))
+            return SparseLabels(indptr, self.classes[mask], self.codes[mask], self.num_classes, self.default)
         take = np.repeat(np.asarray(self.indptr)[:-1][index_a] - indptr[:-1], counts) + np.arange(indptr[-1])
         return SparseLabels(indptr, self.classes[take], self.codes[take], self.num_classes, self.default)
 
@@ -119,8 +126,10 @@ class SparseLabels:
 
     def row_counts(self, code: int) -> npt.NDArray[np.int64]:
         """Number of listed entries with `code` per row, int64 [N]."""
-        running = np.concatenate([[0], np.cumsum(self.codes == code, dtype=np.int64)])
-        return running[self.indptr[1:]] - running[self.indptr[:-1]]
+        running = np.zeros(len(self.codes) + 1, np.int32 if len(self.codes) < 2**31 else np.int64)
+        np.cumsum(self.codes == code, out=running[1:])
+        ends = running[self.indptr]
+        return np.diff(ends).astype(np.int64)
 
     def entry_rows(self) -> npt.NDArray[np.int64]:
         """Row of every listed entry, int64 [nnz]."""
@@ -136,15 +145,25 @@ class SparseLabels:
 
     @classmethod
     def load(cls, folder: Path) -> SparseLabels:
-        """Open what `save` wrote, memory-mapped. Raises `UserError` when a file is missing or damaged."""
+        """Open what `save` wrote, memory-mapped. Raises `UserError` when a file is missing or damaged.
+
+        The mapping is private and writable (copy on write): the files never change, and PyTorch takes such memory as it
+        is, so that all ranks of a machine without GPUs share one copy of the labels.
+        """
         try:
             meta = json.loads((folder / "labels.json").read_text())
             indptr, classes, codes = (
-                np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indptr", "classes", "codes")
+                np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("indptr", "classes", "codes")
             )
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"the label files in {folder} cannot be read ({error}); prepare the data again") from error
         return cls(indptr, classes, codes, int(meta["num_classes"]), int(meta["default"]))
+
+
+# Padded places for corrections that may wait on the device before they are packed: about 40 MB.
+_WAITING_PLACES = 1 << 22
+# Rows whose entries are counted at once.
+_COUNT_ROWS = 1 << 20
 
 
 class LabelStore:
@@ -152,6 +171,9 @@ class LabelStore:
 
     `correct` collects changes of the running epoch; they take effect when `commit` merges them at the epoch's end,
     gathered over all ranks (an image is on another rank next epoch). Observed codes are never written.
+
+    A listed label takes 3 bytes (5 from 32,768 classes on) and a row 8; a correction takes 9 bytes on the host and in a
+    checkpoint, and as much as a label on the device. On a CPU the arrays are used where they are, without a copy.
 
     Args:
         labels: the sparse labels of one split.
@@ -162,22 +184,42 @@ class LabelStore:
         self.num_classes = labels.num_classes
         self.default = labels.default
         self.device = torch.device(device)
-        self._indptr = torch.from_numpy(np.array(labels.indptr)).to(self.device)
-        self._classes = torch.from_numpy(np.array(labels.classes)).to(self.device)
-        self._codes = torch.from_numpy(np.array(labels.codes)).to(self.device)
+        self._indptr = self._resident(labels.indptr)
+        self._classes = self._resident(labels.classes)
+        self._codes = self._resident(labels.codes)
         self._max_row = int(np.diff(labels.indptr).max()) if len(labels) else 0
-        self._pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
-        self._set_overlay(np.empty(0, np.int64), np.empty(0, np.int8))
+        # Corrections of this epoch as `correct` got them: keys, which of them are none, code, number of the call.
+        self._waiting: list[tuple[Tensor, Tensor | None, int, int]] = []
+        self._waiting_places = 0
+        # The same without padding: keys int64, codes int8, calls int32.
+        self._packed: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._calls = 0
+        self._overlay_keys, self._overlay_codes = np.empty(0, np.int64), np.empty(0, np.int8)
+        self._show_overlay()
+
+    def _resident(self, array: npt.NDArray[Any]) -> Tensor:
+        """The array as a tensor on the device; copied on a CPU only where it may not be written."""
+        shared = torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else np.array(array))
+        return shared.to(self.device)
 
     def __len__(self) -> int:
         return len(self._indptr) - 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device that labels and committed corrections take."""
+        return sum(t.nbytes for t in (self._indptr, self._classes, self._codes, *self._overlay))
+
     def max_row_count(self, code: int) -> int:
         """The largest number of entries with `code` that any sample has, unlisted entries and corrections left out."""
-        width = torch.int32 if len(self._codes) < 2**31 else torch.int64
-        running = torch.nn.functional.pad((self._codes == code).cumsum(0, dtype=width), (1, 0))
-        counts = running[self._indptr[1:]] - running[self._indptr[:-1]]
-        return int(counts.max()) if len(counts) else 0
+        largest = 0
+        for start in range(0, len(self), _COUNT_ROWS):
+            bounds = self._indptr[start : start + _COUNT_ROWS + 1]
+            first, last = int(bounds[0]), int(bounds[-1])
+            running = torch.nn.functional.pad((self._codes[first:last] == code).cumsum(0), (1, 0))
+            counts = running[bounds[1:] - first] - running[bounds[:-1] - first]
+            largest = max(largest, int(counts.max()))
+        return largest
 
     @property
     def num_corrections(self) -> int:
@@ -186,9 +228,9 @@ class LabelStore:
 
     def class_counts(self, code: int) -> Tensor:
         """Observed entries with `code` per class, unlisted ones included, int64 [C]."""
-        counts = torch.bincount(self._classes[self._codes == code].long(), minlength=self.num_classes)
+        counts = torch.bincount(self._classes[self._codes == code], minlength=self.num_classes)
         if code == self.default:
-            counts += len(self) - torch.bincount(self._classes.long(), minlength=self.num_classes)
+            counts += len(self) - torch.bincount(self._classes, minlength=self.num_classes)
         return counts
 
     def rows(self, index: Tensor, corrected: bool = True) -> Tensor:
@@ -205,67 +247,118 @@ class LabelStore:
         return out
 
     def correct(self, index: Tensor, classes: Tensor, code: int, valid: Tensor | None = None) -> None:
-        """Remember corrections of this epoch; no host-device synchronisation.
+        """Remember corrections of this epoch, for `commit`.
+
+        Nothing is read back from the device, but once in some thousand steps: padding is dropped when four million
+        places wait, or the lists of methods that cannot bound their corrections well would fill the memory.
 
         Args:
             index: int64 [K] sample indices.
             classes: int64 [K] class ids.
             code: the new code of all of them.
-            valid: bool [K]; entries that are False are padding and dropped at `commit`.
+            valid: bool [K]; entries that are False are padding and dropped.
         """
-        if valid is None:
-            valid = torch.ones_like(index, dtype=torch.bool)
-        self._pending.append((index.detach(), classes.detach(), valid.detach(), code))
+        keys = index.detach() * self.num_classes + classes.detach()
+        self._waiting.append((keys, None if valid is None else valid.detach(), code, self._calls))
+        self._calls += 1
+        self._waiting_places += len(keys)
+        if self._waiting_places > _WAITING_PLACES:
+            self._pack()
 
-    def _pending_entries(self) -> tuple[Tensor, Tensor]:
-        """Keys (index * C + class, int64) and codes (int8) of this rank's pending corrections."""
-        keys = [(i * self.num_classes + c)[v] for i, c, v, _ in self._pending]
-        codes = [torch.full_like(k, code, dtype=torch.int8) for k, (*_, code) in zip(keys, self._pending, strict=True)]
-        if not keys:
-            empty = torch.empty(0, dtype=torch.int64, device=self.device)
-            return empty, empty.to(torch.int8)
-        return torch.cat(keys), torch.cat(codes)
+    def _pack(self) -> None:
+        """Drop the padding of what waits."""
+        if not self._waiting:
+            return
+        lengths = torch.tensor([len(k) for k, *_ in self._waiting], device=self.device)
+        size = self._waiting_places
+        keys = torch.cat([k for k, *_ in self._waiting])
+        valid = torch.cat([torch.ones_like(k, dtype=torch.bool) if v is None else v for k, v, *_ in self._waiting])
+        columns = (
+            torch.tensor([w[at] for w in self._waiting], dtype=dtype, device=self.device)
+            for at, dtype in ((2, torch.int8), (3, torch.int32))
+        )
+        codes, calls = (c.repeat_interleave(lengths, output_size=size)[valid] for c in columns)
+        self._packed.append((keys[valid], codes, calls))
+        self._waiting.clear()
+        self._waiting_places = 0
+
+    def _gather_pending(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], npt.NDArray[np.int32]]:
+        """Keys (index * C + class), codes and call numbers of all ranks' pending corrections, in rank order."""
+        self._pack()
+        columns = [
+            torch.cat([p[at] for p in self._packed]) if self._packed else torch.empty(0, dtype=dtype)
+            for at, dtype in enumerate((torch.int64, torch.int8, torch.int32))
+        ]
+        keys, codes, calls = (all_gather_rows(c.to(self.device)).cpu().numpy() for c in columns)
+        return keys, codes, calls
 
     def commit(self) -> int:
-        """Merge the pending corrections of all ranks into the overlay (collective). Returns how many were new."""
-        keys, codes = (all_gather_rows(t).cpu().numpy() for t in self._pending_entries())
-        self._pending.clear()
+        """Merge the pending corrections of all ranks into the overlay (collective). Returns how many were new.
+
+        Of several corrections of one entry the last call of `correct` wins, and of one call the highest rank.
+        """
+        keys, codes, calls = self._gather_pending()
+        self._packed.clear()
+        self._calls = 0
         before = self.num_corrections
-        self._set_overlay(np.concatenate([self._overlay_keys, keys]), np.concatenate([self._overlay_codes, codes]))
+        if len(keys):
+            # Stable, so that equal keys of one call stay in rank order.
+            order = np.lexsort((calls, keys))
+            keys, codes = keys[order], codes[order]
+            last = np.append(keys[1:] != keys[:-1], True)
+            self._merge(keys[last], codes[last])
+            self._show_overlay()
         return self.num_corrections - before
 
-    def _set_overlay(self, keys: npt.NDArray[np.int64], codes: npt.NDArray[np.int8]) -> None:
-        """Replace the overlay; of several corrections of one entry the last wins."""
-        unique, last = np.unique(keys[::-1], return_index=True)
-        self._overlay_keys, self._overlay_codes = unique, codes[::-1][last]
-        rows, classes = np.divmod(unique, self.num_classes)
-        if len(rows) and rows[-1] >= len(self):
+    def _merge(self, keys: npt.NDArray[np.int64], codes: npt.NDArray[np.int8]) -> None:
+        """Put ascending, unique keys into the ascending ones of the overlay; they win over those that are there."""
+        place = np.searchsorted(self._overlay_keys, keys)
+        known = np.zeros(len(keys), np.bool_)
+        inside = place < len(self._overlay_keys)
+        known[inside] = self._overlay_keys[place[inside]] == keys[inside]
+        self._overlay_codes[place[known]] = codes[known]
+        self._overlay_codes = np.insert(self._overlay_codes, place[~known], codes[~known])
+        self._overlay_keys = np.insert(self._overlay_keys, place[~known], keys[~known])
+
+    def _show_overlay(self) -> None:
+        """Make the overlay's CSR arrays on the device from its keys."""
+        keys = self._overlay_keys
+        self._overlay: tuple[Tensor, ...] = ()
+        self._overlay_max_row = 0
+        if not len(keys):
+            return
+        rows = keys // self.num_classes
+        if rows[-1] >= len(self):
             raise UserError(f"a label correction names sample {rows[-1]}, but the data have only {len(self)} samples")
-        sparse = SparseLabels.from_entries(rows, classes, self._overlay_codes, len(self), self.num_classes)
-        self._overlay = (
-            tuple(
-                torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
-                for a in (sparse.indptr, sparse.classes, sparse.codes)
-            )
-            if len(unique)
-            else ()
-        )
-        self._overlay_max_row = int(np.diff(sparse.indptr).max()) if len(unique) else 0
+        counts = np.bincount(rows, minlength=len(self))
+        indptr = np.zeros(len(self) + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        classes = (keys - rows * self.num_classes).astype(class_dtype(self.num_classes))
+        # The codes are copied: a later merge writes into the host's.
+        arrays = (indptr, classes, self._overlay_codes.copy())
+        self._overlay = tuple(torch.from_numpy(a).to(self.device) for a in arrays)
+        self._overlay_max_row = int(counts.max())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Committed corrections, and those of all ranks still pending, as CPU tensors (collective)."""
-        keys, codes = (all_gather_rows(t) for t in self._pending_entries())
+        keys, codes, calls = self._gather_pending()
         return {
             "keys": torch.from_numpy(self._overlay_keys.copy()),
             "codes": torch.from_numpy(self._overlay_codes.copy()),
-            "pending_keys": keys.cpu(),
-            "pending_codes": codes.cpu(),
+            "pending_keys": torch.from_numpy(keys.copy()),
+            "pending_codes": torch.from_numpy(codes.copy()),
+            "pending_calls": torch.from_numpy(calls.copy()),
+            "calls": torch.tensor(self._calls),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict`; every rank takes all pending corrections, which `commit` merges to one of each."""
-        self._set_overlay(state["keys"].numpy(), state["codes"].numpy())
-        self._pending.clear()
-        for code in state["pending_codes"].unique().tolist():
-            keys = state["pending_keys"][state["pending_codes"] == code].to(self.device)
-            self.correct(keys // self.num_classes, keys % self.num_classes, int(code))
+        """Restore `state_dict`; rank 0 takes all pending corrections, so that each is gathered once."""
+        self._overlay_keys, self._overlay_codes = state["keys"].numpy().copy(), state["codes"].numpy().copy()
+        self._show_overlay()
+        self._waiting.clear()
+        self._waiting_places = 0
+        self._packed.clear()
+        self._calls = int(state["calls"])
+        if is_main():
+            keys, codes, calls = (state[f"pending_{n}"].to(self.device) for n in ("keys", "codes", "calls"))
+            self._packed.append((keys, codes, calls))

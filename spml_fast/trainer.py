@@ -370,7 +370,9 @@ class Trainer:
             loss, metrics = self.engine(batch, progress)
             # DeepSpeed divides by the number of micro-steps, which may differ in size by a sample.
             weight = train.accumulation * self.method.share_of_update(batch.global_size, views.update_size)
-            self.engine.backward(loss if weight == 1 else loss * weight)
+            # What checkpointing computes again has moved BatchNorm's statistics before.
+            with bn_behaviour(self.classifier, "no_update" if self.config.model.grad_checkpointing else "update"):
+                self.engine.backward(loss if weight == 1 else loss * weight)
             self.engine.step()
             share = loss.detach() * (batch.global_size / self.world)
             for name, value in {"loss": share, **metrics}.items():

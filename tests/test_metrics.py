@@ -531,3 +531,30 @@ def test_memory_stays_bounded(known, monkeypatch):
     finally:
         tracemalloc.stop()
     assert peak < scores.nbytes
+
+
+def test_groups_of_partly_known_classes_against_scikit_learn():
+    """Many classes, few labels each: every class, both conventions for classes without positives, and group means."""
+    num_classes, rng = 400, np.random.default_rng(3)
+    share = 1 / np.arange(1, num_classes + 1)
+    keys = np.unique(rng.integers(0, 2000, 6000) * num_classes + rng.choice(num_classes, 6000, p=share / share.sum()))
+    row, class_id = np.divmod(keys, num_classes)
+    code = (rng.random(len(keys)) < 0.6).astype(np.int8)
+    score = rng.standard_normal(len(keys), dtype=np.float32) + code
+    training = rng.poisson(50 * share * len(keys) / share.sum())
+    groups = groups_by_count(training, 5)
+    expected = np.full(num_classes, np.nan)
+    labelled = np.bincount(class_id, minlength=num_classes) > 0
+    for c in np.unique(class_id[code == 1]):
+        expected[c] = average_precision_score(code[class_id == c], score[class_id == c])
+    report = evaluate_pairs(class_id, score, code, num_classes, row=row, groups=groups)
+    found = np.array([np.nan if v is None else v for v in report["per_class_ap"]])
+    np.testing.assert_allclose(found, 100 * expected, rtol=0, atol=1e-10)
+    assert report["classes_without_label"] > 0 and np.isnan(expected[labelled]).any()
+    for g, group in enumerate(report["groups"]):
+        inside = expected[groups == g]
+        assert group["num_classes"] == 80 and training[groups == g].max() <= training[groups > g].min(initial=10**9)
+        assert group["map_zero"] == pytest.approx(100 * np.nan_to_num(inside).mean())
+        assert group["map_skipping"] == pytest.approx(100 * np.nanmean(inside))
+        kept = np.nan_to_num(expected)[(groups == g) & labelled]
+        assert group["map"] == group["map_skip_unlabelled"] == pytest.approx(100 * kept.mean())

@@ -56,6 +56,15 @@ class Head(nn.Module):
         """Draw all parameters anew."""
         raise NotImplementedError
 
+    def set_bias(self, logits: Tensor, alpha: float) -> None:
+        """Start the biases so that a picture without any evidence gets these logits.
+
+        Args:
+            logits: fp32 [C].
+            alpha: BoostLU's factor in training, which positive biases pass through; heads without a map ignore it.
+        """
+        raise NotImplementedError
+
     def forward(
         self,
         features: Tensor,

@@ -35,6 +35,11 @@ class CamHead(Head):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
+    @torch.no_grad()
+    def set_bias(self, logits: Tensor, alpha: float) -> None:
+        """The bias lies inside the map, so BoostLU multiplies it where it is positive."""
+        self.bias.copy_(torch.where(logits > 0, logits / alpha, logits))
+
     def forward(
         self,
         features: Tensor,

@@ -263,6 +263,11 @@ class Query2LabelHead(Head):
         for part in (self.norm, self.queries, self.classify):
             part.reset_parameters()
 
+    @torch.no_grad()
+    def set_bias(self, logits: Tensor, alpha: float) -> None:
+        """The biases of the classifying layer."""
+        self.classify.bias.copy_(logits)
+
     def _position(self, height: int, width: int) -> Tensor:
         """The position code of a grid; another one than configured (smaller masked views) gets its own."""
         if (height, width) == self.grid:

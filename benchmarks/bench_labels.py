@@ -1,0 +1,127 @@
+"""Time and bytes of the label store and of label corrections at OpenImages size.
+
+    python benchmarks/bench_labels.py [--json OUT] [--pictures 9011219] [--labels 58783034] [--classes 9668]
+                                      [--corrections 1000000] [--epochs 3] [--batch 512]
+
+Labels are made up (class ids evenly spread over a row, two in three positive); sizes default to the training set of
+OpenImages V7. Reported are the bytes of the store and the time of a batch of rows with and without corrections; then,
+for each of some epochs of LL-Cp: time to collect the corrections step by step, to merge them when the epoch ends, to
+make and write their part of a checkpoint, and to read it back, with its bytes. One rank; other ranks add one gather.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spml_fast.labels import UNKNOWN, LabelStore, SparseLabels, class_dtype
+
+
+def made_up(pictures: int, labels: int, classes: int) -> SparseLabels:
+    """Partly known labels of that size; every row has labels / pictures of them, give or take a factor of two."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, max(2, 2 * labels // pictures), pictures)
+    indptr = np.zeros(pictures + 1, np.int64)
+    np.cumsum(counts, out=indptr[1:])
+    lane = np.arange(indptr[-1]) - np.repeat(indptr[:-1], counts)
+    step, first = classes // counts, rng.integers(0, classes // counts.max(), pictures)
+    class_id = (np.repeat(first, counts) + lane * np.repeat(step, counts)).astype(class_dtype(classes))
+    return SparseLabels(indptr, class_id, (rng.random(len(lane)) < 0.66).astype(np.int8), classes, UNKNOWN)
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall seconds of one call, and what it gave."""
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def rows_seconds(store: LabelStore, batch: int, repeats: int = 20) -> float:
+    """Median seconds of the codes of one batch."""
+    generator = torch.Generator().manual_seed(0)
+    indices = [torch.randint(len(store), (batch,), generator=generator) for _ in range(repeats)]
+    return float(np.median([timed(lambda index=index: store.rows(index))[0] for index in indices]))
+
+
+def epoch_of_corrections(store: LabelStore, number: int, batch: int, epoch: int, folder: Path) -> dict[str, Any]:
+    """One epoch: as many calls of `correct` as there are steps, the merge, and the checkpoint's part."""
+    rng = np.random.default_rng(epoch)
+    steps = max(1, len(store) // batch)
+    each = -(-number // steps)
+    index = torch.from_numpy(rng.integers(0, len(store), (steps, each)))
+    classes = torch.from_numpy(rng.integers(0, store.num_classes, (steps, each)))
+
+    def collect() -> None:
+        for step in range(steps):
+            store.correct(index[step], classes[step], 1)
+
+    row: dict[str, Any] = {"epoch": epoch, "steps": steps, "corrections": steps * each}
+    row["collect_s"], _ = timed(collect)
+    row["merge_s"], row["new"] = timed(store.commit)
+    path = folder / "labels.pt"
+
+    def save() -> None:
+        torch.save(store.state_dict(), path)
+
+    row["save_s"], _ = timed(save)
+    row["checkpoint_bytes"] = path.stat().st_size
+    row["load_s"], _ = timed(lambda: store.load_state_dict(torch.load(path)))
+    row["total"] = store.num_corrections
+    row["store_bytes"] = store.nbytes
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there as well")
+    parser.add_argument("--pictures", type=int, default=9_011_219)
+    parser.add_argument("--labels", type=int, default=58_783_034)
+    parser.add_argument("--classes", type=int, default=9668)
+    parser.add_argument("--corrections", type=int, default=1_000_000, help="an epoch")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=512)
+    args = parser.parse_args()
+
+    labels = made_up(args.pictures, args.labels, args.classes)
+    out: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    out["pictures"], out["classes"], out["labels"] = len(labels), args.classes, len(labels.codes)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        labels.save(folder / "known")
+        del labels
+        out["open_s"], store = timed(lambda: LabelStore(SparseLabels.load(folder / "known")))
+        out["store_bytes"], out["rows_s"] = store.nbytes, rows_seconds(store, args.batch)
+        out["largest_row_s"], out["largest_row"] = timed(lambda: store.max_row_count(1))
+        print(f"{out['pictures']:,} pictures, {out['classes']:,} classes, {out['labels']:,} labels:", end=" ")
+        print(f"{out['store_bytes'] / 1e6:.0f} MB, opened in {out['open_s']:.2f} s,", end=" ")
+        print(f"{args.batch} rows in {1e3 * out['rows_s']:.1f} ms", flush=True)
+        print(f"{'epoch':>5}{'corrections':>13}{'collect s':>11}{'merge s':>9}{'save s':>8}{'load s':>8}", end="")
+        print(f"{'checkpoint MB':>15}{'in effect':>12}{'store MB':>10}")
+        out["epochs"] = []
+        for epoch in range(1, args.epochs + 1):
+            row = epoch_of_corrections(store, args.corrections, args.batch, epoch, folder)
+            out["epochs"].append(row)
+            print(f"{epoch:5}{row['corrections']:13,}{row['collect_s']:11.2f}{row['merge_s']:9.2f}", end="")
+            print(f"{row['save_s']:8.2f}{row['load_s']:8.2f}{row['checkpoint_bytes'] / 1e6:15.1f}", end="")
+            print(f"{row['total']:12,}{row['store_bytes'] / 1e6:10.0f}", flush=True)
+        out["rows_corrected_s"] = rows_seconds(store, args.batch)
+        out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(f"{args.batch} rows with corrections in {1e3 * out['rows_corrected_s']:.1f} ms;", end=" ")
+        print(f"most memory of the process {out['peak_rss_bytes'] / 1e9:.1f} GB, made-up labels and PyTorch included")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
