@@ -153,6 +153,11 @@ class Trainer:
         train = self.config.train
         if train.sampling == "uniform":
             return TrainOrder
+        if self.method_class.visits_once:
+            raise UserError(
+                f"method {self.config.method.name} keeps a row for every picture, which must not come twice in a step; "
+                f"it does not go with train.sampling {train.sampling}"
+            )
         return functools.partial(RepeatFactorOrder, repeat_factors(labels, train.repeat_threshold))
 
     def _optional_split(self, name: str | None, default: str) -> Split | None:

@@ -31,7 +31,7 @@ from spml_fast.optim import make_optimizer, parameter_groups
 from spml_fast.order import TrainOrder, Windows
 from spml_fast.pipeline import TrainLoader
 from spml_fast.sampling import RepeatFactorOrder, repeat_factors
-from spml_fast.trainer import TrainingModule
+from spml_fast.trainer import Trainer, TrainingModule
 
 CONFIGS = ROOT / "launch" / "configs"
 CPU = torch.device("cpu")
@@ -372,6 +372,14 @@ def layered(version: str, layer: str | None, *more: str) -> Config:
     if layer is not None:
         words += ["--config", str(CONFIGS / f"openimages_{layer}.yaml")]
     return parse_config([*words, *more])
+
+
+def test_repeats_are_refused_where_every_picture_has_a_row():
+    words = ["--data.dir", "x", "--method", "role", "--method.expected_positives", "2"]
+    config = parse_config([*words, "--train.sampling", "repeat_factor"])
+    trainer = SimpleNamespace(config=config, method_class=get_method("role"))
+    with pytest.raises(UserError, match="role keeps a row for every picture"):
+        Trainer._make_order(trainer, some_labels(10, 4, 1))
 
 
 def test_every_openimages_recipe_is_looked_at():

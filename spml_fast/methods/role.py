@@ -180,6 +180,7 @@ class RegularisedLabelEstimation(Method):
 
     Options: ClassVar[type[MethodOptions]] = ROLEOptions
     batch_statistics: ClassVar[bool] = True
+    visits_once: ClassVar[bool] = True
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)
