@@ -4,6 +4,7 @@
 
 Loaders, each with the same decoding threads (or workers) and the same work to do:
     spml_fast      spml_fast.pipeline: DALI fed with what order.py decides
+    shards         the same, with the pictures in tar shards
     dali_readers   DALI with readers.file, random numbers and RandAugment of DALI's own
     pil            torchvision transforms on Pillow pictures in a torch DataLoader with worker processes
 First the views are compared with Pillow's and torchvision's; a pipeline that is fast and wrong is not timed.
@@ -21,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from spml_fast.config import DataConfig
 from spml_fast.errors import UserError, run_command
 from spml_fast.manifest import Split
+from spml_fast.pack import PackOptions, pack
 from spml_fast.pipeline import EvalLoader, TrainLoader
 from tests.pil_reference import ReferenceViews, make_split, photo
 
@@ -79,16 +82,23 @@ def pictures(folder: Path | None, count: int, scratch: Path) -> Split:
 class Bench:
     """One set of pictures and everything that loads them."""
 
-    def __init__(self, split: Split, config: DataConfig, batch_size: int, device: torch.device) -> None:
+    def __init__(self, split: Split, config: DataConfig, batch_size: int, device: torch.device, packed: Split) -> None:
         self.split, self.config, self.batch_size, self.device = split, config, batch_size, device
+        self.packed = packed
 
     def ours(self, mode: str) -> Callable[[int], Iterator[int]]:
         """Returns a function that loads one epoch and yields the pictures of every batch; so do the others."""
+        return self._ours(self.split, mode)
+
+    def shards(self, mode: str) -> Callable[[int], Iterator[int]]:
+        return self._ours(self.packed, mode)
+
+    def _ours(self, split: Split, mode: str) -> Callable[[int], Iterator[int]]:
         options: dict[str, Any] = {"batch_size": self.batch_size, "device": self.device, "mean": MEAN, "std": STD}
         if mode == "eval":
-            evaluation = EvalLoader(self.split, self.config, **options)
+            evaluation = EvalLoader(split, self.config, **options)
             return lambda epoch: (views.real for views in evaluation)
-        train = TrainLoader(self.split, self.config, views=MODES[mode], accumulation=1, seed=0, **options)
+        train = TrainLoader(split, self.config, views=MODES[mode], accumulation=1, seed=0, **options)
         return lambda epoch: (views.real for update in train.epoch(epoch) for views in update)
 
     def dali_readers(self, mode: str) -> Callable[[int], Iterator[int]]:
@@ -193,6 +203,29 @@ class Bench:
         return {name: statistics.mean(values) for name, values in distance.items()}
 
 
+def slow_reads(bench: Bench, latency: float, rounds: int) -> dict[str, float]:
+    """Pictures a second of the weak view from shards on a mount where every read takes `latency` milliseconds more."""
+    preadv, config = os.preadv, bench.config
+    found = {}
+
+    def slow(*arguments: Any) -> int:
+        time.sleep(latency / 1000)
+        return preadv(*arguments)
+
+    print(f"\nevery read of a shard takes {latency:g} ms more, {config.read_threads} reading threads: images/s")
+    for shuffle in ("global", "window"):
+        # Several windows an epoch, so that reading goes on while decoding does.
+        bench.config = replace(config, shuffle=shuffle, shuffle_window=max(64, len(bench.split) // 4), shuffle_block=32)
+        epoch = bench.shards("weak")
+        sum(epoch(0))
+        os.preadv = slow
+        found[shuffle] = statistics.median(bench.rate(epoch(turn)) for turn in range(1, rounds + 1))
+        os.preadv = preadv
+        print(f"{shuffle:12s}{found[shuffle]:12.1f}", flush=True)
+    bench.config = config
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -203,7 +236,10 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0, help="threads or workers (default: all cores)")
     parser.add_argument("--rounds", type=int, default=3, help="timed epochs of every loader")
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--modes", nargs="*", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--shuffle", choices=["global", "window"], default="global", help="of spml_fast and shards")
+    parser.add_argument("--shard-size", type=float, default=256, metavar="MB", help="of shards, in 10^6 bytes")
+    parser.add_argument("--read-latency", type=float, default=0, metavar="MS", help="also time shards on a slow mount")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
@@ -212,11 +248,15 @@ def main() -> int:
     warnings.showwarning = lambda *args, **kwargs: None
     device = torch.device(args.device)
     threads = args.threads or len(os.sched_getaffinity(0))
-    config = DataConfig(image_size=args.image_size, threads=threads)
+    config = DataConfig(image_size=args.image_size, threads=threads, shuffle=args.shuffle)
     about = machine(device)
     result: dict[str, Any] = {"machine": about, "threads": threads, "image_size": args.image_size}
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(pictures(args.images, args.count, Path(scratch)), config, args.batch_size, device)
+        split = pictures(args.images, args.count, Path(scratch))
+        packing = PackOptions(
+            split.folder.parent, Path(scratch) / "packed", shard_size=int(args.shard_size * 1e6), progress=False
+        )
+        bench = Bench(split, config, args.batch_size, device, pack(packing).split("train"))
         if len(bench.split) < (config.prefetch + 2) * args.batch_size:
             raise UserError(f"{len(bench.split)} pictures are too few for batches of {args.batch_size}; give more")
         print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
@@ -230,10 +270,12 @@ def main() -> int:
             if value > ALLOWED[view]:
                 raise UserError(f"the {view} view is {value:.2f} grey levels from the reference; nothing is timed")
 
-        print(f"\n{'':12s}{'spml_fast':>12s}{'dali_readers':>14s}{'pil':>8s}   images/s (median of {args.rounds})")
+        head = f"{'spml_fast':>12s}{'shards':>9s}{'dali_readers':>14s}{'pil':>8s}"
+        print(f"\n{'':12s}{head}   images/s (median of {args.rounds})")
         result["images_per_second"] = {}
         for mode in args.modes:
-            loaders = {"spml_fast": bench.ours, "dali_readers": bench.dali_readers, "pil": bench.pil}
+            loaders = {"spml_fast": bench.ours, "shards": bench.shards}
+            loaders |= {"dali_readers": bench.dali_readers, "pil": bench.pil}
             epochs = {name: make(mode) for name, make in loaders.items()}
             rates: dict[str, list[float]] = {name: [] for name in epochs}
             for epoch in epochs.values():
@@ -248,14 +290,16 @@ def main() -> int:
             # Round by round: loaders that took turns met the same machine.
             ratio = {
                 name: statistics.median(a / b for a, b in zip(rates["spml_fast"], rates[name], strict=True))
-                for name in ("dali_readers", "pil")
+                for name in ("shards", "dali_readers", "pil")
             }
             result["images_per_second"][mode] = {"median": rate, "all": rates, "ratio": ratio}
             print(
-                f"{mode:12s}{rate['spml_fast']:12.1f}{rate['dali_readers']:14.1f}{rate['pil']:8.1f}"
-                f"   {ratio['dali_readers']:.2f} x dali_readers, {ratio['pil']:.2f} x pil",
+                f"{mode:12s}{rate['spml_fast']:12.1f}{rate['shards']:9.1f}{rate['dali_readers']:14.1f}"
+                f"{rate['pil']:8.1f}   " + ", ".join(f"{value:.2f} x {name}" for name, value in ratio.items()),
                 flush=True,
             )
+        if args.read_latency:
+            result["slow_reads"] = slow_reads(bench, args.read_latency, args.rounds)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     return 0

@@ -1,10 +1,14 @@
 #!/usr/bin/env python
-"""Turn raw data into a Manifest: `python launch/prepare.py {digits,voc,coco,csv} --out DIR ...`."""
+"""Turn raw data into a Manifest: `python launch/prepare.py {digits,voc,coco,csv} --out DIR ...`.
+
+`python launch/prepare.py shard --manifest DIR --out DIR` packs the pictures of a Manifest into tar shards.
+"""
 
 from __future__ import annotations
 
 import argparse
 
+from spml_fast import pack
 from spml_fast.datasets import load_all
 from spml_fast.datasets.base import add_common_options, summary
 from spml_fast.errors import run_command
@@ -12,7 +16,9 @@ from spml_fast.errors import run_command
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, prepare, print what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     subparsers = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
     datasets = load_all()
     for name, candidate in datasets.items():
@@ -20,7 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
         candidate.add_options(subparser)
         add_common_options(subparser, candidate)
+    text = "Pack the pictures of a Manifest into tar shards, or check shards."
+    pack.add_options(subparsers.add_parser("shard", help=text, description=text, allow_abbrev=False))
     options = parser.parse_args(arguments)
+    if options.dataset == "shard":
+        print(pack.command(options))
+        return 0
     dataset = datasets[options.dataset]
     print(summary(dataset().prepare(options), dataset.train_options))
     return 0

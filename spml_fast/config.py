@@ -31,8 +31,9 @@ class DataConfig:
         prefetch: batches decoded ahead.
         shuffle: global draws every epoch's order from all samples; window reads shards a block at a time and shuffles
             within windows of blocks, for disks and mounts that are slow at random reads (docs/data.md).
-        shuffle_window: samples of a window; two windows of encoded pictures are in memory, shared out over the ranks.
-        shuffle_block: samples that follow each other in the shards and are read in one go in shuffle window.
+        shuffle_window: samples of a window; shuffle_block times train.batch_size or more mixes batches well. Encoded
+            pictures of two windows are in memory, shared out over the ranks.
+        shuffle_block: samples that follow each other in the shards and are read in one go.
         read_threads: threads a rank that read shards ahead.
     """
 

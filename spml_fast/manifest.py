@@ -8,11 +8,14 @@
         width.npy height.npy    int32 [N], as shown (after orientation)
         orientation.npy         uint8 [N], EXIF orientation 1..8 that the loader applies; 1 = as stored
         paths.bin + paths.npy   UTF-8 bytes of all relative paths and int64 [N + 1] offsets; or, with a path template,
-        ids.npy                 uint64 [N] numeric ids
+        ids.npy                 uint64 [N] numeric ids, and with several templates
+        template.npy            number of each picture's template, uint16 or uint32 [N]
         known/ observed/        SparseLabels: everything that is annotated, and what training may see
         boxes.npy + boxes_indptr.npy   optional, float32 [K, 5] (class, x0, y0, x1, y1 as fractions), int64 [N + 1]
+        shards.json + shard_index.npy  when the pictures lie in tar shards: see shards.py
 
-All arrays are opened memory-mapped: a Manifest of nine million pictures opens without being read.
+A column whose values are all alike has no file: manifest.json holds the one value. All arrays are opened memory-mapped:
+a Manifest of nine million pictures opens without being read.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,16 +33,27 @@ import numpy.typing as npt
 
 from spml_fast.errors import UserError
 from spml_fast.labels import SparseLabels
+from spml_fast.shards import SHARDS_FILE, Shards
 
 FORMAT = 1
 
 
 class Split:
-    """One split of a Manifest; sample indices are 0..N-1 within the split."""
+    """One split of a Manifest; sample indices are 0..N-1 within the split.
 
-    def __init__(self, folder: Path, image_root: Path, template: str | None, size: int) -> None:
-        self.folder, self.image_root, self.template = folder, image_root, template
-        self._size = size
+    Args:
+        folder: where its arrays lie.
+        image_root: folder that pictures' paths are relative to.
+        info: its entry in manifest.json.
+    """
+
+    def __init__(self, folder: Path, image_root: Path, info: Mapping[str, Any]) -> None:
+        self.folder, self.image_root = folder, image_root
+        self._size = int(info["size"])
+        template = info.get("template")
+        self.templates: list[str] = [template] if isinstance(template, str) else list(template or [])
+        self._constant: Mapping[str, int] = info.get("constant", {})
+        self._hides_labels: bool | None = info.get("hides_labels")
 
     @property
     def name(self) -> str:
@@ -56,20 +70,26 @@ class Split:
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} cannot be read ({error}); prepare the data again") from error
 
+    def _column(self, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """A column that may be one value for all pictures; that takes no memory."""
+        if name in self._constant:
+            return np.broadcast_to(np.asarray(self._constant[name], dtype), (self._size,))
+        return self._array(name)
+
     @cached_property
     def width(self) -> npt.NDArray[np.int32]:
-        """Picture widths in pixels after orientation, int32 [N]."""
-        return self._array("width")
+        """Picture widths in pixels after orientation, int32 [N]; 0 where nobody looked."""
+        return self._column("width", np.int32)
 
     @cached_property
     def height(self) -> npt.NDArray[np.int32]:
-        """Picture heights in pixels after orientation, int32 [N]."""
-        return self._array("height")
+        """Picture heights in pixels after orientation, int32 [N]; 0 where nobody looked."""
+        return self._column("height", np.int32)
 
     @cached_property
     def orientation(self) -> npt.NDArray[np.uint8]:
         """EXIF orientation 1..8 that the loader applies to the stored pixels, uint8 [N]."""
-        return self._array("orientation")
+        return self._column("orientation", np.uint8)
 
     @cached_property
     def _path_offsets(self) -> npt.NDArray[np.int64]:
@@ -83,19 +103,43 @@ class Split:
     @cached_property
     def ids(self) -> npt.NDArray[np.uint64] | None:
         """Numeric ids, uint64 [N], when paths come from a template; None otherwise."""
-        return self._array("ids") if self.template else None
+        return self._array("ids") if self.templates else None
+
+    @cached_property
+    def template_of(self) -> npt.NDArray[np.unsignedinteger] | None:
+        """Number of each picture's template, [N], where there are several; None otherwise."""
+        return self._array("template") if len(self.templates) > 1 else None
 
     def relative_path(self, index: int) -> str:
         """Path of a picture relative to the image root."""
-        if self.template:
+        if self.templates:
             assert self.ids is not None
-            return self.template.format(id=int(self.ids[index]), split=self.name)
+            template = self.templates[0 if self.template_of is None else int(self.template_of[index])]
+            return template.format(id=int(self.ids[index]), split=self.name)
         start, stop = self._path_offsets[index], self._path_offsets[index + 1]
         return self._path_bytes[start:stop].tobytes().decode("utf-8", "surrogateescape")
 
+    @cached_property
+    def shards(self) -> Shards | None:
+        """The tar shards that hold the pictures; None when they are files of their own."""
+        return Shards(self.folder, self.image_root) if (self.folder / SHARDS_FILE).exists() else None
+
     def path(self, index: int) -> str:
-        """Full path of a picture."""
+        """Full path of a picture; with `shards`, where it would lie as a file of its own (`read` finds it there)."""
         return os.path.join(self.image_root, self.relative_path(index))
+
+    def read(self, index: int) -> bytes:
+        """The encoded picture, from its file or its shard. Raises `OSError`, or `UserError` naming the shard."""
+        if self.shards is not None:
+            return self.shards.read(index)
+        with open(self.path(index), "rb") as file:
+            return file.read()
+
+    def place(self, index: int) -> str:
+        """Where a picture lies, in words for a message: its path, or its name, shard and offset."""
+        if self.shards is not None:
+            return f"{self.relative_path(index)} {self.shards.place(index)}"
+        return self.path(index)
 
     @cached_property
     def known(self) -> SparseLabels:
@@ -111,6 +155,8 @@ class Split:
     @property
     def hides_labels(self) -> bool:
         """Whether `observed` leaves out labels that are known (a simulation), so that methods can be scored on them."""
+        if self._hides_labels is not None:
+            return self._hides_labels
         return (self.folder / "observed").exists()
 
     @cached_property
@@ -150,10 +196,7 @@ class Manifest:
         self.classes = (self.folder / "classes.txt").read_text(encoding="utf-8").split("\n")[:-1]
         root = Path(image_root) if image_root is not None else self.folder / meta["image_root"]
         self.image_root = root
-        self.splits = {
-            name: Split(self.folder / name, root, info.get("template"), int(info["size"]))
-            for name, info in meta["splits"].items()
-        }
+        self.splits = {name: Split(self.folder / name, root, info) for name, info in meta["splits"].items()}
 
     @property
     def num_classes(self) -> int:
@@ -241,23 +284,38 @@ class ManifestWriter:
         orientation: npt.ArrayLike | None = None,
         paths: Iterable[str] | None = None,
         ids: npt.ArrayLike | None = None,
-        template: str | None = None,
+        template: str | Sequence[str] | None = None,
+        template_of: npt.NDArray[np.integer] | None = None,
         observed: SparseLabels | None = None,
+        hides_labels: bool | None = None,
         boxes: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
     ) -> None:
-        """Write one split. Give `paths` (relative to the image root), or `ids` with a `template` such as
-        `{split}/{id:016x}.jpg`. `observed` None means that training sees everything that is known."""
+        """Write one split.
+
+        Give `paths` (relative to the image root), or `ids` with a `template` such as `{split}/{id:016x}.jpg`. With
+        several templates, `template_of` [N] holds the number of each picture's. `observed` None means that training
+        sees everything that is known. `hides_labels` says whether `observed` leaves out labels that are known
+        (default: if it is given).
+        """
         size = len(known)
         if (paths is None) == (ids is None or template is None):
             raise ValueError("give either paths, or ids with a template")
+        templates = [template] if isinstance(template, str) else list(template or [])
+        if len(templates) > 1 and template_of is None:
+            raise ValueError("with several templates, say which one each picture has")
         folder = self.staging / name
         folder.mkdir()
+        constant: dict[str, int] = {}
         for key, values, dtype in (
             ("width", width, np.int32),
             ("height", height, np.int32),
             ("orientation", np.ones(size, np.uint8) if orientation is None else orientation, np.uint8),
         ):
-            self._save(folder / f"{key}.npy", np.asarray(values, dtype=dtype), size)
+            column = np.asarray(values, dtype=dtype)
+            if size and len(column) == size and column.min() == column.max():
+                constant[key] = int(column[0])
+            else:
+                self._save(folder / f"{key}.npy", column, size)
         if paths is not None:
             encoded = [p.encode("utf-8", "surrogateescape") for p in paths]
             offsets = np.zeros(len(encoded) + 1, np.int64)
@@ -266,6 +324,10 @@ class ManifestWriter:
             self._save(folder / "paths.npy", offsets, size + 1)
         else:
             self._save(folder / "ids.npy", np.asarray(ids, dtype=np.uint64), size)
+            if len(templates) > 1:
+                assert template_of is not None
+                number_type = np.uint16 if len(templates) <= 1 << 16 else np.uint32
+                self._save(folder / "template.npy", np.asarray(template_of, dtype=number_type), size)
         known.save(folder / "known")
         if observed is not None:
             if len(observed) != size:
@@ -274,7 +336,12 @@ class ManifestWriter:
         if boxes is not None:
             self._save(folder / "boxes_indptr.npy", np.asarray(boxes[0], np.int64), size + 1)
             np.save(folder / "boxes.npy", np.asarray(boxes[1], np.float32))
-        self.splits[name] = {"size": size, "template": template}
+        info: dict[str, Any] = {"size": size, "template": templates[0] if len(templates) == 1 else templates or None}
+        if constant:
+            info["constant"] = constant
+        if observed is not None and hides_labels is not None:
+            info["hides_labels"] = hides_labels
+        self.splits[name] = info
 
     @staticmethod
     def _save(path: Path, values: npt.NDArray[Any], size: int) -> None:

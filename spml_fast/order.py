@@ -1,8 +1,9 @@
 """Who sees which sample when, and how it is changed: pure functions of (seed, epoch, sample index).
 
-The order of an epoch depends on the seed and the epoch alone; ranks and accumulation steps take slices of the same
-global batch. Augmentation parameters depend on seed, epoch and sample index alone, so a sample looks the same on
-whatever rank and in whatever batch it is met, and the position in the epoch is all that a resume has to know.
+The order of an epoch depends on the seed and the epoch alone (and on the windows that it is shuffled within, if any);
+ranks and accumulation steps take slices of the same global batch. Augmentation parameters depend on seed, epoch and
+sample index alone, so a sample looks the same on whatever rank and in whatever batch it is met, and the position in the
+epoch is all that a resume has to know.
 """
 
 from __future__ import annotations
@@ -25,6 +26,34 @@ def _part(size: int, parts: int, which: int) -> tuple[int, int]:
     base, extra = divmod(size, parts)
     start = which * base + min(which, extra)
     return start, start + base + (which < extra)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How an epoch is shuffled so that every rank reads the disk in long pieces.
+
+    Blocks of consecutive samples are permuted and the sequence is cut into windows of whole batches. A window's
+    sequence is cut again into as many lanes as a batch has samples, each lane is shuffled, and every batch of the
+    window takes one sample of each lane, in the order of the lanes. A rank's slice of the batch is a run of lanes: its
+    part of the window is a run of whole blocks, whatever the number of ranks, and no other rank reads them.
+
+    Attributes:
+        samples: of a window, at most; at least one batch.
+        block: consecutive samples of a block.
+
+    Raises:
+        UserError: a block has no sample, or is larger than a window.
+    """
+
+    samples: int
+    block: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.block <= self.samples:
+            raise UserError(
+                f"data.shuffle_block is {self.block} and data.shuffle_window {self.samples}; a block needs 1 sample or "
+                "more, and a window a block or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,6 +87,7 @@ class TrainOrder:
         accumulation: micro-steps of one update.
         world_size, rank: of the data-parallel group.
         seed: of the run.
+        windows: shuffle within windows of blocks; None draws the order from all samples.
 
     Attributes:
         updates_per_epoch: optimizer updates of one epoch.
@@ -69,7 +99,14 @@ class TrainOrder:
     """
 
     def __init__(
-        self, size: int, batch_size: int, accumulation: int = 1, world_size: int = 1, rank: int = 0, seed: int = 0
+        self,
+        size: int,
+        batch_size: int,
+        accumulation: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        windows: Windows | None = None,
     ) -> None:
         if accumulation < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"accumulation {accumulation}, world size {world_size}, rank {rank}")
@@ -83,7 +120,7 @@ class TrainOrder:
                     f" steps; it needs {smallest} samples, or use fewer ranks or accumulation steps"
                 )
         self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
-        self.world_size, self.rank, self.seed = world_size, rank, seed
+        self.world_size, self.rank, self.seed, self.windows = world_size, rank, seed, windows
         whole, rest = divmod(size, batch_size)
         self.updates_per_epoch = whole + (rest >= smallest)
         self.samples_per_epoch = min(size, self.updates_per_epoch * batch_size)
@@ -95,10 +132,50 @@ class TrainOrder:
         start, stop = _part(_part(update, self.accumulation, 0)[1], self.world_size, self.rank)
         return stop - start
 
+    def _generator(self, epoch: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], np.uint64)))
+
     def permutation(self, epoch: int) -> IntArray:
         """Sample indices in the order of `epoch`, int64 [size]; the same on every rank."""
-        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], np.uint64)))
-        return generator.permutation(self.size)
+        generator = self._generator(epoch)
+        if self.windows is None:
+            return generator.permutation(self.size)
+        order = self._blocks(generator)
+        self.shuffle_windows(order, generator)
+        return order
+
+    def blocks(self, epoch: int) -> IntArray:
+        """The sequence of blocks that the windows of `epoch` are cut from, as sample indices int64 [size]."""
+        return self._blocks(self._generator(epoch))
+
+    def _blocks(self, generator: np.random.Generator) -> IntArray:
+        assert self.windows is not None
+        block = self.windows.block
+        starts = generator.permutation(np.arange(0, self.size, block))
+        lengths = np.minimum(block, self.size - starts)
+        # Position minus its block's first position, plus the block's first sample.
+        return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(self.size)
+
+    def shuffle_windows(self, order: IntArray, generator: np.random.Generator) -> None:
+        """Shuffle a sequence of blocks, int64 [size], within its windows, in place; see `Windows`."""
+        width = self.updates_per_window * self.batch_size
+        for first in range(0, len(order), width):
+            part = order[first : first + width]
+            steps, rest = divmod(len(part), self.batch_size)
+            # The last, smaller batch of an epoch takes the one sample more of the first `rest` lanes.
+            longer = part[: rest * (steps + 1)].reshape(rest, steps + 1)
+            lanes = part[rest * (steps + 1) :].reshape(self.batch_size - rest, steps)
+            longer, lanes = generator.permuted(longer, axis=1), generator.permuted(lanes, axis=1)
+            part[:] = np.concatenate([np.concatenate([longer[:, :steps], lanes]).T.ravel(), longer[:, steps]])
+
+    @property
+    def updates_per_window(self) -> int:
+        """Updates that one window is used up in."""
+        return max(1, self.windows.samples // self.batch_size) if self.windows is not None else self.updates_per_epoch
+
+    def window(self, update: int) -> int | None:
+        """Number of the window that an update of an epoch lies in; None without windows."""
+        return None if self.windows is None else update // self.updates_per_window
 
     def epoch(self, epoch: int, start_update: int = 0) -> Iterator[list[MicroBatch]]:
         """Yield the updates of `epoch` from `start_update` on, each a list of `accumulation` micro-batches."""

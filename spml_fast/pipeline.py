@@ -1,9 +1,12 @@
-"""The input pipeline: file names in, normalised views on the device out. The only file that imports nvidia.dali.
+"""The input pipeline: pictures in, normalised views on the device out. The only file that imports nvidia.dali.
 
 `order.py` decides which pictures a rank sees and how each is changed; this file hands those decisions to a DALI
 pipeline through `fn.external_source` and keeps `DataConfig.prefetch` batches in flight, also from one micro-step,
 update and epoch to the next. One decode serves all views of a picture. With a GPU, nvJPEG decodes and everything after
 it runs on the GPU; without one the same pipeline runs on the CPU.
+
+Pictures that are files are read by DALI's threads. Pictures in tar shards are read ahead by threads of `shards.py`,
+and their bytes are handed to DALI as they are (without a copy on the CPU): the same bytes, so the same batches.
 
 Views, all float32 [B, 3, S, S] in channels_last memory, (value / 255 - mean) / std:
     eval    the picture resized to S x S, aspect ratio ignored, antialiased triangular filter as Pillow's bilinear
@@ -15,6 +18,7 @@ same box, so that what one view's prediction says about the other is about the s
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections import deque
@@ -35,6 +39,8 @@ from spml_fast.batch import Views
 from spml_fast.config import DataConfig
 from spml_fast.errors import UserError
 from spml_fast.manifest import Split
+from spml_fast.shards import MEND as _MEND_SHARD
+from spml_fast.shards import Encoded, Reading, ShardReader
 
 Inputs = dict[str, Any]
 
@@ -62,6 +68,7 @@ class _Plan:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     gpu: bool
+    sharded: bool = False
     oriented: bool = False
     flipped: bool = False
     cropped: bool = False
@@ -180,8 +187,12 @@ def _randaugment(picture: Any, step: int, gpu: bool) -> Any:
 
 @pipeline_def(enable_conditionals=True)
 def _graph(plan: _Plan) -> Any:
-    """Declare the pipeline; its inputs are those that `_Feeder.inputs` makes, its outputs the views in order."""
-    encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
+    """Declare the pipeline; its inputs are those that the loaders' `_inputs` make, its outputs the views in order."""
+    if plan.sharded:
+        # `_Stream` keeps the arrays until a batch is handed out. On a GPU it may not be finished then, so DALI copies.
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not plan.gpu)
+    else:
+        encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
     picture = fn.decoders.image(
         encoded, device="mixed" if plan.gpu else "cpu", output_type=types.RGB, adjust_orientation=False
     )
@@ -225,11 +236,42 @@ def _graph(plan: _Plan) -> Any:
 
 @dataclass(frozen=True)
 class _Request:
-    """One batch to make: a key that says which it is, and its sample indices."""
+    """One batch to make.
+
+    Attributes:
+        key: which batch it is.
+        index: int64 [n] sample indices.
+        item: what the loader needs when the batch is done.
+        group: requests in a row with the same group are read from shards together, in the order of the disk.
+    """
 
     key: tuple[int, ...]
     index: npt.NDArray[np.int64]
     item: Any
+    group: tuple[int, ...]
+
+
+class _Group:
+    """Requests whose pictures are read from shards together."""
+
+    def __init__(self, requests: Sequence[_Request], reader: ShardReader) -> None:
+        self.requests = deque(requests)
+        self.reading: Reading = reader.submit(np.concatenate([request.index for request in self.requests]))
+        self._used = 0
+
+    def take(self) -> tuple[_Request, list[Encoded | None]]:
+        """Wait for the pictures, and take the next request with its own. `UserError` if one cannot be read."""
+        pictures = self.reading.result()
+        request = self.requests.popleft()
+        first, self._used = self._used, self._used + len(request.index)
+        taken = pictures[first : self._used]
+        # Their memory is free as soon as the batch is done, not when the group is.
+        pictures[first : self._used] = [None] * len(taken)
+        return request, taken
+
+
+# Reading threads have this many pictures each ahead of DALI's queue, where pictures are read a batch at a time.
+_AHEAD = 4
 
 
 class _Stream:
@@ -246,36 +288,80 @@ class _Stream:
         inputs: Callable[[_Request], Inputs],
         *,
         batch_size: int,
-        threads: int,
+        config: DataConfig,
         prefetch: int,
         device: torch.device,
+        windowed: bool = False,
     ) -> None:
         self._split, self._plan, self._inputs, self._device = split, plan, inputs, device
         self._prefetch = prefetch
         self._options = {
             "batch_size": batch_size,
-            "num_threads": threads,
+            "num_threads": _threads(config),
             "device_id": _device_id(device) if plan.gpu else None,
             "prefetch_queue_depth": prefetch,
         }
         self._pipe: Any = None
         self._flight: deque[_Request] = deque()
+        # Encoded pictures of the batches in flight, which DALI reads in place.
+        self._held: deque[list[Encoded | None]] = deque()
         self._current: object = None
+        self._reader = ShardReader(split.shards, config.read_threads) if split.shards is not None else None
+        # Groups being read and, at the front, being used up: a window and the one after it, or some batches.
+        self._ahead: deque[_Group] = deque()
+        self._groups = 2 if windowed else max(2, -(-_AHEAD * config.read_threads // batch_size))
 
-    def _submit(self, requests: Sequence[_Request]) -> None:
+    def _source(self, requests: Iterator[_Request]) -> Iterator[list[_Request]]:
+        """Requests that are taken together: one by one, or the groups that are read from shards."""
+        if self._reader is None:
+            return ([request] for request in requests)
+        return (list(group) for _, group in itertools.groupby(requests, key=lambda request: request.group))
+
+    def _take(self, source: Iterator[list[_Request]]) -> list[tuple[_Request, Inputs]]:
+        """The next requests that DALI's queue has room for, with what it is fed for them.
+
+        Pictures that are still being read are waited for only when there is nothing else to do.
+        """
+        count = self._prefetch - len(self._flight)
+        # A new pipeline must have its queue filled at once.
+        needed = count if self._pipe is None else int(not self._flight)
+        if self._reader is None:
+            return [(request, self._inputs(request)) for (request,) in itertools.islice(source, count)]
+        taken: list[tuple[_Request, Inputs]] = []
+        try:
+            while len(taken) < count:
+                while len(self._ahead) < self._groups and (members := next(source, None)):
+                    self._ahead.append(_Group(members, self._reader))
+                if not self._ahead or (len(taken) >= needed and not self._ahead[0].reading.done()):
+                    break
+                request, encoded = self._ahead[0].take()
+                if not self._ahead[0].requests:
+                    self._ahead.popleft()
+                taken.append((request, {"encoded": encoded, **self._inputs(request)}))
+        except UserError:
+            # Read again when it is asked for again: the shard may have been put right.
+            self._stop_reading()
+            raise
+        return taken
+
+    def _stop_reading(self) -> None:
+        while self._ahead:
+            self._ahead.popleft().reading.cancel()
+
+    def _submit(self, taken: Sequence[tuple[_Request, Inputs]]) -> None:
         """Hand batches to DALI and start them."""
-        inputs = [self._inputs(request) for request in requests]
         first = self._pipe is None
         try:
             if first:
                 self._pipe = _graph(plan=self._plan, **self._options)
                 self._pipe.build()
-            for request, arrays in zip(requests, inputs, strict=True):
+            for request, arrays in taken:
                 for name, value in arrays.items():
                     self._pipe.feed_input(name, value)
                 self._flight.append(request)
+                self._held.append(arrays.get("encoded", []))
             # The first run of a pipeline starts as many batches as its queue is deep; each later one starts one.
-            for _ in range(1 if first else len(requests)):
+            for _ in range(1 if first else len(taken)):
                 self._pipe.schedule_run()
         except RuntimeError as error:
             self._fail(error)
@@ -292,12 +378,15 @@ class _Stream:
             self._pipe.release_outputs()
         except RuntimeError as error:
             self._fail(error)
+        self._held.popleft()
         return self._flight.popleft(), views
 
     def _fail(self, error: RuntimeError) -> NoReturn:
         """Throw the dead pipeline away and say which picture killed it; the error itself if none did."""
         flight, self._pipe = list(self._flight), None
         self._flight.clear()
+        self._held.clear()
+        self._stop_reading()
         index = list(dict.fromkeys(itertools.chain.from_iterable(request.index.tolist() for request in flight)))
         for sample in index:
             _check_picture(self._split, sample)
@@ -306,61 +395,67 @@ class _Stream:
 
     def _discard(self) -> None:
         """Wait for everything in flight and throw it away."""
+        self._stop_reading()
         try:
             while self._flight:
                 self._pipe.share_outputs()
                 self._pipe.release_outputs()
+                self._held.popleft()
                 self._flight.popleft()
         except RuntimeError:
             # A bad picture in a batch that nobody asks for any more; it will be named if it is asked for again.
             self._pipe = None
             self._flight.clear()
+            self._held.clear()
 
     def run(self, requests: Iterator[_Request], count: int) -> Iterator[tuple[_Request, tuple[Tensor, ...]]]:
         """Yield the first `count` batches of `requests`; those after them are started ahead of the next `run`."""
         ticket = self._current = object()
-        taken = list(itertools.islice(requests, len(self._flight)))
-        if [r.key for r in taken] != [r.key for r in self._flight]:
+        known = [*self._flight, *itertools.chain.from_iterable(group.requests for group in self._ahead)]
+        taken = list(itertools.islice(requests, len(known)))
+        if [r.key for r in taken] != [r.key for r in known]:
             self._discard()
             requests = itertools.chain(taken, requests)
+        source = self._source(requests)
         for _ in range(count):
             if self._current is not ticket:
                 raise RuntimeError("this epoch was abandoned: the loader has been asked for another one since")
-            self._submit(list(itertools.islice(requests, self._prefetch - len(self._flight))))
+            self._submit(self._take(source))
             out = self._receive()
             # Started before the consumer gets to work, so that decoding goes on meanwhile.
-            self._submit(list(itertools.islice(requests, self._prefetch - len(self._flight))))
+            self._submit(self._take(source))
             yield out
 
 
-_MEND = "restore it, or prepare the data again to leave it out"
+def _mend(split: Split) -> str:
+    return _MEND_SHARD if split.shards is not None else "restore it, or prepare the data again to leave it out"
 
 
 def _read_size(split: Split, index: int, decode: bool = False) -> tuple[int, int]:
-    """Width and height as shown of a picture file. `UserError` if it is missing, or (with `decode`) damaged."""
-    path = split.path(index)
+    """Width and height as shown of a picture. `UserError` if it is missing, or (with `decode`) damaged."""
     try:
-        if os.stat(path).st_size == 0:
-            raise UserError(f"picture {path} is empty; {_MEND}")
-        with Image.open(path) as picture:
+        source = split.path(index) if split.shards is None else io.BytesIO(split.read(index))
+        if (os.stat(source).st_size if isinstance(source, str) else len(source.getbuffer())) == 0:
+            raise UserError(f"picture {split.place(index)} is empty; {_mend(split)}")
+        with Image.open(source) as picture:
             width, height = picture.size
             if decode:
                 picture.load()
     except FileNotFoundError as error:
-        raise UserError(f"picture {path} is missing; {_MEND}") from error
+        raise UserError(f"picture {split.place(index)} is missing; {_mend(split)}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {path} cannot be read ({error}); {_MEND}") from error
+        raise UserError(f"picture {split.place(index)} cannot be read ({error}); {_mend(split)}") from error
     return (width, height) if split.orientation[index] < 5 else (height, width)
 
 
 def _check_picture(split: Split, index: int) -> None:
     """Raise `UserError` if a picture is missing, unreadable, damaged, or not the one that was prepared."""
-    path, size = split.path(index), _read_size(split, index, decode=True)
+    size = _read_size(split, index, decode=True)
     known = int(split.width[index]), int(split.height[index])
     if all(known) and size != known:
         raise UserError(
-            f"picture {path} is {size[0]} x {size[1]} pixels now and was {known[0]} x {known[1]} when the data were "
-            f"prepared; {_MEND}"
+            f"picture {split.place(index)} is {size[0]} x {size[1]} pixels now and was {known[0]} x {known[1]} when "
+            f"the data were prepared; {_mend(split)}"
         )
 
 
@@ -375,22 +470,24 @@ def _check_decoding(split: Split, index: Sequence[int]) -> None:
     pipe = _decode_graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     pipe.build()
     for sample in index:
-        path = split.path(sample)
+        encoded = split.read(sample)
         try:
-            pipe.feed_input("encoded", [np.fromfile(path, np.uint8)])
+            pipe.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
             pipe.run()
         except RuntimeError as error:
-            with Image.open(path) as picture:
+            with Image.open(io.BytesIO(encoded)) as picture:
                 kind = picture.format
             raise UserError(
-                f"picture {path} is a {kind} file that DALI does not decode; convert it to JPEG or PNG, or prepare the "
-                "data again to leave it out"
+                f"picture {split.place(sample)} is a {kind} file that DALI does not decode; convert it to JPEG or PNG, "
+                "or prepare the data again to leave it out"
             ) from error
 
 
-def _paths(split: Split, index: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
-    """File names as DALI wants them: bytes, whatever they are."""
-    return [np.frombuffer(split.path(i).encode("utf-8", "surrogateescape"), np.uint8) for i in index.tolist()]
+def _paths(split: Split, index: npt.NDArray[np.int64]) -> Inputs:
+    """File names as DALI wants them: bytes, whatever they are. Nothing where `_Stream` hands in the pictures."""
+    if split.shards is not None:
+        return {}
+    return {"path": [np.frombuffer(split.path(i).encode("utf-8", "surrogateescape"), np.uint8) for i in index.tolist()]}
 
 
 def _is_oriented(split: Split) -> bool:
@@ -450,6 +547,7 @@ class TrainLoader:
         device: where the views are made; "cuda" decodes on the GPU.
         mean, std: per channel, in 0..1.
         world_size, rank: of the data-parallel group; None asks torch.distributed.
+        make_order: gives the order to follow from the arguments of `TrainOrder`.
 
     Attributes:
         order: the `TrainOrder` followed.
@@ -473,17 +571,19 @@ class TrainLoader:
         std: Sequence[float],
         world_size: int | None = None,
         rank: int | None = None,
+        make_order: Callable[..., order.TrainOrder] = order.TrainOrder,
     ) -> None:
         if views not in (("weak",), ("weak", "strong")):
             raise ValueError(f"views {views!r}")
         self.split, self.config, self.views, self.seed, self.device = split, config, views, seed, device
-        self.order = order.TrainOrder(
+        self.order = make_order(
             len(split),
             batch_size,
             accumulation,
             distributed.world_size() if world_size is None else world_size,
             distributed.rank() if rank is None else rank,
             seed,
+            order.Windows(config.shuffle_window, config.shuffle_block) if config.shuffle == "window" else None,
         )
         self.updates_per_epoch = self.order.updates_per_epoch
         self._plan = _Plan(
@@ -492,6 +592,7 @@ class TrainLoader:
             tuple(mean),
             tuple(std),
             gpu=device.type == "cuda",
+            sharded=split.shards is not None,
             oriented=_is_oriented(split),
             flipped=config.hflip > 0,
             cropped=config.train_crop == "random_resized",
@@ -502,14 +603,15 @@ class TrainLoader:
             self._plan,
             self._inputs,
             batch_size=self.order.largest_micro_batch,
-            threads=_threads(config),
+            config=config,
             prefetch=max(1, config.prefetch),
             device=device,
+            windowed=self.order.windows is not None,
         )
 
     def _inputs(self, request: _Request) -> Inputs:
         epoch, index, plan = request.key[0], request.index, self._plan
-        inputs: Inputs = {"path": _paths(self.split, index)}
+        inputs = _paths(self.split, index)
         if plan.oriented:
             inputs |= _turns(self.split, index)
         if plan.flipped:
@@ -540,8 +642,10 @@ class TrainLoader:
         for current in itertools.count(epoch):
             start = start_update if current == epoch else 0
             for update, micro in enumerate(self.order.epoch(current, start), start):
+                window = self.order.window(update)
                 for step, batch in enumerate(micro):
-                    yield _Request((current, update, step), batch.index, batch)
+                    key = (current, update, step)
+                    yield _Request(key, batch.index, batch, key if window is None else (current, window))
 
     def epoch(self, epoch: int, start_update: int = 0) -> Iterator[list[Views]]:
         """Yield the updates of `epoch` from `start_update` on: `accumulation` micro-batches each.
@@ -599,6 +703,7 @@ class EvalLoader:
             tuple(mean),
             tuple(std),
             gpu=device.type == "cuda",
+            sharded=split.shards is not None,
             oriented=_is_oriented(split),
         )
         self._stream = _Stream(
@@ -606,7 +711,7 @@ class EvalLoader:
             self._plan,
             self._inputs,
             batch_size=min(batch_size, len(split)),
-            threads=_threads(config),
+            config=config,
             # DALI wants its queue filled at the start, and an evaluation may be shorter than the queue.
             prefetch=min(max(1, config.prefetch), len(self.order)),
             device=device,
@@ -616,13 +721,13 @@ class EvalLoader:
         return len(self.order)
 
     def _inputs(self, request: _Request) -> Inputs:
-        inputs: Inputs = {"path": _paths(self.split, request.index)}
+        inputs = _paths(self.split, request.index)
         if self._plan.oriented:
             inputs |= _turns(self.split, request.index)
         return inputs
 
     def __iter__(self) -> Iterator[Views]:
-        requests = (_Request((j,), b.index[: max(1, b.real)], b) for j, b in enumerate(self.order))
+        requests = (_Request((j,), b.index[: max(1, b.real)], b, (j,)) for j, b in enumerate(self.order))
         for request, (tensor,) in self._stream.run(requests, len(self.order)):
             batch: order.EvalBatch = request.item
             missing = len(batch.index) - len(tensor)

@@ -95,14 +95,15 @@ class RepeatFactorOrder(TrainOrder):
 
     def permutation(self, epoch: int) -> IntArray:
         """Sample indices in the order of `epoch`, int64 [size], some of them more than once; the same on every rank."""
-        order = self._once.permutation(epoch)
+        order = self._once.permutation(epoch) if self.windows is None else self._once.blocks(epoch)
         generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], np.uint64) ^ _STREAM))
         ends = np.cumsum(self._factors[order], dtype=np.float64) * self._stretch
         ends[-1] = self.size
         upto: IntArray = np.floor(ends + generator.random()).astype(np.int64)
         counts = np.concatenate([upto[:1], upto[1:] - upto[:-1]])
         order = np.repeat(order, counts)
-        width = self.size if self.windows is None else self.windows.samples
-        for first in range(0, self.size, width):
-            generator.shuffle(order[first : first + width])
+        if self.windows is None:
+            generator.shuffle(order)
+        else:
+            self.shuffle_windows(order, generator)
         return order

@@ -88,6 +88,20 @@ class Verified:
     rejected: dict[int, tuple[str, str]]
     seconds: float
 
+    def among(self, rows: npt.NDArray[np.int64], size: int) -> Verified:
+        """The same over `size` pictures, of which only `rows` (int64 [N]) were looked at; the others are not ok."""
+        out = Verified(
+            np.zeros(size, np.bool_),
+            np.zeros(size, np.int32),
+            np.zeros(size, np.int32),
+            np.ones(size, np.uint8),
+            {int(rows[index]): why for index, why in self.rejected.items()},
+            self.seconds,
+        )
+        out.ok[rows], out.width[rows], out.height[rows] = self.ok, self.width, self.height
+        out.orientation[rows] = self.orientation
+        return out
+
 
 def choose_level(level: Level | None, num_pictures: int) -> Level:
     """The level asked for, or the default: decode up to 200,000 pictures in all, else headers only."""
@@ -111,7 +125,7 @@ def check_picture(path: str, level: Literal["decode", "header"] = "decode") -> C
                 return _check_stream(file, path, level)
         with open(path, "rb") as file:
             data = file.read()
-        return _check_stream(io.BytesIO(data), path, level) if data else Checked("empty file")
+        return check_bytes(data, level)
     except (FileNotFoundError, NotADirectoryError):
         return Checked("missing file")
     except IsADirectoryError:
@@ -121,6 +135,11 @@ def check_picture(path: str, level: Literal["decode", "header"] = "decode") -> C
     except ValueError as error:
         # A null byte in the name.
         return Checked("unusable file name", str(error))
+
+
+def check_bytes(data: bytes, level: Literal["decode", "header"] = "decode") -> Checked:
+    """Look at an encoded picture in memory as `check_picture` looks at a file."""
+    return _check_stream(io.BytesIO(data), "", level) if data else Checked("empty file")
 
 
 def _check_stream(stream: io.BytesIO | io.BufferedReader, path: str, level: str) -> Checked:
@@ -292,7 +311,7 @@ def verify_pictures(
     if level == "none" or count == 0:
         return out
     workers = workers or len(os.sched_getaffinity(0))
-    with _progress(count, f"checking {label}", progress) as advance:
+    with show_progress(count, f"checking {label}", progress) as advance:
         for start, results in _checked_chunks(count, path_of, level, workers if count >= _POOL_FROM else 1):
             for index, checked in enumerate(results, start):
                 if checked.reason is not None:
@@ -341,7 +360,7 @@ def _checked_chunks(
 
 
 @contextmanager
-def _progress(total: int, description: str, enabled: bool) -> Iterator[Callable[[int], None]]:
+def show_progress(total: int, description: str, enabled: bool) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left on a terminal; elsewhere a plain line every ten seconds."""
     if not enabled:
         yield lambda _: None

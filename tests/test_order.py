@@ -11,7 +11,10 @@ from torchvision.transforms import RandAugment, RandomResizedCrop
 
 from spml_fast import order
 from spml_fast.errors import UserError
-from spml_fast.order import EvalOrder, TrainOrder
+from spml_fast.order import EvalOrder, TrainOrder, Windows
+
+# Samples of a window and of a block; None is the global shuffle.
+WINDOWS = st.none() | st.tuples(st.integers(1, 80), st.integers(1, 30)).map(lambda w: Windows(w[0] + w[1], w[1]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -22,14 +25,15 @@ from spml_fast.order import EvalOrder, TrainOrder
     world=st.integers(1, 4),
     seed=st.integers(0, 5),
     epoch=st.integers(0, 5),
+    windows=WINDOWS,
 )
-def test_ranks_slice_the_same_global_batch(size, batch, steps, world, seed, epoch):
+def test_ranks_slice_the_same_global_batch(size, batch, steps, world, seed, epoch, windows):
     if min(size, batch) < steps * world:
         with pytest.raises(UserError, match=f"of {batch if batch < steps * world else size} samples"):
-            TrainOrder(size, batch, steps, world, 0, seed)
+            TrainOrder(size, batch, steps, world, 0, seed, windows)
         return
-    ranks = [TrainOrder(size, batch, steps, world, r, seed) for r in range(world)]
-    whole = TrainOrder(size, batch, 1, 1, 0, seed).permutation(epoch)
+    ranks = [TrainOrder(size, batch, steps, world, r, seed, windows) for r in range(world)]
+    whole = TrainOrder(size, batch, 1, 1, 0, seed, windows).permutation(epoch)
     assert sorted(whole) == list(range(size))
     seen = []
     updates = list(zip(*(r.epoch(epoch) for r in ranks), strict=True))
@@ -64,8 +68,64 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert (a.permutation(4) != TrainOrder(500, 10, seed=4).permutation(4)).any()
 
 
-def test_start_update_gives_the_rest():
-    ours = TrainOrder(103, 10, 2, 2, 1, seed=1)
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(40, 400),
+    batch=st.integers(1, 40),
+    world=st.integers(1, 4),
+    windows=WINDOWS.filter(bool),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+)
+def test_ranks_read_runs_of_blocks(size, batch, world, windows, seed, epoch):
+    world = min(world, batch)
+    ranks = [TrainOrder(size, batch, 1, world, r, seed, windows) for r in range(world)]
+    order = ranks[0].permutation(epoch)
+    assert order.dtype == np.int64 and sorted(order) == list(range(size))
+    width = ranks[0].updates_per_window * batch
+    assert width <= max(windows.samples, batch)
+    # The blocks as they follow each other, which is what the windows and their lanes are cut from.
+    whole = TrainOrder(size, size, seed=seed, windows=Windows(size, min(size, windows.block))).permutation(epoch)
+    for update, by_rank in enumerate(zip(*(r.epoch(epoch) for r in ranks), strict=True)):
+        first = ranks[0].window(update) * width
+        window = whole[first : first + width]
+        lanes = np.array_split(window, min(batch, len(window)))
+        rows = np.concatenate([micro[0].index for micro in by_rank])
+        assert all(row in lane for row, lane in zip(rows, lanes, strict=False))
+    assert TrainOrder(size, 1, seed=seed).window(3) is None
+
+
+def test_a_rank_reads_its_own_blocks():
+    windows = Windows(800, 20)
+    ranks = [TrainOrder(4000, 40, 2, 4, r, 1, windows) for r in range(4)]
+    assert ranks[0].updates_per_window == 20 and ranks[0].window(19) == 0 and ranks[0].window(20) == 1
+    epochs = [list(r.epoch(0)) for r in ranks]
+    for window in range(5):
+        seen = [
+            {int(i) for update in epoch[20 * window : 20 * window + 20] for micro in update for i in micro.index // 20}
+            for epoch in epochs
+        ]
+        assert [len(blocks) for blocks in seen] == [10] * 4 and len(set.union(*seen)) == 40
+
+
+def test_windows_mix_blocks_and_repeat():
+    ours = TrainOrder(1000, 10, seed=3, windows=Windows(200, 20))
+    first, second = ours.permutation(0), ours.permutation(1)
+    assert (first != second).any()
+    np.testing.assert_array_equal(TrainOrder(1000, 10, 2, 5, 1, 3, Windows(200, 20)).permutation(0), first)
+    # A window has other blocks in another epoch, and its samples are in no order.
+    assert set(first[:200] // 20) != set(second[:200] // 20)
+    assert abs((np.diff(first[:200].reshape(20, 10), axis=0) > 0).mean() - 0.5) < 0.15
+    # A batch has no two samples of a block that is no longer than a lane.
+    assert all(len(set(batch // 20)) == 10 for batch in first.reshape(100, 10))
+    for samples, block in ((5, 6), (5, 0)):
+        with pytest.raises(UserError, match=f"shuffle_block is {block} and data.shuffle_window {samples}"):
+            Windows(samples, block)
+
+
+@pytest.mark.parametrize("windows", [None, Windows(103, 5), Windows(30, 4)])
+def test_start_update_gives_the_rest(windows):
+    ours = TrainOrder(103, 10, 2, 2, 1, 1, windows)
     whole = [[m.index.tolist() for m in update] for update in ours.epoch(2)]
     assert [[m.index.tolist() for m in update] for update in ours.epoch(2, 4)] == whole[4:]
     assert list(ours.epoch(2, len(whole))) == []

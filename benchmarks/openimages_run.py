@@ -1,0 +1,258 @@
+#!/usr/bin/env python
+"""A whole OpenImages run on made-up data in the official formats: every stage's time, memory and bytes on disk.
+
+    python benchmarks/openimages_run.py --out DIR [--json OUT]              labels of the whole V3 release
+    python benchmarks/openimages_run.py --out DIR --images 300 60 80 --classes 40 --pictures 1 --batch-size 64 ...
+
+Stages: make the release (label files of all pictures, and one per cent of the pictures as small JPEG files), prepare
+it, pack the pictures into shards, train LL-Cp with BoostLU with two ranks, kill every process of it in the middle, go
+on, evaluate with groups of classes. All of it through the commands that a user types. Memory is the largest sum over a
+stage's processes of the memory that is theirs alone and their part of what they share (PSS), sampled.
+
+The pictures are noise, so mAP means nothing here; what counts is that everything fits, ends, and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "launch" / "configs"
+POLL_SECONDS = 0.2
+
+
+@dataclass
+class Stage:
+    """What one stage took.
+
+    Attributes:
+        name: of the stage.
+        seconds: wall clock.
+        peak_gib: largest sum over its processes, GiB.
+        disk_bytes: bytes of what it left behind.
+        note: what it found.
+    """
+
+    name: str
+    seconds: float
+    peak_gib: float
+    disk_bytes: int
+    note: str = ""
+
+
+class StageError(RuntimeError):
+    """A stage failed; the message has its last lines."""
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files below a folder, or of one file; links count nothing."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def tree_gib(process: psutil.Process) -> float:
+    """Memory of a process and all below it, GiB; those that end meanwhile count nothing."""
+    total = 0
+    try:
+        members = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0.0
+    for member in members:
+        try:
+            total += member.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total / 2**30
+
+
+def run_stage(
+    name: str, words: list[str], log: Path, leaves: Path, kill_when: Callable[[], bool] | None = None
+) -> tuple[Stage, str]:
+    """Run a command to its end, or until `kill_when` says so and all its processes are killed.
+
+    Args:
+        log: file that its output goes to.
+        leaves: what to count on disk afterwards.
+
+    Returns:
+        The stage and its output.
+
+    Raises:
+        StageError: it failed, or it ended before it could be killed.
+    """
+    print(f"{name}: {shlex.join(words)}", flush=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    start, peak, killed = time.perf_counter(), 0.0, False
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+        observed = psutil.Process(process.pid)
+        while process.poll() is None:
+            peak = max(peak, tree_gib(observed))
+            if kill_when is not None and kill_when():
+                # Children first: a launcher that is gone cannot tell us about them. Launchers put their workers into
+                # sessions of their own.
+                for member in [*observed.children(recursive=True), observed]:
+                    try:
+                        member.send_signal(signal.SIGKILL)
+                    except psutil.NoSuchProcess:
+                        continue
+                killed = True
+                process.wait()
+                break
+            time.sleep(POLL_SECONDS)
+    seconds = time.perf_counter() - start
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if kill_when is not None and not killed:
+        raise StageError(f"{name} ended before it was killed:\n{text[-2000:]}")
+    if not killed and process.returncode != 0:
+        raise StageError(f"{name} failed with status {process.returncode}:\n{text[-2000:]}")
+    return Stage(name, seconds, peak, folder_bytes(leaves)), text
+
+
+def simulate(options: argparse.Namespace) -> list[Stage]:
+    """Run all stages; see the module. Raises `StageError`."""
+    out: Path = options.out
+    raw, labels, packed, run = out / "raw", out / "manifest", out / "shards", out / "run"
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in (raw, labels, packed, run):
+        if folder.exists():
+            shutil.rmtree(folder)
+    python, launcher = sys.executable, str(Path(sys.executable).with_name("deepspeed"))
+    make = [python, str(ROOT / "benchmarks" / "make_openimages.py"), "--out", str(raw), "--version", options.version]
+    make += ["--pictures", str(options.pictures), "--layout", "bucket", "--seed", "0"]
+    if options.images is None:
+        make.append("--full")
+    else:
+        make += ["--images", *map(str, options.images), "--classes", str(options.classes)]
+    stages = []
+    stage, text = run_stage("make the release", make, out / "make.log", raw)
+    stages.append(stage)
+    # It ends with the command that prepares what it made.
+    prepare = shlex.split(text.strip().splitlines()[-1])
+    prepare = [python, str(ROOT / prepare[1]), *prepare[2:-1], str(labels), "--verify", "header"]
+    stage, text = run_stage("prepare", prepare, out / "prepare.log", labels)
+    stage.note = _splits(labels)
+    stages.append(stage)
+    data = labels
+    if options.shards:
+        words = [python, str(ROOT / "launch" / "prepare.py"), "shard", "--manifest", str(labels), "--out", str(packed)]
+        stage, _ = run_stage("pack into shards", words, out / "shard.log", packed)
+        stages.append(stage)
+        data = packed
+    port = options.port
+    train = [launcher, "--num_accelerators", str(options.ranks), "--master_port", str(port)]
+    train += [str(ROOT / "launch" / "train.py"), "--config", str(CONFIGS / f"openimages_{options.version}_an.yaml")]
+    train += ["--config", str(CONFIGS / "openimages_ll_cp.yaml"), "--data.dir", str(data), "--run.dir", str(run)]
+    train += ["--data.image_size", "64", "--model.backbone", "test_resnet", "--model.pretrained", "false"]
+    train += ["--train.batch_size", str(options.batch_size), "--train.epochs", str(options.epochs)]
+    train += ["--train.lr", "1e-3", "--train.head_lr_multiplier", "1", "--train.log_every", str(options.log_every)]
+    train += ["--run.save_updates", str(options.save_updates), "--eval.batch_size", "128"]
+    train += ["--deepspeed.tensorboard", "false", *options.more]
+
+    def halfway() -> bool:
+        # Killed within the second epoch, when corrections are pending that only a checkpoint holds.
+        newest = run / "checkpoints" / "newest.json"
+        if not newest.is_file():
+            return False
+        mark = json.loads(newest.read_text(encoding="utf-8"))
+        return bool(mark["epoch"] >= 1 and mark["update"] > 0)
+
+    stage, _ = run_stage("train until killed", train, out / "train.log", run, kill_when=halfway)
+    mark = json.loads((run / "checkpoints" / "newest.json").read_text(encoding="utf-8"))
+    stage.note = f"killed after epoch {mark['epoch']} and {mark['update']} updates"
+    stages.append(stage)
+    stage, text = run_stage("go on to the end", train, out / "resume.log", run)
+    resumed = [line for line in text.splitlines() if "going on from" in line]
+    if not resumed:
+        raise StageError(f"the second start did not go on from a checkpoint:\n{text[-2000:]}")
+    stage.note = _training(run)
+    stages.append(stage)
+    evaluate = [python, str(ROOT / "launch" / "evaluate.py"), "--run", str(run), "--json", str(out / "test.json")]
+    stage, _ = run_stage("evaluate", evaluate, out / "evaluate.log", out / "test.json")
+    stage.note = _evaluation(out / "test.json")
+    stages.append(stage)
+    return stages
+
+
+def _splits(manifest: Path) -> str:
+    meta = json.loads((manifest / "manifest.json").read_text(encoding="utf-8"))
+    return ", ".join(f"{name} {split['size']:,}" for name, split in meta["splits"].items()) + " pictures"
+
+
+def _training(run: Path) -> str:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [line for line in lines if line["kind"] == "epoch"][-1]
+    corrected = sum(line.get("selected_count", 0) for line in lines if line["kind"] == "epoch")
+    speed, memory = last["images_per_second"], last["memory_gib"]
+    return f"{speed:.0f} images/s, {memory:.1f} GiB a rank, {corrected:,.0f} labels corrected"
+
+
+def _evaluation(report: Path) -> str:
+    found = json.loads(report.read_text(encoding="utf-8"))["alpha"]["1"]
+    groups = " ".join("-" if g["map"] is None else f"{g['map']:.1f}" for g in found["groups"])
+    return f"mAP {found['map']:.2f} (the pictures are noise); groups {groups}"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for everything; older stages in it are replaced"
+    )
+    parser.add_argument("--version", choices=["v3", "v6", "v7"], default="v3")
+    parser.add_argument(
+        "--images", type=int, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help="default: the whole release"
+    )
+    parser.add_argument("--classes", type=int, default=40, help="with --images; else the release's (5,000 in V3)")
+    parser.add_argument("--pictures", type=float, default=0.01, help="share of the ids that get a JPEG file")
+    parser.add_argument("--no-shards", dest="shards", action="store_false", help="train from loose files")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--port", type=int, default=29588)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--save-updates", type=int, default=100)
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("more", nargs="*", help="after --: further options of train.py")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run, print a table, write the JSON."""
+    options = parse()
+    stages = simulate(options)
+    width = max(len(s.name) for s in stages)
+    print(f"\n{'stage':<{width}}  {'seconds':>8}  {'peak GiB':>8}  {'disk MB':>9}")
+    for s in stages:
+        print(f"{s.name:<{width}}  {s.seconds:8.1f}  {s.peak_gib:8.2f}  {s.disk_bytes / 1e6:9.1f}  {s.note}")
+    if options.json is not None:
+        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        report = {"machine": machine, "stages": [asdict(s) for s in stages]}
+        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except StageError as error:
+        raise SystemExit(f"error: {error}") from error
