@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn raw data into a Manifest: `python launch/prepare.py {digits,voc,coco,csv} --out DIR ...`.
+"""Turn raw data into a Manifest: `python launch/prepare.py DATASET --out DIR ...`.
 
 `python launch/prepare.py shard --manifest DIR --out DIR` packs the pictures of a Manifest into tar shards.
 """

@@ -84,8 +84,9 @@ def draw_published(known: SparseLabels, seed: int = PUBLISHED_SEED, positives: i
         Labels with default -1 that list nothing but observed positives.
     """
     rng = np.random.RandomState(seed)
-    kept: list[npt.NDArray[np.int64]] = []
-    counts = np.zeros(len(known), np.int64)
+    indptr = np.zeros(len(known) + 1, np.int64)
+    np.cumsum(np.minimum(known.row_counts(POSITIVE), positives), out=indptr[1:])
+    kept = np.empty(indptr[-1], class_dtype(known.num_classes))
     # `shuffle` draws by length alone, so the content of the negatives' array does not matter.
     negatives = np.zeros(known.num_classes, np.int64)
     listed_negatives = known.row_counts(NEGATIVE)
@@ -97,12 +98,8 @@ def draw_published(known: SparseLabels, seed: int = PUBLISHED_SEED, positives: i
             num_negatives += known.num_classes - (entries.stop - entries.start)
         rng.shuffle(classes)
         rng.shuffle(negatives[:num_negatives])
-        kept.append(np.sort(classes[:positives]))
-        counts[row] = len(kept[-1])
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    flat = np.concatenate(kept) if kept else np.empty(0, np.int64)
-    classes_out = flat.astype(class_dtype(known.num_classes))
-    return SparseLabels(indptr, classes_out, np.full(len(flat), POSITIVE, np.int8), known.num_classes, UNKNOWN)
+        kept[indptr[row] : indptr[row + 1]] = np.sort(classes[:positives])
+    return SparseLabels(indptr, kept, np.full(len(kept), POSITIVE, np.int8), known.num_classes, UNKNOWN)
 
 
 def draw_fraction(known: SparseLabels, fraction: float, seed: int, phase: str = "train") -> SparseLabels:

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.errors import UserError
-from spml_fast.labels import NEGATIVE, POSITIVE, SparseLabels
+from spml_fast.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.manifest import Manifest, ManifestWriter
 from spml_fast.observe import PUBLISHED_SEED, Observe, published_split
 from spml_fast.verify import Level, Verified, choose_level, verify_pictures
@@ -52,7 +52,14 @@ class RawSplit:
         known: everything that is annotated, N rows.
         paths: N paths relative to the data set's image root (or absolute); or None with `ids` and `template`.
         ids: numeric ids, N.
-        template: path from an id, such as `{split}/{id:016x}.jpg`.
+        template: path from an id, such as `{split}/{id:016x}.jpg`; or several of them, with `template_of`.
+        template_of: number of each picture's template, N.
+        present: bool [N], False for annotated pictures that are not there; None when nobody has looked. Labels are
+            drawn for all rows, so that those of a picture do not depend on which others are there.
+        extra: labels of the same rows that training sees besides the observed ones, and that are not part of the truth;
+            they name no (picture, class) that `known` does.
+        orientation: annotated EXIF orientation 1..8, uint8 [N], 0 where unknown; it is applied whatever the pictures'
+            own EXIF data say.
         width: annotated stored widths in pixels, int [N], 0 where unknown; None when the annotations have none.
         height: annotated stored heights.
         boxes: (indptr int64 [N + 1], float [K, 5] of class, x0, y0, x1, y1 in pixels of the stored picture).
@@ -62,7 +69,11 @@ class RawSplit:
     known: SparseLabels
     paths: Sequence[str] | None = None
     ids: npt.NDArray[np.integer] | None = None
-    template: str | None = None
+    template: str | Sequence[str] | None = None
+    template_of: npt.NDArray[np.integer] | None = None
+    present: npt.NDArray[np.bool_] | None = None
+    extra: SparseLabels | None = None
+    orientation: npt.NDArray[np.uint8] | None = None
     width: npt.NDArray[np.integer] | None = None
     height: npt.NDArray[np.integer] | None = None
     boxes: tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]] | None = None
@@ -79,10 +90,21 @@ class RawSplit:
         if self.paths is not None:
             return self.paths[index]
         assert self.ids is not None and self.template is not None
-        return self.template.format(id=int(self.ids[index]), split=self.name)
+        if isinstance(self.template, str):
+            template = self.template
+        else:
+            template = self.template[0 if self.template_of is None else int(self.template_of[index])]
+        return template.format(id=int(self.ids[index]), split=self.name)
 
     def select(self, index: npt.NDArray[np.int64], name: str | None = None) -> RawSplit:
         """The rows `index`, in that order, under another name if one is given."""
+        # The official split's name stays in the pictures' paths.
+        if isinstance(self.template, str):
+            template: str | Sequence[str] | None = self.template.replace("{split}", self.name)
+        else:
+            template = self.template and [t.replace("{split}", self.name) for t in self.template]
+        if len(index) == len(self) and (np.diff(index) == 1).all():
+            return replace(self, name=name or self.name, template=template)
         boxes = None
         if self.boxes is not None:
             indptr, values = self.boxes
@@ -95,8 +117,11 @@ class RawSplit:
             known=self.known.select(index),
             paths=None if self.paths is None else [self.paths[i] for i in index],
             ids=None if self.ids is None else self.ids[index],
-            # The official split's name stays in the pictures' paths.
-            template=None if self.template is None else self.template.replace("{split}", self.name),
+            template=template,
+            template_of=None if self.template_of is None else self.template_of[index],
+            present=None if self.present is None else self.present[index],
+            extra=None if self.extra is None else self.extra.select(index),
+            orientation=None if self.orientation is None else self.orientation[index],
             width=None if self.width is None else self.width[index],
             height=None if self.height is None else self.height[index],
             boxes=boxes,
@@ -110,12 +135,15 @@ class RawDataset:
     Attributes:
         name: name of the data set.
         classes: class names in class-id order.
-        image_root: folder that paths are relative to; None when `make_pictures` makes them inside the Manifest.
+        image_root: folder that paths are relative to; None when `make_pictures` makes them inside the Manifest, or with
+            `labels_alone`.
         splits: the official splits.
         carve: (from, to): cut the published fifth off split `from` as the new split `to`; None for no cut.
         notes: sentences for the summary, such as how unlisted classes were read.
         settings: what determined the content, kept in report.json.
         make_pictures: called with an empty folder; writes the pictures there.
+        labels_alone: there are no pictures to look at (yet).
+        coverage: which annotated pictures are there, kept in report.json.
     """
 
     name: str
@@ -126,6 +154,8 @@ class RawDataset:
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     make_pictures: Callable[[Path], None] | None = None
+    labels_alone: bool = False
+    coverage: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -280,31 +310,41 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
         root.mkdir()
         raw.make_pictures(root)
         writer.image_root = root.resolve()
+    if raw.labels_alone:
+        root = Path()
     if root is None:
         raise ValueError("a data set needs an image root, or a way to make its pictures")
 
-    level = choose_level(common.verify, sum(len(s) for s in raw.splits))
+    looked_at = [np.arange(len(s)) if s.present is None else np.flatnonzero(s.present) for s in raw.splits]
+    level = "none" if raw.labels_alone else choose_level(common.verify, sum(len(rows) for rows in looked_at))
     report_splits: dict[str, Any] = {}
     left_out: list[dict[str, str]] = []
     reasons: Counter[str] = Counter()
     notes = list(raw.notes)
-    for official in raw.splits:
+    for official, present in zip(raw.splits, looked_at, strict=True):
         observed = common.observe.draw(official.known, common.seed, official.name)
+        hides_labels = observed is not None
+        if official.extra is not None:
+            observed = merge_labels(official.known if observed is None else observed, official.extra)
         if level == "none":
-            checked = verify_pictures(len(official), str, "none")
+            checked = verify_pictures(len(present), str, "none")
         else:
             label = f"{official.name} pictures"
-            path_of = _full_path(official, root)
-            checked = verify_pictures(len(official), path_of, level, common.workers, label, common.progress)
+            path_of = _full_path(official, root, present)
+            checked = verify_pictures(len(present), path_of, level, common.workers, label, common.progress)
+        if official.present is not None:
+            checked = checked.among(present, len(official))
         for index, (reason, detail) in checked.rejected.items():
             reasons[reason] += 1
             if len(left_out) < _MAX_LISTED:
                 path = official.relative_path(index)
                 left_out.append({"split": official.name, "path": path, "reason": reason, "detail": detail})
         if not checked.ok.any():
+            if not len(present):
+                raise UserError(f"there is no picture for any of the {len(official)} rows of split {official.name!r}")
             first, (reason, detail) = next(iter(checked.rejected.items()))
             raise UserError(
-                f"none of the {len(official)} pictures of split {official.name!r} can be used; the first is "
+                f"none of the {len(present)} pictures of split {official.name!r} can be used; the first is "
                 f"{os.path.join(root, official.relative_path(first))}: {reason}{f' ({detail})' if detail else ''}"
             )
         everything = np.arange(len(official))
@@ -319,7 +359,7 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
                 raise UserError(f"split {name!r} is empty ({len(official)} rows in the official {official.name!r})")
             part = official.select(rows, name)
             seen = None if observed is None else observed.select(rows)
-            entry = _write(part, seen, checked, rows, common.orientation, writer, notes)
+            entry = _write(part, seen, hides_labels, checked, rows, common.orientation, writer, notes)
             entry["left_out"] = official_rows - len(rows)
             report_splits[name] = entry
 
@@ -338,6 +378,7 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
             "verify": level,
             "orientation": common.orientation,
             "settings": raw.settings,
+            "coverage": raw.coverage,
             "notes": notes,
             "splits": report_splits,
             "left_out": {"total": sum(reasons.values()), "reasons": dict(reasons.most_common()), "pictures": left_out},
@@ -345,13 +386,30 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
     )
 
 
-def _full_path(split: RawSplit, root: Path) -> Callable[[int], str]:
-    return lambda index: os.path.join(root, split.relative_path(index))
+def _full_path(split: RawSplit, root: Path, rows: npt.NDArray[np.int64]) -> Callable[[int], str]:
+    return lambda index: os.path.join(root, split.relative_path(int(rows[index])))
+
+
+def merge_labels(first: SparseLabels, second: SparseLabels) -> SparseLabels:
+    """The labels of both, of the same rows; partly annotated, and no (row, class) may be in both."""
+    keys = np.empty(len(first.codes) + len(second.codes), np.int64)
+    for part, out in ((first, keys[: len(first.codes)]), (second, keys[len(first.codes) :])):
+        np.multiply(part.entry_rows(), first.num_classes, out=out)
+        out += part.classes
+        out <<= 1
+        out |= np.asarray(part.codes == POSITIVE)
+    # Sorting the values themselves needs no memory and a fraction of the time of sorting their places.
+    keys.sort()
+    codes = (keys & 1).astype(np.int8)
+    keys >>= 1
+    classes = (keys % first.num_classes).astype(class_dtype(first.num_classes))
+    return SparseLabels(first.indptr + second.indptr, classes, codes, first.num_classes, UNKNOWN)
 
 
 def _write(
     part: RawSplit,
     observed: SparseLabels | None,
+    hides_labels: bool,
     checked: Verified,
     rows: npt.NDArray[np.int64],
     orientation: Orientation,
@@ -365,6 +423,9 @@ def _write(
     width, height = checked.width[rows], checked.height[rows]
     opened = width > 0
     applied = checked.orientation[rows] if orientation == "exif" else np.ones(size, np.uint8)
+    listed = np.zeros(size, np.bool_) if part.orientation is None else part.orientation > 0
+    if part.orientation is not None:
+        applied = np.where(listed, part.orientation, applied)
     differ = opened & (annotated_width > 0) & ((width != annotated_width) | (height != annotated_height))
     if differ.any():
         notes.append(
@@ -391,6 +452,8 @@ def _write(
         paths=part.paths,
         ids=part.ids,
         template=part.template,
+        template_of=part.template_of,
+        hides_labels=hides_labels,
         boxes=boxes,
     )
     seen = part.known if observed is None else observed
@@ -400,7 +463,8 @@ def _write(
         "observed": count_labels(seen),
         "without_positive": int((part.known.row_counts(POSITIVE) == 0).sum()),
         "classes_without_positive": int((part.known.class_counts(POSITIVE) == 0).sum()),
-        "turned_by_exif": int((applied != 1).sum()),
+        "turned_by_exif": int(((applied != 1) & ~listed).sum()),
+        "turned_by_list": int(((applied != 1) & listed).sum()),
     }
 
 
@@ -473,6 +537,8 @@ def summary(manifest: Manifest, train_options: str = "") -> str:
             lines.append(f"{name}: no positive picture for {missing:,} of {report['classes']:,} classes")
         if split["turned_by_exif"]:
             lines.append(f"{name}: turned as their EXIF data say: {split['turned_by_exif']:,} pictures")
+        if split["turned_by_list"]:
+            lines.append(f"{name}: turned as the image lists say: {split['turned_by_list']:,} pictures")
     lines += report["notes"]
     left_out = report["left_out"]
     if left_out["total"]:
