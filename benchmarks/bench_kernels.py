@@ -1,535 +1,205 @@
-"""The fused ops against their PyTorch forms: correctness first, then time, bytes and memory.
+"""The fused ops against their PyTorch forms: bytes without a GPU, times with one.
 
-    python benchmarks/bench_kernels.py [--quick] [--json OUT] [--ops cam_pool label_loss ...] [--sweep] [--aot]
+    python benchmarks/bench_kernels.py [--ops cam_pool label_loss ...] [--quick] [--json OUT] [--results DIR]
+                                       [--bytes] [--seconds N] [--commit C] [--sweep] [--aot]
 
-Providers, each forward (fwd) and forward with backward (step):
+Without a GPU (or with --bytes): for every op and shape, forward (fwd) and forward with backward (step), what the fused
+op and PyTorch move and launch. Bytes are distinct bytes read and bytes written by every launch, PyTorch operations
+within an op included; `floor` is the least that any kernels must move, `eager` the same count for what one would write
+in PyTorch. Nothing runs: kernels' bytes come from formulas of their arguments, which the tests compare with what
+Triton's interpreter really reads and writes. Registers, spills and occupancy are of the machine code for sm_90 (the
+most registers, the least occupancy of the op's kernels). The last columns are the time that bytes and matrix products
+allow on a card by its public peak numbers: a bound, no measurement. Nothing here is a speed.
+Rows and a plot go to benchmarks/results/no_gpu_kernels.csv and .png.
 
-    eager      the PyTorch reference
-    compile    torch.compile of the reference
+With a GPU: providers
+
+    eager      PyTorch, products in the features' type
+    compile    torch.compile of it
     chunked    cam_pool alone: the vendor's matrix products over chunks of classes that fit in cache
-    matmul     cam_pool alone: bare matrix products of its size (one for fwd, three for step), the floor
+    matmul     cam_pool alone: bare matrix products of its size (one fwd, two bwd, three step), the goal's measure
     fused      the Triton kernels
 
-On a GPU every shape first passes a gate: values and gradients of the fused op against fp64, or the script stops with
-status 1 and reports nothing. All shapes of an op are warmed before any is timed. `bench` times include launch gaps and
-start with a cold level-2 cache (triton's do_bench), `graph` times have neither (do_bench_cudagraph); p20, p50, p80 in
-milliseconds. `bytes` is what an op must move at least (inputs and outputs once, saved tensors written and read), GB/s
-is bytes over the p50, `copy` the share of this card's measured copy rate, `TFLOP/s` of the matrix products that an op
-cannot do without. cam_pool runs with dense signs and with one positive cell in a hundred: half the cells of a fiftieth
-of a picture's classes, scattered.
+each forward (fwd), backward (bwd) and both (step). Every shape first passes a gate: values and gradients of the fused
+op against fp64; where it fails the fused op is not timed and its row says why. `p50` (p20, p80) are of triton's
+do_bench: launch gaps included, level-2 cache cold; `graph_p50` of do_bench_cudagraph: no gaps, cache warm. GB/s is the
+floor's bytes over p50, `copy` and `matmul` the shares of the copy and product rates measured on this card. `extra_mb`
+is peak memory beyond outputs and gradients. cam_pool runs with dense signs and with one positive cell in a hundred:
+half the cells of a fiftieth of a picture's classes, scattered. Every op runs in a process of its own, so that one that
+breaks the card's context costs its own rows. Rows go to benchmarks/results/<gpu>_kernels.csv after every shape, with
+GPU, torch, triton and commit, rows of the same key replaced; a plot lies beside it. Goals met and missed are in the
+rows (`goal`) and at the end. --seconds stops in time and says what is missing; a shape may take a minute
+longer.
 
-Rows go to benchmarks/results/<gpu>.csv with GPU, torch, triton and commit; rows of the same key are replaced.
-Without a GPU only the references run, rows are marked cpu, nothing is written but --json, and no kernel is timed: times
-under Triton's interpreter would say nothing. --sweep times other block sizes of cam_pool. --aot compiles every kernel
-for sm_80, sm_90 and sm_100, which needs no GPU, and prints registers, spills and load widths.
+Exit status 0; 1 when something failed, did not pass its gate or was not reached; 2 when the request cannot be served.
+
+--sweep times other block sizes of cam_pool (needs a GPU). --aot compiles every kernel for sm_80, sm_90 and sm_100 and
+prints registers, spills and load widths (needs no GPU).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import itertools
 import json
+import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from spml_kernels import label_loss, label_rows, large_loss_step  # noqa: E402
-from spml_kernels.cam_pool import cam_pool  # noqa: E402
-from spml_kernels.chunked import cam_pool_chunked  # noqa: E402
-from spml_kernels.jit import HAVE_TRITON, triton  # noqa: E402
-from spml_kernels.reference.cam_pool import cam_pool_reference  # noqa: E402
-from spml_kernels.reference.label_loss import label_loss_reference  # noqa: E402
-from spml_kernels.reference.label_rows import label_rows_reference  # noqa: E402
-from spml_kernels.reference.large_loss import (  # noqa: E402
-    large_loss_reference,
-    list_selected_reference,
-    select_large_reference,
-)
+from spml_kernels.aot import ARCHITECTURES, Case, Report, cases, compile_case  # noqa: E402
+from spml_kernels.counting import Launch, Moved, count, total  # noqa: E402
+from spml_kernels.jit import HAVE_TRITON, INTERPRETED, triton  # noqa: E402
+from spml_kernels.traffic import moved  # noqa: E402
 
-KEY = ("op", "shape", "provider", "mode", "gpu")
+from benchmarks.kernel_gpu import Card, run, work_through  # noqa: E402
+from benchmarks.kernel_report import RESULTS, Row, commit, judge, merge_csv, plot_bytes, plot_times  # noqa: E402
+from benchmarks.kernel_works import OPS, Work, cam_work, make_call, works  # noqa: E402
 
 
-@dataclass
-class Work:
-    """One op at one shape.
+class Peak(NamedTuple):
+    """Public peak numbers of a card: GB/s of memory, TFLOP/s of dense products in half precision and in tf32."""
 
-    Attributes:
-        op, shape: names of the row.
-        inputs: tensors of the call; the first `leaves` of them get gradients.
-        leaves: 0 for an op without gradient.
-        providers: name -> function of the inputs; returns the tensors that gradients flow from, or any tensors.
-        exact: the reference, for the gate.
-        bytes_fwd, bytes_step: what must be moved at least.
-        flops_fwd, flops_step: of matrix products that must be done.
-        tolerance: of the gate, largest relative error of root mean squares.
-    """
-
-    op: str
-    shape: str
-    inputs: list[Tensor]
-    leaves: int
-    providers: dict[str, Callable[..., tuple[Tensor, ...]]]
-    exact: Callable[..., tuple[Tensor, ...]]
-    bytes_fwd: float
-    bytes_step: float
-    flops_fwd: float = 0.0
-    flops_step: float = 0.0
-    tolerance: float = 1e-5
+    memory: float
+    half: float
+    tf32: float
 
 
-def size(*tensors: Tensor) -> int:
-    """Bytes of tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+# NVIDIA's data sheets, without sparsity: A100 SXM 80 GB, H100 SXM, H200 SXM, B200 (HGX, one of eight).
+CARDS = {
+    "A100": Peak(2039, 312, 156),
+    "H100": Peak(3350, 989, 494),
+    "H200": Peak(4800, 989, 494),
+    "B200": Peak(8000, 2250, 1120),
+}
 
 
-def cam_inputs(
-    batch: int, side: int, channels: int, classes: int, dtype: torch.dtype, sparse: bool, device: str
-) -> list[Tensor]:
-    """Features (positive, as after a ReLU), weights and bias.
-
-    Sparse: all but a few classes of a picture are negative everywhere, and those are positive in half of their cells,
-    so that one cell in a hundred is positive. Dense: about half of them, in no order.
-    """
-    generator = torch.Generator(device=device).manual_seed(0)
-    draw = {"generator": generator, "device": device}
-    features = torch.randn(batch, side, side, channels, **draw)
-    weight = torch.randn(classes, channels, **draw) / channels**0.5
-    bias = torch.zeros(classes, device=device)
-    if sparse:
-        # One channel per group of classes switches them on in a fiftieth of the pictures.
-        bias -= 8.0
-        groups = min(50, channels, classes)
-        for group in range(groups):
-            weight[group::groups, group] = 4.0
-            features[..., group] = 0.0
-            chosen = torch.arange(group % batch, batch, 50, device=device)
-            features[chosen, : max(side // 2, 1), :, group] = 4.0
-    return [features.to(dtype), weight.to(dtype), bias]
+def machine(gpu: str, known: str | None = None) -> Row:
+    """What a row was made with; `known` is the commit where git is not at hand."""
+    version = triton.__version__ if HAVE_TRITON else "none"
+    return {"gpu": gpu, "torch": torch.__version__, "triton": version, "commit": known or commit()}
 
 
-def cam_works(shapes: list[tuple[int, int, int, int]], dtype: torch.dtype, device: str) -> Iterator[Work]:
-    """cam_pool with dense and with sparse signs."""
-    for (batch, side, channels, classes), sparse in itertools.product(shapes, (False, True)):
-        inputs = cam_inputs(batch, side, channels, classes, dtype, sparse, device)
-        features, weight, _ = inputs
-        rows = batch * side * side
-        flops = 2.0 * rows * classes * channels
-        outputs = 2 * batch * classes * 4
-        signs = rows * classes / 8
-        cells, operand = features.reshape(rows, channels), weight
-        out = torch.empty(rows, classes, dtype=dtype, device=device) if device != "cpu" else None
-
-        def matmul(x: Tensor, w: Tensor, b: Tensor, cells=cells, operand=operand, out=out) -> tuple[Tensor, ...]:
-            return (torch.mm(cells, operand.T, out=out),)
-
-        name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        density = "sparse" if sparse else "dense"
-        yield Work(
-            "cam_pool",
-            f"{name} B {batch} HW {side}x{side} K {channels} C {classes} {density}",
-            inputs,
-            3,
-            {
-                "eager": lambda *t: cam_pool_reference(*t, True),
-                "compile": torch.compile(lambda *t: cam_pool_reference(*t, True), dynamic=False),
-                "chunked": cam_pool_chunked,
-                "matmul": matmul,
-                "fused": lambda *t: cam_pool(*t),
-            },
-            lambda *t: cam_pool_reference(*t, True),
-            size(*inputs) + outputs,
-            3 * size(*inputs) + 2 * outputs + 2 * signs,
-            flops,
-            3 * flops,
-            1e-2 if dtype != torch.float32 else 1e-4,
-        )
+# ---- without a GPU
 
 
-def loss_inputs(rows: int, classes: int, device: str) -> list[Tensor]:
-    """Logits and codes: one observed positive a row, everything else unknown."""
-    generator = torch.Generator(device=device).manual_seed(0)
-    logits = torch.randn(rows, classes, generator=generator, device=device) * 2 - 3
-    codes = torch.full((rows, classes), -1, dtype=torch.int8, device=device)
-    codes[torch.arange(rows, device=device), torch.arange(rows, device=device) % classes] = 1
-    return [logits, codes]
+def launches_of(work: Work, provider: str, mode: str) -> list[Launch]:
+    """What one call of a provider launches, on meta tensors."""
+    with mock.patch.dict(os.environ, SPML_KERNELS="triton" if provider == "fused" else "reference"):
+        return count(make_call(work, provider, mode, work.inputs("meta")))
 
 
-def label_loss_works(shapes: list[tuple[int, int]], device: str) -> Iterator[Work]:
-    """Assume-negative and asymmetric loss."""
-    from spml_fast.methods.asl import AsymmetricLoss
-    from spml_fast.methods.assume_negative import AN_POINT
-
-    for (rows, classes), (point, params) in itertools.product(
-        shapes, ((AN_POINT, ()), (AsymmetricLoss.point, (0.0, 4.0, 0.05, 1e-8, 0.0)))
-    ):
-        inputs = loss_inputs(rows, classes, device)
-
-        def reference(z: Tensor, codes: Tensor, point=point, params=params) -> tuple[Tensor, ...]:
-            return (label_loss_reference(z, codes, point.reference, params),)
-
-        def fused(z: Tensor, codes: Tensor, point=point, params=params) -> tuple[Tensor, ...]:
-            return (label_loss(z, codes, point, params),)
-
-        least = size(*inputs)
-        yield Work(
-            "label_loss",
-            f"{point.name} {rows} x {classes}",
-            inputs,
-            1,
-            {"eager": reference, "compile": torch.compile(reference, dynamic=False), "fused": fused},
-            reference,
-            least,
-            least + 3 * size(inputs[0]),
-        )
-
-
-def large_loss_works(shapes: list[tuple[int, int]], device: str) -> Iterator[Work]:
-    """Selection of one per cent, loss, gradient and list."""
-    for rows, classes in shapes:
-        inputs = loss_inputs(rows, classes, device)
-        k_max = max(rows * classes // 100, 1)
-        k = torch.tensor(k_max, device=device)
-
-        def reference(z: Tensor, codes: Tensor, k=k, k_max=k_max) -> tuple[Tensor, ...]:
-            selected, _ = select_large_reference(z, codes, k, k_max, "exact", lambda t: t[None], 0)
-            list_selected_reference(selected, k_max)
-            return (large_loss_reference(z, codes, selected, "reject"),)
-
-        def fused(z: Tensor, codes: Tensor, k=k, k_max=k_max) -> tuple[Tensor, ...]:
-            return (large_loss_step(z, codes, k, k_max, "reject").loss,)
-
-        # Three histograms, the counts and the last pass read everything once each; what must be: once.
-        least = size(*inputs) + rows * classes + 8 * k_max
-        yield Work(
-            "large_loss",
-            f"{rows} x {classes} k {k_max}",
-            inputs,
-            1,
-            {"eager": reference, "compile": torch.compile(reference, dynamic=False), "fused": fused},
-            reference,
-            least,
-            least + 3 * size(inputs[0]),
-        )
-
-
-def label_rows_works(shapes: list[tuple[int, int]], device: str) -> Iterator[Work]:
-    """Six listed labels a sample, of 100,000 samples."""
-    for rows, classes in shapes:
-        samples, listed = 100_000, 6
-        generator = torch.Generator(device=device).manual_seed(0)
-        indptr = torch.arange(0, samples * listed + 1, listed, device=device)
-        ids = torch.randint(0, classes, (samples * listed,), generator=generator, device=device).to(torch.int16)
-        # Equal classes within a row would make the result depend on the order of writes.
-        ids = ((ids.view(-1, listed)[:, :1].int() + torch.arange(listed, device=device)) % classes).to(torch.int16)
-        codes = torch.randint(0, 2, (samples * listed,), generator=generator, device=device, dtype=torch.int8)
-        index = torch.randint(0, samples, (rows,), generator=generator, device=device)
-        inputs = [indptr, ids.flatten(), codes, index]
-
-        def reference(*t: Tensor, classes=classes, listed=listed) -> tuple[Tensor, ...]:
-            return (label_rows_reference(*t, classes, -1, listed),)
-
-        def fused(*t: Tensor, classes=classes, listed=listed) -> tuple[Tensor, ...]:
-            return (label_rows(*t, classes, -1, listed),)
-
-        yield Work(
-            "label_rows",
-            f"{rows} x {classes}",
-            inputs,
-            0,
-            {"eager": reference, "compile": torch.compile(reference, dynamic=False), "fused": fused},
-            reference,
-            rows * (classes + 8 + 16 + 3 * listed),
-            0,
-        )
-
-
-def all_works(ops: list[str], quick: bool, device: str) -> Iterator[Work]:
-    """The shapes that matter; a few small ones without a GPU or with --quick."""
-    small = quick or device == "cpu"
-    if "cam_pool" in ops:
-        if device == "cpu":
-            yield from cam_works([(4, 7, 96, 80)], torch.float32, device)
+def case_of(launch: Launch) -> Case:
+    """The launch as an ahead-of-time compile, specialised as Triton would: multiples of 16, and ones, are constants."""
+    types: dict[str, str | tuple[str, ...]] = {}
+    constants: dict[str, Any] = {}
+    aligned = []
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
+    names |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+    constexpr = {p.name for p in launch.kernel.params if p.is_constexpr}
+    for name in launch.kernel.arg_names:
+        value = launch.arguments[name]
+        if name in constexpr or value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+        elif isinstance(value, torch.Tensor):
+            types[name] = f"*{names[value.dtype]}"
+            aligned.append(name)
+        elif isinstance(value, tuple):
+            types[name] = ("fp32",) * len(value)
+        elif isinstance(value, int):
+            types[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(name)
         else:
-            shapes = [(128, 14, 2048, 80), (128, 14, 2048, 5000)]
-            if not small:
-                shapes += [(16, 14, 2048, 20), (64, 16, 768, 81), (128, 7, 1280, 312), (512, 7, 2048, 80)]
-                shapes += [(32, 32, 512, 5000), (64, 14, 2048, 9605), (1, 14, 2048, 5000), (128, 8, 96, 10)]
-            yield from cam_works(shapes, torch.bfloat16, device)
-            yield from cam_works(shapes[:1], torch.float32, device)
-            if not small:
-                yield from cam_works(shapes[:2], torch.float16, device)
-    tables = [(16, 80), (128, 80)] if small else [(16, 20), (16, 80), (128, 81), (512, 312), (128, 5000), (512, 9605)]
-    if small and device != "cpu":
-        tables.append((128, 5000))
-    if "label_loss" in ops:
-        yield from label_loss_works(tables, device)
-    if "large_loss" in ops:
-        yield from large_loss_works(tables, device)
-    if "label_rows" in ops:
-        yield from label_rows_works(tables, device)
+            types[name] = "fp32"
+    options = launch.arguments
+    warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)
+    return Case(launch.name, "", launch.kernel, types, constants, tuple(aligned), warps, stages)
 
 
-def upstreams(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients to start from, of the outputs' shapes, neither 0 nor 1."""
-    generator = torch.Generator(device=outputs[0].device).manual_seed(1)
-    return [
-        torch.randn(t.shape, generator=generator, device=t.device, dtype=torch.float32).to(t.dtype) for t in outputs
-    ]
+class Compiler:
+    """Machine code of launches; equal ones are compiled once."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.reports: dict[str, Report] = {}
+
+    def report(self, launch: Launch) -> Report:
+        """Registers and the like of one launch."""
+        case = case_of(launch)
+        key = repr(
+            (case.op, sorted(case.types.items()), sorted(case.constants.items(), key=repr), case.aligned, case.warps)
+        )
+        if key not in self.reports:
+            self.reports[key] = compile_case(case, self.arch)
+        return self.reports[key]
 
 
-def make_step(work: Work, provider: str) -> Callable[[], Any]:
-    """Forward and backward of one provider on leaves of its own."""
-    function = work.providers[provider]
-    if provider == "matmul":
-        features, weight = work.inputs[0].flatten(0, 2), work.inputs[1]
-        cam = torch.zeros(len(features), len(weight), dtype=features.dtype, device=features.device)
-
-        def products() -> tuple[Tensor, Tensor, Tensor]:
-            return torch.mm(features, weight.T, out=cam), cam @ weight, cam.T @ features
-
-        cam.normal_()
-        return products
-    inputs = [t.detach().requires_grad_(i < work.leaves) for i, t in enumerate(work.inputs)]
-    start = upstreams(function(*inputs))
-
-    def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(*inputs), inputs[: work.leaves], start)
-
-    return step
+def bound_us(work: Work, bytes_: float, mode: str, card: Peak) -> float:
+    """Microseconds that bytes and products take at a card's peak; whichever is longer."""
+    rate = card.tf32 if work.products == 3 else card.half
+    return max(bytes_ / card.memory / 1e3, work.products * work.flops.get(mode, 0.0) / rate / 1e6)
 
 
-def make_forward(work: Work, provider: str) -> Callable[[], Any]:
-    """Forward alone, nothing kept for a backward."""
-    function, inputs = work.providers[provider], [t.detach() for t in work.inputs]
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return function(*inputs)
-
-    return forward
-
-
-def gate(work: Work) -> str:
-    """Largest relative error of the fused op against fp64, values and gradients; raises when it is too large."""
-    function = work.providers["fused"]
-    low = [t.detach().requires_grad_(i < work.leaves) for i, t in enumerate(work.inputs)]
-    values = function(*low)
-    start = upstreams(values)
-    found = [*values, *(torch.autograd.grad(values, low[: work.leaves], start) if work.leaves else ())]
-    high = [t.detach().double() if t.is_floating_point() else t for t in work.inputs]
-    high = [t.requires_grad_(i < work.leaves) for i, t in enumerate(high)]
-    exact = work.exact(*high)
-    wanted = [
-        *exact,
-        *(torch.autograd.grad(exact, high[: work.leaves], [s.double() for s in start]) if work.leaves else ()),
-    ]
-    worst = 0.0
-    for place, (a, b) in enumerate(zip(found, wanted, strict=True)):
-        a, b = a.detach().double(), b.detach().double()
-        error = float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
-        if not error <= work.tolerance:
-            raise AssertionError(f"{work.op} {work.shape}: result {place} is off by {error:.3g} (rms, relative)")
-        worst = max(worst, error)
-    return f"{worst:.1e}"
+def traffic_row(work: Work, mode: str, compiler: Compiler | None) -> Row:
+    """Bytes, launches and machine code of one op at one shape."""
+    fused, eager = launches_of(work, "fused", mode), launches_of(work, "eager", mode)
+    kernels = [launch for launch in fused if launch.kernel is not None]
+    ours, theirs = total(fused, moved), total(eager)
+    row: Row = {"op": work.op, "shape": work.shape, "mode": mode, "provider": "fused" if kernels else "no kernel yet"}
+    row |= {"floor_bytes": int(work.floor[mode]), "fused_bytes": ours.least, "eager_bytes": theirs.least}
+    row |= {"fused_reads": ours.read, "kernel_launches": len(kernels)}
+    row |= {"fused_launches": len(fused), "eager_launches": len(eager)}
+    row |= {"kernel_bytes": total(kernels, moved).least if kernels else Moved().least}
+    if compiler is not None and kernels:
+        reports = [compiler.report(launch) for launch in kernels]
+        row |= {"registers": max(r.registers for r in reports), "spills": sum(r.spills for r in reports)}
+        row |= {"occupancy": min(r.occupancy(compiler.arch) for r in reports), "arch": compiler.arch}
+    return row | {f"{name}_us": bound_us(work, ours.least, mode, card) for name, card in CARDS.items()}
 
 
-def times_gpu(function: Callable[[], Any]) -> dict[str, float]:
-    """p20, p50, p80 in ms, plain and as a CUDA graph (NaN where it cannot be captured), and peak memory in MB."""
-    testing = importlib.import_module("triton.testing")
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    quantiles = [0.2, 0.5, 0.8]
-    row = dict(zip(("p20", "p50", "p80"), testing.do_bench(function, quantiles=quantiles), strict=True))
-    try:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            graph = testing.do_bench_cudagraph(function, quantiles=quantiles)
-    except RuntimeError:
-        graph = [float("nan")] * 3
-    return row | dict(zip(("graph_p20", "graph_p50", "graph_p80"), graph, strict=True)) | {"peak_mb": peak}
-
-
-def times_cpu(function: Callable[[], Any], budget: float = 0.3) -> dict[str, float]:
-    """p20, p50, p80 in ms of wall time."""
-    function()
-    spent: list[float] = []
-    while len(spent) < 5 or (sum(spent) < budget and len(spent) < 200):
-        start = time.perf_counter()
-        function()
-        spent.append(time.perf_counter() - start)
-    cuts = statistics.quantiles(spent, n=10)
-    return {"p20": cuts[1] * 1e3, "p50": statistics.median(spent) * 1e3, "p80": cuts[7] * 1e3}
-
-
-def copy_rate() -> float:
-    """GB/s of a device-to-device copy of 2 GB, bytes read and written."""
-    testing = importlib.import_module("triton.testing")
-    source = torch.empty(2**29, device="cuda").normal_()
-    target = torch.empty_like(source)
-    return 2 * size(source) / 1e6 / testing.do_bench(lambda: target.copy_(source), return_mode="median")
-
-
-def commit() -> str:
-    """Short hash of the checked-out commit, with + when files differ from it."""
-    try:
-        run = lambda *words: subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
-        return run("git", "rev-parse", "--short", "HEAD") + ("+" if run("git", "status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def show(row: dict[str, Any]) -> None:
-    """One line on the screen."""
-    text = f"{row['op']:<11}{row['shape']:<46}{row['provider']:<9}{row['mode']:<5}{row['p50']:>9.4f} ms"
-    if "graph_p50" in row:
-        text += f"{row['graph_p50']:>10.4f}{row['gb_s']:>9.0f} GB/s{row['copy']:>6.0%}{row['tflop_s']:>8.0f} TF/s"
-        text += f"{row['peak_mb']:>9.1f} MB"
-    print(text, flush=True)
-
-
-def ratios(rows: list[dict[str, Any]]) -> None:
-    """Fused against every rival, per shape."""
-    groups: dict[tuple[str, str, str], dict[str, float]] = {}
-    for row in rows:
-        groups.setdefault((row["op"], row["shape"], row["mode"]), {})[row["provider"]] = row["p50"]
-    print("\nfused against each rival: how many times faster (below 1: slower); matmul: fused over its floor")
-    for (op, shape, mode), found in groups.items():
-        if "fused" not in found:
-            continue
-        words = [
-            f"{name} {time / found['fused']:.2f}x" for name, time in found.items() if name not in ("fused", "matmul")
-        ]
-        if "matmul" in found:
-            words.append(f"matmul {found['fused'] / found['matmul']:.2f}x")
-            goal = 1.15 if mode == "fwd" else 1.30
-            if "C 5000" in shape and "B 128" in shape and "dense" in shape and found["fused"] > goal * found["matmul"]:
-                words.append(f"MISSES {goal}x")
-        if found["fused"] > found.get("compile", float("inf")):
-            words.append("SLOWER THAN COMPILE")
-        print(f"{op:<11}{shape:<46}{mode:<5}{', '.join(words)}")
-
-
-def write_csv(rows: list[dict[str, Any]], gpu: str) -> Path:
-    """Rows merged into the card's table by key."""
-    path = ROOT / "benchmarks" / "results" / (re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + "_kernels.csv")
-    path.parent.mkdir(exist_ok=True)
-    table: dict[tuple[str, ...], dict[str, Any]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            table = {tuple(r[k] for k in KEY): r for r in csv.DictReader(file)}
-    table |= {tuple(str(r[k]) for k in KEY): r for r in rows}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(table.values())
-    return path
-
-
-def bench(ops: list[str], quick: bool) -> list[dict[str, Any]]:
-    """All rows."""
-    gpu = torch.cuda.is_available() and HAVE_TRITON
-    device = "cuda" if gpu else "cpu"
-    name = torch.cuda.get_device_name() if gpu else "cpu"
-    machine = {
-        "gpu": name,
-        "torch": torch.__version__,
-        "triton": triton.__version__ if HAVE_TRITON else "none",
-        "commit": commit(),
-    }
-    print(", ".join(f"{k} {v}" for k, v in machine.items()), f"python {platform.python_version()}")
-    if not gpu:
-        print("no GPU: only the PyTorch references run, on the CPU; no kernel is timed (rows marked cpu)")
-    top = copy_rate() if gpu else float("nan")
-    if gpu:
-        print(f"copy {top:.0f} GB/s\n{'':<71}{'bench p50':>12}{'graph':>10}")
+def bytes_table(ops: list[str], small: bool, compiler: Compiler | None) -> list[Row]:
+    """All rows, printed as they come."""
+    print("no times here: bytes and launches by formula, machine code for sm_90, and bounds by public peak numbers")
+    cards = "".join(f"{name:>9}" for name in CARDS)
+    titles = f"{'':<70}{'floor':>9}{'fused':>9}{'eager MB':>9}{'launches':>12}{'regs':>6}{'spills':>7}{'occ.':>6}"
+    print(f"{titles}   bound us{cards}")
     rows = []
-    for op in ops:
-        works = list(all_works([op], quick, device))
-        if gpu:
-            for work in works:
-                print(f"gate {work.op} {work.shape}: {gate(work)}", flush=True)
-                torch.cuda.empty_cache()
-        for work in works:
-            providers = list(work.providers) if gpu else ["eager"]
-            for provider, mode in itertools.product(providers, ("fwd", "step") if work.leaves else ("fwd",)):
-                try:
-                    function = (make_forward if mode == "fwd" else make_step)(work, provider)
-                    for _ in range(3):
-                        function()
-                    found = times_gpu(function) if gpu else times_cpu(function)
-                except torch.OutOfMemoryError:
-                    print(f"{work.op:<11}{work.shape:<46}{provider:<9}{mode:<5} out of memory")
-                    continue
-                least = work.bytes_fwd if mode == "fwd" else work.bytes_step
-                flops = work.flops_fwd if mode == "fwd" else work.flops_step
-                row = {"op": work.op, "shape": work.shape, "provider": provider, "mode": mode, **found}
-                row |= {"bytes": int(least), "gb_s": least / 1e6 / found["p50"]}
-                row |= {"copy": row["gb_s"] / top, "tflop_s": flops / 1e9 / found["p50"], **machine}
-                rows.append(row)
-                show(row)
-            if gpu:
-                torch.cuda.empty_cache()
+    # Bytes do not depend on the signs.
+    for work in (w for w in works(ops, small) if not w.shape.endswith(" sparse")):
+        for mode in ("fwd", "step") if work.leaves else ("fwd",):
+            row = traffic_row(work, mode, compiler)
+            rows.append(row)
+            text = f"{row['op']:<18}{row['shape']:<47}{mode:<5}"
+            text += "".join(f"{row[k] / 1e6:>9.3f}" for k in ("floor_bytes", "fused_bytes", "eager_bytes"))
+            text += f"{row['fused_launches']:>6}{row['eager_launches']:>6}"
+            text += f"{row.get('registers', ''):>6}{row.get('spills', ''):>7}"
+            text += f"{row['occupancy']:>6.0%}" if "occupancy" in row else " " * 6
+            print(text + " " * 11 + "".join(f"{row[f'{name}_us']:>9.2f}" for name in CARDS), flush=True)
     return rows
 
 
-def sweep() -> None:
-    """Other block sizes of cam_pool's kernels at the largest shape, dense signs."""
-    from spml_kernels.heuristics import Tiles
-
-    module = importlib.import_module("spml_kernels.cam_pool")
-    ours = module._launch
-    testing = importlib.import_module("triton.testing")
-    for batch, side, channels, classes in ((128, 14, 2048, 5000), (128, 14, 2048, 80)):
-        work = next(cam_works([(batch, side, channels, classes)], torch.bfloat16, "cuda"))
-        shipped = ours(batch, side * side, classes, channels, work.inputs[0])
-        tries = [("shipped", shipped)]
-        for rows, wide, depth, warps, stages in itertools.product((128, 256), (64, 128), (32, 64), (4, 8), (3, 4)):
-            for slices in (2, 4):
-                tiles = Tiles(rows, wide, depth, warps, stages)
-                tries.append((f"forward {tiles} slices {slices}", shipped._replace(forward=tiles, slices=slices)))
-        for which, across, warps, stages in itertools.product(
-            ("d_features", "d_weight"), (128, 256), (4, 8), (2, 3, 4)
-        ):
-            tiles = getattr(shipped, which)._replace(channels=across, warps=warps, stages=stages)
-            tries.append((f"{which} {tiles}", shipped._replace(**{which: tiles})))
-        for name, launch in tries:
-            module._launch = lambda *a, launch=launch: launch
-            try:
-                found = [
-                    testing.do_bench(make(work, "fused"), return_mode="median") for make in (make_forward, make_step)
-                ]
-                print(f"C {classes}: fwd {found[0]:.4f} step {found[1]:.4f} ms  {name}", flush=True)
-            except Exception as error:
-                print(f"C {classes}: {type(error).__name__} {name}", flush=True)
-        module._launch = ours
+# ---- machine code
 
 
-def ahead_of_time(ops: list[str], quick: bool) -> list[dict[str, Any]]:
+def ahead_of_time(ops: list[str], quick: bool) -> list[Row]:
     """Compile every kernel at its main shapes for GPUs that are not there."""
-    from spml_kernels.aot import ARCHITECTURES, cases, compile_case
-
     rows = []
     for arch in (90,) if quick else ARCHITECTURES:
         for case in cases(arch):
-            if not any(case.op.startswith(op) for op in (*ops, "large", "list")):
+            if not any(case.op.startswith(op.split("_")[0]) for op in ops):
                 continue
             report = compile_case(case, arch)
             row = {
@@ -540,9 +210,9 @@ def ahead_of_time(ops: list[str], quick: bool) -> list[dict[str, Any]]:
                 "occupancy": report.occupancy(arch),
             }
             rows.append(row)
-            loads = " ".join(f"{width}b:{count}" for width, count in report.loads.items())
+            loads = " ".join(f"{width}b:{number}" for width, number in report.loads.items())
             print(
-                f"sm_{arch} {case.op:<17}{case.shape:<40} registers {report.registers:>3} stack {report.stack} "
+                f"sm_{arch} {case.op:<22}{case.shape:<44} registers {report.registers:>3} stack {report.stack} "
                 f"shared {report.shared:>6} loads {loads} {' '.join(report.matrix)} threads {row['occupancy']:.0%}",
                 flush=True,
             )
@@ -550,39 +220,163 @@ def ahead_of_time(ops: list[str], quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+# ---- other block sizes
+
+
+def sweep(card: Card, results: Path, seconds: float, small: bool, known: str | None) -> int:
+    """Other block sizes of cam_pool's kernels at two shapes, dense signs; the best are printed last.
+
+    Nothing is compared with fp64 here: sizes that are taken over into `heuristics.py` meet the gate and the tests.
+    """
+    from spml_kernels.heuristics import Tiles
+
+    os.environ["SPML_KERNELS"] = "auto"
+    module = importlib.import_module("spml_kernels.cam_pool")
+    stop, facts = time.monotonic() + seconds, machine(torch.cuda.get_device_name(), known)
+    table = results / f"{file_name(facts['gpu'])}_sweep.csv"
+    rows: list[Row] = []
+    for classes in (5000,) if small else (5000, 80):
+        work = cam_work(128, 14, 2048, classes, torch.bfloat16)
+        inputs = work.inputs(card.device)
+        shipped = module._launch(128, 196, classes, 2048, inputs[0])
+        tries = [("shipped", "fwd", shipped), ("shipped", "bwd", shipped)]
+        for rows_, wide, warps, stages in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4)):
+            if rows_ * wide > 128 * 256 or (rows_ * wide == 128 * 256 and warps == 4):
+                continue
+            tiles = Tiles(rows_, wide, shipped.forward.channels, warps, stages)
+            tries.append((f"forward {tuple(tiles)}", "fwd", shipped._replace(forward=tiles, slices=rows_ // 64)))
+        for which in ("d_features", "d_weight"):
+            for across, warps, stages in itertools.product((64, 128, 256), (4, 8), (2, 3)):
+                tiles = getattr(shipped, which)._replace(channels=across, warps=warps, stages=stages)
+                tries.append((f"{which} {tuple(tiles)}", "bwd", shipped._replace(**{which: tiles})))
+        for name, mode, launch in tries:
+            row: Row = {"op": "cam_pool", "shape": work.shape, "provider": name, "mode": mode, **facts}
+            if time.monotonic() > stop:
+                row["status"] = "no time left"
+            else:
+                with mock.patch.object(module, "_launch", lambda *_, launch=launch: launch):
+                    try:
+                        row |= {**card.times(make_call(work, "fused", mode, inputs)), "status": "ok"}
+                    except Exception as error:
+                        row["status"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+                        # Too much shared memory is a refusal; a broken card raises here, and ends the sweep.
+                        card.synchronize()
+            rows.append(row)
+            merge_csv(table, [row])
+            print(f"C {classes} {mode} {row.get('p50', float('nan')):8.4f} ms  {name}  {row['status']}", flush=True)
+    for key in dict.fromkeys((r["shape"], r["mode"]) for r in rows):
+        timed = sorted(
+            (r for r in rows if (r["shape"], r["mode"]) == key and r["status"] == "ok"), key=lambda r: r["p50"]
+        )
+        print(
+            f"best of {len(timed)} at {key[0]} {key[1]}: "
+            + ", ".join(f"{r['provider']} {r['p50']:.4f} ms" for r in timed[:3])
+        )
+    print(f"written to {table}")
+    return int(any(r["status"] == "no time left" for r in rows))
+
+
+# ---- with a GPU
+
+
+def file_name(gpu: str) -> str:
+    """A card's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
+
+
+def worker(given: str) -> int:
+    """One worker process of `run`: one op, or the card's ceilings."""
+    task = json.loads(given)
+    # What the environment says must not turn the fused op into the reference.
+    os.environ["SPML_KERNELS"] = "auto"
+    card = Card()
+    if task["op"] == "ceilings":
+        facts = {"ceilings": card.ceilings(), "machine": machine(torch.cuda.get_device_name(), task["commit"])}
+        Path(task["events"]).write_text(json.dumps(facts), encoding="utf-8")
+        return 0
+    found = works([task["op"]], task["small"])
+    facts = {"ceilings": task["ceilings"], "machine": task["machine"]}
+    events, table = Path(task["events"]), Path(task["table"])
+    work_through(card, found, task["first"], events, table, facts, task["seconds"])
+    return 0
+
+
+def bench(ops: list[str], small: bool, results: Path, seconds: float, known: str | None) -> tuple[list[Row], int]:
+    """Time everything on this machine's GPU; rows and exit status."""
+    words = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "facts.json"
+        task = json.dumps({"op": "ceilings", "events": str(answer), "commit": known})
+        done = subprocess.run([*words, task])
+        if done.returncode or not answer.exists():
+            print("the card's copy and product rates could not be measured; nothing was timed", file=sys.stderr)
+            return [], 1
+        facts = json.loads(answer.read_text(encoding="utf-8"))
+    print(", ".join(f"{k} {v}" for k, v in facts["machine"].items()), f"python {platform.python_version()}")
+    print(", ".join(f"{k} {v:.0f} {'GB/s' if k == 'copy' else 'TFLOP/s'}" for k, v in facts["ceilings"].items()))
+    table = results / f"{file_name(facts['machine']['gpu'])}_kernels.csv"
+    given = {**facts, "small": small, "table": str(table)}
+    rows = run(ops, small, table, given, seconds, words)
+    sentences = judge(rows)
+    if rows:
+        merge_csv(table, rows)
+        if any(r["status"] == "ok" and r["provider"] == "fused" for r in rows):
+            plot_times(rows, table.with_suffix(".png"), f"{facts['machine']['gpu']}, {facts['machine']['commit']}")
+        print(f"written to {table}")
+    print(*sentences, sep="\n")
+    failed = [r for r in rows if r["status"].startswith("FAILED")]
+    for row in failed:
+        print(f"{row['op']} {row['shape']} {row['provider']} {row['mode']}: {row['status']}", file=sys.stderr)
+    return rows, int(bool(failed))
+
+
 def main() -> int:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ops = ["cam_pool", "label_loss", "large_loss", "label_rows"]
-    parser.add_argument("--ops", nargs="+", choices=ops, default=ops)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
     parser.add_argument("--quick", action="store_true", help="few shapes")
     parser.add_argument("--json", type=Path, help="write all rows to this file")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tables and plots")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="stop timing after this long")
+    parser.add_argument("--bytes", action="store_true", help="bytes and launches, as without a GPU")
+    parser.add_argument("--no-code", action="store_true", help="without registers and occupancy, which take minutes")
     parser.add_argument("--sweep", action="store_true", help="time other block sizes of cam_pool (needs a GPU)")
     parser.add_argument("--aot", action="store_true", help="compile for sm_80, sm_90, sm_100 (needs no GPU)")
+    parser.add_argument("--commit", help="commit to record where git is not at hand")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not HAVE_TRITON:
+        print("triton is not installed, so there are no kernels to look at", file=sys.stderr)
+        return 2
+    if INTERPRETED:
+        print("TRITON_INTERPRET is set, so kernels are not compiled; run without it", file=sys.stderr)
+        return 2
+    if options.worker:
+        return worker(options.worker)
+    if options.sweep and not torch.cuda.is_available():
+        print("--sweep needs a GPU", file=sys.stderr)
+        return 2
+    if options.sweep:
+        return sweep(Card(), options.results, options.seconds, options.quick, options.commit)
+    status = 0
     if options.aot:
-        if not HAVE_TRITON:
-            print("triton is not installed", file=sys.stderr)
-            return 2
         rows = ahead_of_time(options.ops, options.quick)
-    elif options.sweep:
-        if not torch.cuda.is_available():
-            print("--sweep needs a GPU", file=sys.stderr)
-            return 2
-        sweep()
-        return 0
+    elif options.bytes or not torch.cuda.is_available():
+        rows = bytes_table(options.ops, options.quick, None if options.no_code else Compiler(90))
+        table = options.results / "no_gpu_kernels.csv"
+        everything = not options.quick and set(options.ops) == set(OPS)
+        merge_csv(table, [row | machine("none", options.commit) for row in rows], keep=not everything)
+        plot_bytes(
+            rows, table.with_suffix(".png"), "Bytes and launches of the fused ops (by formula, nothing is timed)"
+        )
+        print(f"written to {table}")
     else:
-        try:
-            rows = bench(options.ops, options.quick)
-        except AssertionError as error:
-            print(f"gate failed, nothing is reported: {error}", file=sys.stderr)
-            return 1
-        ratios(rows)
-        if torch.cuda.is_available() and rows:
-            print(f"written to {write_csv(rows, torch.cuda.get_device_name())}")
+        rows, status = bench(options.ops, options.quick, options.results, options.seconds, options.commit)
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows}, indent=1, default=str))
-    return 0
+        options.json.write_text(json.dumps({"rows": rows}, indent=1, default=str), encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Checks, each with its time and outcome, written to a CSV with GPU, versions and commit:
   decode    mixed (nvJPEG) decoding and GPU views against the CPU pipeline, every training and evaluation view
   ops       every op on the GPU against fp64 on the CPU, values and gradients, twice for bit-equality
+  ignore    the same for IGNORE's ops: masked pictures in all modes and layouts, statistics, losses, gradients
   stages    a few DeepSpeed updates at ZeRO stages 0 to 3 in bf16, loss finite and falling
   sync      the training step under torch.cuda.set_sync_debug_mode("error"): no host-device synchronisation
   quick     the README's quick start, end to end, with its test mAP
@@ -136,6 +137,59 @@ def check_ops() -> str:
     return f"largest fp32 relative error {worst:.1e}"
 
 
+def check_ignore() -> str:
+    """Masked pictures and IGNORE's two passes on the GPU against fp64 on the CPU, twice for bit-equality."""
+    from spml_kernels import cam_mask, ignore_loss, ignore_statistics
+
+    def exact(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.cpu()
+
+    torch.manual_seed(0)
+    worst = 0.0
+    for (cells, side, channels, chosen), dtype in (
+        ((14, 448, 2048, 1), torch.bfloat16),
+        ((14, 448, 512, 4), torch.float32),
+        ((7, 225, 96, 2), torch.float16),
+    ):
+        features = torch.randn(20, cells, cells, channels).to(dtype).cuda()
+        weight, bias = torch.randn(80, channels).cuda() / channels**0.5, torch.randn(80).cuda()
+        classes = torch.randint(-1, 80, (20, chosen)).cuda()
+        for layout in (torch.channels_last, torch.contiguous_format):
+            pictures = torch.randn(20, 3, side, side, device="cuda").to(dtype).to(memory_format=layout)
+            for norm in ("per_image", "batch_rawmax", "batch_minmax"):
+                inputs = (features, weight, bias, classes, pictures)
+                one, two = (cam_mask(*inputs, 0.8, norm, 16) for _ in range(2))
+                assert torch.equal(one, two), f"cam_mask {norm}: two runs differ"
+                assert one.is_contiguous(memory_format=layout)
+                wanted = cam_mask(*(exact(t) for t in inputs), 0.8, norm, 16)
+                # Pixels at the threshold itself may fall to either side.
+                apart = float((one.cpu().double() != wanted).double().mean())
+                worst = max(worst, apart)
+                assert apart < 1e-3, f"cam_mask {norm} {dtype} {layout}: {apart:.2%} of the pixels differ"
+    error = 0.0
+    for rows, classes_in_all in ((16, 80), (128, 81), (128, 5000)):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            weak, strong, masked = (torch.randn(rows, classes_in_all).mul(4).to(dtype).cuda() for _ in range(3))
+            codes = torch.randint(-1, 2, (rows, classes_in_all), dtype=torch.int8).cuda()
+            gap, average = torch.tensor(2.0).cuda(), torch.randn(classes_in_all).cuda()
+            for form in ("logits", "epsilon"):
+                results = []
+                for give in (exact, torch.clone, torch.clone):
+                    leaves = [give(t).requires_grad_() for t in (weak, strong)]
+                    rest = [give(t) for t in (masked, codes, gap, average)]
+                    terms = ignore_loss(leaves[0], leaves[1], *rest, form, truth=rest[1].abs())  # type: ignore[arg-type]
+                    loss = terms.spbc / rows + terms.ign / (rows * classes_in_all) - terms.reg / (rows * 7)
+                    grads = torch.autograd.grad(loss, leaves)
+                    results.append([*terms, *grads, ignore_statistics(leaves[0], rest[0], rest[1])])
+                for reference, value, again in zip(*results, strict=True):
+                    assert torch.equal(value, again), "ignore_loss: two runs differ"
+                    off = (reference.double() - value.cpu().double()).detach().square().mean().sqrt()
+                    off = float(off / reference.detach().double().square().mean().sqrt().clamp(min=1e-30))
+                    error = max(error, off if dtype == torch.float32 else 0)
+                    assert off < tolerance, f"ignore_loss {rows} x {classes_in_all} {dtype} {form}: error {off}"
+    return f"masks differ at {worst:.1e} of the pixels, largest fp32 relative error of the losses {error:.1e}"
+
+
 def train(run: Path, *options: str) -> dict[str, object]:
     """Run launch/train.py in this environment; returns results.json."""
     words = [sys.executable, str(ROOT / "launch" / "train.py"), "--run.dir", str(run), *options]
@@ -177,13 +231,13 @@ def check_sync() -> str:
     pictures = torch.randn(32, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
     index = torch.arange(32, device="cuda")
     progress = Progress(5, 10, 40, 10)
-    names = ("an", "ll_r", "ll_ct", "ll_cp")
+    names = ("an", "ll_r", "ll_ct", "ll_cp", "ignore")
     for name in names:
         cls = get_method(name)
         method = cls(cls.Options(name=name), store).cuda()
 
         def step(method: torch.nn.Module = method) -> None:
-            batch = Batch({"weak": pictures}, store.rows(index), index, 32)
+            batch = Batch({"weak": pictures, "strong": pictures}, store.rows(index), index, 32)
             method(classifier, batch, progress).loss.backward()
 
         step()
@@ -210,6 +264,7 @@ def check_quick() -> str:
 
 CHECKS: dict[str, Callable[[], str]] = {
     "ops": check_ops,
+    "ignore": check_ignore,
     "sync": check_sync,
     "decode": check_decode,
     "stages": check_stages,

@@ -299,6 +299,42 @@ def _cam_pool_flags_kernel(bits_ptr, flags_ptr, words, stride, width, SIDE: tl.c
 
 
 @jit
+def _cam_pool_list_kernel(
+    flags_ptr,
+    list_ptr,
+    count_ptr,
+    lines,
+    line_stride,
+    square_stride,
+    width,
+    MERGED: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The work list of one tile: which steps along a line of squares hold a positive cell, in order.
+
+    Args:
+        flags_ptr: int8, squares; `lines` of them across, a line of squares each.
+        list_ptr: int32 [tiles, width]; count_ptr: int32 [tiles].
+        width: steps a line.
+        MERGED: lines that a tile spans; PARTS: steps that a square is cut into.
+    """
+    tile = tl.program_id(0)
+    number = 0
+    for start in range(0, width, BLOCK):
+        step = start + tl.arange(0, BLOCK)
+        hit = tl.zeros((BLOCK,), tl.int32)
+        for turn in tl.static_range(MERGED):
+            line = tile * MERGED + turn + tl.zeros_like(step)
+            place = flags_ptr + line * line_stride + (step // PARTS) * square_stride
+            hit = hit | tl.load(place, mask=(step < width) & (line < lines), other=0).to(tl.int32)
+        hit = (hit != 0).to(tl.int32)
+        tl.store(list_ptr + tile * width + number + tl.cumsum(hit, 0) - 1, step, mask=hit != 0)
+        number += tl.sum(hit, 0)
+    tl.store(count_ptr + tile, number)
+
+
+@jit
 def _cam_pool_dx_kernel(
     grad_ptr,
     bits_ptr,
@@ -408,8 +444,10 @@ def _cam_pool_dw_kernel(
         step = tl.load(list_ptr + tile_c * width + turn)
         row = step * BLOCK_R + tl.arange(0, BLOCK_R)
         safe = tl.minimum(row, rows - 1)
-        g = tl.load(grad_ptr + (safe // cells).to(tl.int64)[None, :] * stride + cls[:, None])
-        bits = tl.load(bits_ptr + (safe // 32).to(tl.int64)[None, :] * stride + cls[:, None])
+        # The last tile of classes may be wider than the rows of the two, which end at a multiple of 64.
+        known = cls[:, None] < stride
+        g = tl.load(grad_ptr + (safe // cells).to(tl.int64)[None, :] * stride + cls[:, None], mask=known, other=0.0)
+        bits = tl.load(bits_ptr + (safe // 32).to(tl.int64)[None, :] * stride + cls[:, None], mask=known, other=0)
         positive = (((bits >> (safe % 32)[None, :]) & 1) != 0) & (row < rows)[None, :]
         x_ptrs = features_ptr + safe.to(tl.int64)[:, None] * channels + k[None, :]
         x = tl.load(x_ptrs) if EVEN else tl.load(x_ptrs, mask=k[None, :] < channels, other=0.0)
@@ -459,6 +497,8 @@ def _shared(dtype: torch.dtype, tiles: Tiles) -> dict[str, Any]:
 GROUP = 8
 # Class squares of one program of the flags kernel.
 SQUARES = 8
+# Steps that the list kernel looks at together.
+LIST_BLOCK = 128
 
 
 @torch.library.custom_op("spml::cam_pool", mutates_args=())
@@ -521,21 +561,35 @@ def _(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tenso
     return mean, torch.empty_like(mean), features.new_empty((words, stride), dtype=torch.int32)
 
 
-def _work_lists(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every row of flags [n, m], the places that are set, in order, int32 [n, m], and how many, int32 [n]."""
-    order = flags.sort(dim=1, descending=True, stable=True).indices
-    return order.to(torch.int32).contiguous(), flags.sum(1, dtype=torch.int32)
+def _work_lists(flags: Tensor, tile: int, step: int) -> tuple[Tensor, Tensor]:
+    """Of every tile along the first axis of squares, the steps along the second that hold a positive cell, in order.
 
+    Args:
+        flags: int8 [n, m] of squares, any strides.
+        tile: cells or classes of a tile, at least a square's.
+        step: classes or cells of a step, at most a square's.
 
-def _merge(flags: Tensor, dim: int, times: float) -> Tensor:
-    """Flags of coarser squares (`times` > 1: any of them) or finer ones (each inherits) along `dim`."""
-    if times < 1:
-        return flags.repeat_interleave(round(1 / times), dim)
-    if times == 1:
-        return flags
-    number = int(times)
-    padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % number) if dim else (0, 0, 0, -len(flags) % number))
-    return padded.unflatten(dim, (-1, number)).amax(dim + 1)
+    Returns:
+        int32 [tiles, steps], valid up to the count, and the counts int32 [tiles].
+    """
+    merged, parts = tile // SKIP, SKIP // step
+    tiles, width = cdiv(flags.shape[0], merged), flags.shape[1] * parts
+    steps = torch.empty(tiles, width, dtype=torch.int32, device=flags.device)
+    count = torch.empty(tiles, dtype=torch.int32, device=flags.device)
+    _cam_pool_list_kernel[(tiles,)](
+        flags,
+        steps,
+        count,
+        flags.shape[0],
+        *flags.stride(),
+        width,
+        MERGED=merged,
+        PARTS=parts,
+        BLOCK=LIST_BLOCK,
+        num_warps=1,
+        **LAUNCH,
+    )
+    return steps, count
 
 
 @torch.library.custom_op("spml::cam_pool_backward", mutates_args=())
@@ -568,7 +622,7 @@ def cam_pool_backward_op(
     if want_x:
         tiles = launch.d_features
         pooled = grad_mean @ weight.float() / cells
-        steps, count = _work_lists(_merge(_merge(flags, 0, tiles.rows / SKIP), 1, tiles.classes / SKIP))
+        steps, count = _work_lists(flags, tiles.rows, tiles.classes)
         _cam_pool_dx_kernel[(cdiv(rows, tiles.rows) * cdiv(channels, tiles.channels),)](
             share,
             bits,
@@ -594,7 +648,7 @@ def cam_pool_backward_op(
     if not want_w:
         return d_x, torch.empty(0, dtype=weight.dtype, device=weight.device), torch.empty(0, **make)
     tiles = launch.d_weight
-    steps, count = _work_lists(_merge(_merge(flags, 1, tiles.classes / SKIP), 0, tiles.rows / SKIP).T.contiguous())
+    steps, count = _work_lists(flags.T, tiles.classes, tiles.rows)
     d_w = torch.empty(launch.splits, classes, channels, **make)
     d_b = torch.empty(launch.splits, classes, **make)
     _cam_pool_dw_kernel[(cdiv(classes, tiles.classes) * cdiv(channels, tiles.channels), launch.splits)](
@@ -637,14 +691,18 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     features, weight, bias, _ = inputs
     ctx.mark_non_differentiable(output[2])
+    # Else zeros of the signs' size would be written for a gradient that nobody reads.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(features, weight, output[2])
     ctx.bias_dtype = bias.dtype
 
 
-def _backward(ctx: Any, grad_mean: Tensor, grad_relu: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_mean: Tensor | None, grad_relu: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     features, weight, bits = ctx.saved_tensors
     want_x, want_w, want_b = ctx.needs_input_grad[:3]
-    d_x, d_w, d_b = cam_pool_backward_op(grad_mean, grad_relu, features, weight, bits, want_x, want_w or want_b)
+    shape = (len(features), len(weight))
+    grads = [features.new_zeros(shape, dtype=torch.float32) if g is None else g for g in (grad_mean, grad_relu)]
+    d_x, d_w, d_b = cam_pool_backward_op(*grads, features, weight, bits, want_x, want_w or want_b)
     return d_x if want_x else None, d_w if want_w else None, d_b.to(ctx.bias_dtype) if want_b else None, None
 
 

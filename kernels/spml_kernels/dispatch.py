@@ -33,7 +33,8 @@ def use_triton(tensor: Tensor) -> bool:
         return HAVE_TRITON and tensor.is_cuda
     if not HAVE_TRITON:
         raise RuntimeError("SPML_KERNELS=triton, but triton is not installed; use auto or reference")
-    if not (tensor.is_cuda or INTERPRETED):
+    # Meta tensors hold nothing: there the op's fake answers, and no kernel runs.
+    if not (tensor.is_cuda or tensor.is_meta or INTERPRETED):
         raise RuntimeError(
             f"SPML_KERNELS=triton with a tensor on {tensor.device.type}: set TRITON_INTERPRET=1 before Python starts, "
             "or use auto or reference"

@@ -143,3 +143,88 @@ def pictures_per_tile(rows: int, cells: int) -> int:
     # Tiles start at multiples of `rows`, so within a picture only at multiples of this.
     step = math.gcd(rows, cells)
     return cdiv(rows + cells - step, cells)
+
+
+class Columns(NamedTuple):
+    """Launch of a kernel that sums the rows of a table class by class.
+
+    Attributes:
+        rows, classes: of a tile.
+        turns: tiles that a program sums, one below the other.
+        warps: warps a program.
+    """
+
+    rows: int
+    classes: int
+    turns: int
+    warps: int
+
+
+def columns_launch(rows: int, classes: int) -> Columns:
+    """8 elements a thread: 64 bits of codes, at least 128 of logits. Rows are split over programs to fill a GPU."""
+    tile = 8
+    across = min(128, max(16, next_power_of_two(classes)))
+    parts = min(cdiv(rows, tile), cdiv(FULL_GPU, cdiv(classes, across)))
+    return Columns(tile, across, cdiv(cdiv(rows, tile), max(parts, 1)), max(1, tile * across // 256))
+
+
+class MapTile(NamedTuple):
+    """Launch of the maps of a few classes.
+
+    Attributes:
+        cells: of one picture, a program.
+        channels: a step of the sum.
+        chosen: classes summed at a time.
+        warps: warps a program.
+    """
+
+    cells: int
+    channels: int
+    chosen: int
+    warps: int
+
+
+def map_launch(channels: int, chosen: int) -> MapTile:
+    """One class (a single observed positive) takes long steps; more of them share what is read, four at a time."""
+    together = min(4, next_power_of_two(max(chosen, 1)))
+    step = min(256 // together, max(16, next_power_of_two(channels)))
+    return MapTile(16, step, together, 4)
+
+
+class MaskTile(NamedTuple):
+    """Launch of the masked picture.
+
+    Attributes:
+        rows: of pixels.
+        columns: elements of a row of memory: pixels, or pixels by channels where channels are innermost.
+        warps: warps a program.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def mask_launch() -> MaskTile:
+    """Small tiles, for then most lie wholly inside or outside; rows of 128 bytes or more; half of a GPU's threads."""
+    return MaskTile(16, 64, 4)
+
+
+class Normalise(NamedTuple):
+    """Launch of the normalisation of maps.
+
+    Attributes:
+        image: cells of one map read at a time.
+        rows, cells: maps and cells of a tile where maps of several pictures are compared.
+        warps: warps a program.
+    """
+
+    image: int
+    rows: int
+    cells: int
+    warps: int
+
+
+def normalise_launch(cells: int) -> Normalise:
+    """Maps are small: one block where it holds them, and blocks of few cells where a cell's maps are compared."""
+    return Normalise(min(1024, max(32, next_power_of_two(cells))), 16, 32, 2)

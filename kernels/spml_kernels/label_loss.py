@@ -163,6 +163,8 @@ def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    # Else zeros of the gradient's size would be written for a gradient that nobody reads.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 

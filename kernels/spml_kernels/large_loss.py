@@ -7,7 +7,8 @@ by their top 11 bits; the bin in which the k-th lies is known, only its entries 
 the last 10. The three histograms (8 kB each) are summed over ranks, so the threshold is exact over ranks. Each pass
 finds the bin of the pass before in its first instructions; one more pass counts entries above and at the threshold per
 block, which gives every entry its place in the order of positions, and the last pass writes selection, loss, gradient
-and the list of selected entries together.
+and the list of selected entries together. That is `large_loss_step`; where the selection must be known before its loss
+can be (one threshold for several micro-steps), `select_large`, `large_loss` and `list_selected` do the parts.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ from spml_kernels.aot import Case
 from spml_kernels.dispatch import use_triton
 from spml_kernels.heuristics import flat_launch, histogram_launch
 from spml_kernels.jit import LAUNCH, cdiv, jit, tl
-from spml_kernels.label_loss import scale_gradient
+from spml_kernels.label_loss import PointLoss, label_loss, scale_gradient
 from spml_kernels.math import sigmoid_jit, softplus_jit
-from spml_kernels.reference.large_loss import large_loss_reference, list_selected_reference, select_large_reference
+from spml_kernels.reference.large_loss import (
+    large_loss_reference,
+    list_selected_reference,
+    select_large_reference,
+    unpack_entries,
+)
 
 Ties = Literal["exact", "inclusive"]
 Scheme = Literal["reject", "correct"]
@@ -85,8 +91,7 @@ def large_loss(logits: Tensor, codes: Tensor, selected: Tensor, scheme: Scheme) 
         rejected entries included.
     """
     if use_triton(logits):
-        wanted = logits.requires_grad and torch.is_grad_enabled()
-        return large_loss_op(logits, codes, selected, scheme == "correct", wanted)[0]
+        return label_loss(logits, torch.where(selected, 1 if scheme == "correct" else LEFT_OUT, codes), _KEPT)
     return large_loss_reference(logits, codes, selected, scheme)
 
 
@@ -97,8 +102,8 @@ class LargeLossStep(NamedTuple):
         loss: as `large_loss`.
         selected: bool [B, C].
         threshold: 0-d.
-        rows, classes: int64 [min(k_max, B * C)], the selected entries by position.
-        valid: bool, which of them are there.
+        rows, classes: int64 [length], the selected entries by position.
+        valid: bool [length], which of them are there.
     """
 
     loss: Tensor
@@ -118,16 +123,24 @@ def large_loss_step(
     ties: Ties = "exact",
     gather: Callable[[Tensor], Tensor] | None = None,
     rank: int = 0,
+    length: int | None = None,
 ) -> LargeLossStep:
-    """`select_large`, `large_loss` and `list_selected` together; kernels do all three in the selection's last pass."""
+    """`select_large`, `large_loss` and `list_selected` together; kernels do all three in the selection's last pass.
+
+    Args:
+        logits, codes, k, k_max, ties, gather, rank: as for `select_large`.
+        scheme: as for `large_loss`.
+        length: of the list, at most B * C; None takes k_max, which inclusive ties may pass. 0 makes no list.
+    """
+    length = min(k_max if length is None else length, logits.numel())
     if use_triton(logits):
         wanted = logits.requires_grad and torch.is_grad_enabled()
         counts, threshold, room = _find_threshold(logits, codes, k, k_max, gather, rank)
-        flags = (ties == "inclusive", True, scheme == "correct", wanted, min(k_max, logits.numel()))
+        flags = (ties == "inclusive", True, scheme == "correct", wanted, length)
         loss, selected, _, entry = large_select_op(logits, codes, counts, threshold, room, *flags)
-        return LargeLossStep(loss, selected, threshold, *_unpack(entry, logits.shape[1]))
+        return LargeLossStep(loss, selected, threshold, *unpack_entries(entry, logits.shape[1]))
     selected, threshold = select_large(logits, codes, k, k_max, ties, gather, rank)
-    listed = list_selected(selected, k_max)
+    listed = list_selected(selected, length)
     return LargeLossStep(large_loss(logits, codes, selected, scheme), selected, threshold, *listed)
 
 
@@ -141,15 +154,7 @@ def list_selected(selected: Tensor, k_max: int) -> tuple[Tensor, Tensor, Tensor]
     Returns:
         int64 rows, int64 classes and bool `valid`, each [min(k_max, B * C)].
     """
-    if use_triton(selected):
-        return _unpack(list_selected_op(selected, min(k_max, selected.numel())), selected.shape[1])
     return list_selected_reference(selected, k_max)
-
-
-def _unpack(entry: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, classes and validity from flat positions that are -1 where there is nothing."""
-    place = entry.clamp(min=0)
-    return place // max(num_classes, 1), place % max(num_classes, 1), entry >= 0
 
 
 def _find_threshold(
@@ -381,48 +386,21 @@ def _large_select_kernel(
             tl.store(grad_ptr + offsets, slope.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
-def _large_loss_kernel(
-    logits_ptr,
-    codes_ptr,
-    selected_ptr,
-    grad_ptr,
-    partial_ptr,
-    elements,
-    CORRECT: tl.constexpr,
-    GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Loss of one block and its gradient, from a given selection."""
-    pid = tl.program_id(0)
-    offsets = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < elements
-    z = tl.load(logits_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    code = tl.load(codes_ptr + offsets, mask=inside, other=0).to(tl.int32)
-    selected = tl.load(selected_ptr + offsets, mask=inside, other=0).to(tl.int32) != 0
-    loss, slope = _large_entry_jit(z, code, selected, CORRECT)
-    tl.store(partial_ptr + pid, tl.sum(tl.where(inside, loss, 0.0), 0))
-    if GRAD:
-        tl.store(grad_ptr + offsets, slope.to(grad_ptr.dtype.element_ty), mask=inside)
+# The code of a rejected entry, whose loss is 0.
+LEFT_OUT = 2
 
 
 @jit
-def _count_selected_kernel(selected_ptr, counts_ptr, elements, BLOCK: tl.constexpr):
-    """Selected entries by block."""
-    pid = tl.program_id(0)
-    offsets = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    selected = tl.load(selected_ptr + offsets, mask=offsets < elements, other=0).to(tl.int32) != 0
-    tl.store(counts_ptr + pid, tl.sum(selected.to(tl.int32), 0))
+def _kept_point_jit(z, code):
+    """Cross-entropy with unknown as negative, of entries that are not left out."""
+    return _large_entry_jit(z, code, code == 2, False)
 
 
-@jit
-def _list_selected_kernel(selected_ptr, counts_ptr, entry_ptr, elements, length, BLOCK: tl.constexpr):
-    """Flat positions of selected entries, in order."""
-    pid = tl.program_id(0)
-    offsets = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    selected = tl.load(selected_ptr + offsets, mask=offsets < elements, other=0).to(tl.int32) != 0
-    place = _sum_before(counts_ptr, pid, 1024) + tl.cumsum(selected.to(tl.int32), 0) - 1
-    tl.store(entry_ptr + place, offsets, mask=selected & (place < length))
+def _kept_point(logits: Tensor, codes: Tensor) -> Tensor:
+    return torch.where(codes == LEFT_OUT, 0, -torch.nn.functional.logsigmoid(torch.where(codes == 1, logits, -logits)))
+
+
+_KEPT = PointLoss("large_loss", _kept_point, _kept_point_jit)
 
 
 @torch.library.custom_op("spml::large_histogram", mutates_args=())
@@ -432,7 +410,8 @@ def large_histogram_op(
     """Counts int32 [2048] of pass `level` from counts and state of the pass before, and their state int32 [3]."""
     logits, codes = logits.contiguous(), codes.contiguous()
     out = torch.zeros(BINS, dtype=torch.int32, device=logits.device)
-    following = torch.zeros(STATE, dtype=torch.int32, device=logits.device)
+    # Pass 0 has no state, and pass 1 reads none.
+    following = torch.empty(STATE, dtype=torch.int32, device=logits.device)
     launch = histogram_launch(logits.numel())
     _large_histogram_kernel[(launch.programs,)](
         logits,
@@ -559,6 +538,8 @@ def _(
 def _setup_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, selected, grad, entry = output
     ctx.mark_non_differentiable(selected, grad, entry)
+    # Else zeros of their sizes would be written for gradients that nobody reads.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad)
 
 
@@ -567,72 +548,6 @@ def _backward_select(ctx: Any, upstream: Tensor, *others: Any) -> tuple[Tensor |
 
 
 large_select_op.register_autograd(_backward_select, setup_context=_setup_select)
-
-
-@torch.library.custom_op("spml::large_loss", mutates_args=())
-def large_loss_op(
-    logits: Tensor, codes: Tensor, selected: Tensor, correct: bool, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """0-d loss, and its gradient (empty unless asked for)."""
-    logits, codes, selected = logits.contiguous(), codes.contiguous(), selected.contiguous()
-    elements, launch = logits.numel(), flat_launch(logits.numel())
-    grad = torch.empty_like(logits) if gradient else logits.new_empty(0)
-    if elements == 0:
-        return torch.zeros((), dtype=torch.float32, device=logits.device), grad
-    partial = torch.empty(launch.programs, dtype=torch.float32, device=logits.device)
-    _large_loss_kernel[(launch.programs,)](
-        logits,
-        codes,
-        selected.view(torch.int8),
-        grad,
-        partial,
-        elements,
-        CORRECT=correct,
-        GRAD=gradient,
-        BLOCK=launch.block,
-        num_warps=launch.warps,
-        **LAUNCH,
-    )
-    return partial.sum(), grad
-
-
-@large_loss_op.register_fake
-def _(logits: Tensor, codes: Tensor, selected: Tensor, correct: bool, gradient: bool) -> tuple[Tensor, Tensor]:
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else logits.new_empty(0)
-    return logits.new_empty((), dtype=torch.float32), grad
-
-
-def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-
-
-def _backward_loss(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return (scale_gradient(ctx.saved_tensors[0], upstream), *[None] * 4)
-
-
-large_loss_op.register_autograd(_backward_loss, setup_context=_setup_loss)
-
-
-@torch.library.custom_op("spml::list_selected", mutates_args=())
-def list_selected_op(selected: Tensor, length: int) -> Tensor:
-    """Flat positions int64 [length] of selected entries, in order, padded with -1."""
-    selected = selected.contiguous().view(torch.int8)
-    entry = torch.full((length,), -1, dtype=torch.int64, device=selected.device)
-    elements = selected.numel()
-    if elements == 0 or length == 0:
-        return entry
-    launch = flat_launch(elements)
-    counts = torch.empty(launch.programs, dtype=torch.int32, device=selected.device)
-    options: dict[str, Any] = {"BLOCK": launch.block, "num_warps": launch.warps, **LAUNCH}
-    _count_selected_kernel[(launch.programs,)](selected, counts, elements, **options)
-    _list_selected_kernel[(launch.programs,)](selected, counts, entry, elements, length, **options)
-    return entry
-
-
-@list_selected_op.register_fake
-def _(selected: Tensor, length: int) -> Tensor:
-    return selected.new_empty(length, dtype=torch.int64)
 
 
 def aot_cases(arch: int = 90) -> Iterator[Case]:
@@ -701,33 +616,3 @@ def aot_cases(arch: int = 90) -> Iterator[Case]:
                 ("logits_ptr", "codes_ptr", "counts_ptr", "selected_ptr", "grad_ptr", "entry_ptr", "elements"),
                 flat.warps,
             )
-            yield Case(
-                "large_loss",
-                shape,
-                _large_loss_kernel,
-                {
-                    **pointers,
-                    "selected_ptr": "*i8",
-                    "grad_ptr": f"*{dtype}",
-                    "partial_ptr": "*fp32",
-                    "elements": "i32",
-                },
-                {"CORRECT": False, "GRAD": True, "BLOCK": flat.block},
-                ("logits_ptr", "codes_ptr", "selected_ptr", "grad_ptr", "elements"),
-                flat.warps,
-            )
-        yield Case(
-            "list_selected",
-            f"{rows} x {classes}",
-            _list_selected_kernel,
-            {
-                "selected_ptr": "*i8",
-                "counts_ptr": "*i32",
-                "entry_ptr": "*i64",
-                "elements": "i32",
-                "length": "i32",
-            },
-            {"BLOCK": flat.block},
-            ("selected_ptr", "counts_ptr", "entry_ptr", "elements"),
-            flat.warps,
-        )

@@ -51,7 +51,6 @@ from spml_fast.heads import MaskOptions
 from spml_fast.labels import POSITIVE, LabelStore
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
 from spml_fast.methods.gap_histogram import GapHistogram
-from spml_fast.methods.pointwise import hidden_positives
 
 if TYPE_CHECKING:
     from spml_fast.classifier import Classifier
@@ -304,18 +303,23 @@ class Ignore(Method):
             self.form,
             o.eps,
             o.strong_aug,
+            batch.truth,
         )
+        rejected, rejected_true, hidden = terms.counts.unbind()
         if plan is None:
             kept = terms.ign.new_full((), entries)
             if rejects:
-                kept = kept - distributed.all_reduce_sum(terms.rejected.sum().to(kept.dtype))
+                kept = kept - distributed.all_reduce_sum(rejected.to(kept.dtype))
         # An update without positives, or without anything kept, has a sum of 0 and must not divide by 0.
         loss = o.ign_weight * global_mean(terms.ign, torch.where(kept > 0, kept, 1.0))
         if o.spbc:
             loss = loss + o.spbc_weight * global_mean(terms.spbc, torch.where(positives > 0, positives, 1.0))
         if o.reg:
             loss = loss + o.reg_weight * global_mean(terms.reg, entries)
-        return LossOutput(loss, hidden_positives(terms.rejected, batch))
+        metrics = {"selected_count": rejected}
+        if batch.truth is not None:
+            metrics |= {"selected_true_count": rejected_true, "hidden_positive_count": hidden}
+        return LossOutput(loss, metrics)
 
     # ---- exact accumulation
 
@@ -338,7 +342,7 @@ class Ignore(Method):
             if progress.epoch > o.warm_up:
                 gap, average = self.thresholds()
                 terms = ignore_loss(weak, None, masked, labels, gap, average if o.lat else None)
-                rejected = distributed.all_reduce_sum(terms.rejected.sum().to(weak.dtype))
+                rejected = distributed.all_reduce_sum(terms.counts[0].to(weak.dtype))
         else:
             positives = distributed.all_reduce_sum((labels == POSITIVE).sum().to(weak.dtype))
         kept = pictures * weak.shape[1] - rejected

@@ -16,13 +16,14 @@ Where the released code differs, and the option that gives its behaviour:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from spml_kernels import large_loss, list_selected, select_large
-from spml_kernels.large_loss import Scheme
+from spml_kernels import large_loss, large_loss_step, list_selected, select_large
+from spml_kernels.large_loss import Scheme, Ties
 from torch import Tensor
 
 from spml_fast import distributed
@@ -83,6 +84,44 @@ class LargeLossOptions(MethodOptions):
     paper_batch: int = 16
 
 
+class Group(NamedTuple):
+    """Pictures that share a threshold.
+
+    Attributes:
+        rows: which of this rank's.
+        pictures: how many, over all ranks if `over_ranks`.
+        over_ranks: whether all ranks' are meant.
+    """
+
+    rows: slice
+    pictures: int
+    over_ranks: bool
+
+
+class Request(NamedTuple):
+    """What `select_large` is asked for, beside logits and codes."""
+
+    k: Tensor
+    k_max: int
+    ties: Ties
+    gather: Callable[[Tensor], Tensor] | None
+    rank: int
+
+
+class Plan(NamedTuple):
+    """A selection that is known before its loss.
+
+    Attributes:
+        selected: bool [B, C].
+        flips: bool [B, C], the part that flips for good.
+        length: upper bound of that part's size, 0 where nothing flips.
+    """
+
+    selected: Tensor
+    flips: Tensor
+    length: int
+
+
 class LargeLoss(Method):
     """The three schemes; subclasses say which."""
 
@@ -103,16 +142,10 @@ class LargeLoss(Method):
         o = self.options
         return selection_size(entries, o.delta_rel, progress.epoch, not self.permanent, o.k_rule)
 
-    def _select_group(
-        self, logits: Tensor, labels: Tensor, rows: int, progress: Progress, over_ranks: bool
-    ) -> tuple[Tensor, Tensor, int]:
-        """Selection [B, C] among `labels`' unknown entries, the threshold, and the host-side bound of k.
-
-        Args:
-            rows: pictures that share the threshold, over all ranks if `over_ranks`.
-        """
-        k_max = self._size(rows * logits.shape[1], progress)
-        shared = over_ranks and distributed.world_size() > 1
+    def _request(self, logits: Tensor, labels: Tensor, group: Group, progress: Progress) -> Request:
+        """What is to be selected among the unknown entries of a group's `logits` and `labels`."""
+        k_max = self._size(group.pictures * logits.shape[1], progress)
+        shared = group.over_ranks and distributed.world_size() > 1
         k = torch.full((), k_max, device=logits.device, dtype=torch.int64)
         if self.options.base == "unobserved" and k_max:
             # The share of unobserved entries is known on the device only; k_max bounds it on the host.
@@ -125,38 +158,33 @@ class LargeLoss(Method):
                 rate = 1 - clean_rate(self.options.delta_rel, self._steps(progress) + 1)
                 k = torch.ceil(unknown.double() * rate).long()
             k = k.clamp(max=k_max)
-        ties: Literal["exact", "inclusive"] = "exact" if self.options.ties == "exact" else "inclusive"
-        gather = distributed.all_gather_equal if shared else None
-        selected, threshold = select_large(logits, labels, k, k_max, ties, gather, distributed.rank())
-        return selected, threshold, k_max
+        ties: Ties = "exact" if self.options.ties == "exact" else "inclusive"
+        return Request(k, k_max, ties, distributed.all_gather_equal if shared else None, distributed.rank())
 
     def _steps(self, progress: Progress) -> int:
         """How many times delta_rel the rate of this epoch is."""
         return min(progress.epoch - 1, 1) if self.permanent else progress.epoch - 1
 
-    def select(self, logits: Tensor, labels: Tensor, rows: int, progress: Progress) -> tuple[Tensor, Tensor, int]:
-        """Selection bool [B, C], the part of it that flips for good, and an upper bound of that part's size here."""
-        logits = logits.detach()
-        if self._size(rows * logits.shape[1], progress) == 0:
-            none = torch.zeros_like(labels, dtype=torch.bool)
-            return none, none, 0
+    def _groups(self, logits: Tensor, pictures: int) -> list[Group]:
+        """Parts of a batch that have a threshold each; `pictures` counts the batch over all ranks."""
         if self.options.batch_semantics == "global":
-            groups = [(slice(None), rows, True)]
-        else:
-            size = self.options.paper_batch
-            starts = range(0, len(logits), size)
-            groups = [(slice(s, s + size), min(size, len(logits) - s), False) for s in starts]
-        parts = [
-            self._select_group(logits[part], labels[part], number, progress, over_ranks)
-            for part, number, over_ranks in groups
-        ]
-        selected = torch.cat([p[0] for p in parts])
-        flips = selected
-        if self.options.ties == "strict_flips":
-            flips = torch.cat([p[0] & (logits[part] > p[1]) for p, (part, *_) in zip(parts, groups, strict=True)])
-        # Inclusive ties may select more than k: then only the number of entries bounds the list.
-        bound = sum(p[2] for p in parts) if self.options.ties != "inclusive" else selected.numel()
-        return selected, flips, min(bound, selected.numel())
+            return [Group(slice(None), pictures, True)]
+        size, here = self.options.paper_batch, len(logits)
+        return [Group(slice(s, s + size), min(size, here - s), False) for s in range(0, max(here, 1), size)]
+
+    def _idle(self, logits: Tensor, pictures: int, progress: Progress) -> bool:
+        """Whether nothing is selected in this epoch."""
+        return self._size(pictures * logits.shape[1], progress) == 0
+
+    def _list_length(self, request: Request, entries: int) -> int:
+        """Room for every label that may flip for good; inclusive ties may pass k, then all entries bound them."""
+        if not self.permanent:
+            return 0
+        return entries if self.options.ties == "inclusive" else min(request.k_max, entries)
+
+    def _flip(self, index: Tensor, rows: Tensor, classes: Tensor, valid: Tensor) -> None:
+        """Hand listed entries of the pictures `index` to the label store, as positives from the next epoch on."""
+        self.store.correct(index[rows], classes, POSITIVE, valid)
 
     def plan(self, logits: list[Tensor], batches: list[Batch], progress: Progress) -> list[Any]:
         """One threshold for all micro-steps of an update; exactly what one large micro-step would select.
@@ -164,22 +192,59 @@ class LargeLoss(Method):
         Positions order ties by (rank, micro-step, row) here, which matters only for exact ties across them.
         """
         sizes = [len(z) for z in logits]
-        rows = sum(b.global_size for b in batches)
-        labels = torch.cat([b.labels for b in batches])
-        selected, flips, bound = self.select(torch.cat(logits), labels, rows, progress)
-        pieces = zip(selected.split(sizes), flips.split(sizes), strict=True)
-        return [(s, f, min(bound, s.numel())) for s, f in pieces]
+        pictures = sum(b.global_size for b in batches)
+        values, labels = torch.cat(logits), torch.cat([b.labels for b in batches])
+        if self._idle(values, pictures, progress):
+            none = torch.zeros_like(labels, dtype=torch.bool)
+            return [Plan(part, part, 0) for part in none.split(sizes)]
+        selected, flips, length = [], [], 0
+        for group in self._groups(values, pictures):
+            z, codes = values[group.rows], labels[group.rows]
+            request = self._request(z, codes, group, progress)
+            part, threshold = select_large(z, codes, *request)
+            selected.append(part)
+            flips.append(part & (z > threshold) if self.options.ties == "strict_flips" else part)
+            length += self._list_length(request, part.numel())
+        pieces = zip(torch.cat(selected).split(sizes), torch.cat(flips).split(sizes), strict=True)
+        return [Plan(s, f, min(length, s.numel())) for s, f in pieces]
+
+    def _planned(self, logits: Tensor, batch: Batch, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Loss sum and selection where the selection is known."""
+        if plan.length:
+            self._flip(batch.index, *list_selected(plan.flips, plan.length))
+        return large_loss(logits, batch.labels, plan.selected, self.scheme), plan.selected
+
+    def _in_one_pass(self, logits: Tensor, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Loss sum and selection, made together group by group."""
+        steps = []
+        for group in self._groups(logits, batch.global_size):
+            z, codes = logits[group.rows], batch.labels[group.rows]
+            request = self._request(z, codes, group, progress)
+            strict = self.options.ties == "strict_flips"
+            length = 0 if strict else self._list_length(request, z.numel())
+            step = large_loss_step(
+                z, codes, request.k, request.k_max, self.scheme, request.ties, request.gather, request.rank, length
+            )
+            if self.permanent and strict:
+                above = step.selected & (z.detach() > step.threshold)
+                self._flip(batch.index[group.rows], *list_selected(above, request.k_max))
+            elif self.permanent:
+                self._flip(batch.index[group.rows], step.rows, step.classes, step.valid)
+            steps.append(step)
+        if len(steps) == 1:
+            return steps[0].loss, steps[0].selected
+        return torch.stack([s.loss for s in steps]).sum(), torch.cat([s.selected for s in steps])
 
     def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
         """Mean over B x C, selected entries included in the denominator."""
-        if batch.plan is not None:
-            selected, flips, bound = batch.plan
+        plan = batch.plan
+        if plan is None and self._idle(logits, batch.global_size, progress):
+            none = torch.zeros_like(batch.labels, dtype=torch.bool)
+            plan = Plan(none, none, 0)
+        if plan is not None:
+            total, selected = self._planned(logits, batch, plan)
         else:
-            selected, flips, bound = self.select(logits, batch.labels, batch.global_size, progress)
-        total = large_loss(logits, batch.labels, selected, self.scheme)
-        if self.permanent and bound:
-            rows, classes, valid = list_selected(flips, bound)
-            self.store.correct(batch.index[rows], classes, POSITIVE, valid)
+            total, selected = self._in_one_pass(logits, batch, progress)
         return LossOutput(global_mean(total, batch.global_size * logits.shape[1]), hidden_positives(selected, batch))
 
     def on_epoch_end(self, progress: Progress) -> dict[str, float]:

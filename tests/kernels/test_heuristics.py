@@ -10,9 +10,12 @@ from spml_kernels.heuristics import (
     SKIP,
     WORD,
     cam_pool_launch,
+    columns_launch,
     flat_launch,
     histogram_launch,
+    map_launch,
     next_power_of_two,
+    normalise_launch,
     pictures_per_tile,
     rows_launch,
 )
@@ -43,6 +46,27 @@ def test_rows_launch(classes):
     launch = rows_launch(classes)
     assert power_of_two(launch.block) and power_of_two(launch.entries)
     assert launch.block >= min(classes, 2048)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("rows", [1, 7, 16, 128, 1000, 40000])
+def test_columns_launches_cover_all_rows_with_few_parts(rows, classes):
+    launch = columns_launch(rows, classes)
+    assert power_of_two(launch.rows) and power_of_two(launch.classes) and power_of_two(launch.warps)
+    parts = -(-rows // (launch.rows * launch.turns))
+    assert parts * -(-classes // launch.classes) <= 256
+    assert (parts - 1) * launch.rows * launch.turns < rows
+
+
+@pytest.mark.parametrize("channels", [*CHANNELS, 3, 4096])
+def test_launches_of_masks_hold_their_sums_in_registers(channels):
+    for chosen in (1, 2, 3, 4, 50):
+        launch = map_launch(channels, chosen)
+        assert all(power_of_two(n) for n in launch)
+        assert launch.cells * launch.channels * launch.chosen <= 32 * 32 * launch.warps
+    for cells in (1, *CELLS, 65536):
+        launch = normalise_launch(cells)
+        assert all(power_of_two(n) for n in launch) and launch.image <= 1024
 
 
 @pytest.mark.parametrize("tile", [64, 128, 256])

@@ -37,7 +37,8 @@ def select_large_reference(
     pooled = gather(top).flatten().sort(descending=True).values
     # k = 0 selects nothing: a threshold above everything. Fewer candidates than k: minus infinity, all are selected.
     padded = torch.cat([pooled.new_full((1,), torch.inf), pooled])
-    threshold = padded[k.clamp(max=k_max)]
+    # A list of one place: the place alone would be read back from the device.
+    threshold = padded[k.clamp(max=k_max)[None]][0]
     above = candidate & (values > threshold)
     tied = candidate & (values == threshold)
     if ties == "inclusive":
@@ -59,7 +60,11 @@ def large_loss_reference(logits: Tensor, codes: Tensor, selected: Tensor, scheme
 
 def list_selected_reference(selected: Tensor, k_max: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `spml_kernels.list_selected`."""
-    flat = selected.flatten()
-    # A stable descending sort puts the chosen entries first, in order of position; the length is known beforehand.
-    order = flat.to(torch.int8).sort(descending=True, stable=True).indices[:k_max]
-    return order // selected.shape[1], order % selected.shape[1], flat[order]
+    entry = torch.nonzero_static(selected.flatten(), size=min(k_max, selected.numel()), fill_value=-1)[:, 0]
+    return unpack_entries(entry, selected.shape[1])
+
+
+def unpack_entries(entry: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, classes and validity of flat positions, which are -1 where there is nothing."""
+    place = entry.clamp(min=0)
+    return place // max(num_classes, 1), place % max(num_classes, 1), entry >= 0

@@ -22,8 +22,6 @@ CHOSEN = [
     ("large_histogram", "fp32 128 x 5000 pass 2", (80, 90, 100), 64),
     ("large_threshold", "fp32 128 x 5000", (90,), 64),
     ("large_select", "fp32 128 x 5000 with loss and list", (80, 90, 100), 128),
-    ("large_loss", "bf16 128 x 5000", (90,), 112),
-    ("list_selected", "128 x 5000", (90,), 96),
     ("label_rows", "9605 classes", (90,), 48),
     ("cam_pool forward", "bf16 C 5000 K 2048 HW 196 B 128", (80, 90, 100), 255),
     ("cam_pool forward", "bf16 C 20 K 2048", (90,), 168),
@@ -32,6 +30,16 @@ CHOSEN = [
     ("cam_pool dX", "bf16 C 5000 K 2048 HW 196 B 128", (80, 90, 100), 208),
     ("cam_pool dW", "bf16 C 5000 K 2048 HW 196 B 128", (80, 90, 100), 208),
     ("cam_pool dW", "fp16 C 80 K 2048", (90,), 208),
+    ("cam_mask maps", "bf16 K 2048 HW 14x14 N 1", (90,), 104),
+    ("cam_mask maps", "fp32 K 2048 HW 14x14 N 6", (80,), 112),
+    ("cam_mask per_image", "14x14", (90,), 48),
+    ("cam_mask batch", "14x14", (90,), 64),
+    ("cam_mask picture", "i16 448x448 map 14x14 N 1 channels_last", (80, 90, 100), 112),
+    ("cam_mask picture", "i32 448x448 map 14x14 N 6 contiguous", (90,), 96),
+    ("ignore_statistics", "bf16 128 x 5000", (90,), 64),
+    ("ignore_statistics end", "fp32 128 x 81", (90,), 48),
+    ("ignore_loss", "fp32 128 x 5000 logits", (80, 90, 100), 128),
+    ("ignore_loss backward", "fp32 128 x 5000 epsilon", (90,), 112),
 ]
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
@@ -72,7 +80,10 @@ def test_every_op_has_cases_and_every_case_is_complete():
     assert {op for op, *_ in CHOSEN} == seen
 
 
-@pytest.mark.parametrize("op", ["cam_pool forward", "cam_pool dX", "cam_pool dW", "label_loss", "large_select"])
+@pytest.mark.parametrize(
+    "op",
+    ["cam_pool forward", "cam_pool dX", "cam_pool dW", "label_loss", "large_select", "cam_mask picture"],
+)
 def test_offsets_are_64_bits_wide(op):
     """B * H * W * K and B * C pass 2^31: what is multiplied by a row length is int64 in the intermediate code."""
     import triton

@@ -1,0 +1,182 @@
+"""Rows of the kernel benchmark: tables in files, goals, and plots."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+Row = dict[str, Any]
+# What tells rows of one table apart.
+KEY = ("op", "shape", "provider", "mode")
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, with + when files differ from it."""
+    found = []
+    for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain")):
+        try:
+            done = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+        found.append(done.stdout.strip())
+    return found[0] + ("+" if found[1] else "")
+
+
+def merge_csv(path: Path, rows: list[Row], keep: bool = True) -> None:
+    """Write rows into a table, in the place of rows of the same key; the file is replaced whole or not at all.
+
+    Without `keep` the table becomes these rows alone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table: dict[tuple[str, ...], Row] = {}
+    if keep and path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            table = {tuple(r.get(k, "") for k in KEY): r for r in csv.DictReader(file)}
+    table |= {tuple(str(r.get(k, "")) for k in KEY): r for r in rows}
+    columns = list(dict.fromkeys(name for row in (*rows, *table.values()) for name in row))
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: _short(v) for k, v in row.items()} for row in table.values())
+    os.replace(part, path)
+
+
+def _short(value: Any) -> Any:
+    """Five digits are more than a timing has."""
+    return f"{value:.5g}" if isinstance(value, float) and not value.is_integer() else value
+
+
+Times = dict[tuple[str, str, str], dict[str, Row]]
+
+
+def by_place(rows: Iterable[Row]) -> Times:
+    """(op, shape, mode) -> provider -> row, of rows that have a time."""
+    groups: Times = {}
+    for row in rows:
+        if row.get("status") == "ok":
+            groups.setdefault((row["op"], row["shape"], row["mode"]), {})[row["provider"]] = row
+    return groups
+
+
+def _mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+# The shape that the goals of cam_pool are stated for.
+GOAL_SHAPE = "bf16 B 128 HW 14x14 K 2048 C 5000 dense"
+
+
+def judge(rows: list[Row]) -> list[str]:
+    """Mark every fused row with the goals that it meets or misses (`goal`); returns sentences on all of them."""
+    sentences = []
+    against: dict[str, list[float]] = {"compile": [], "eager": []}
+    slower = []
+    for (op, shape, mode), found in by_place(rows).items():
+        fused = found.get("fused")
+        if fused is None:
+            continue
+        verdicts = []
+        if "compile" in found and fused["p50"] > found["compile"]["p50"]:
+            verdicts.append(
+                f"MISSED: slower than torch.compile ({fused['p50'] / found['compile']['p50']:.2f}x its time)"
+            )
+            slower.append(f"{op} {shape} {mode}")
+        if mode == ("step" if found["fused"]["has_backward"] else "fwd"):
+            for rival, ratios in against.items():
+                if rival in found:
+                    ratios.append(found[rival]["p50"] / fused["p50"])
+        if op == "cam_pool" and shape == GOAL_SHAPE and mode in ("fwd", "step") and "matmul" in found:
+            goal, ratio = (1.15 if mode == "fwd" else 1.30), fused["p50"] / found["matmul"]["p50"]
+            words = f"{ratio:.2f}x the bare product{'' if mode == 'fwd' else 's'}, goal {goal:.2f}x"
+            verdicts.append(f"{'met' if ratio <= goal else 'MISSED'}: {words}")
+            sentences.append(f"cam_pool {mode} at {shape}: {verdicts[-1]}")
+        if fused.get("cam_mb") and mode == "step":
+            share = fused["extra_mb"] / fused["cam_mb"]
+            verdicts.append(f"{'met' if share <= 0.1 else 'MISSED'}: extra memory {share:.3f} of a bf16 map, goal 0.1")
+        if op == "cam_mask":
+            verdicts.append(f"{'met' if fused['copy'] >= 0.85 else 'MISSED'}: {fused['copy']:.0%} of copy, goal 85%")
+        fused["goal"] = "; ".join(verdicts)
+    for rival, goal in (("compile", 1.2), ("eager", 2.0)):
+        if against[rival]:
+            mean = _mean(against[rival])
+            word = "met" if mean >= goal else "MISSED"
+            number = len(against[rival])
+            sentences.append(
+                f"forward and backward against {rival}, geometric mean of {number}: {mean:.2f}x, goal {goal}x, {word}"
+            )
+    if against["compile"]:
+        sentences.append(
+            f"slower than torch.compile at {len(slower)} of {len(by_place(rows))}" + "".join(f"\n  {s}" for s in slower)
+        )
+    return sentences
+
+
+def plot_times(rows: list[Row], path: Path, title: str) -> None:
+    """Speed-up over the rivals, and the share of the card's ceiling, of every shape."""
+    found = [(place, group) for place, group in by_place(rows).items() if "fused" in group and place[2] != "bwd"]
+    names = [f"{op} {shape} {mode}" for (op, shape, mode), _ in found]
+    rivals = [r for r in ("eager", "compile", "chunked", "matmul") if any(r in g for _, g in found)]
+    speed = {r: [g[r]["p50"] / g["fused"]["p50"] if r in g else float("nan") for _, g in found] for r in rivals}
+    ceiling = {
+        "of copy rate": [g["fused"]["copy"] for _, g in found],
+        "of product rate": [g["fused"]["matmul"] or float("nan") for _, g in found],
+    }
+    _dots(names, [("times faster than", speed, True), ("share of the measured ceiling", ceiling, False)], path, title)
+
+
+def plot_bytes(rows: list[Row], path: Path, title: str) -> None:
+    """Bytes and launches of PyTorch as multiples of the fused op's, and the fused op's as multiples of the floor.
+
+    Of ops with a backward, forward and backward together.
+    """
+    both = {(r["op"], r["shape"]) for r in rows if r["mode"] == "step"}
+    rows = [r for r in rows if r["mode"] == "step" or (r["op"], r["shape"]) not in both]
+    names = [f"{r['op']} {r['shape']} {r['mode']}" for r in rows]
+    saved = {
+        "bytes": [r["eager_bytes"] / r["fused_bytes"] for r in rows],
+        "launches": [r["eager_launches"] / r["fused_launches"] for r in rows],
+    }
+    floor = {"fused": [r["fused_bytes"] / r["floor_bytes"] for r in rows]}
+    panels = [("PyTorch over fused", saved, True), ("bytes over the least there can be", floor, True)]
+    _dots(names, panels, path, title)
+
+
+def _dots(names: list[str], panels: list[tuple[str, dict[str, list[float]], bool]], path: Path, title: str) -> None:
+    """Panels side by side with a line a name, a mark a series; the vertical line is 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    height = 1.4 + 0.2 * len(names)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, height), sharey=True, layout="constrained")
+    for axis, (label, series, logarithmic) in zip(axes, panels, strict=True):
+        for (name, values), mark, color in zip(
+            series.items(), "osD^", ("#3b5b92", "#c8553d", "#5b8c5a", "#8c6bb1"), strict=False
+        ):
+            axis.plot(values, range(len(values)), mark, label=name, color=color, markersize=4.5)
+        axis.axvline(1, color="#888888", linewidth=0.8)
+        axis.set_xlabel(label)
+        axis.grid(axis="x", color="#dddddd", linewidth=0.5)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8, frameon=False)
+        if logarithmic:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+        else:
+            axis.set_xlim(0, 1.05)
+    axes[0].set_yticks(range(len(names)), names, fontsize=7)
+    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)

@@ -1,0 +1,104 @@
+"""Bytes and launches of the ops at the shapes that matter, by formula and without running anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spml_kernels.counting import Moved, count, total
+from spml_kernels.jit import HAVE_TRITON, INTERPRETED
+from spml_kernels.traffic import moved
+
+from benchmarks.kernel_works import OPS, Work, make_call, works
+
+WORKS = works(list(OPS))
+needs_triton = pytest.mark.skipif(
+    not HAVE_TRITON or INTERPRETED, reason="meta tensors are for kernels that are not interpreted"
+)
+
+
+def traffic(work: Work, provider: str, mode: str) -> Moved:
+    return total(count(make_call(work, provider, mode, work.inputs("meta"))), moved)
+
+
+# ---- PyTorch operations
+
+
+def one(function) -> Moved:
+    (launch,) = count(function)
+    assert launch.moved is not None
+    return launch.moved
+
+
+def test_operands_and_results_of_an_operation():
+    x, row = torch.zeros(4, 6), torch.zeros(6)
+    assert one(lambda: x + row) == Moved(96 + 24, 96 + 24, 96)
+    assert one(lambda: x @ x.T) == Moved(192, 192, 64)
+    # A repeated row is read once, and a half is half as long.
+    assert one(lambda: row.expand(4, 6) + x) == Moved(24 + 96, 24 + 96, 96)
+    assert one(lambda: x.to(torch.float16)) == Moved(96, 96, 48)
+
+
+def test_views_and_allocations_are_no_launches():
+    x = torch.zeros(4, 6)
+    assert count(lambda: (x.view(2, 12), x[1:].T, x.expand(3, 4, 6), x.detach(), torch.empty(9), x[:0] + 1)) == []
+
+
+def test_what_is_overwritten_is_not_read_and_gathers_read_what_they_give():
+    x, place, values = torch.zeros(100, 8), torch.tensor([3, 5]), torch.ones(2, 8)
+    assert one(lambda: x.zero_()) == Moved(0, 0, 3200)
+    assert one(lambda: x.mul_(2)) == Moved(3200, 3200, 3200)
+    assert one(lambda: x[place]) == Moved(16 + 64, 16 + 64, 64)
+    assert one(lambda: x.index_put_((place,), values)) == Moved(16 + 64, 16 + 64, 64)
+
+
+def test_backward_is_counted():
+    x = torch.zeros(4, 6, requires_grad=True)
+    names = [launch.name for launch in count(lambda: torch.autograd.grad((x * x).sum(), x))]
+    # Product, sum, the sum's upstream 1, two products, their sum.
+    assert names[:3] == ["aten.mul.Tensor", "aten.sum.default", "aten.ones_like.default"]
+    assert names.count("aten.mul.Tensor") == 3 and names.count("aten.add.Tensor") == 1
+
+
+# ---- ops
+
+
+@needs_triton
+@pytest.mark.parametrize("op", sorted({w.op for w in WORKS}))
+def test_ops_move_no_more_than_their_floor_and_what_is_named(op, monkeypatch):
+    """Distinct bytes read and bytes written, of kernels and of the PyTorch operations between them."""
+    monkeypatch.setenv("SPML_KERNELS", "triton")
+    for work in (w for w in WORKS if w.op == op):
+        for mode in ("fwd", "step") if work.leaves else ("fwd",):
+            named = work.floor[mode] + sum(work.residuals.get(mode, {}).values())
+            # A kilobyte for partial sums and scalars, which only the smallest shapes feel.
+            assert traffic(work, "fused", mode).least <= 1.05 * named + 1024, (work.name, mode)
+
+
+@needs_triton
+def test_ops_move_less_than_pytorch(monkeypatch):
+    # The histograms of large_loss are 49 kB, more than small tables; there launches count, not bytes.
+    for work in (w for w in WORKS if "eager" in w.providers and (w.floor["fwd"] > 1e5 or w.op != "large_loss")):
+        for mode in ("fwd", "step") if work.leaves else ("fwd",):
+            monkeypatch.setenv("SPML_KERNELS", "triton")
+            fused = traffic(work, "fused", mode)
+            monkeypatch.setenv("SPML_KERNELS", "reference")
+            assert fused.least < traffic(work, "eager", mode).least, (work.name, mode)
+
+
+@needs_triton
+def test_kernels_on_the_cpu_are_refused(monkeypatch):
+    from spml_kernels.label_loss import label_loss_op
+
+    from spml_fast.methods.assume_negative import AN_POINT
+
+    logits, codes = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 or on meta"):
+        count(lambda: label_loss_op(logits, codes, AN_POINT.key, [], False))
+
+
+@needs_triton
+def test_a_kernel_without_a_formula_is_named(monkeypatch):
+    monkeypatch.setenv("SPML_KERNELS", "triton")
+    monkeypatch.setattr("spml_kernels.traffic._FORMULAS", {})
+    with pytest.raises(KeyError, match="_label_rows_kernel has no formula"):
+        traffic(next(w for w in WORKS if w.op == "label_rows"), "fused", "fwd")

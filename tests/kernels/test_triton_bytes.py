@@ -1,0 +1,178 @@
+"""The byte counter, and the formulas of `traffic` against what it counts of every kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spml_kernels import LargeLossStep, cam_mask, cam_pool, large_loss_step
+from spml_kernels.counting import Launch, Moved, count, total
+from spml_kernels.jit import INTERPRETED, jit, tl
+from spml_kernels.traffic import BOUNDS, has_formula, moved
+
+from benchmarks.kernel_works import (
+    Work,
+    cam_mask_work,
+    cam_work,
+    ignore_loss_work,
+    ignore_statistics_work,
+    label_loss_work,
+    label_rows_work,
+    large_loss_work,
+    make_call,
+)
+from spml_fast.batch import Batch
+from spml_fast.labels import LabelStore, SparseLabels
+from spml_fast.methods import Progress, get_method
+from spml_fast.methods.assume_negative import AN_POINT
+
+pytestmark = [
+    pytest.mark.usefixtures("triton_on"),
+    pytest.mark.skipif(not INTERPRETED, reason="bytes are counted under Triton's interpreter"),
+]
+
+
+@jit
+def _reverse_kernel(source_ptr, target_ptr, number, BLOCK: tl.constexpr):
+    """Two programs read the same; lanes past `number` are masked off in the load, and read place 0 in the second."""
+    lane = tl.arange(0, BLOCK)
+    there = lane < number
+    one = tl.load(source_ptr + lane, mask=there, other=0.0)
+    two = tl.load(source_ptr + tl.where(there, lane, 0))
+    tl.store(target_ptr + tl.program_id(0) * number + lane, one + two, mask=there)
+
+
+@jit
+def _tally_kernel(source_ptr, tally_ptr, BLOCK: tl.constexpr):
+    value = tl.load(source_ptr + tl.arange(0, BLOCK))
+    tl.atomic_add(tally_ptr + value, tl.full((BLOCK,), 1, tl.int32), mask=value > 0, sem="relaxed")
+
+
+def kernels(launches: list[Launch]) -> list[Launch]:
+    return [launch for launch in launches if launch.kernel is not None]
+
+
+def test_counts_lanes_that_take_part_and_no_others():
+    source, target = torch.arange(6, dtype=torch.float16), torch.zeros(12, dtype=torch.float16)
+    (launch,) = count(lambda: _reverse_kernel[(2,)](source, target, 6, BLOCK=16))
+    # Six halves in each of two loads of two programs; each program writes six.
+    assert launch.moved == Moved(unique_read=12, read=48, written=24)
+    assert launch.grid == (2,) and launch.arguments["number"] == 6
+    assert target.tolist() == [0, 2, 4, 6, 8, 10] * 2
+
+
+def test_counts_atomics_by_themselves():
+    source, tally = torch.tensor([0, 1, 2, 1], dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    (launch,) = count(lambda: _tally_kernel[(1,)](source, tally, BLOCK=4))
+    assert launch.moved == Moved(unique_read=16, read=16, atomic=12)
+    assert tally.tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("length", [5, 11])
+def test_accesses_outside_of_the_tensors_are_found(length):
+    source = torch.zeros(6 if length == 11 else 5, dtype=torch.float16)
+    with pytest.raises(Exception, match="outside of the tensors"):
+        count(lambda: _reverse_kernel[(2,)](source, torch.zeros(length, dtype=torch.float16), 6, BLOCK=16))
+
+
+def test_operations_inside_an_op_are_counted_too():
+    """A loss is one kernel and the sum of its parts; its backward one multiplication."""
+    work = label_loss_work(37, 81, AN_POINT, ())
+    names = [launch.name for launch in count(make_call(work, "fused", "step", work.inputs("cpu")))]
+    assert names == ["_label_loss_kernel", "aten.sum.default", "aten.mul.Tensor"]
+
+
+# Small forms of the benchmark's shapes: tiles that hold several pictures, pictures over several tiles, an odd number of
+# 64-class squares under tiles of 128, channels that are no multiple of a step, lists of several programs.
+WORKS = [
+    label_loss_work(37, 81, AN_POINT, ()),
+    large_loss_work(37, 81, 30),
+    large_loss_work(37, 81, 30, listed=False),
+    label_rows_work(5, 300, samples=50),
+    cam_work(2, 9, 40, 10, torch.float32),
+    cam_work(3, 14, 64, 130, torch.float16),
+    cam_work(3, 8, 64, 130, torch.float16, sparse=True),
+    cam_work(5, 7, 33, 65, torch.bfloat16),
+    ignore_statistics_work(37, 300),
+    ignore_loss_work(13, 81),
+    cam_mask_work(3, 6, 40, 7, 50, 1, torch.float32),
+    cam_mask_work(2, 5, 33, 9, 40, 6, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("work", WORKS, ids=lambda w: w.name.replace(" ", "_"))
+def test_formulas_give_what_is_counted(work: Work):
+    inputs = work.inputs("cpu")
+    if work.op == "cam_pool" and not work.shape.endswith("sparse"):
+        # Every square has a positive cell, so that lists are full.
+        inputs[2] += 3.0
+    seen = kernels(count(make_call(work, "fused", "step" if work.leaves else "fwd", inputs)))
+    assert seen
+    for launch in seen:
+        assert launch.moved is not None and has_formula(launch.name)
+        expected = moved(launch)
+        if launch.name in BOUNDS:
+            assert launch.moved.unique_read <= expected.unique_read and launch.moved.read <= expected.read
+            assert launch.moved.written == expected.written
+        elif "sparse" in work.shape and launch.name in ("_cam_pool_dx_kernel", "_cam_pool_dw_kernel"):
+            # Which classes and cells are read in a sparse list is not known from its length: bounds.
+            assert launch.moved.unique_read <= expected.unique_read
+            assert launch.moved.read == expected.read and launch.moved.written == expected.written
+        else:
+            assert launch.moved._replace(atomic=0) == expected, launch.name
+
+
+def test_tiling_of_cam_pool_and_no_map_in_memory():
+    """Every tile of classes reads the features once, every tile of cells the weights; nothing like a map is written."""
+    work = cam_work(1, 16, 16, 320, torch.float16)
+    inputs = [t.requires_grad_() for t in work.inputs("cpu")]
+    features, weight, bias = (t.numel() * t.element_size() for t in inputs)
+    outputs = []
+    forward = count(lambda: outputs.extend(cam_pool(*inputs)))
+    first = forward[0]
+    rows, classes = first.arguments["BLOCK_R"], first.arguments["BLOCK_C"]
+    assert first.moved is not None
+    assert first.moved.read == -(-320 // classes) * features + -(-256 // rows) * (weight + bias)
+    assert first.moved.unique_read == features + weight + bias
+    backward = count(lambda: torch.autograd.grad(sum(o.sum() for o in outputs), inputs))
+    gradients = 4 * (320 * 16 + 320)
+    assert total(forward).written < work.cam / 4
+    assert all(m.moved.written <= max(features, gradients) < work.cam / 4 for m in backward if m.moved)
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(-1.0, True), (1.5, False)])
+def test_pictures_are_read_where_something_of_them_is_kept(threshold, kept):
+    features, weight, bias, classes, pictures = cam_mask_work(2, 5, 16, 9, 33, 2, torch.float32).inputs("cpu")
+    results = []
+    seen = kernels(count(lambda: results.append(cam_mask(features, weight, bias, classes, pictures, threshold))))
+    assert torch.equal(results[0], pictures if kept else torch.zeros_like(pictures))
+    mask = next(launch for launch in seen if launch.name == "_mask_kernel")
+    # Ids of two classes a picture, and their maps of 25 cells.
+    rest = 2 * 2 * (8 + 25 * 4)
+    assert mask.moved is not None and mask.moved.unique_read == kept * pictures.numel() * 4 + rest
+    assert (moved(mask).unique_read == mask.moved.unique_read) == kept
+
+
+def test_large_loss_is_made_in_the_last_pass_of_the_selection():
+    logits = torch.randn(8, 60, generator=torch.Generator().manual_seed(0))
+    codes = torch.full((8, 60), -1, dtype=torch.int8)
+    codes[:, 0] = 1
+    for name in ("ll_r", "ll_ct", "ll_cp"):
+        cls = get_method(name)
+        method = cls(cls.Options(name=name, delta_rel=5.0), LabelStore(SparseLabels.from_dense(codes.numpy())))
+        batch = Batch({}, codes, torch.arange(8), 8)
+        seen = kernels(count(lambda method=method, batch=batch: method.loss(logits, batch, Progress(3, 9, 0, 1))))
+        passes = ["_large_histogram_kernel"] * 3 + ["_large_threshold_kernel", "_large_select_kernel"]
+        assert [launch.name for launch in seen] == passes
+
+
+def test_list_of_inclusive_ties_may_be_longer_than_k():
+    logits = torch.zeros(3, 50)
+    codes = torch.full((3, 50), -1, dtype=torch.int8)
+
+    def step(length: int | None) -> LargeLossStep:
+        return large_loss_step(logits, codes, torch.tensor(4), 4, "correct", "inclusive", length=length)
+
+    assert step(None).valid.sum() == 4 and step(0).valid.numel() == 0
+    whole = step(150)
+    assert whole.selected.all() and whole.valid.all()
+    assert torch.equal(whole.rows * 50 + whole.classes, torch.arange(150))
