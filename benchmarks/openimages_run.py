@@ -133,6 +133,9 @@ def simulate(options: argparse.Namespace) -> list[Stage]:
     out.mkdir(parents=True, exist_ok=True)
     for folder in (raw, labels, packed, run):
         if folder.exists():
+            # Somebody's own data may be called raw.
+            if not (out / "make.log").is_file():
+                raise StageError(f"{folder} is there and not from this program; choose another --out")
             shutil.rmtree(folder)
     python, launcher = sys.executable, str(Path(sys.executable).with_name("deepspeed"))
     make = [python, str(ROOT / "benchmarks" / "make_openimages.py"), "--out", str(raw), "--version", options.version]
@@ -199,7 +202,8 @@ def _splits(manifest: Path) -> str:
 def _training(run: Path) -> str:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if line["kind"] == "epoch"][-1]
-    corrected = sum(line.get("selected_count", 0) for line in lines if line["kind"] == "epoch")
+    # Not the epochs' own counts: that of the epoch that was cut off misses what came before.
+    corrected = last.get("corrected_total", 0)
     speed, memory = last["images_per_second"], last["memory_gib"]
     return f"{speed:.0f} images/s, {memory:.1f} GiB a rank, {corrected:,.0f} labels corrected"
 

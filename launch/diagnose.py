@@ -66,6 +66,8 @@ def main() -> None:
     args = parse()
     if args.negatives < 0 or args.seed < 0:
         raise UserError("--negatives and --seed must not be negative")
+    if args.plot is not None and args.plot.suffix.lower() != ".png":
+        raise UserError(f"--plot {args.plot} must be named .png")
     from spml_fast.engine import init_distributed, leave_distributed
 
     device = init_distributed()
@@ -102,6 +104,8 @@ def main() -> None:
         report |= {"split": split.name, **found}
         if gaps:
             report["gap_histograms"] = [{"epoch": e["epoch"], **e["gap_histogram"]} for e in gaps]
+        # Shown first: a file that cannot be written takes no figure away.
+        print_table(f"maps of {args.run}, {split.name} split", table_rows(found))
         try:
             if args.json is not None:
                 write_json(args.json, report)
@@ -109,7 +113,6 @@ def main() -> None:
                 plot(args.plot, table, gaps)
         except OSError as error:
             raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
-        print_table(f"maps of {args.run}, {split.name} split", table_rows(found))
     leave_distributed()
 
 

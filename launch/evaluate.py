@@ -52,14 +52,15 @@ def main() -> None:
     loader = make_eval_loader(config, split, classifier, device)
     found = evaluate_split(classifier, loader, split, alphas, config, manifest.classes, class_groups(manifest, config))
     if distributed.is_main():
+        # Shown first: a file that cannot be written takes no figure away.
+        for alpha in alphas:
+            print_table(f"{split.name}, alpha {alpha:g}, {len(split)} pictures", table_rows(found[alpha]))
         report = {"split": split.name, "alpha": {f"{a:g}": found[a] for a in alphas}, "classes": manifest.classes}
         if args.json is not None:
             try:
                 write_json(args.json, report)
             except OSError as error:
                 raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
-        for alpha in alphas:
-            print_table(f"{split.name}, alpha {alpha:g}, {len(split)} pictures", table_rows(found[alpha]))
     leave_distributed()
 
 

@@ -1,12 +1,14 @@
 """Train the papers' comparison and say which of their statements hold: `python launch/reproduce.py [--seeds 3] ...`.
 
-Finished runs are kept and not repeated, so the command can be stopped and started again.
+Finished runs are kept and not repeated, so the command can be stopped and started again; with other options it wants
+another --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -60,7 +62,17 @@ def main() -> None:
 
     from spml_fast.cli import load_config
     from spml_fast.presets import choose_entries, get_preset
-    from spml_fast.reproduce import as_json, as_markdown, as_table, collect, judge, plot, write_csv
+    from spml_fast.reproduce import (
+        as_json,
+        as_markdown,
+        as_table,
+        check_options,
+        collect,
+        judge,
+        note_options,
+        plot,
+        write_csv,
+    )
 
     if args.seeds < 1:
         raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
@@ -69,6 +81,12 @@ def main() -> None:
     out = args.out or Path("runs") / f"reproduce-{preset.name}"
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     runs = {e.name: [out / f"{e.name}-s{seed}" for seed in range(args.seeds)] for e in entries}
+    data = [] if args.data is None else ["--data.dir", os.path.abspath(args.data)]
+    # What decides a run's figures, but for its seed, which is part of its folder's name.
+    chosen = {e.name: ["--recipe", e.recipe, "--method", e.method, *e.options, *data, *more] for e in entries}
+    for entry in entries:
+        for run in runs[entry.name]:
+            check_options(run, chosen[entry.name])
     todo = [(e, s) for s in range(args.seeds) for e in entries if not (runs[e.name][s] / "results.json").exists()]
     start = time.monotonic()
     for done, (entry, seed) in enumerate(todo):
@@ -78,6 +96,7 @@ def main() -> None:
         words = ["--config", str(HERE / "configs" / entry.recipe), "--method", entry.method, *entry.options]
         words += ["--run.seed", str(seed), "--run.dir", str(run), "--eval.alphas", json.dumps(entry.alphas)]
         words += (["--data.dir", args.data] if args.data else []) + more
+        note_options(run, chosen[entry.name])
         train(run, words, args.ranks)
     heads = {e.name: load_config(runs[e.name][0] / "config.yaml").model.head for e in entries}
     rows = collect(runs, entries, heads)

@@ -7,8 +7,10 @@ Treating an unknown label as a negative is a method's decision, never the data's
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,7 @@ class LabelStore:
     """
 
     def __init__(self, labels: SparseLabels, device: torch.device | str = "cpu") -> None:
+        self._labels = labels
         self.num_classes = labels.num_classes
         self.default = labels.default
         self.device = torch.device(device)
@@ -328,8 +331,6 @@ class LabelStore:
         if not len(keys):
             return
         rows = keys // self.num_classes
-        if rows[-1] >= len(self):
-            raise UserError(f"a label correction names sample {rows[-1]}, but the data have only {len(self)} samples")
         counts = np.bincount(rows, minlength=len(self))
         indptr = np.zeros(len(self) + 1, np.int64)
         np.cumsum(counts, out=indptr[1:])
@@ -339,10 +340,19 @@ class LabelStore:
         self._overlay = tuple(torch.from_numpy(a).to(self.device) for a in arrays)
         self._overlay_max_row = int(counts.max())
 
+    @cached_property
+    def fingerprint(self) -> Tensor:
+        """Samples, classes, listed labels and a checksum of the labels, int64 [4]: corrections belong to no others."""
+        labels, checksum = self._labels, 0
+        for array in (labels.indptr, labels.classes, labels.codes):
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+        return torch.tensor([len(labels), labels.num_classes, len(labels.codes), checksum])
+
     def state_dict(self) -> dict[str, Tensor]:
         """Committed corrections, and those of all ranks still pending, as CPU tensors (collective)."""
         keys, codes, calls = self._gather_pending()
         return {
+            "fingerprint": self.fingerprint,
             "keys": torch.from_numpy(self._overlay_keys.copy()),
             "codes": torch.from_numpy(self._overlay_codes.copy()),
             "pending_keys": torch.from_numpy(keys.copy()),
@@ -352,7 +362,19 @@ class LabelStore:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict`; rank 0 takes all pending corrections, so that each is gathered once."""
+        """Restore `state_dict`; rank 0 takes all pending corrections, so that each is gathered once.
+
+        Raises:
+            UserError: it belongs to other labels.
+        """
+        if not torch.equal(state["fingerprint"].cpu(), self.fingerprint):
+            then, now = state["fingerprint"].tolist(), self.fingerprint.tolist()
+            raise UserError(
+                f"the checkpoint belongs to other training labels ({then[0]:,} samples, {then[1]:,} classes, "
+                f"{then[2]:,} labels; now {now[0]:,}, {now[1]:,} and {now[2]:,}"
+                + (" with other content" if then[:3] == now[:3] else "")
+                + "); go on with the data set it was trained on, or start afresh in another --run.dir"
+            )
         self._overlay_keys, self._overlay_codes = state["keys"].numpy().copy(), state["codes"].numpy().copy()
         self._show_overlay()
         self._waiting.clear()

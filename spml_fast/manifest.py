@@ -20,9 +20,12 @@ a Manifest of nine million pictures opens without being read.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +39,8 @@ from spml_fast.labels import SparseLabels
 from spml_fast.shards import SHARDS_FILE, Shards
 
 FORMAT = 1
+# In the folder of a Manifest that is being written: its writer holds a lock on it.
+_LOCK = ".lock"
 
 
 class Split:
@@ -215,7 +220,7 @@ class ManifestWriter:
 
     Args:
         folder: the Manifest directory to make. `UserError` if it exists and is not an empty folder, unless `overwrite`
-            and it is a Manifest.
+            and it is a Manifest, or if another process is writing it.
         name: name of the data set.
         classes: class names in class-id order.
         image_root: folder that the pictures' paths are relative to. A folder inside `staging` is stored relative.
@@ -243,9 +248,13 @@ class ManifestWriter:
         self.name, self.classes = name, list(classes)
         self.staging = self.folder.with_name(self.folder.name + ".partial")
         try:
+            if (self.staging / _LOCK).exists():
+                # Of a writer that is at work, or of one that was killed.
+                weakref.finalize(self, os.close, self._lock())
             if self.staging.exists():
                 shutil.rmtree(self.staging)
             self.staging.mkdir(parents=True)
+            weakref.finalize(self, os.close, self._lock())
         except OSError as error:
             raise UserError(f"{self.staging} cannot be written ({error.strerror})") from error
         self.image_root = Path(image_root).resolve() if image_root is not None else None
@@ -254,6 +263,21 @@ class ManifestWriter:
             shutil.rmtree(self.staging)
             raise UserError(f"the pictures lie inside {self.folder}; choose an --out outside {self.image_root}")
         self.splits: dict[str, dict[str, Any]] = {}
+
+    def _lock(self) -> int:
+        """Lock `staging` against other processes; the lock ends with the file returned, or with this process."""
+        # Not flock, which worker processes would inherit.
+        file = os.open(self.staging / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Anything else means a file system without locks, which must do without.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(file)
+                raise UserError(
+                    f"another command is writing {self.folder}; wait for it, or choose another --out"
+                ) from error
+        return file
 
     @staticmethod
     def check_target(folder: str | Path, overwrite: bool) -> None:
@@ -360,6 +384,7 @@ class ManifestWriter:
             root = str(self.image_root.relative_to(staging) if inside else self.image_root)
         meta = {"format": FORMAT, "name": self.name, "image_root": root, "splits": self.splits}
         (self.staging / "manifest.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+        (self.staging / _LOCK).unlink()
         if self.folder.exists():
             # Only an empty folder or, with overwrite, an older Manifest reaches this point.
             shutil.rmtree(self.folder)

@@ -17,13 +17,12 @@ import fcntl
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -41,7 +40,7 @@ from spml_fast.foreign_tars import Names, find_tars, member_bytes, member_path, 
 from spml_fast.labels import POSITIVE
 from spml_fast.manifest import Manifest, ManifestWriter, Split
 from spml_fast.shards import INDEX_FILE, SHARDS_FILE, ShardFile, check_shards, file_sha256
-from spml_fast.verify import Level, check_bytes, choose_level, show_progress
+from spml_fast.verify import Level, check_bytes, choose_level, show_progress, worker_pool
 
 IntArray = npt.NDArray[np.int64]
 
@@ -549,7 +548,7 @@ def _run(function: Callable[[int], Any], jobs: Sequence[int] | range, context: _
         if workers <= 1:
             yield from map(function, jobs)
             return
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        with worker_pool(workers) as pool:
             try:
                 for future in as_completed([pool.submit(function, job) for job in jobs]):
                     yield future.result()

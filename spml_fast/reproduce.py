@@ -8,15 +8,21 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from spml_fast.checkpoint import write_json
+from spml_fast.errors import UserError
 from spml_fast.presets import Entry, Preset
+
+# In a run's folder: the options that it was begun with.
+OPTIONS_FILE = "options.json"
 
 
 @dataclass
@@ -41,9 +47,30 @@ class Row:
 
 
 def read_epochs(run: Path) -> list[dict[str, Any]]:
-    """The epoch lines of a run's metrics.jsonl."""
+    """The epoch lines of a run's metrics.jsonl; the last one of an epoch that was repeated after an interruption."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["kind"] == "epoch"]
+    epochs = [entry for entry in map(json.loads, lines) if entry["kind"] == "epoch"]
+    return list({(entry.get("phase"), entry["epoch"]): entry for entry in epochs}.values())
+
+
+def check_options(run: Path, words: Sequence[str]) -> None:
+    """Raise `UserError` when a run was begun with other options: its figures are not those that are asked for."""
+    path = run / OPTIONS_FILE
+    begun = (run / "results.json").exists() or (run / "checkpoints" / "newest.json").exists()
+    if not begun or not path.exists():
+        return
+    try:
+        found = [str(word) for word in json.loads(path.read_text(encoding="utf-8"))["options"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete {run} or choose another --out") from error
+    if found != list(words):
+        raise UserError(f"{run} was made with other options ({shlex.join(found)}); delete it or choose another --out")
+
+
+def note_options(run: Path, words: Sequence[str]) -> None:
+    """Write down what `check_options` compares, before a run is begun."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / OPTIONS_FILE, {"options": list(words)})
 
 
 def collect(runs: dict[str, list[Path]], entries: Iterable[Entry], heads: dict[str, str]) -> list[Row]:
@@ -164,10 +191,11 @@ def plot(path: Path, rows: list[Row], runs: dict[str, list[Path]]) -> None:
         histories = [read_epochs(run) for run in runs[name]]
         if not all("selection_precision" in e for h in histories for e in h):
             continue
-        epochs = [e["epoch"] for e in histories[0]]
+        # Runs that stopped early are shorter: as far as all of them went.
+        epochs = range(1, min(len(h) for h in histories) + 1)
         colour = None
         for kind, style in (("selection_precision", "-"), ("selection_recall", "--")):
-            curve = [statistics.fmean(h[i][kind] for h in histories) for i in range(len(epochs))]
+            curve = [statistics.fmean(h[i - 1][kind] for h in histories) for i in epochs]
             (line,) = right.plot(epochs, curve, style, color=colour, label=f"{name} {kind.split('_')[1]}")
             colour = line.get_color()
     right.set_xlabel("epoch")

@@ -13,9 +13,11 @@ This module imports neither torch nor DALI, and its workers are light.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import multiprocessing
 import os
+import signal
 import struct
 import sys
 import time
@@ -274,6 +276,26 @@ def _exif_orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process when its parent, process number `parent`, is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that end with this one, even if it is killed.
+
+    Without that they would wait for work for ever, and hold the locks and files that they have inherited.
+    """
+    # Forked workers start at once and inherit the imports; nothing here has touched a GPU.
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),))
+
+
 def _check_chunk(paths: list[str], level: Literal["decode", "header"]) -> list[Checked]:
     return [check_picture(path, level) for path in paths]
 
@@ -338,8 +360,8 @@ def _checked_chunks(
             yield start, _check_chunk(chunk(start), level)
         return
     under_way: deque[tuple[int, Future[list[Checked]]]] = deque()
-    # Forked workers start at once and inherit the imports; nothing here has touched a GPU.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+    first = 0
+    with worker_pool(workers) as pool:
         try:
             for start in starts:
                 under_way.append((start, pool.submit(_check_chunk, chunk(start), level)))

@@ -19,7 +19,7 @@ from spml_fast.batch import Batch
 from spml_fast.cli import build_parser, load_config, parse_config, to_yaml
 from spml_fast.errors import UserError
 from spml_fast.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
-from spml_fast.methods import Method, Progress, get_method
+from spml_fast.methods import Method, Progress, get_method, sample_rows
 from spml_fast.methods.an_ls import an_ls_point
 from spml_fast.methods.asl import asl_point
 from spml_fast.methods.em import em_point
@@ -894,6 +894,14 @@ def test_role_new_phase_keeps_estimates_and_forgets_momentum() -> None:
     torch.testing.assert_close(after, before.clamp(1e-5, 1 - 1e-5), rtol=1e-3, atol=1e-7)
     assert method.table.first.abs().sum() == 0 and method.table.second.sum() == 0 and method.table.done == 0
     assert len(method.table.rates) >= 16
+
+
+@pytest.mark.parametrize("samples", [4, 6])
+def test_rows_of_another_number_of_samples_are_refused(samples: int) -> None:
+    shards = [torch.arange(3), torch.arange(2)]
+    assert sample_rows.reshard(shards, 5).tolist() == [0, 0, 1, 1, 2]
+    with pytest.raises(UserError, match=f"a row for each of 5 pictures, but the training split has {samples};"):
+        sample_rows.reshard(shards, samples)
 
 
 def test_role_evaluation_leaves_the_table_alone() -> None:

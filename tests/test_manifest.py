@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -113,6 +114,28 @@ def test_pictures_are_never_deleted_by_overwriting(tmp_path):
     with pytest.raises(UserError, match="pictures lie inside"):
         write(tmp_path / "m", tmp_path / "m" / "pictures", overwrite=True)
     assert (tmp_path / "m" / "pictures").is_dir() and not (tmp_path / "m.partial").exists()
+
+
+def test_two_commands_never_write_one_manifest(tmp_path):
+    ours, theirs = multiprocessing.Pipe()
+
+    def other() -> None:
+        writer = ManifestWriter(tmp_path / "m", "mine", ["ant"], tmp_path / "p")
+        theirs.send("begun")
+        theirs.recv()
+        assert writer.staging.exists()
+
+    process = multiprocessing.get_context("fork").Process(target=other)
+    process.start()
+    assert ours.recv() == "begun"
+    with pytest.raises(UserError, match=r"another command is writing .*m; wait for it"):
+        write(tmp_path / "m", tmp_path / "p")
+    ours.send("end")
+    process.join()
+    assert process.exitcode == 0 and (tmp_path / "m.partial").exists()
+    # It is gone, and left its work unfinished.
+    assert len(write(tmp_path / "m", tmp_path / "p").split("train")) == 5
+    assert not list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob(".lock"))
 
 
 @pytest.mark.parametrize("classes", [["a", "a"], ["a", ""], ["a", "b\nc"], ["a", "b\rc"]])

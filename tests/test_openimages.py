@@ -502,6 +502,17 @@ def test_nothing_in_common(tmp_path, release):
     assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()
 
 
+def test_a_picture_is_in_one_split(tmp_path, release):
+    train = label_file(tmp_path / "train.csv", [(1, A, 1), (5, A, 1), (9, A, 0)])
+    test = label_file(tmp_path / "test.csv", [(5, A, 0), (10, A, 1)])
+    message = r"1 pictures have labels in split train and in split test \(the first is 0000000000000005\)"
+    (tmp_path / "classes.txt").write_text(f"{A}\n")
+    words = ["openimages", "--classes", tmp_path / "classes.txt", "--images", "none", "--out", tmp_path / "m"]
+    with pytest.raises(UserError, match=message):
+        _script.main([str(w) for w in (*words, "--labels", train, test)])
+    assert not (tmp_path / "m").exists()
+
+
 # --- the parser against a plain one ---------------------------------------------------------------------------------
 
 rows_of_a_file = st.lists(

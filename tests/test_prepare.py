@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import data_makers as make
@@ -18,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from run_tools import ROOT
 
+from spml_fast import verify
 from spml_fast.datasets import base, csv_table, digits, load_all
 from spml_fast.errors import UserError
 from spml_fast.labels import SparseLabels
@@ -29,6 +35,14 @@ _spec = importlib.util.spec_from_file_location("prepare_script", ROOT / "launch"
 assert _spec is not None and _spec.loader is not None
 _script = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_script)
+
+
+def wait_for(happens: Callable[[], bool]) -> None:
+    """Wait until something is so; fail if it is not in half a minute."""
+    deadline = time.monotonic() + 30
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def prepare(*arguments: object) -> Manifest:
@@ -106,6 +120,45 @@ def test_verify_pictures_in_processes(tmp_path):
     }
     kept = np.nonzero(checked.ok)[0]
     assert np.array_equal(checked.width[kept], 16 + kept) and (checked.height[kept] == 20).all()
+
+
+def test_processes_that_die_at_once_are_one_sentence(monkeypatch):
+    class Broken(verify.ProcessPoolExecutor):
+        def submit(self, *_: object, **__: object):
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(verify, "ProcessPoolExecutor", Broken)
+    with pytest.raises(UserError, match=r"a process that was checking pictures died near 0\.jpg"):
+        verify_pictures(100, lambda i: f"{i}.jpg", "header", workers=2, progress=False)
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    path = tmp_path / "lock"
+
+    def parent():
+        with path.open("w") as file, verify.worker_pool(2) as pool:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            pool.submit(os.getpid).result()
+            (tmp_path / "ready").touch()
+            signal.pause()
+
+    process = multiprocessing.get_context("fork").Process(target=parent)
+    process.start()
+    wait_for((tmp_path / "ready").exists)
+    with path.open("w") as file:
+
+        def is_free() -> bool:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+        assert not is_free()
+        process.kill()
+        process.join()
+        # Workers have inherited the lock, and would hold it.
+        wait_for(is_free)
 
 
 def test_level_by_number():
@@ -503,8 +556,12 @@ def test_csv_odd_and_broken_pictures(tmp_path):
     assert set(ignoring.orientation.tolist()) == {1}
     assert set(ignoring.width.tolist()) == {make.WIDTH}
     # Nothing is opened: nothing is left out, and sizes are not known.
-    unseen = prepare(*arguments, tmp_path / "unseen", "--verify", "none").split("train")
+    blind = prepare(*arguments, tmp_path / "unseen", "--verify", "none")
+    unseen = blind.split("train")
     assert len(unseen) == len(names) and set(unseen.width.tolist()) == {0}
+    # EXIF data neither, which the summary says.
+    assert set(unseen.orientation.tolist()) == {1}
+    assert "--orientation exif turns none" in " ".join(report_of(blind)["notes"])
 
 
 def test_csv_without_splits_is_cut_as_published(tmp_path):

@@ -13,7 +13,7 @@ from spml_fast.cli import parse_config
 from spml_fast.errors import UserError
 from spml_fast.heads import get_head
 from spml_fast.presets import PRESETS, Entry, choose_entries, get_preset
-from spml_fast.reproduce import Row, as_json, judge
+from spml_fast.reproduce import Row, as_json, check_options, judge, note_options, plot, read_epochs
 
 
 def rows(**means: float) -> list[Row]:
@@ -90,6 +90,32 @@ def test_papers_hyper_parameters() -> None:
         assert apl.options[at + 1] == words[1]
     assert entries["ll_ct_2022_li"].published == {"1": 21.8} and entries["q2l_ignore"].published == {"1": 23.4}
     assert next(e for e in PRESETS["voc"].entries if e.name == "an").published == {"5": 87.31, "1": 85.89}
+
+
+def test_runs_of_other_options_are_not_taken_over(tmp_path: Path) -> None:
+    run = tmp_path / "an-s0"
+    note_options(run, ["--train.epochs", "2"])
+    # Not begun: a mistake may be mended.
+    check_options(run, ["--train.epochs", "3"])
+    (run / "results.json").touch()
+    check_options(run, ["--train.epochs", "2"])
+    with pytest.raises(
+        UserError, match=r"an-s0 was made with other options \(--train\.epochs 2\); delete it or choose"
+    ):
+        check_options(run, [])
+
+
+def test_epochs_of_runs_that_were_cut_off_or_stopped_early(tmp_path: Path) -> None:
+    runs = []
+    for name, epochs in (("a", [1, 2, 2, 3]), ("b", [1, 2])):
+        (tmp_path / name).mkdir()
+        shares = {"selection_precision": 0.5, "selection_recall": 0.5}
+        lines = [{"kind": "epoch", "phase": "finetune", "epoch": e, "at": i, **shares} for i, e in enumerate(epochs)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        runs.append(tmp_path / name)
+    assert [(e["epoch"], e["at"]) for e in read_epochs(runs[0])] == [(1, 0), (2, 2), (3, 3)]
+    plot(tmp_path / "table.png", rows(an_1=90), {"an": runs})
+    assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
 def test_unknown_names() -> None:

@@ -212,7 +212,9 @@ def test_many_corrections_over_epochs_and_checkpoints(monkeypatch):
         codes[divmod(key, 500)] = code
     assert np.array_equal(store.rows(torch.arange(4000)).numpy(), codes)
     state = store.state_dict()
-    assert sum(t.nbytes for t in state.values()) == 9 * len(expected) + state["calls"].nbytes
+    assert (
+        sum(t.nbytes for t in state.values()) == 9 * len(expected) + state["calls"].nbytes + state["fingerprint"].nbytes
+    )
     assert store.nbytes == known.indptr.nbytes * 2 + 3 * (len(known.codes) + len(expected))
     assert store.commit() == 0
 

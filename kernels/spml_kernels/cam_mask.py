@@ -145,7 +145,7 @@ def _class_map_kernel(
 
 @jit
 def _normalise_image_kernel(maps_ptr, out_ptr, ids_ptr, cells, BLOCK: tl.constexpr):
-    """One map [cells] over its own cells, where it has a class: (M - min) / (max - min), 2 where it is flat.
+    """One map [cells] that has a class, over its own cells: (M - min) / (max - min), 2 where flat or with a NaN.
 
     Args:
         maps_ptr: [B * chosen, cells]; out_ptr: fp32 of the same shape, may be the same.
@@ -155,14 +155,17 @@ def _normalise_image_kernel(maps_ptr, out_ptr, ids_ptr, cells, BLOCK: tl.constex
     if tl.load(ids_ptr + row) >= 0:
         least = tl.full((BLOCK,), float("inf"), tl.float32)
         most = tl.full((BLOCK,), float("-inf"), tl.float32)
+        broken = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, cells, BLOCK):
             cell = start + tl.arange(0, BLOCK)
             # Lanes past the end repeat the last cell, which moves neither of the two.
             m = tl.load(maps_ptr + row * cells + tl.minimum(cell, cells - 1)).to(tl.float32)
             least = tl.minimum(least, m)
             most = tl.maximum(most, m)
+            # Minimum and maximum pass over a NaN on a GPU.
+            broken = broken | (m != m).to(tl.int32)
         low = tl.min(least, 0)
-        span = tl.max(most, 0) - low
+        span = tl.where(tl.max(broken, 0) == 0, tl.max(most, 0) - low, 0.0)
         for start in range(0, cells, BLOCK):
             cell = start + tl.arange(0, BLOCK)
             m = tl.load(maps_ptr + row * cells + cell, mask=cell < cells, other=0.0).to(tl.float32)

@@ -7,7 +7,7 @@ one multiplication by the upstream gradient. Sums are fp32, one per program, add
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,22 +32,21 @@ class PointLoss:
         reference: (logits, int8 codes, *params) -> element-wise loss of the logits' shape, in PyTorch.
         kernel: a `spml_kernels.jit.jit` function (fp32 logit, code, *params) -> (loss, derivative in the logit) with
             the same meaning, for the fused kernel; without one the reference runs on every device.
+        key: name of the kernel among all point functions; empty without one.
     """
 
     name: str
     reference: Callable[..., Tensor]
     kernel: Any = None
+    key: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        # Ops take no functions as arguments, so the function travels as a name.
+        # Ops take no functions as arguments, so the function travels as a name. It is made here and not where it is
+        # used, since torch.compile misreads a function's __qualname__ in some versions (2.11).
         if self.kernel is not None:
+            function = getattr(self.kernel, "fn", self.kernel)
+            object.__setattr__(self, "key", f"{function.__module__}.{function.__qualname__}")
             _POINTS[self.key] = self.kernel
-
-    @property
-    def key(self) -> str:
-        """Name of the kernel among all point functions."""
-        function = getattr(self.kernel, "fn", self.kernel)
-        return f"{function.__module__}.{function.__qualname__}"
 
 
 def label_loss(logits: Tensor, codes: Tensor, point: PointLoss, params: tuple[float, ...] = ()) -> Tensor:
@@ -99,7 +98,7 @@ def _label_loss_kernel(
     codes_ptr,
     grad_ptr,
     partial_ptr,
-    params,
+    numbers,
     elements,
     POINT: tl.constexpr,
     GRAD: tl.constexpr,
@@ -110,15 +109,16 @@ def _label_loss_kernel(
     Args:
         logits_ptr, codes_ptr, grad_ptr: [elements]; grad is not touched without GRAD.
         partial_ptr: fp32 [programs].
-        params: the point function's numbers.
+        numbers: the point function's. (A kernel's parameter cannot be called `params`: the code that Triton makes for
+            its launch has a variable of that name.)
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     # Without a mask on whole blocks loads stay 128 bits wide whatever the number of entries is.
     if start + BLOCK <= elements:
-        total = _store_points(logits_ptr, codes_ptr, grad_ptr, offsets, params, None, POINT, GRAD)
+        total = _store_points(logits_ptr, codes_ptr, grad_ptr, offsets, numbers, None, POINT, GRAD)
     else:
-        total = _store_points(logits_ptr, codes_ptr, grad_ptr, offsets, params, offsets < elements, POINT, GRAD)
+        total = _store_points(logits_ptr, codes_ptr, grad_ptr, offsets, numbers, offsets < elements, POINT, GRAD)
     tl.store(partial_ptr + tl.program_id(0), total)
 
 
@@ -196,7 +196,7 @@ def aot_cases(arch: int = 90, points: dict[str, tuple[Any, int]] | None = None) 
                         "codes_ptr": "*i8",
                         "grad_ptr": f"*{dtype}",
                         "partial_ptr": "*fp32",
-                        "params": ("fp32",) * numbers,
+                        "numbers": ("fp32",) * numbers,
                         "elements": "i32",
                     },
                     {"POINT": point, "GRAD": True, "BLOCK": launch.block},

@@ -321,6 +321,13 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
     left_out: list[dict[str, str]] = []
     reasons: Counter[str] = Counter()
     notes = list(raw.notes)
+    if level == "none" and common.orientation == "exif":
+        notes.append(
+            "no picture was looked at, so --orientation exif turns none; leave out --verify none to turn pictures as "
+            "their EXIF data say"
+            if not raw.labels_alone
+            else "there are no pictures to look at, so --orientation exif turns none"
+        )
     for official, present in zip(raw.splits, looked_at, strict=True):
         observed = common.observe.draw(official.known, common.seed, official.name)
         hides_labels = observed is not None

@@ -358,6 +358,8 @@ class OpenImages(Dataset):
             grouped = group_rows(rows, machine, len(class_ids), options.conflicts)
             if not len(grouped.ids):
                 raise UserError(f"no row of {paths[0]} has a class of {options.classes}; are they of the same release?")
+            for other in raw.splits:
+                _refuse_shared(name, grouped.ids, other)
             entry = _count(name, rows, machine, grouped, options, notes)
             coverage[name] = entry
             raw.splits.append(_split(name, grouped, pictures, folder, used, entry, notes))
@@ -368,6 +370,19 @@ class OpenImages(Dataset):
         for path in options.images_info:
             _add_rotations(path, raw.splits)
         return raw
+
+
+def _refuse_shared(name: str, ids: npt.NDArray[np.uint64], other: RawSplit) -> None:
+    """Raise `UserError` when a split has pictures of another one: test figures would be worth nothing."""
+    assert isinstance(other.ids, np.ndarray)
+    small, large = sorted((ids, other.ids), key=len)
+    place = np.minimum(np.searchsorted(large, small), len(large) - 1)
+    shared = small[large[place] == small]
+    if len(shared):
+        raise UserError(
+            f"{len(shared):,} pictures have labels in split {other.name} and in split {name} (the first is "
+            f"{int(shared[0]):016x}); give each label file to one split (train=, val= or test= before its path)"
+        )
 
 
 def _find(folder: Path) -> Pictures:

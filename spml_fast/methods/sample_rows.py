@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spml_fast import distributed
+from spml_fast.errors import UserError
 
 
 def owned_count(samples: int) -> int:
@@ -74,7 +75,16 @@ def reshard(shards: Sequence[Tensor], samples: int) -> Tensor:
     Args:
         shards: one a rank of the run that saved them, rows in the order of that rank's samples.
         samples: N.
+
+    Raises:
+        UserError: the run that saved them had another number of samples.
     """
+    saved = sum(len(shard) for shard in shards)
+    if saved != samples:
+        raise UserError(
+            f"the checkpoint's method keeps a row for each of {saved:,} pictures, but the training split has "
+            f"{samples:,}; go on with the data set that the run began with"
+        )
     mine = torch.arange(distributed.rank(), samples, distributed.world_size())
     out = shards[0].new_empty((len(mine), *shards[0].shape[1:]))
     for source, shard in enumerate(shards):

@@ -160,6 +160,17 @@ def test_flat_maps_and_groups_of_one(device):
         assert not map_mask(torch.rand(1, 1, 4, 4).to(device), classes, ones, 0.5, norm).any()
 
 
+def test_a_map_with_a_nan_keeps_its_picture(device):
+    # One map of the second picture holds a NaN, all of the third does; the first is as it was.
+    maps, ones = torch.randn(3, 2, 4, 4, device=device), torch.ones(3, 3, 16, 16, device=device)
+    classes = torch.tensor([[0, 1], [2, 3], [4, -1]], device=device)
+    maps[1, 1, 2, 3] = torch.nan
+    maps[2] = torch.nan
+    out = map_mask(maps, classes, ones, 0.9)
+    assert out[1:].all() and not out[0].all()
+    assert torch.equal(out.cpu().double(), map_mask_reference(*double([maps, classes, ones]), 0.9, "per_image", 16))
+
+
 def test_rows_without_a_class_are_left_out_of_groups(device):
     maps, ones = torch.randn(4, 2, 4, 4, device=device), torch.ones(4, 3, 16, 16, device=device)
     classes = torch.tensor([[0, -1], [-1, -1], [2, 4], [-1, 5]], device=device)

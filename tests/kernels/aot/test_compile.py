@@ -5,6 +5,7 @@ A choice of cases, so that it stays short; `python benchmarks/bench_kernels.py -
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
@@ -13,7 +14,7 @@ from spml_kernels.jit import HAVE_TRITON
 if not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton, not interpreting", allow_module_level=True)
 
-from spml_kernels.aot import ARCHITECTURES, Case, cases, compile_case
+from spml_kernels.aot import ARCHITECTURES, OPS, Case, cases, compile_case
 
 # (op, words of the shape, architectures). Registers are what a thread may have at most.
 CHOSEN = [
@@ -78,6 +79,32 @@ def test_every_op_has_cases_and_every_case_is_complete():
             assert not set(case.types) & set(case.constants)
             assert set(case.aligned) <= set(case.types)
     assert {op for op, *_ in CHOSEN} == seen
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_launch_takes_every_kernels_arguments(op):
+    """Triton binds arguments by code that it makes from their names; nothing else here runs it."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    functions = vars(importlib.import_module(f"spml_kernels.{op}")).values()
+    kernels = [f for f in functions if isinstance(f, JITFunction) and f.fn.__name__.endswith("_kernel")]
+    assert kernels
+    for kernel in kernels:
+        given = {}
+        for parameter in kernel.params:
+            if parameter.is_constexpr:
+                given[parameter.name] = 1
+            elif parameter.name.endswith("_ptr"):
+                given[parameter.name] = torch.empty(1)
+            else:
+                given[parameter.name] = (0.5,) if parameter.name == "numbers" else 160
+        bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+        bound, kinds, options = bind(**given, num_warps=4)
+        assert all(bound[name] is value for name, value in given.items())
+        assert len(kinds) == len(given) and options == {"num_warps": 4}
 
 
 @pytest.mark.parametrize(
