@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import shlex
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -436,14 +437,14 @@ def main(arguments: list[str] | None = None) -> int:
         layout=options.layout,
         seed=options.seed,
     )
-    words = [f"{kind}={path}" for kind, path in release.labels.items()]
-    print("python launch/prepare.py openimages --labels", *words, end=" ")
+    words = ["python", "launch/prepare.py", "openimages", "--labels"]
+    words += [f"{kind}={path}" for kind, path in release.labels.items()]
     if release.machine:
-        print("--machine-labels", *(f"{kind}={path}" for kind, path in release.machine.items()), end=" ")
+        words += ["--machine-labels", *(f"{kind}={path}" for kind, path in release.machine.items())]
     if release.images_info and options.version != "v3":
-        print("--images-info", *release.images_info.values(), end=" ")
-    print("--classes", release.classes, "--descriptions", release.descriptions, end=" ")
-    print("--images", release.images or "none", "--out DIR")
+        words += ["--images-info", *map(str, release.images_info.values())]
+    words += ["--classes", str(release.classes), "--descriptions", str(release.descriptions)]
+    print(shlex.join([*words, "--images", str(release.images or "none"), "--out", "DIR"]))
     return 0
 
 

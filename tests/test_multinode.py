@@ -94,7 +94,7 @@ def alone(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize(("launcher", "ranks", "stage"), [("torchrun", 2, 0), ("deepspeed", 1, 1)])
+@pytest.mark.parametrize(("launcher", "ranks", "stage"), [("torchrun", 2, 0), ("deepspeed", 2, 1)])
 def test_two_machines_follow_one_process(
     launcher: str, ranks: int, stage: int, alone: Path, small_digits: Path, tmp_path: Path
 ) -> None:

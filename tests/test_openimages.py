@@ -317,7 +317,7 @@ def test_machine_labels_are_seen_and_are_no_truth(tmp_path, release):
 # --- image lists ----------------------------------------------------------------------------------------------------
 
 
-def test_rotation(tmp_path):
+def test_rotation(tmp_path, capsys):
     made = make_release(tmp_path, "v6", images={"train": 6}, pictures=1.0)
     ids = [f"{i:016x}" for i in made.ids["train"].tolist()]
     for i, orientation in enumerate((1, 1, 1, 1, 3, 6)):
@@ -336,6 +336,7 @@ def test_rotation(tmp_path):
     assert split.width.tolist() == [48, 32, 48, 32, 48, 48] and split.height.tolist() == [32, 48, 32, 48, 32, 32]
     report = report_of(Manifest(tmp_path / "m"))["splits"]["train"]
     assert (report["turned_by_list"], report["turned_by_exif"]) == (3, 1)
+    assert "the image lists know the rotation of 5 of 6 pictures" in capsys.readouterr().out
     plain = prepare(made, tmp_path / "plain", "--images-info", listed).split("train")
     assert plain.orientation.tolist() == [1, 8, 3, 6, 1, 1]
 

@@ -369,6 +369,13 @@ class OpenImages(Dataset):
             notes.append(f"no {' and no '.join(missing)} split (--labels has no file of it)")
         for path in options.images_info:
             _add_rotations(path, raw.splits)
+        for split in raw.splits if options.images_info else ():
+            known = 0 if split.orientation is None else int(np.count_nonzero(split.orientation))
+            if known < len(split):
+                raw.notes.append(
+                    f"{split.name}: the image lists know the rotation of {known:,} of {len(split):,} pictures; "
+                    "--orientation decides for the others"
+                )
         return raw
 
 
@@ -421,7 +428,7 @@ def _count(
         "pictures_labelled": len(grouped.ids),
     }
     notes.append(
-        f"{name}: {rows.rows:,} verified rows on {grouped.named:,} pictures; "
+        f"{name}: {rows.rows:,} verified rows, {grouped.named:,} pictures named; "
         f"{rows.other_classes:,} rows of classes that {options.classes.name} does not list are left out"
     )
     if grouped.named > len(grouped.ids):
