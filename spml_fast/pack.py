@@ -865,7 +865,8 @@ def _summary(manifest: Manifest) -> str:
     made = report["shards"]
     lines = [f"{manifest.name}: {made['bytes']:,} bytes in shards"]
     for name, split in report["splits"].items():
-        lines.append(f"  {name}: {split['samples']:,} pictures in {split['shards']:,} shards")
+        plural = "s" if split["shards"] != 1 else ""
+        lines.append(f"  {name}: {split['samples']:,} pictures in {split['shards']:,} shard{plural}")
     lines += report["notes"]
     if made["left_out"]:
         lines.append(f"left out: {made['left_out']:,} pictures (see {manifest.folder / 'report.json'})")
