@@ -251,6 +251,17 @@ def _workers(text: str) -> int:
     return value
 
 
+def add_val_fraction(parser: argparse.ArgumentParser) -> None:
+    """The option of data sets that the papers cut a validation split off."""
+    parser.add_argument(
+        "--val-fraction",
+        choices=["published", "0"],
+        default="published",
+        help="published: a fifth of the training pictures, drawn as in the papers, is for validation (default); "
+        "0: all official training pictures are for training",
+    )
+
+
 def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) -> None:
     """Declare the options that all data sets have."""
     group = parser.add_argument_group("options of all data sets")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from spml_fast.datasets.base import Dataset, RawDataset, RawSplit, register
+from spml_fast.datasets.base import Dataset, RawDataset, RawSplit, add_val_fraction, register
 from spml_fast.errors import UserError
 from spml_fast.labels import NEGATIVE, SparseLabels
 
@@ -116,13 +116,7 @@ class Coco(Dataset):
         parser.add_argument("--images", required=True, type=Path, help="folder of the training pictures")
         parser.add_argument("--test-annotations", type=Path, help="instances JSON of the test pictures")
         parser.add_argument("--test-images", type=Path, help="folder of the test pictures (default: that of --images)")
-        parser.add_argument(
-            "--val-fraction",
-            choices=["published", "0"],
-            default="published",
-            help="published: a fifth of the training pictures, drawn as in the papers, is for validation (default); "
-            "0: all training pictures are for training",
-        )
+        add_val_fraction(parser)
 
     def read(self, options: argparse.Namespace) -> RawDataset:
         """The instances files."""

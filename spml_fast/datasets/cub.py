@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from spml_fast.datasets.base import Dataset, RawDataset, RawSplit, register
+from spml_fast.datasets.base import Dataset, RawDataset, RawSplit, add_val_fraction, register
 from spml_fast.errors import UserError
 from spml_fast.labels import NEGATIVE, SparseLabels
 
@@ -95,13 +95,7 @@ class Cub(Dataset):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """Where the data set is, and how validation pictures are chosen."""
         parser.add_argument("--root", required=True, type=Path, help="folder with images.txt (CUB_200_2011)")
-        parser.add_argument(
-            "--val-fraction",
-            choices=["published", "0"],
-            default="published",
-            help="published: a fifth of the training pictures, drawn as in the papers, is for validation (default); "
-            "0: all official training pictures are for training",
-        )
+        add_val_fraction(parser)
 
     def read(self, options: argparse.Namespace) -> RawDataset:
         """Attributes of train and test."""

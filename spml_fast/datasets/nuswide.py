@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spml_fast.datasets.base import Dataset, RawDataset, RawSplit, register
+from spml_fast.datasets.base import Dataset, RawDataset, RawSplit, add_val_fraction, register
 from spml_fast.errors import UserError
 from spml_fast.labels import NEGATIVE, SparseLabels
 
@@ -112,13 +112,7 @@ class NusWide(Dataset):
             "--root", required=True, type=Path, help="folder with formatted_*.npy, or with ImageList and Groundtruth"
         )
         parser.add_argument("--images", type=Path, help="folder of the pictures (default: Flickr in --root)")
-        parser.add_argument(
-            "--val-fraction",
-            choices=["published", "0"],
-            default="published",
-            help="published: a fifth of the training pictures, drawn as in the papers, is for validation (default); "
-            "0: all official training pictures are for training",
-        )
+        add_val_fraction(parser)
 
     def read(self, options: argparse.Namespace) -> RawDataset:
         """Labels and lists of train and test."""

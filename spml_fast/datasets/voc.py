@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from spml_fast.datasets.base import Dataset, RawDataset, RawSplit, register
+from spml_fast.datasets.base import Dataset, RawDataset, RawSplit, add_val_fraction, register
 from spml_fast.errors import UserError
 from spml_fast.labels import NEGATIVE, SparseLabels
 
@@ -76,13 +76,7 @@ class Voc(Dataset):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """Where the data set is, and how validation pictures are chosen."""
         parser.add_argument("--root", required=True, type=Path, help="folder with ImageSets, Annotations, JPEGImages")
-        parser.add_argument(
-            "--val-fraction",
-            choices=["published", "0"],
-            default="published",
-            help="published: a fifth of the training pictures, drawn as in the papers, is for validation (default); "
-            "0: all official training pictures are for training",
-        )
+        add_val_fraction(parser)
 
     def read(self, options: argparse.Namespace) -> RawDataset:
         """Class files and annotations of train and val."""
