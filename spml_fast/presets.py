@@ -122,7 +122,7 @@ MORE_DIGITS = (
     Entry("ignore_off", "ignore", "digits_ignore.yaml", ("--method.ignore", "false"), note="rejects nothing"),
     Entry("q2l_full", "full", "digits_q2l.yaml", note="Query2Label head, every label known", alphas=(1,)),
     Entry("q2l_an", "an", "digits_q2l.yaml", note="Query2Label head", alphas=(1,)),
-    Entry("q2l_ignore", "ignore", "digits_q2l.yaml", note="Query2Label head", alphas=(1,)),
+    Entry("q2l_ignore", "ignore", "digits_q2l.yaml", note="Query2Label head, warm-up 6", alphas=(1,)),
 )
 
 
@@ -403,7 +403,7 @@ PRESETS: dict[str, Preset] = {
         STATEMENTS,
         tuple(e.name for e in DIGITS),
         "digit scenes: learning rate 3e-3 (Query2Label 1e-3), 12 epochs, batch 32, AdamW, one-cycle, test_resnet from "
-        "random weights, warm-up 3 epochs for IGNORE as published; the papers: 1e-5, 10 epochs (IGNORE 25), batch 16, "
+        "random weights, warm-up 3 epochs for IGNORE as published (6 with Query2Label); the papers: 1e-5, 10 epochs (IGNORE 25), batch 16, "
         "Adam, constant, pretrained ResNet-50",
     ),
     **{paper.name: paper.preset() for paper in _PAPERS},
