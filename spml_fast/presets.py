@@ -403,7 +403,8 @@ PRESETS: dict[str, Preset] = {
         STATEMENTS,
         tuple(e.name for e in DIGITS),
         "digit scenes: learning rate 3e-3 (Query2Label 1e-3), 12 epochs, batch 32, AdamW, one-cycle, test_resnet from "
-        "random weights, warm-up 3 epochs for IGNORE as published (6 with Query2Label); the papers: 1e-5, 10 epochs (IGNORE 25), batch 16, "
+        "random weights, warm-up 3 epochs for IGNORE as published (6 with Query2Label); "
+        "the papers: 1e-5, 10 epochs (IGNORE 25), batch 16, "
         "Adam, constant, pretrained ResNet-50",
     ),
     **{paper.name: paper.preset() for paper in _PAPERS},
