@@ -99,7 +99,9 @@ def main() -> None:
     )
     if table is not None and distributed.is_main():
         found = summarise(table)
-        gaps = [e for e in read_epochs(args.run) if "gap_histogram" in e]
+        # A run that was copied without its log still has maps.
+        epochs = read_epochs(args.run) if (args.run / "metrics.jsonl").is_file() else []
+        gaps = [e for e in epochs if "gap_histogram" in e]
         report = {"run": str(args.run), "against": None if args.against is None else str(args.against)}
         report |= {"split": split.name, **found}
         if gaps:

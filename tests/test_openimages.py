@@ -143,11 +143,13 @@ def test_one_split_and_no_descriptions(tmp_path, release):
 
 
 @pytest.mark.parametrize("layout", ["bucket", "flat", "nested"])
-def test_pictures_in_any_folders(tmp_path, layout):
+def test_pictures_in_any_folders(tmp_path, layout, capsys):
     made = make_release(tmp_path, "v6", images=SMALL, pictures=0.5, layout=layout)
     (tmp_path / "images" / "list.txt").write_text("x")
     whole = prepare(made, tmp_path / "whole", images="none")
+    assert capsys.readouterr().out.rstrip().endswith("--data.image_root FOLDER_OF_THE_PICTURES")
     manifest = prepare(made, tmp_path / "m")
+    assert "image_root" not in capsys.readouterr().out
     report = report_of(manifest)
     for name, official in NAMES.items():
         split, every, there = manifest.split(name), whole.split(name), made.pictures[official]

@@ -13,6 +13,7 @@ import re
 import signal
 import tarfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,15 @@ def files(tmp_path_factory) -> Split:
 def packed(files, tmp_path_factory) -> Split:
     """The same pictures in shards."""
     return _pack(files.folder.parent, tmp_path_factory.mktemp("packed") / "m").split("train")
+
+
+def _opened_anew(split: Split) -> tuple[Split, Callable[[int], bool]]:
+    """The same split with files of its own, and whether a descriptor is one of them.
+
+    Loaders of other tests in this process may still be reading ahead from theirs.
+    """
+    anew = Manifest(split.folder.parent).split(split.name)
+    return anew, lambda fd: fd in {file.fd for file in list(anew.shards._open.values())}
 
 
 def _copy(split: Split, tmp_path: Path) -> Split:
@@ -461,10 +471,12 @@ def test_two_ranks_see_the_batches_of_one(packed):
 def test_a_window_is_read_in_the_order_of_the_disk(packed, monkeypatch):
     # Large enough for the holes not to be read through.
     reads: list[tuple[str, int, int]] = []
+    packed, ours = _opened_anew(packed)
 
     def note(fd, buffers, offset):
         got = preadv(fd, buffers, offset)
-        reads.append((os.readlink(f"/proc/self/fd/{fd}"), offset, got))
+        if ours(fd):
+            reads.append((os.readlink(f"/proc/self/fd/{fd}"), offset, got))
         return got
 
     preadv = os.preadv
@@ -489,8 +501,15 @@ def test_a_window_is_read_in_the_order_of_the_disk(packed, monkeypatch):
 
 def test_pictures_that_follow_each_other_are_read_in_one_go(packed, monkeypatch):
     calls: list[int] = []
+    packed, ours = _opened_anew(packed)
     preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *args: calls.append(1) or preadv(*args))
+
+    def note(fd, buffers, offset):
+        if ours(fd):
+            calls.append(fd)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", note)
     got = reading.ShardReader(packed.shards, 1).submit(np.arange(COUNT)[::-1]).result()
     assert [a.tobytes() for a in got] == [packed.read(i) for i in range(COUNT)][::-1]
     # Reading one by one afterwards took the other calls.

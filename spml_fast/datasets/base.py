@@ -394,6 +394,7 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
                 "seed": common.seed,
             },
             "verify": level,
+            "labels_alone": raw.labels_alone,
             "orientation": common.orientation,
             "settings": raw.settings,
             "coverage": raw.coverage,
@@ -569,5 +570,7 @@ def summary(manifest: Manifest, train_options: str = "") -> str:
         lines.append(f"left out: no picture (all were checked: {how})")
     lines.append(f"Manifest: {manifest.folder}")
     words = f"{train_options} --data.dir {shlex.quote(str(manifest.folder))}".strip()
+    if report["labels_alone"]:
+        words += " --data.image_root FOLDER_OF_THE_PICTURES"
     lines.append(f"next: deepspeed launch/train.py {words}")
     return "\n".join(lines)
