@@ -223,7 +223,7 @@ def cam_work(batch: int, side: int, channels: int, classes: int, dtype: torch.dt
     flops = 2.0 * rows * classes * channels
     outputs = 2 * batch * classes * 4
     signs = 4 * cdiv(rows, WORD) * cdiv(classes, SKIP) * SKIP
-    features, weight = size(specs[:1]), size(specs[1:2])
+    weight = size(specs[1:2])
     providers: dict[str, Call] = {"fused": lambda *t: _both(cam_pool(*t)), "chunked": cam_pool_chunked}
     if not sparse:
         # The others do not care about signs.
@@ -231,8 +231,21 @@ def cam_work(batch: int, side: int, channels: int, classes: int, dtype: torch.dt
     launch = cam_pool_launch(batch, cells, classes, channels, half)
     touched = [(p * cells + cells - 1) // launch.forward.rows - p * cells // launch.forward.rows for p in range(batch)]
     slots = 8 * classes * sum(n + 1 for n in touched if n)
-    partial = 4 * classes * (channels + 1)
     slotted = {"sums of pictures that lie in several tiles, written and read": 2.0 * slots}
+    share = 2.0 * batch * cdiv(classes, SKIP) * SKIP * dtype.itemsize
+    beyond = {**slotted, "signs read again by the second product": signs}
+    beyond["shares of cells, written and read by both products"] = 3 * share
+    if dtype == torch.float16:
+        beyond["largest gradient"] = 4.0 * outputs
+    if launch.splits > 1:
+        beyond["parts of the gradients of weights and bias, written and read"] = (
+            8.0 * launch.splits * classes * (channels + 1)
+        )
+    if launch.apart:
+        rounded = dtype == torch.float16
+        beyond["signs read again for the list of squares"] = signs
+        beyond["weights read again for the mean part"] = weight + (8.0 * classes * channels if rounded else 0.0)
+        beyond["mean features and mean part of pictures, written and read"] = 16.0 * batch * channels
     return Work(
         op="cam_pool",
         shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} C {classes} {'sparse' if sparse else 'dense'}",
@@ -245,17 +258,7 @@ def cam_work(batch: int, side: int, channels: int, classes: int, dtype: torch.dt
         floor={"fwd": size(specs) + outputs, "step": 3 * size(specs) + 2 * outputs + 2 * signs},
         residuals={
             "fwd": slotted,
-            "step": {
-                **slotted,
-                "signs read twice more: for the list of squares, and by the second product": 2.0 * signs,
-                "features read once more, for their mean": features,
-                "weights made fp32 and read for the mean part": weight + (8.0 * classes * channels if half else 0.0),
-                "gradient of weights in fp32: parts and their sum, the mean part added, rounded": (
-                    partial * ((2.0 * launch.splits if launch.splits > 1 else 0) + (4 if half else 2))
-                ),
-                "upstream gradients scaled and rounded": 8.0 * outputs,
-                "mean features of pictures, written and read": 20.0 * batch * channels,
-            },
+            "step": beyond,
         },
         flops={"fwd": flops, "bwd": 2 * flops, "step": 3 * flops},
         products=1 if half else 3,

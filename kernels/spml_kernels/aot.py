@@ -146,7 +146,7 @@ def compile_case(case: Case, arch: int) -> Report:
     )
 
 
-OPS = ("label_loss", "large_loss", "label_rows", "cam_pool", "cam_mask", "ignore_loss")
+OPS = ("label_loss", "large_loss", "label_rows", "cam_pool", "cam_pool_backward", "cam_mask", "ignore_loss")
 
 
 def cases(arch: int) -> Iterator[Case]:

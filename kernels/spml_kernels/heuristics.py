@@ -97,6 +97,7 @@ class CamPoolLaunch(NamedTuple):
         d_features: sums over classes.
         d_weight: sums over cells.
         splits: parts of the cells whose sums are made apart in d_weight, so that enough programs run.
+        apart: whether the backward makes the mean part by itself and skips squares without a positive cell.
     """
 
     forward: Tiles
@@ -104,10 +105,25 @@ class CamPoolLaunch(NamedTuple):
     d_features: Tiles
     d_weight: Tiles
     splits: int
+    apart: bool
 
 
 # Edge of the squares (cells by classes) that the backward passes over when no cell in them is positive.
 SKIP = 64
+
+
+# Operations a byte of a product in half precision from which the backward skips squares. By their data sheets an H200
+# balances the two at 210, an H100 at 300. Skipping takes four launches more and reads signs and weights once more.
+SKIP_FROM = 512
+
+
+def mean_apart(rows: int, classes: int) -> bool:
+    """Whether the backward leaves out squares without a positive cell, and makes the mean part by itself for that.
+
+    It does where products of this many cells and classes take long beside reading their operands, whatever the number
+    of channels: 2 rows * classes operations for 2 (rows + classes) bytes of each.
+    """
+    return rows * classes >= SKIP_FROM * (rows + classes)
 
 
 def cam_pool_launch(
@@ -135,7 +151,7 @@ def cam_pool_launch(
     d_weight = Tiles(SKIP if half else 32, 128 if half and classes > 64 else 64, across, 8 if half else 4, 2)
     programs = cdiv(classes, d_weight.classes) * cdiv(channels, across)
     splits = max(1, min(cdiv(FULL_GPU, programs), cdiv(rows, d_weight.rows * 8)))
-    return CamPoolLaunch(forward, slices, d_features, d_weight, splits)
+    return CamPoolLaunch(forward, slices, d_features, d_weight, splits, mean_apart(rows, classes))
 
 
 def pictures_per_tile(rows: int, cells: int) -> int:

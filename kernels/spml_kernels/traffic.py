@@ -122,13 +122,15 @@ def _cam_pool_forward(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
     tiles_r, tiles_c = cdiv(rows, a["BLOCK_R"]), cdiv(classes, a["BLOCK_C"])
     features, weight = rows * channels * _width(a["features_ptr"]), classes * channels * _width(a["weight_ptr"])
-    # Every tile of classes reads all features, every tile of cells all weights and biases.
-    read = tiles_c * features + tiles_r * (weight + 4 * classes)
+    # Every tile of classes reads all features, and so do mean features; every tile of cells all weights and biases.
+    read = (tiles_c + a["POOL"]) * features + tiles_r * (weight + 4 * classes)
     touched = [_tiles_touched(p, cells, a["BLOCK_R"]) for p in range(rows // cells)]
     # Two sums a class: in the place of the result for a picture within one tile, in one slot a tile for the others.
     written = 8 * classes * sum(touched)
     if a["BITS"]:
         written += 4 * cdiv(rows, 32) * a["stride"]
+    if a["POOL"]:
+        written += len(touched) * channels * _width(a["pooled_ptr"])
     return Moved(features + weight + 4 * classes, read, written)
 
 
@@ -137,6 +139,12 @@ def _cam_pool_finish(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     touched = [_tiles_touched(p, a["cells"], a["BLOCK_R"]) for p in range(grid[0])]
     read = 8 * a["classes"] * sum(n for n in touched if n > 1)
     return Moved(read, read, 8 * a["classes"] * sum(n > 1 for n in touched))
+
+
+@formula("_cam_pool_shares_kernel")
+def _cam_pool_shares(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    read, scale = 8 * grid[0] * a["classes"], 4 if a["SCALED"] else 0
+    return Moved(read + scale, read + scale * grid[0] * grid[1], 2 * grid[0] * a["stride"] * _width(a["on_ptr"]))
 
 
 @formula("_cam_pool_flags_kernel")
@@ -163,46 +171,65 @@ def _span(start: int, length: int, end: int, unit: int) -> int:
 @formula("_cam_pool_dx_kernel")
 def _cam_pool_dx(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
-    block_r, block_c = a["BLOCK_R"], a["BLOCK_C"]
+    block_r, block_c, apart = a["BLOCK_R"], a["BLOCK_C"], a["APART"]
     tiles_r, tiles_k = cdiv(rows, block_r), cdiv(channels, a["BLOCK_K"])
-    grad, weight = _width(a["grad_ptr"]), _width(a["weight_ptr"])
-    counts, steps = _values(a["count_ptr"]), _values(a["list_ptr"])
+    weight, mean = _width(a["weight_ptr"]), _width(a["mean_ptr"]) if apart else 0
+    # Of a class: shares, of cells that are not positive too where both parts are in one product.
+    share = _width(a["on_ptr"]) * (1 if apart else 2)
     read = 0
     for tile in range(tiles_r):
-        number = a["width"] if counts is None else counts[tile]
-        listed = range(number) if steps is None else steps[tile * a["width"] :][:number]
+        listed = _listed(a, tile)
         pictures, words = (_span(tile * block_r, block_r, rows, unit) for unit in (cells, 32))
         reached = sum(_span(step * block_c, block_c, classes, 1) for step in listed)
-        # Of every step: its number, gradients of pictures, words of signs, and the rows of weights.
-        read += tiles_k * (4 + number * (4 + block_c * (pictures * grad + 4 * words))) + reached * channels * weight
-        read += 4 * pictures * channels
+        # Of every step: its number, shares of pictures, words of signs, and the rows of weights.
+        read += tiles_k * len(listed) * block_c * (pictures * share + 4 * words) + reached * channels * weight
+        read += pictures * channels * mean + tiles_k * 4 * (1 + len(listed)) * apart
     scale = 4 if a["SCALED"] else 0
-    unique = 4 * tiles_r * (1 + a["width"]) + rows // cells * (a["stride"] * grad + 4 * channels) + scale
-    unique += 4 * cdiv(rows, 32) * a["stride"] + classes * channels * weight
+    across = min(a["width"] * block_c, a["stride"])
+    unique = 4 * tiles_r * (1 + a["width"]) * apart + rows // cells * (across * share + channels * mean) + scale
+    unique += 4 * cdiv(rows, 32) * across + classes * channels * weight
     return Moved(min(unique, read), read + scale * grid[0], rows * channels * _width(a["out_ptr"]))
+
+
+def _listed(a: dict[str, Any], tile: int) -> list[int] | range:
+    """Steps of a tile of cam_pool's backward: those of its list, or all."""
+    if not a["APART"] or a["count_ptr"].is_meta:
+        return range(a["width"])
+    number = int(a["count_ptr"][tile])
+    listed: list[int] = a["list_ptr"].flatten()[tile * a["width"] :][:number].tolist()
+    return listed
 
 
 @formula("_cam_pool_dw_kernel")
 def _cam_pool_dw(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
-    block_r, block_c = a["BLOCK_R"], a["BLOCK_C"]
-    tiles_c, tiles_k = cdiv(classes, block_c), cdiv(channels, a["BLOCK_K"])
-    grad, features = _width(a["grad_ptr"]), _width(a["features_ptr"])
-    counts, steps = _values(a["count_ptr"]), _values(a["list_ptr"])
-    read = 0
+    block_r, block_c, apart = a["BLOCK_R"], a["BLOCK_C"], a["APART"]
+    tiles_c, tiles_k, pictures = cdiv(classes, block_c), cdiv(channels, a["BLOCK_K"]), rows // cells
+    grad, features = _width(a["on_ptr"]), _width(a["features_ptr"])
+    share = grad * (1 if apart else 2)
+    read = unique = 0
+    if apart:
+        pooled = pictures * channels * _width(a["pooled_ptr"])
+        read += tiles_c * pooled + tiles_k * pictures * a["stride"] * grad
+        unique += pooled + pictures * a["stride"] * grad + 4 * tiles_c * (1 + a["width"])
     for tile in range(tiles_c):
-        number = a["width"] if counts is None else counts[tile]
-        listed = range(number) if steps is None else steps[tile * a["width"] :][:number]
+        listed = _listed(a, tile)
         lanes = min(block_c, a["stride"] - tile * block_c)
-        read += 4 * tiles_k * (a["splits"] + number)
+        read += 4 * tiles_k * (a["splits"] + len(listed)) * apart
         for step in listed:
-            pictures, words = (_span(step * block_r, block_r, rows, unit) for unit in (cells, 32))
-            read += tiles_k * lanes * (pictures * grad + 4 * words)
+            touched, words = (_span(step * block_r, block_r, rows, unit) for unit in (cells, 32))
+            read += tiles_k * lanes * (touched * share + 4 * words)
             read += _span(step * block_r, block_r, rows, 1) * channels * features
     scale = 4 if a["SCALED"] else 0
-    unique = 4 * tiles_c * (1 + a["width"]) + rows // cells * a["stride"] * grad + scale
-    unique += 4 * cdiv(rows, 32) * a["stride"] + rows * channels * features
-    return Moved(min(unique, read), read + scale * grid[0] * grid[1], 4 * a["splits"] * classes * (channels + 1))
+    unique += pictures * a["stride"] * share + scale + 4 * cdiv(rows, 32) * a["stride"] + rows * channels * features
+    written = a["splits"] * classes * (channels * _width(a["weight_ptr"]) + 4)
+    return Moved(min(unique, read), read + scale * grid[0] * grid[1], written)
+
+
+@formula("_cam_pool_sum_kernel")
+def _cam_pool_sum(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    read = 4 * a["splits"] * (a["weights"] + a["classes"])
+    return Moved(read, read, a["weights"] * _width(a["weight_ptr"]) + 4 * a["classes"])
 
 
 @formula("_ignore_statistics_kernel")

@@ -238,13 +238,16 @@ def test_kernels_between_the_products_of_cam_pool_do_not_spill():
 
     compiler = Compiler(90)
     seen = launches_of(cam_work(128, 14, 2048, 5000, torch.bfloat16), "fused", "step")
-    names = ("_cam_pool_finish_kernel", "_cam_pool_flags_kernel", "_cam_pool_list_kernel")
-    for launch in (s for s in seen if s.name in names):
+    few = launches_of(cam_work(128, 14, 2048, 80, torch.bfloat16), "fused", "step")
+    products = ("_cam_pool_fwd_kernel", "_cam_pool_dx_kernel", "_cam_pool_dw_kernel")
+    between = [s for s in seen + few if s.kernel is not None and s.name not in products]
+    for launch in between:
         report = compiler.report(launch)
         assert report.spills == report.stack == 0 and report.registers <= 64, (launch.name, report)
     # Two lists of different lines; the second launch of each kernel at one shape is not compiled again.
     assert [s.name for s in seen if s.kernel is not None].count("_cam_pool_list_kernel") == 2
-    assert len(compiler.reports) == 4
+    assert {s.name for s in between} == {f"_cam_pool_{n}_kernel" for n in ("finish", "shares", "flags", "list", "sum")}
+    assert len(compiler.reports) == 8
 
 
 def test_matmul_is_the_bare_product():

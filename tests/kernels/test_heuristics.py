@@ -14,6 +14,7 @@ from spml_kernels.heuristics import (
     flat_launch,
     histogram_launch,
     map_launch,
+    mean_apart,
     next_power_of_two,
     normalise_launch,
     pictures_per_tile,
@@ -100,10 +101,24 @@ def test_memory_of_cam_pool_beside_its_outputs():
     # One bit a cell, and two slots of two fp32 sums a tile: within 1/10 of a bf16 map on Hopper.
     batch, cells, classes, channels = 128, 196, 5000, 2048
     launch = cam_pool_launch(batch, cells, classes, channels, True, 90)
-    rows = batch * cells
-    bits = -(-rows // WORD) * -(-classes // SKIP) * SKIP * 4
-    part = -(-rows // launch.forward.rows) * 4 * classes * 4
-    assert bits + part <= rows * classes * 2 / 10
+    rows, stride = batch * cells, -(-classes // SKIP) * SKIP
+    bits = -(-rows // WORD) * stride * 4
+    tiles = -(-rows // launch.forward.rows)
+    assert bits + tiles * 4 * classes * 4 + batch * channels * 2 <= rows * classes * 2 / 10
+    # In the backward the bits, shares of cells, mean features and mean part, flags, and lists of steps. The gradient of
+    # the weights is made in place, not in parts.
+    assert launch.apart and launch.splits == 1
+    squares = -(-rows // SKIP) * (stride // SKIP)
+    lists = 4 * squares * (SKIP / launch.d_features.rows + SKIP / launch.d_weight.classes)
+    small = 2 * batch * stride * 2 + 2 * batch * channels * 2 + squares + lists
+    assert bits + small <= rows * classes * 2 / 10
+
+
+def test_squares_are_skipped_where_products_take_long():
+    assert not any(mean_apart(128 * 196, classes) for classes in (20, 80, 312))
+    assert mean_apart(128 * 196, 1000) and mean_apart(128 * 196, 5000)
+    # Few cells: reading the weights takes longer than the products.
+    assert not mean_apart(196, 5000) and not mean_apart(0, 5000) and mean_apart(8 * 196, 5000)
 
 
 def test_small_shapes_split_their_sums_and_large_ones_do_not():

@@ -99,8 +99,13 @@ WORKS = [
 ]
 
 
-@pytest.mark.parametrize("work", WORKS, ids=lambda w: w.name.replace(" ", "_"))
-def test_formulas_give_what_is_counted(work: Work):
+@pytest.mark.parametrize(
+    ("work", "apart"),
+    [(work, apart) for work in WORKS for apart in ((False, True) if work.op == "cam_pool" else (False,))],
+    ids=lambda v: v.name.replace(" ", "_") if isinstance(v, Work) else "apart" if v else "together",
+)
+def test_formulas_give_what_is_counted(work: Work, apart: bool, monkeypatch):
+    monkeypatch.setattr("spml_kernels.heuristics.SKIP_FROM", 0 if apart else 10**6)
     inputs = work.inputs("cpu")
     if work.op == "cam_pool" and not work.shape.endswith("sparse"):
         # Every square has a positive cell, so that lists are full.

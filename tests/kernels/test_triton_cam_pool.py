@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 
 import pytest
 import torch
 from kernel_tools import TOLERANCE, assert_close, assert_op_sound
 from spml_kernels import cam_pool
-from spml_kernels.cam_pool import cam_pool_backward_op, cam_pool_op
+from spml_kernels.cam_pool import cam_pool_op
+from spml_kernels.cam_pool_backward import cam_pool_backward_op
 from spml_kernels.chunked import cam_pool_chunked
 from spml_kernels.heuristics import cam_pool_launch
 from spml_kernels.reference.cam_pool import cam_pool_reference
+
+from benchmarks.bench_kernels import launched
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 
@@ -25,6 +28,13 @@ SHAPES = [
     (9, 5, 5, 70, 65),
     (2, 32, 33, 32, 3),
 ]
+
+
+@pytest.fixture(params=[False, True], ids=["together", "apart"])
+def apart(request, monkeypatch):
+    """Both forms of the backward, whatever the shape: with and without the mean part made by itself."""
+    monkeypatch.setattr("spml_kernels.heuristics.SKIP_FROM", 0 if request.param else 10**6)
+    return request.param
 
 
 def draw(shape, dtype, device, seed=0, shift=0.0):
@@ -67,46 +77,46 @@ def check(inputs, tolerance=None):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_equals_the_reference(shape, dtype, device):
+def test_equals_the_reference(shape, dtype, device, apart):
     check(draw(shape, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 10, 23, 64, 129), (7, 10, 10, 33, 70), (9, 8, 8, 32, 65)], ids=str)
-def test_launch_of_large_inputs(shape, dtype, device, monkeypatch):
+def test_launch_of_large_inputs(shape, dtype, device, monkeypatch, apart):
     monkeypatch.setattr("spml_kernels.heuristics.FULL_GPU", 0.01)
     batch, height, width, channels, classes = shape
     for capability, wide in ((90, dtype == torch.float16 and height * width >= 64), (80, False)):
         launch = cam_pool_launch(batch, height * width, classes, channels, dtype != torch.float32, capability)
         assert launch.forward.rows == (256 if wide else 128)
-        if device == "cpu":
-            # By module name: the package's attribute of that name is the function.
-            module = importlib.import_module("spml_kernels.cam_pool")
-            monkeypatch.setattr(module, "_launch", lambda *a, launch=launch: launch)
-        check(draw(shape, dtype, device))
+        assert launch.apart == apart
+        with launched(launch) if device == "cpu" else contextlib.nullcontext():
+            check(draw(shape, dtype, device))
 
 
 @pytest.mark.parametrize("full", [1, 1000])
-def test_sums_over_cells_in_parts(full, device, monkeypatch):
+def test_sums_over_cells_in_parts(full, device, monkeypatch, apart):
     monkeypatch.setattr("spml_kernels.heuristics.FULL_GPU", full)
     shape = (12, 14, 14, 40, 20)
     assert cam_pool_launch(12, 196, 20, 40, True).splits == (1 if full == 1 else 5)
     check(draw(shape, torch.float16, device))
 
 
-def test_tiny_gradients_in_fp16(device):
-    # Means over a batch of 10^4 classes: below what fp16 holds, so the boosted part is scaled.
+@pytest.mark.parametrize("parts", [(0, 1), (1, 0), (1, 1)])
+def test_tiny_gradients_in_fp16(parts, device, apart):
+    # Means over a batch of 10^4 classes: below what fp16 holds, so gradients are scaled.
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float16, device)
-    bits = cam_pool_op(features, weight, bias, True)[2]
+    kept = cam_pool_op(features, weight, bias, True)[2:]
     generator = torch.Generator().manual_seed(0)
     grad = torch.randn(3, 20, generator=generator).to(device)
-    one = cam_pool_backward_op(grad * 0, grad, features, weight.float(), bits, False, True)[1:]
-    two = cam_pool_backward_op(grad * 0, grad * 1e-9, features, weight.float(), bits, False, True)[1:]
+    grads = [grad * part for part in parts]
+    one = cam_pool_backward_op(*grads, features, weight.float(), *kept, False, True)[1:]
+    two = cam_pool_backward_op(*[g * 1e-9 for g in grads], features, weight.float(), *kept, False, True)[1:]
     for a, b in zip(one, two, strict=True):
         assert_close("gradient", b * 1e9, a.double(), 1e-3)
 
 
-def test_fp32_weights_under_half_features(device):
+def test_fp32_weights_under_half_features(device, apart):
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
     inputs = [features.half(), weight, bias]
     found = run(cam_pool, inputs)
@@ -118,7 +128,7 @@ def test_fp32_weights_under_half_features(device):
 
 
 @pytest.mark.parametrize("shift", [-100.0, 100.0])
-def test_nothing_or_everything_positive(shift, device):
+def test_nothing_or_everything_positive(shift, device, apart):
     inputs = draw((3, 7, 7, 48, 70), torch.float32, device, shift=shift)
     found = check(inputs)
     if shift < 0:
@@ -127,7 +137,7 @@ def test_nothing_or_everything_positive(shift, device):
         assert_close("relu", found[1], found[0], 1e-6)
 
 
-def test_few_positive_squares(device):
+def test_few_positive_squares(device, apart):
     # Two classes of one picture: nearly all squares are passed over.
     features, weight, bias = draw((6, 9, 9, 32, 200), torch.float32, device, shift=-30)
     bias[7] = bias[150] = 0
@@ -141,6 +151,18 @@ def test_zero_is_not_positive(device):
     mean, relu, *grads = check(inputs)
     assert not mean.any() and not relu.any()
     assert len(grads) == 3
+
+
+def test_mean_features_are_made_where_the_backward_wants_them(device, apart):
+    # 49 cells: pictures within a tile, and over two tiles of 128.
+    for dtype in (torch.float32, torch.bfloat16):
+        features, weight, bias = draw((9, 7, 7, 33, 21), dtype, device)
+        pooled = cam_pool_op(features, weight, bias, True)[3]
+        assert pooled.dtype == dtype and pooled.shape == ((9, 33) if apart else (0,))
+        if apart:
+            tolerance = 1e-6 if dtype == torch.float32 else 5e-3
+            assert_close("mean features", pooled, features.double().mean((1, 2)), tolerance)
+        assert cam_pool_op(features, weight, bias, False)[3].numel() == 0
 
 
 def test_extreme_logits_stay_finite(device):
@@ -189,7 +211,7 @@ def test_tiny_maps_go_in_chunks(device):
     check(draw((4, 1, 1, 32, 20), torch.float32, device))
 
 
-def test_empty(device):
+def test_empty(device, apart):
     features, weight, bias = draw((0, 7, 7, 32, 20), torch.float32, device)
     found = run(cam_pool, [features, weight, bias])
     assert found[0].shape == found[1].shape == (0, 20) and found[2].shape == features.shape
@@ -208,31 +230,31 @@ def test_layouts(device):
 def test_only_wanted_gradients_are_made(device):
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
     whole = run(cam_pool, [features, weight, bias])
-    bits = cam_pool_op(features, weight, bias, True)[2]
+    kept = cam_pool_op(features, weight, bias, True)[2:]
     grads = [torch.randn(3, 20, device=device) for _ in range(2)]
-    d_x, d_w, d_b = cam_pool_backward_op(*grads, features, weight, bits, True, False)
+    d_x, d_w, d_b = cam_pool_backward_op(*grads, features, weight, *kept, True, False)
     assert d_w.numel() == d_b.numel() == 0 and d_x.shape == features.shape
-    assert cam_pool_backward_op(*grads, features, weight, bits, False, True)[0].numel() == 0
+    assert cam_pool_backward_op(*grads, features, weight, *kept, False, True)[0].numel() == 0
     mean, relu = cam_pool(features, weight.clone().requires_grad_(), bias)
     assert torch.equal(mean, whole[0]) and relu.requires_grad
     with torch.no_grad():
         assert not cam_pool(features, weight.clone().requires_grad_(), bias)[0].requires_grad
 
 
-def test_two_runs_are_bit_equal(device):
+def test_two_runs_are_bit_equal(device, apart):
     inputs = draw((5, 14, 14, 96, 20), torch.float16, device)
     one, two = run(cam_pool, inputs), run(cam_pool, inputs)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_op_is_sound(device):
+def test_op_is_sound(device, apart):
     inputs = [t.requires_grad_() for t in draw((2, 5, 5, 32, 9), torch.float32, device)]
     assert_op_sound(torch.ops.spml.cam_pool.default, (*inputs, True))
-    bits = cam_pool_op(*inputs, True)[2]
+    kept = [t.detach() for t in cam_pool_op(*inputs, True)[2:]]
     grads = [torch.randn(2, 9, device=device) for _ in range(2)]
     plain = [t.detach() for t in inputs]
     for wanted in ((True, True), (True, False), (False, True)):
-        assert_op_sound(torch.ops.spml.cam_pool_backward.default, (*grads, *plain[:2], bits, *wanted))
+        assert_op_sound(torch.ops.spml.cam_pool_backward.default, (*grads, *plain[:2], *kept, *wanted))
 
 
 def test_compiles_into_one_graph(device):
