@@ -6,6 +6,7 @@ Checks, each with its time and outcome, written to a CSV with GPU, versions and 
   points    the same for label_loss with point functions of methods
   ignore    the same for IGNORE's ops: masked pictures in all modes and layouts, statistics, losses, gradients
   stages    a few DeepSpeed updates at ZeRO stages 0 to 3 in bf16, loss finite and falling
+  sanitize  every op at small odd shapes under compute-sanitizer: accesses outside of tensors, races in shared memory
   sync      the training step under torch.cuda.set_sync_debug_mode("error"): no host-device synchronisation
   quick     the README's quick start, end to end, with its test mAP
 A check whose library is not installed (DALI, DeepSpeed) is recorded as such, never as passed.
@@ -20,6 +21,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -90,7 +93,9 @@ def check_ops() -> str:
     from spml_kernels import cam_map, cam_pool, label_rows, large_loss, select_large
 
     worst = 0.0
-    for shape, classes in (((3, 7, 7, 96), 10), ((2, 14, 14, 512), 80), ((5, 5, 3, 2048), 312)):
+    # The last takes the form of the backward that skips squares.
+    shapes = (((3, 7, 7, 96), 10), ((2, 14, 14, 512), 80), ((5, 5, 3, 2048), 312), ((12, 14, 14, 256), 700))
+    for shape, classes in shapes:
         torch.manual_seed(0)
         features = torch.randn(shape, dtype=torch.float64)
         weight = torch.randn(classes, shape[-1], dtype=torch.float64) / shape[-1] ** 0.5
@@ -218,6 +223,65 @@ def check_ignore() -> str:
     return f"masks differ at {worst:.1e} of the pixels, largest fp32 relative error of the losses {error:.1e}"
 
 
+def small_calls(device: str) -> None:
+    """Every op once or twice at small odd shapes, forward and backward, for a tool that watches what kernels access."""
+    from spml_kernels import cam_mask, cam_pool, heuristics, ignore_loss, ignore_statistics, label_loss, label_rows
+    from spml_kernels.large_loss import _KEPT, large_loss_step
+
+    torch.manual_seed(0)
+    shapes = ((0, torch.float16, 3, 70), (2**40, torch.bfloat16, 16, 70), (0, torch.float32, 3, 9))
+    for skip_from, dtype, batch, classes in shapes:
+        with mock.patch.object(heuristics, "SKIP_FROM", skip_from):
+            tensors = [torch.randn(batch, 5, 7, 40), torch.randn(classes, 40), torch.randn(classes)]
+            leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
+            mean, relu = cam_pool(*leaves)
+            assert relu is not None
+            torch.autograd.grad((mean * 0.7 + relu).sum(), leaves)
+    for rows, classes in ((3, 7), (40, 601)):
+        logits = torch.randn(rows, classes, device=device, requires_grad=True)
+        codes = torch.randint(-1, 2, (rows, classes), dtype=torch.int8, device=device)
+        for ties in ("exact", "inclusive"):
+            step = large_loss_step(logits, codes, torch.tensor(11, device=device), 13, "correct", ties)  # type: ignore[arg-type]
+            torch.autograd.grad(step.loss, logits)
+        torch.autograd.grad(label_loss(logits, codes, _KEPT), logits)
+        listed = codes.cpu() != -1
+        entry = torch.nonzero(listed, as_tuple=True)
+        indptr = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
+        arrays = [indptr, entry[1].to(torch.int16), codes.cpu()[entry], torch.randperm(rows)]
+        label_rows(*[a.to(device) for a in arrays], classes, -1, int(listed.sum(1).max()))
+        views = [torch.randn(rows, classes, device=device, requires_grad=True) for _ in range(2)]
+        masked, average = torch.randn(rows, classes, device=device), torch.randn(classes, device=device)
+        terms = ignore_loss(
+            *views, masked, codes, torch.tensor(1.0, device=device), average, "logits", truth=codes.abs()
+        )
+        torch.autograd.grad(terms.spbc + terms.ign - terms.reg, views)
+        ignore_statistics(views[0], masked, codes)
+    features, weight, bias = torch.randn(3, 5, 5, 33), torch.randn(9, 33), torch.randn(9)
+    ids = torch.tensor([[3, -1], [-1, -1], [0, 8]])
+    for layout in (torch.channels_last, torch.contiguous_format):
+        pictures = torch.randn(3, 3, 37, 37).to(memory_format=layout)
+        for norm in ("per_image", "batch_rawmax", "batch_minmax"):
+            inputs = [t.to(device) for t in (features, weight, bias, ids, pictures)]
+            cam_mask(*inputs, 0.5, norm, 2)  # type: ignore[arg-type]
+
+
+def check_sanitize() -> str:
+    """`small_calls` under compute-sanitizer's memcheck and racecheck."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        raise NotInstalled("compute-sanitizer")
+    # Without PyTorch's pool, so that every tensor is an allocation whose end is known.
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    env["SPML_KERNELS"] = "triton"
+    notes = []
+    for kind in ("memcheck", "racecheck"):
+        words = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--small"]
+        done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=400)
+        assert done.returncode == 0, f"{kind}: {(done.stdout + done.stderr)[-1500:]}"
+        notes.append(f"{kind}: {done.stdout.strip().splitlines()[-1].strip('= ')}")
+    return ", ".join(notes)
+
+
 def train(run: Path, *options: str) -> dict[str, object]:
     """Run launch/train.py in this environment; returns results.json."""
     words = [sys.executable, str(ROOT / "launch" / "train.py"), "--run.dir", str(run), *options]
@@ -294,6 +358,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "ops": check_ops,
     "points": check_points,
     "ignore": check_ignore,
+    "sanitize": check_sanitize,
     "sync": check_sync,
     "decode": check_decode,
     "stages": check_stages,
@@ -315,10 +380,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="CSV file; default benchmarks/results/gpu_check_<GPU>.csv")
     parser.add_argument("--only", nargs="+", choices=sorted(CHECKS), help="run these alone")
     parser.add_argument("--commit", help="commit to record where git is not at hand")
+    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no GPU on this machine; nothing was checked", file=sys.stderr)
         return 2
+    if args.small:
+        small_calls("cuda")
+        torch.cuda.synchronize()
+        return 0
     gpu = torch.cuda.get_device_name(0)
     from benchmarks.kernel_report import commit as checked_out
 

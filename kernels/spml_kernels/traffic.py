@@ -45,6 +45,11 @@ def moved(launch: Launch) -> Moved:
     return _FORMULAS[launch.name](launch.arguments, launch.grid)
 
 
+def formulas() -> set[str]:
+    """Names of the kernels that have one."""
+    return set(_FORMULAS)
+
+
 def has_formula(kernel: str) -> bool:
     """Whether a kernel of this name has one."""
     return kernel in _FORMULAS

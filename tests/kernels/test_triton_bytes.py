@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gpu_check
 import pytest
 import torch
 from spml_kernels import LargeLossStep, cam_mask, cam_pool, large_loss_step
 from spml_kernels.counting import Launch, Moved, count, total
 from spml_kernels.jit import INTERPRETED, jit, tl
-from spml_kernels.traffic import BOUNDS, has_formula, moved
+from spml_kernels.traffic import BOUNDS, formulas, has_formula, moved
 
 from benchmarks.kernel_works import (
     Work,
@@ -181,3 +182,9 @@ def test_list_of_inclusive_ties_may_be_longer_than_k():
     whole = step(150)
     assert whole.selected.all() and whole.valid.all()
     assert torch.equal(whole.rows * 50 + whole.classes, torch.arange(150))
+
+
+def test_no_op_reads_or_writes_outside_of_its_tensors():
+    """The calls that compute-sanitizer watches on a GPU, under the counter, which refuses what lies outside."""
+    seen = {launch.name for launch in kernels(count(lambda: gpu_check.small_calls("cpu")))}
+    assert seen == formulas()
