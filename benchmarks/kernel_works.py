@@ -22,7 +22,7 @@ from spml_kernels import (
     large_loss_step,
 )
 from spml_kernels.chunked import cam_pool_chunked
-from spml_kernels.heuristics import SKIP, WORD, cam_pool_launch, columns_launch
+from spml_kernels.heuristics import SKIP, WORD, cam_pool_launch, columns_launch, large_once_launch
 from spml_kernels.jit import cdiv
 from spml_kernels.large_loss import BINS
 from spml_kernels.reference.cam_mask import cam_mask_reference
@@ -353,15 +353,15 @@ def large_loss_work(rows: int, classes: int, k: int, listed: bool = True) -> Wor
 
     specs = _loss_specs(rows, classes)
     data, logits = size(specs), size(specs[:1])
-    # Two passes over logits and codes at least, the selection, and the list.
-    least = 2 * data + rows * classes + 8 * k * listed
-    passes = {
-        "three passes more over logits and codes": 3.0 * data,
-        "three histograms cleared and read": 6.0 * 4 * BINS,
-    }
-    if listed:
-        # The list cleared, and rows, classes and validity made from it in four operations.
-        passes["list cleared and taken apart"] = (8 + 16 + 16 + 16 + 9) * float(k)
+    # The threshold is known when everything has been read, and only then can anything be written. What one program
+    # holds it need not read again; where several share the work, that takes a second pass over logits and codes.
+    alone = large_once_launch(rows * classes) is not None
+    least = (1 if alone else 2) * data + rows * classes + 17 * k * listed
+    passes = {}
+    if not alone:
+        passes["two passes more over logits and codes to find the threshold"] = 2.0 * data
+        passes["entries above and at the threshold counted by block"] = 1.0 * data
+        passes["three histograms cleared and read"] = 6.0 * 4 * BINS
     return Work(
         op="large_loss",
         shape=f"{rows} x {classes} k {k}{'' if listed else ' no list'}",

@@ -237,7 +237,8 @@ def small_calls(device: str) -> None:
             mean, relu = cam_pool(*leaves)
             assert relu is not None
             torch.autograd.grad((mean * 0.7 + relu).sum(), leaves)
-    for rows, classes in ((3, 7), (40, 601)):
+    # One program holds the first of the two.
+    for rows, classes in ((3, 7), (28, 601)):
         logits = torch.randn(rows, classes, device=device, requires_grad=True)
         codes = torch.randint(-1, 2, (rows, classes), dtype=torch.int8, device=device)
         for ties in ("exact", "inclusive"):

@@ -26,16 +26,49 @@ class Flat(NamedTuple):
     programs: int
 
 
-def flat_launch(elements: int) -> Flat:
+def flat_launch(elements: int, each: int = 16) -> Flat:
     """Point-wise kernels. 16 elements a thread: one 128-bit load of int8 codes, four of fp32 logits."""
     block = 2048 if elements > 2048 * 64 else 512
-    return Flat(block, 4 if block == 2048 else 1, cdiv(elements, block))
+    return Flat(block, block // (32 * each), cdiv(elements, block))
+
+
+def point_launch(elements: int) -> Flat:
+    """The kernel into which methods hand a point function. The longest of them spill with 16 elements a thread."""
+    return flat_launch(elements, 8)
 
 
 def histogram_launch(elements: int) -> Flat:
     """Passes of the radix select: few programs, since each adds its histogram to the one in memory."""
     block = 2048
     return Flat(block, 8, max(1, min(cdiv(elements, block), 128)))
+
+
+class Once(NamedTuple):
+    """Launch of large_loss in one program.
+
+    Attributes:
+        block: entries held while the threshold is found.
+        part: entries written at a time.
+        warps: of the program.
+    """
+
+    block: int
+    part: int
+    warps: int
+
+
+# Entries that one program holds: 32 a thread of 16 warps, with up to 128 registers a thread. 32 warps, which leave 64,
+# spill on some cards.
+ONCE_UP_TO = 16384
+
+
+def large_once_launch(elements: int) -> Once | None:
+    """All passes of large_loss in one program, 16 entries a thread while threads suffice; None if it is too large."""
+    if elements > ONCE_UP_TO:
+        return None
+    block = max(1024, next_power_of_two(elements))
+    warps = max(4, min(block // 512, 16))
+    return Once(block, 128 * warps, warps)
 
 
 class Rows(NamedTuple):

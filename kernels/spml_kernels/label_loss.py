@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spml_kernels.aot import Case
 from spml_kernels.dispatch import use_triton
-from spml_kernels.heuristics import flat_launch
+from spml_kernels.heuristics import point_launch
 from spml_kernels.jit import LAUNCH, jit, tl
 from spml_kernels.math import sigmoid_jit, softplus_jit
 from spml_kernels.reference.label_loss import label_loss_reference
@@ -132,7 +132,7 @@ def label_loss_op(
     elements = logits.numel()
     if elements == 0:
         return torch.zeros((), dtype=torch.float32, device=logits.device), grad
-    launch = flat_launch(elements)
+    launch = point_launch(elements)
     partial = torch.empty(launch.programs, dtype=torch.float32, device=logits.device)
     _label_loss_kernel[(launch.programs,)](
         logits,
@@ -185,7 +185,7 @@ def aot_cases(arch: int = 90, points: dict[str, tuple[Any, int]] | None = None) 
     for name, (point, numbers) in (points or {"an": (_an_point_jit, 0)}).items():
         for dtype in ("fp32", "bf16", "fp16"):
             for elements, aligned in ((128 * 80, True), (128 * 9605, True), (33 * 81, False)):
-                launch = flat_launch(elements)
+                launch = point_launch(elements)
                 pointers = ("logits_ptr", "codes_ptr", "grad_ptr", "partial_ptr")
                 yield Case(
                     "label_loss",

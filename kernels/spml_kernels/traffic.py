@@ -99,6 +99,12 @@ def _large_histogram(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
 @formula("_large_threshold_kernel")
 def _large_threshold(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     data, before = a["elements"] * (_width(a["logits_ptr"]) + 1), 4 * a["BINS"] + 12
+    if a["INCLUSIVE"] and not a["LIST"]:
+        return Moved(before, before, 12)
+    if not a["LIST"] and not a["hist_ptr"].is_meta:
+        # Read where some of the entries at the threshold are left out: none of the sums from the top is what is left.
+        _, left, mode = a["state_ptr"].tolist()
+        data *= mode == 0 and left not in a["hist_ptr"].flip(0).cumsum(0).tolist()
     return Moved(data + before, data + before * grid[0], 8 * grid[0] + 12)
 
 
@@ -106,15 +112,28 @@ def _large_threshold(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
 def _large_select(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     elements, programs = a["elements"], grid[0]
     data = elements * (_width(a["logits_ptr"]) + 1)
-    # Every program adds up the counts of those before it: at the threshold, and with a list above it too.
+    # Every program adds up the counts of those before it: at the threshold, and with a list above it too. Those that
+    # end a part of the list add up all of them.
     sums = int(not a["INCLUSIVE"] or a["LIST"]) + int(a["LIST"])
-    unique = data + 12 + sums * 4 * (programs - 1)
-    read = data + 12 * programs + sums * 2 * programs * (programs - 1)
-    listed = a["length"] if a["entry_ptr"].is_meta else int((a["entry_ptr"] >= 0).sum())
-    written = elements + (8 * listed if a["LIST"] else 0)
+    ends = cdiv(a["length"], a["BLOCK"])
+    unique = data + 12 + sums * 4 * (programs if ends else programs - 1)
+    added = ends * programs + programs * (programs - 1) // 2 - ends * (ends - 1) // 2
+    return Moved(unique, data + 12 * programs + sums * 4 * added, _large_written(a, programs))
+
+
+def _large_written(a: dict[str, Any], sums: int) -> int:
+    """Selection, list, and with a loss its sums and the gradient."""
+    written = a["elements"] + 17 * a["length"]
     if a["LOSS"]:
-        written += 4 * programs + (elements * _width(a["grad_ptr"]) if a["GRAD"] else 0)
-    return Moved(unique, read, written)
+        written += 4 * sums + (a["elements"] * _width(a["grad_ptr"]) if a["GRAD"] else 0)
+    return int(written)
+
+
+@formula("_large_once_kernel")
+def _large_once(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    # Read to find the threshold, and again to write; with k.
+    data = a["elements"] * (_width(a["logits_ptr"]) + 1)
+    return Moved(data + 8, 2 * data + 8, 4 + _large_written(a, 1))
 
 
 def _tiles_touched(picture: int, cells: int, block: int) -> int:

@@ -13,11 +13,13 @@ from spml_kernels.heuristics import (
     columns_launch,
     flat_launch,
     histogram_launch,
+    large_once_launch,
     map_launch,
     mean_apart,
     next_power_of_two,
     normalise_launch,
     pictures_per_tile,
+    point_launch,
     rows_launch,
 )
 
@@ -35,11 +37,22 @@ def power_of_two(value):
 
 @pytest.mark.parametrize("elements", [1, 511, 512, 4096, 131073, 2**31 + 7, 512 * 9605])
 def test_flat_launches_cover_everything_once(elements):
-    launch = flat_launch(elements)
-    assert power_of_two(launch.block) and (launch.programs - 1) * launch.block < elements
-    assert launch.programs * launch.block >= elements and launch.programs < 2**31
-    assert launch.block // (32 * launch.warps) == 16
+    for launch, each in ((flat_launch(elements), 16), (point_launch(elements), 8)):
+        assert power_of_two(launch.block) and (launch.programs - 1) * launch.block < elements
+        assert launch.programs * launch.block >= elements and launch.programs < 2**31
+        assert launch.block // (32 * launch.warps) == each
     assert 1 <= histogram_launch(elements).programs <= 128
+
+
+@pytest.mark.parametrize("elements", [0, 1, 320, 1025, 5120, 10240, 128 * 81, 16384])
+def test_one_program_holds_small_batches(elements):
+    launch = large_once_launch(elements)
+    assert (
+        launch is not None and power_of_two(launch.block) and power_of_two(launch.part) and power_of_two(launch.warps)
+    )
+    assert elements <= launch.block <= max(2 * elements, 1024) and launch.block <= 32 * 32 * launch.warps
+    assert 32 * launch.warps <= launch.part <= launch.block
+    assert large_once_launch(16385) is None
 
 
 @pytest.mark.parametrize("classes", [*CLASSES, 40000])

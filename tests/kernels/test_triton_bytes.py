@@ -98,15 +98,19 @@ WORKS = [
     cam_mask_work(3, 6, 40, 7, 50, 1, torch.float32),
     cam_mask_work(2, 5, 33, 9, 40, 6, torch.bfloat16),
 ]
+# One product or two; one launch or five.
+TWO_FORMS = ("cam_pool", "large_loss")
+PASSES = [*["_large_histogram_kernel"] * 3, "_large_threshold_kernel", "_large_select_kernel"]
 
 
 @pytest.mark.parametrize(
     ("work", "apart"),
-    [(work, apart) for work in WORKS for apart in ((False, True) if work.op == "cam_pool" else (False,))],
+    [(work, apart) for work in WORKS for apart in ((False, True) if work.op in TWO_FORMS else (False,))],
     ids=lambda v: v.name.replace(" ", "_") if isinstance(v, Work) else "apart" if v else "together",
 )
 def test_formulas_give_what_is_counted(work: Work, apart: bool, monkeypatch):
     monkeypatch.setattr("spml_kernels.heuristics.SKIP_FROM", 0 if apart else 10**6)
+    monkeypatch.setattr("spml_kernels.heuristics.ONCE_UP_TO", 0 if apart else 10**4)
     inputs = work.inputs("cpu")
     if work.op == "cam_pool" and not work.shape.endswith("sparse"):
         # Every square has a positive cell, so that lists are full.
@@ -158,17 +162,52 @@ def test_pictures_are_read_where_something_of_them_is_kept(threshold, kept):
     assert (moved(mask).unique_read == mask.moved.unique_read) == kept
 
 
-def test_large_loss_is_made_in_the_last_pass_of_the_selection():
+@pytest.mark.parametrize("limit", [480, 479])
+def test_large_loss_is_made_with_its_selection(limit, monkeypatch):
+    """In one launch where one program holds the batch, in the last of five passes where not; no operation beside."""
+    monkeypatch.setattr("spml_kernels.heuristics.ONCE_UP_TO", limit)
     logits = torch.randn(8, 60, generator=torch.Generator().manual_seed(0))
     codes = torch.full((8, 60), -1, dtype=torch.int8)
     codes[:, 0] = 1
+    k = torch.tensor(20)
+    for length in (0, 20, 25):
+        seen = count(lambda length=length: large_loss_step(logits, codes, k, 20, "correct", length=length))
+        assert [launch.name for launch in seen] == (
+            ["_large_once_kernel"] if limit == 480 else ["aten.zeros.default", *PASSES, "aten.sum.default"]
+        )
     for name in ("ll_r", "ll_ct", "ll_cp"):
         cls = get_method(name)
         method = cls(cls.Options(name=name, delta_rel=5.0), LabelStore(SparseLabels.from_dense(codes.numpy())))
         batch = Batch({}, codes, torch.arange(8), 8)
         seen = kernels(count(lambda method=method, batch=batch: method.loss(logits, batch, Progress(3, 9, 0, 1))))
-        passes = ["_large_histogram_kernel"] * 3 + ["_large_threshold_kernel", "_large_select_kernel"]
-        assert [launch.name for launch in seen] == passes
+        assert [launch.name for launch in seen] == (["_large_once_kernel"] if limit == 480 else PASSES)
+
+
+def test_entries_at_the_threshold_are_counted_where_some_of_them_are_left_out(monkeypatch):
+    """Without a list, and with exact ties; the data is not read for nothing."""
+    monkeypatch.setattr("spml_kernels.heuristics.ONCE_UP_TO", 0)
+    logits = torch.arange(600).view(6, 100) // 4 / 8
+    codes = torch.full((6, 100), -1, dtype=torch.int8)
+    codes[0, :3] = 1
+    for k, ties, length, read in (
+        (8, "exact", 0, False),
+        (9, "exact", 0, True),
+        (11, "exact", 0, True),
+        (9, "inclusive", 0, False),
+        (8, "exact", 8, True),
+        (9, "inclusive", 9, True),
+        (0, "exact", 0, False),
+        (597, "exact", 0, False),
+        (598, "exact", 0, False),
+    ):
+
+        def call(k=k, ties=ties, length=length):
+            return large_loss_step(logits, codes, torch.tensor(k), k, "reject", ties, length=length)
+
+        launch = next(launch for launch in kernels(count(call)) if launch.name == "_large_threshold_kernel")
+        assert launch.moved is not None and launch.moved == moved(launch)
+        # A histogram of 8 kB and the state; five bytes an entry.
+        assert launch.moved.unique_read == 8204 + read * 5 * logits.numel()
 
 
 def test_list_of_inclusive_ties_may_be_longer_than_k():

@@ -26,7 +26,7 @@ SHAPES = [
     (2, 16, 16, 64, 10),
     (1, 7, 9, 33, 130),
     (9, 5, 5, 70, 65),
-    (2, 32, 33, 32, 3),
+    (2, 24, 25, 32, 3),
 ]
 
 
@@ -86,7 +86,10 @@ def test_equals_the_reference(shape, dtype, device, apart):
 def test_launch_of_large_inputs(shape, dtype, device, monkeypatch, apart):
     monkeypatch.setattr("spml_kernels.heuristics.FULL_GPU", 0.01)
     batch, height, width, channels, classes = shape
-    for capability, wide in ((90, dtype == torch.float16 and height * width >= 64), (80, False)):
+    cards = [(90, dtype == torch.float16 and height * width >= 64)]
+    # Cards differ in the forward alone.
+    cards += [] if apart else [(80, False)]
+    for capability, wide in cards:
         launch = cam_pool_launch(batch, height * width, classes, channels, dtype != torch.float32, capability)
         assert launch.forward.rows == (256 if wide else 128)
         assert launch.apart == apart

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_tools import TOLERANCE, assert_close, assert_op_sound, draw_codes, draw_logits, value_and_gradients
 from spml_kernels import large_loss, large_loss_step, list_selected, select_large
-from spml_kernels.large_loss import BINS, large_histogram_op, large_threshold_op
+from spml_kernels.large_loss import BINS, large_histogram_op, large_step_op, large_threshold_op
 from spml_kernels.reference.large_loss import (
     large_loss_reference,
     list_selected_reference,
@@ -18,6 +18,13 @@ from spml_kernels.reference.large_loss import (
 pytestmark = pytest.mark.usefixtures("triton_on")
 
 INF = float("inf")
+
+
+@pytest.fixture(params=["one launch", "passes"])
+def form(request, monkeypatch):
+    """Both forms of the kernels at shapes that one program holds."""
+    if request.param == "passes":
+        monkeypatch.setattr("spml_kernels.heuristics.ONCE_UP_TO", -1)
 
 
 def reference(logits, codes, k, k_max, ties):
@@ -38,12 +45,12 @@ def check(logits, codes, k, ties="exact", k_max=None):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("ties", ["exact", "inclusive"])
 @pytest.mark.parametrize("k", [0, 1, 2, 17, 300, 1200, 37 * 81])
-def test_equals_the_reference(k, ties, dtype, device):
+def test_equals_the_reference(k, ties, dtype, device, form):
     # Half precision has many ties by itself; k passes the number of candidates.
     check(draw_logits((37, 81), dtype, device), draw_codes((37, 81), device), k, ties)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 20), (3, 4099), (128, 312)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 20), (3, 4099), (128, 128), (53, 312)])
 def test_shapes(shape, device):
     logits, codes = draw_logits(shape, torch.float32, device, scale=2.0), draw_codes(shape, device)
     for k in (0, 1, shape[0] * shape[1] // 50 + 1):
@@ -51,7 +58,7 @@ def test_shapes(shape, device):
 
 
 @pytest.mark.parametrize("ties", ["exact", "inclusive"])
-def test_ties_go_by_position(ties, device):
+def test_ties_go_by_position(ties, device, form):
     logits = torch.zeros(7, 700, device=device)
     logits[2, 300:320] = 1
     codes = torch.full((7, 700), -1, dtype=torch.int8, device=device)
@@ -62,14 +69,14 @@ def test_ties_go_by_position(ties, device):
             assert selected.sum() == min(k, 4550)
 
 
-def test_signed_zeros_are_equal(device):
+def test_signed_zeros_are_equal(device, form):
     logits = torch.tensor([[0.0, -0.0, 0.0, -0.0, -1.0]], device=device)
     codes = torch.full((1, 5), -1, dtype=torch.int8, device=device)
     for k in range(6):
         check(logits, codes, k)
 
 
-def test_infinities_and_extremes(device):
+def test_infinities_and_extremes(device, form):
     tiny = torch.finfo(torch.float32).tiny
     values = [INF, -INF, 3e38, -3e38, tiny, -tiny, tiny / 1024, -tiny / 1024, 100, -100, 0, 1, INF, -INF]
     logits = torch.tensor([values], device=device)
@@ -82,7 +89,7 @@ def test_infinities_and_extremes(device):
         check(logits, codes, k)
 
 
-def test_neighbouring_floats_are_told_apart(device):
+def test_neighbouring_floats_are_told_apart(device, form):
     bits = torch.arange(4096, dtype=torch.int32) + torch.tensor(0.3).view(torch.int32)
     logits = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)])
     logits = logits[torch.randperm(8192, generator=torch.Generator().manual_seed(0))].view(8, 1024).to(device)
@@ -91,21 +98,71 @@ def test_neighbouring_floats_are_told_apart(device):
         assert check(logits, codes, k).sum() == k
 
 
-def test_observed_entries_are_never_selected(device):
+def test_observed_entries_are_never_selected(device, form):
     logits, codes = draw_logits((9, 80), torch.float32, device), draw_codes((9, 80), device)
     assert torch.equal(check(logits, codes, 720), codes == -1)
     assert not check(logits, codes.clamp(min=0), 50).any()
 
 
-def test_empty_batch(device):
+def test_empty_batch(device, form):
     for shape in ((0, 80), (4, 0)):
         check(torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.int8, device=device), 3)
 
 
-def test_k_on_the_device_may_be_smaller_than_its_bound(device):
+def test_k_on_the_device_may_be_smaller_than_its_bound(device, form):
     logits, codes = draw_logits((37, 81), torch.float32, device), draw_codes((37, 81), device)
     for k in (0, 5, 99, 150):
         check(logits, codes, k, k_max=100)
+
+
+def on_ranks(ranks, device, work):
+    """`work(rank, gather)` of every rank, in threads of their own on a GPU."""
+    if device == "cpu":
+        # The interpreter keeps the grid in a global: one rank after another, in turns at every gather.
+        return in_turns(ranks, work)
+    barrier, shared, found = threading.Barrier(ranks), [None] * ranks, [None] * ranks
+
+    def run(rank):
+        def gather(tensor):
+            shared[rank] = tensor
+            barrier.wait(60)
+            stacked = torch.stack(shared)
+            barrier.wait(60)
+            return stacked
+
+        try:
+            found[rank] = work(rank, gather)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def in_turns(ranks, work):
+    """`work(rank, gather)` of every rank, with gathers that replay what the other ranks would have handed in."""
+    log: list[list[torch.Tensor]] = []
+    while True:
+        handed = [[] for _ in range(ranks)]
+        found = []
+        for rank in range(ranks):
+
+            def gather(tensor, rank=rank, handed=handed):
+                step = len(handed[rank])
+                handed[rank].append(tensor)
+                if step < len(log):
+                    return torch.stack(log[step])
+                return torch.stack([tensor] * ranks)
+
+            found.append(work(rank, gather))
+        if len(log) == len(handed[0]):
+            return found
+        log.append([h[len(log)] for h in handed])
 
 
 @pytest.mark.parametrize("ranks", [2, 5])
@@ -113,58 +170,29 @@ def test_k_on_the_device_may_be_smaller_than_its_bound(device):
 def test_over_ranks(ranks, ties, device):
     logits, codes = draw_logits((11, 60), torch.bfloat16, device).float(), draw_codes((11, 60), device)
     logits[logits.abs() < 2] = 1.5
-    for k in (0, 1, 60, 150, 600):
-        barrier, shared, found = threading.Barrier(ranks), [None] * ranks, [None] * ranks
-        parts = list(zip(logits.tensor_split(ranks), codes.tensor_split(ranks), strict=True))
+    parts = list(zip(logits.tensor_split(ranks), codes.tensor_split(ranks), strict=True))
+    for k in (0, 1, 60, 150, 600) if ranks == 2 else (0, 150):
 
-        def work(rank, k=k, barrier=barrier, shared=shared, found=found, parts=parts):
-            def gather(tensor):
-                shared[rank] = tensor
-                barrier.wait(60)
-                stacked = torch.stack(shared)
-                barrier.wait(60)
-                return stacked
+        def work(rank, gather, k=k):
+            return select_large(*parts[rank], torch.tensor(k, device=device), 600, ties, gather, rank)
 
-            try:
-                found[rank] = select_large(*parts[rank], torch.tensor(k, device=device), 600, ties, gather, rank)
-            except BaseException:
-                barrier.abort()
-                raise
-
-        if device == "cpu":
-            # The interpreter keeps the grid in a global: one thread after another, in turns at every gather.
-            found = in_turns(parts, k, 600, ties)
-        else:
-            threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+        found = on_ranks(ranks, device, work)
         expected, level = reference(logits, codes, k, 600, ties)
         assert torch.equal(torch.cat([f[0] for f in found]).cpu(), expected)
         assert all(torch.equal(f[1].cpu(), level) for f in found)
 
 
-def in_turns(parts, k, k_max, ties):
-    """`select_large` on every part, with gathers that replay what the other parts would have handed in."""
-    log: list[list[torch.Tensor]] = []
-    found = []
-    while True:
-        handed = [[] for _ in parts]
-        found = []
-        for rank, part in enumerate(parts):
-
-            def gather(tensor, rank=rank, handed=handed):
-                step = len(handed[rank])
-                handed[rank].append(tensor)
-                if step < len(log):
-                    return torch.stack(log[step])
-                return torch.stack([tensor] * len(parts))
-
-            found.append(select_large(*part, torch.tensor(k), k_max, ties, gather, rank))
-        if len(log) == len(handed[0]):
-            return found
-        log.append([h[len(log)] for h in handed])
+def test_a_step_over_ranks_lists_what_each_of_them_selects(device):
+    logits, codes = draw_logits((11, 60), torch.bfloat16, device).float(), draw_codes((11, 60), device)
+    logits[logits.abs() < 2] = 1.5
+    parts = list(zip(logits.tensor_split(3), codes.tensor_split(3), strict=True))
+    k = torch.tensor(150, device=device)
+    found = on_ranks(3, device, lambda r, gather: large_loss_step(*parts[r], k, 150, "reject", "exact", gather, r))
+    expected, _ = reference(logits, codes, 150, 150, "exact")
+    for step, selected in zip(found, expected.tensor_split(3), strict=True):
+        check_list((step.rows, step.classes, step.valid), selected, 150)
+    loss = large_loss_reference(logits.double().cpu(), codes.cpu(), expected, "reject")
+    assert_close("loss", sum(step.loss for step in found), loss, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -183,31 +211,46 @@ def test_loss(shape, scheme, dtype, device):
     assert not grad[selected].any() or scheme == "correct"
 
 
-@pytest.mark.parametrize("scheme", ["reject", "correct"])
+@pytest.mark.parametrize(("scheme", "dtype"), [("reject", torch.float32), ("correct", torch.bfloat16)])
 @pytest.mark.parametrize("ties", ["exact", "inclusive"])
-@pytest.mark.parametrize("k", [0, 33, 3000])
-def test_one_step_equals_its_three_parts(k, ties, scheme, device):
-    logits, codes = draw_logits((37, 81), torch.bfloat16, device).float(), draw_codes((37, 81), device)
+@pytest.mark.parametrize(("k", "length"), [(0, 5), (33, 30), (33, 1500), (3000, None)])
+def test_one_step_equals_its_three_parts(k, length, ties, scheme, dtype, device, form):
+    """Lists shorter and longer than the selection; of a list's end nothing is left unwritten."""
+    logits, codes = draw_logits((37, 81), torch.bfloat16, device).to(dtype), draw_codes((37, 81), device)
     expected, level = reference(logits, codes, k, k, ties)
     leaf = logits.clone().requires_grad_()
-    step = large_loss_step(leaf, codes, torch.tensor(k, device=device), k, scheme, ties)
+    step = large_loss_step(leaf, codes, torch.tensor(k, device=device), k, scheme, ties, length=length)
     (step.loss * 0.37).backward()
     exact, (slope,) = value_and_gradients(
         lambda z: large_loss_reference(z, codes.cpu(), expected, scheme), [logits.double().cpu()]
     )
     assert torch.equal(step.selected.cpu(), expected) and torch.equal(step.threshold.cpu(), level)
+    assert step.loss.dtype == torch.float32 and step.loss.shape == () and leaf.grad.dtype == dtype
     assert_close("loss", step.loss, exact, 2e-6)
-    assert_close("gradient", leaf.grad, slope, TOLERANCE[torch.float32])
-    check_list((step.rows, step.classes, step.valid), expected, k)
+    assert_close("gradient", leaf.grad, slope, TOLERANCE[dtype])
+    check_list((step.rows, step.classes, step.valid), expected, k if length is None else length)
+
+
+@pytest.mark.parametrize("ties", ["exact", "inclusive"])
+def test_both_forms_give_the_same_bits(ties, device, monkeypatch):
+    logits, codes = draw_logits((61, 83), torch.float16, device), draw_codes((61, 83), device)
+    steps, slopes = [], []
+    for limit in (logits.numel(), logits.numel() - 1):
+        monkeypatch.setattr("spml_kernels.heuristics.ONCE_UP_TO", limit)
+        leaf = logits.clone().requires_grad_()
+        steps.append(large_loss_step(leaf, codes, torch.tensor(700, device=device), 700, "reject", ties, length=900))
+        slopes += torch.autograd.grad(steps[-1].loss, leaf)
+    assert torch.equal(*slopes)
+    assert all(torch.equal(*pair) for pair in zip(steps[0][1:], steps[1][1:], strict=True))
+    # Of the loss the order of the sum may differ.
+    assert_close("loss", steps[0].loss, steps[1].loss, 1e-6)
 
 
 def check_list(found, selected, k_max):
     rows, classes, valid = (t.cpu() for t in found)
     expected = list_selected_reference(selected, k_max)
-    assert torch.equal(valid, expected[2])
-    assert torch.equal(rows[valid], expected[0][valid]) and torch.equal(classes[valid], expected[1][valid])
-    assert rows.dtype == classes.dtype == torch.int64
-    assert ((rows >= 0) & (rows < len(selected))).all()
+    assert rows.dtype == classes.dtype == torch.int64 and valid.dtype == torch.bool
+    assert all(torch.equal(*pair) for pair in zip((rows, classes, valid), expected, strict=True))
 
 
 @pytest.mark.parametrize("k_max", [0, 1, 50, 5000])
@@ -218,8 +261,8 @@ def test_list_of_selected(k_max, device):
     check_list(list_selected(none.to(device), k_max), none, k_max)
 
 
-def test_two_runs_are_bit_equal(device):
-    logits, codes = draw_logits((37, 312), torch.float32, device), draw_codes((37, 312), device)
+def test_two_runs_are_bit_equal(device, form):
+    logits, codes = draw_logits((37, 81), torch.float32, device), draw_codes((37, 81), device)
     k = torch.tensor(77, device=device)
     one, two = (large_loss_step(logits, codes, k, 77, "reject") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
@@ -240,11 +283,21 @@ def test_ops_are_sound(device):
     assert_op_sound(torch.ops.spml.large_histogram.default, (logits, codes, k, hist, state, 5, 1))
     for level in (1, 2):
         hist, state = large_histogram_op(logits, codes, k, hist, state, 5, level)
-    assert_op_sound(torch.ops.spml.large_threshold.default, (logits, codes, hist, state))
-    found = large_threshold_op(logits, codes, hist, state)
+    for flags in ((False, True), (True, False)):
+        assert_op_sound(torch.ops.spml.large_threshold.default, (logits, codes, hist, state, *flags))
+    found = large_threshold_op(logits, codes, hist, state, False, True)
     leaf = logits.clone().requires_grad_()
     assert_op_sound(torch.ops.spml.large_select.default, (leaf, codes, *found, False, True, True, True, 5))
     assert_op_sound(torch.ops.spml.large_select.default, (logits, codes, *found, True, False, False, False, 0))
+
+
+def test_the_op_of_one_rank_is_sound(device, form):
+    logits, codes = draw_logits((9, 33), torch.float32, device), draw_codes((9, 33), device)
+    k, leaf = torch.tensor(5, device=device), logits.clone().requires_grad_()
+    assert_op_sound(torch.ops.spml.large_step.default, (leaf, codes, k, 5, False, True, True, True, 7))
+    assert_op_sound(torch.ops.spml.large_step.default, (logits, codes, k, 5, True, False, False, False, 0))
+    empty = large_step_op(logits, codes, k, 5, True, False, False, False, 0)
+    assert [t.numel() for t in empty] == [0, logits.numel(), 0, 0, 0, 0, 1]
 
 
 def test_compiles_into_one_graph(device):
