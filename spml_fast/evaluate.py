@@ -251,6 +251,17 @@ def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def check_alphas(alphas: Sequence[float], classifier: Classifier, config: Config) -> None:
+    """Raise `UserError` for a BoostLU factor that is not positive, or is not 1 where the head has no map to boost."""
+    for alpha in alphas:
+        check_alpha(alpha, "alpha")
+        if alpha != 1 and not classifier.head.boosts:
+            raise UserError(
+                f"alpha {alpha:g} has no meaning for head {config.model.head}, which has no class activation map; "
+                "use alpha 1"
+            )
+
+
 def evaluate_split(
     classifier: Classifier,
     loader: EvalLoader,
@@ -274,13 +285,7 @@ def evaluate_split(
     Returns:
         alpha -> metrics (per cent); ranks other than 0 get `map` alone.
     """
-    for alpha in alphas:
-        check_alpha(alpha, "alpha")
-        if alpha != 1 and not classifier.head.boosts:
-            raise UserError(
-                f"alpha {alpha:g} has no meaning for head {config.model.head}, which has no class activation map; "
-                "use alpha 1"
-            )
+    check_alphas(alphas, classifier, config)
     was_training = classifier.training
     classifier.eval()
     dtype = autocast_dtype(config.train.precision, loader.device)
@@ -319,19 +324,36 @@ def make_eval_loader(config: Config, split: Split, classifier: Classifier, devic
     return EvalLoader(split, config.data, batch_size=config.eval.batch_size, device=device, mean=mean, std=std)
 
 
+def load_run_config(run: Path) -> Config:
+    """The resolved recipe of a run. `UserError` if the folder is not a run directory."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run directory (no config.yaml in it)")
+    return load_config(run / "config.yaml")
+
+
+def load_classifier(
+    run: Path, config: Config, num_classes: int, device: torch.device
+) -> tuple[Classifier, dict[str, str]]:
+    """A run's classifier with its best weights, in eval mode on `device`, and the weights' metadata.
+
+    Raises:
+        UserError: no weights yet, or they belong to a model with other classes.
+    """
+    # The weights come from the run; nothing is downloaded to use it.
+    config.model.pretrained, config.model.weights = False, None
+    classifier = Classifier(config.model, num_classes, config.data.image_size)
+    metadata = load_weights(run / "model.safetensors", classifier)
+    classifier.to(device).to(memory_format=torch.channels_last).eval()
+    return classifier, metadata
+
+
 def load_run(run: Path, device: torch.device) -> tuple[Config, Manifest, Classifier, dict[str, str]]:
     """Config, data, classifier with the best weights, and the weights' metadata of a finished or running run.
 
     Raises:
         UserError: not a run directory, no weights yet, or the data have other classes than the run.
     """
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run directory (no config.yaml in it)")
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run)
     manifest = open_data(config)
-    # The weights come from the run; nothing is downloaded to evaluate it.
-    config.model.pretrained, config.model.weights = False, None
-    classifier = Classifier(config.model, manifest.num_classes, config.data.image_size)
-    metadata = load_weights(run / "model.safetensors", classifier)
-    classifier.to(device).to(memory_format=torch.channels_last).eval()
+    classifier, metadata = load_classifier(run, config, manifest.num_classes, device)
     return config, manifest, classifier, metadata

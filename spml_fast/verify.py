@@ -40,7 +40,7 @@ from spml_fast.errors import UserError
 Level = Literal["decode", "header", "none"]
 
 DECODE_LIMIT = 200_000
-_LOADER_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"})
+LOADER_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"})
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS_PER_SAMPLE = 258
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP")
@@ -173,7 +173,7 @@ def _check_stream(stream: io.BytesIO | io.BufferedReader, path: str, level: str)
 def _check_header(image: Image.Image, stream: io.BytesIO | io.BufferedReader) -> Checked:
     """Format, pixel kind, stored size and orientation of an opened picture."""
     fmt, mode = image.format or "unknown", image.mode
-    if fmt not in _LOADER_FORMATS:
+    if fmt not in LOADER_FORMATS:
         return Checked(f"format {fmt} is not read by the loader; convert it to JPEG or PNG")
     kind = _unreadable_kind(fmt, mode, image, stream)
     if kind:
