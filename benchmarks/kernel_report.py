@@ -168,11 +168,12 @@ def _dots(names: list[str], panels: list[tuple[str, dict[str, list[float]], bool
         axis.set_xlabel(label)
         axis.grid(axis="x", color="#dddddd", linewidth=0.5)
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8, frameon=False)
-        if logarithmic:
+        if not logarithmic:
+            axis.set_xlim(0, 1.05)
+        # Less than two octaves would leave a logarithmic axis with one number on it.
+        elif max((v for values in series.values() for v in values if not math.isnan(v)), default=1.0) > 4:
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-        else:
-            axis.set_xlim(0, 1.05)
     axes[0].set_yticks(range(len(names)), names, fontsize=7)
     axes[0].invert_yaxis()
     axes[0].set_ylim(len(names) - 0.5, -0.5)
