@@ -3,10 +3,10 @@
 With M[b,c,p] = <w_c, X[b,p]> + bias_c, BoostLU's logit is mean_p phi(M) = mean(M) + (alpha - 1) mean(relu M)
 (spec/boostlu_large_loss.md 1.1), so the two means give the logits of every alpha in one pass.
 
-Forward: a tiled matrix product whose tile of the map is summed over the cells of each picture and dropped; the sums are
-themselves products with a 0/1 matrix, so they run on tensor cores. Rows are (picture, cell) pairs, so a tile holds the
-end of one picture, whole ones, and the start of another. Sums of whole pictures are final; the two others go to a
-buffer of two slots a tile, which a second kernel adds up in a fixed order.
+Forward: a tiled matrix product whose tile of the map is summed over the cells of each picture in registers and dropped.
+Cells of one picture follow those of another, so a tile holds the end of one picture, whole ones, and the start of one
+more. Sums of whole pictures are final; the two others go to a buffer of two slots a tile, which a second kernel adds up
+in a fixed order.
 What is kept is one bit per cell, the sign, 32 cells of one class to a word: making the map again instead would be a
 fourth product beside the three that forward and backward need anyway, a bit costs 1/16 of a bf16 map. Where the
 backward will want the mean features, the forward makes them beside the tiles that read the same cells.
