@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,3 +66,32 @@ def assert_op_sound(op: Any, arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(op, arguments)
     names = [o for o in dir(torch.ops.spml) if o == op._name.split("::")[-1].split(".")[0]]
     assert len(names) == 1
+
+
+def on_ranks(ranks: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any]) -> list[Any]:
+    """Run `work(rank, gather)` on threads that stand for ranks; `gather` stacks what all of them hand in."""
+    barrier, shared, results = threading.Barrier(ranks), [None] * ranks, [None] * ranks
+
+    def run(rank):
+        def gather(tensor):
+            shared[rank] = tensor
+            barrier.wait(60)
+            stacked = torch.stack(shared)
+            barrier.wait(60)
+            return stacked
+
+        try:
+            results[rank] = work(rank, gather)
+        except BaseException as error:
+            barrier.abort()
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_tools import on_ranks
 from spml_kernels import large_loss, list_selected, select_large
-from torch import Tensor
 
 LOGITS = [[2, -1, 0.5, -3], [1.5, 0, -2, 3]]
 CODES = [[1, -1, -1, -1], [-1, 1, -1, -1]]
@@ -43,35 +40,6 @@ def naive(logits, codes, k, ties):
     if ties == "inclusive" and chosen.any():
         chosen |= (codes == -1).ravel() & (values >= values[chosen].min())
     return chosen.reshape(codes.shape)
-
-
-def on_ranks(ranks: int, work: Callable[[int, Callable[[Tensor], Tensor]], object]) -> list[object]:
-    """Run `work(rank, gather)` on threads that stand for ranks; `gather` stacks what all of them hand in."""
-    barrier, shared, results = threading.Barrier(ranks), [None] * ranks, [None] * ranks
-
-    def run(rank):
-        def gather(tensor):
-            shared[rank] = tensor
-            barrier.wait(20)
-            stacked = torch.stack(shared)
-            barrier.wait(20)
-            return stacked
-
-        try:
-            results[rank] = work(rank, gather)
-        except BaseException as error:
-            barrier.abort()
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 def select_over(ranks, logits, codes, k, k_max, ties):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
-from kernel_tools import TOLERANCE, assert_close, assert_op_sound, draw_codes, draw_logits, value_and_gradients
+from kernel_tools import (
+    TOLERANCE,
+    assert_close,
+    assert_op_sound,
+    draw_codes,
+    draw_logits,
+    on_ranks,
+    value_and_gradients,
+)
 from spml_kernels import large_loss, large_loss_step, list_selected, select_large
 from spml_kernels.large_loss import BINS, large_histogram_op, large_step_op, large_threshold_op
 from spml_kernels.reference.large_loss import (
@@ -115,33 +121,10 @@ def test_k_on_the_device_may_be_smaller_than_its_bound(device, form):
         check(logits, codes, k, k_max=100)
 
 
-def on_ranks(ranks, device, work):
+def on_device(ranks, device, work):
     """`work(rank, gather)` of every rank, in threads of their own on a GPU."""
-    if device == "cpu":
-        # The interpreter keeps the grid in a global: one rank after another, in turns at every gather.
-        return in_turns(ranks, work)
-    barrier, shared, found = threading.Barrier(ranks), [None] * ranks, [None] * ranks
-
-    def run(rank):
-        def gather(tensor):
-            shared[rank] = tensor
-            barrier.wait(60)
-            stacked = torch.stack(shared)
-            barrier.wait(60)
-            return stacked
-
-        try:
-            found[rank] = work(rank, gather)
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    # The interpreter keeps the grid in a global: one rank after another, in turns at every gather.
+    return in_turns(ranks, work) if device == "cpu" else on_ranks(ranks, work)
 
 
 def in_turns(ranks, work):
@@ -176,7 +159,7 @@ def test_over_ranks(ranks, ties, device):
         def work(rank, gather, k=k):
             return select_large(*parts[rank], torch.tensor(k, device=device), 600, ties, gather, rank)
 
-        found = on_ranks(ranks, device, work)
+        found = on_device(ranks, device, work)
         expected, level = reference(logits, codes, k, 600, ties)
         assert torch.equal(torch.cat([f[0] for f in found]).cpu(), expected)
         assert all(torch.equal(f[1].cpu(), level) for f in found)
@@ -187,7 +170,7 @@ def test_a_step_over_ranks_lists_what_each_of_them_selects(device):
     logits[logits.abs() < 2] = 1.5
     parts = list(zip(logits.tensor_split(3), codes.tensor_split(3), strict=True))
     k = torch.tensor(150, device=device)
-    found = on_ranks(3, device, lambda r, gather: large_loss_step(*parts[r], k, 150, "reject", "exact", gather, r))
+    found = on_device(3, device, lambda r, gather: large_loss_step(*parts[r], k, 150, "reject", "exact", gather, r))
     expected, _ = reference(logits, codes, 150, 150, "exact")
     for step, selected in zip(found, expected.tensor_split(3), strict=True):
         check_list((step.rows, step.classes, step.valid), selected, 150)
