@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import backend
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -337,6 +339,32 @@ def test_gpu_makes_the_same_views(crop, photos):
             assert (view.cpu() - theirs.views[name]).abs().mean() < 2.0
     pairs = zip(_eval(photos, device=device), _eval(photos), strict=True)
     assert all((a.views["eval"].cpu() - b.views["eval"]).abs().mean() < 2.0 for a, b in pairs)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_gpu_graph_holds_together(full):
+    """Declared without a GPU: every operator exists there, pictures stay there, and its numbers come from the CPU."""
+    plan = pipeline._Plan(("weak", "strong"), SIDE, (0.5,) * 3, (0.2,) * 3, gpu=True)
+    if full:
+        plan = dataclasses.replace(plan, sharded=True, oriented=True, flipped=True, cropped=True, randaugment_ops=2)
+    graph = pipeline._graph(plan, batch_size=4, num_threads=1, device_id=0)
+    graph._build_graph()
+    known = {
+        "cpu": backend.RegisteredCPUOps(),
+        "gpu": backend.RegisteredGPUOps(),
+        "mixed": backend.RegisteredMixedOps(),
+    }
+    devices = set()
+    for instance in graph._ops:
+        name, device, spec = instance._op.schema.Name(), instance._op.device, instance.spec
+        devices.add(device)
+        assert name in known[device], f"{name} does not exist on the {device}"
+        given = [spec.InputDevice(i) for i in range(spec.NumInput())]
+        regular, numbers = given[: spec.NumRegularInput()], given[spec.NumRegularInput() :]
+        assert set(regular) <= ({"gpu"} if device == "gpu" else {"cpu"}), f"{name} on the {device} takes {given}"
+        assert set(numbers) <= {"cpu"}, f"{name} on the {device} takes {given}"
+    assert devices == {"cpu", "gpu", "mixed"}
+    assert [node.device for node in graph._graph_outputs] == ["gpu", "gpu"]
 
 
 def test_views_outlive_later_batches(photos):
