@@ -1,0 +1,334 @@
+"""Whole training steps: pictures a second, where the time goes, and the same training written the usual way.
+
+    python benchmarks/bench_step.py [--methods an ll_r ignore] [--backbone resnet50] [--image-size 224] [--json OUT]
+
+Ways to train, each with the same pictures, labels, weights, optimizer and threads:
+    spml_fast   what launch/train.py does: DALI, DeepSpeed, channels_last, bf16 where it gains, kernels on a GPU
+    reference   the same with the ops in plain PyTorch (on a GPU only; elsewhere they are what runs)
+    plain       as the papers' released code trains: Pillow in a torch DataLoader with worker processes, contiguous
+                fp32, PyTorch's loop, the map of every class in memory, the loss read back after every step
+Before anything is timed, the loss of a step of the first and the last way must agree on the same pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.bench_input import machine, pictures
+from spml_fast.batch import Batch
+from spml_fast.classifier import Classifier
+from spml_fast.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
+from spml_fast.engine import Engine, autocast_dtype, deepspeed_config, init_distributed, leave_distributed
+from spml_fast.errors import UserError, run_command
+from spml_fast.labels import LabelStore, SparseLabels
+from spml_fast.manifest import Split
+from spml_fast.methods import Method, Progress, get_method, method_names
+from spml_fast.optim import make_optimizer, make_schedule, parameter_groups
+from spml_fast.pipeline import TrainLoader
+from spml_fast.trainer import TrainingModule
+from tests.pil_reference import ReferenceViews
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PARTS = ("data", "forward", "backward", "update")
+# Relative difference of the losses of the first step, by what the forward computes in.
+ALLOWED = {None: 1e-4, torch.bfloat16: 2e-2}
+# After every method's warm-up, where rejection and masked pictures cost time.
+EPOCH, EPOCHS = 6, 10
+
+
+class Way:
+    """One way to train one method, from the same start as the others.
+
+    Args:
+        name: `spml_fast`, `reference` or `plain`.
+        method: name of the method.
+        setup: what all ways share.
+    """
+
+    def __init__(self, name: str, method: str, setup: Setup) -> None:
+        self.name, self.setup = name, setup
+        self.plain = name == "plain"
+        self.classifier = copy.deepcopy(setup.classifier)
+        self.store = LabelStore(setup.labels, setup.device)
+        options = get_method(method).Options
+        self.method: Method = get_method(method)(options(name=method), self.store)
+        train = dataclasses.replace(setup.train, precision="fp32") if self.plain else setup.train
+        self.dtype = autocast_dtype(train.precision, setup.device)
+        module = TrainingModule(self.classifier, self.method)
+        optimizer = make_optimizer(parameter_groups(self.classifier, self.method, train, head_only=False), train)
+        scheduler = make_schedule(optimizer, train, 10**6)
+        self.engine: Engine | None = None
+        if self.plain:
+            self.module, self.optimizer = module.to(setup.device), optimizer
+        else:
+            config = deepspeed_config(train, setup.engine, 1, setup.device, setup.scratch)
+            self.engine = Engine(module, optimizer, scheduler, config)
+        self.classifier.to(setup.device).train()
+
+    def batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Views and sample indices, without end."""
+        views, setup = self.method.views, self.setup
+        if self.plain:
+            loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+                ReferenceViews(setup.split, setup.data, views, mean=MEAN, std=STD),
+                batch_size=setup.train.batch_size,
+                shuffle=True,
+                drop_last=True,
+                num_workers=setup.data.threads,
+                persistent_workers=True,
+                pin_memory=setup.device.type == "cuda",
+            )
+            for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+                given = {v: batch[v].to(setup.device, non_blocking=True) for v in views}
+                yield given, batch["index"].to(setup.device)
+        ours = TrainLoader(
+            setup.split,
+            setup.data,
+            views=views,
+            batch_size=setup.train.batch_size,
+            accumulation=1,
+            seed=0,
+            device=setup.device,
+            mean=MEAN,
+            std=STD,
+        )
+        for epoch in itertools.count(1):
+            for (micro,) in ours.epoch(epoch):
+                yield micro.views, micro.index
+
+    def loss(self, views: dict[str, Tensor], index: Tensor) -> Tensor:
+        """Loss of a step; its forward alone."""
+        batch = Batch(views, self.store.rows(index), index, len(index))
+        progress = Progress(EPOCH, EPOCHS, (EPOCH - 1) * 100, 100, "finetune", self.setup.train.lr)
+        with mock.patch.dict(os.environ, {} if self.name == "spml_fast" else {"SPML_KERNELS": "reference"}):
+            loss: Tensor = (self.engine or self.module)(batch, progress)[0]
+        return loss
+
+    def step(self, views: dict[str, Tensor], index: Tensor, lap: Callable[[str], None]) -> None:
+        """One update; `lap(part)` is called when a part is done."""
+        with mock.patch.dict(os.environ, {} if self.name == "spml_fast" else {"SPML_KERNELS": "reference"}):
+            loss = self.loss(views, index)
+            lap("forward")
+            if self.engine is None:
+                loss.backward()
+                lap("backward")
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                loss.item()
+            else:
+                self.engine.backward(loss)
+                lap("backward")
+                self.engine.step()
+            lap("update")
+
+    def close(self) -> None:
+        """Let the engine go."""
+        if self.engine is not None:
+            self.engine.close()
+
+
+@dataclasses.dataclass
+class Setup:
+    """What all ways share.
+
+    Attributes:
+        classifier: weights that all of them start from.
+        labels: one observed positive a picture.
+    """
+
+    split: Split
+    labels: SparseLabels
+    data: DataConfig
+    train: TrainConfig
+    engine: EngineConfig
+    classifier: Classifier
+    device: torch.device
+    scratch: Path
+
+
+def check(ways: list[Way]) -> float:
+    """Largest relative difference of the losses on the same pictures; `UserError` if it is too large to be rounding."""
+    views, index = next(ways[0].batches())
+    losses = {}
+    for way in ways:
+        given = {k: v.contiguous() for k, v in views.items()} if way.plain else views
+        with torch.no_grad():
+            losses[way.name] = float(way.loss(given, index))
+    apart = max(abs(value - losses["plain"]) for value in losses.values()) / abs(losses["plain"])
+    if not apart <= ALLOWED[ways[0].dtype]:
+        raise UserError(f"the losses of a step are {losses}: not the same training, so nothing is timed")
+    return apart
+
+
+class Clock:
+    """Times one way: free-running rounds of steps, and the parts of a step with the device waited for after each.
+
+    Waiting after every part would slow a GPU down, so the two are measured apart.
+    """
+
+    def __init__(self, way: Way, steps: int) -> None:
+        self.way, self.steps, self.batches = way, steps, way.batches()
+        self.rates: list[float] = []
+        self.parts = dict.fromkeys(PARTS, 0.0)
+
+    def wait(self) -> None:
+        """Until the device has nothing left to do."""
+        if self.way.setup.device.type == "cuda":
+            torch.cuda.synchronize(self.way.setup.device)
+
+    def run(self, steps: int) -> None:
+        """So many steps."""
+        for _ in range(steps):
+            self.way.step(*next(self.batches), lambda part: None)
+        self.wait()
+
+    def round(self) -> None:
+        """Pictures a second of one round, from when what was loaded ahead while others trained is used up."""
+        self.run(2)
+        start = time.perf_counter()
+        self.run(self.steps)
+        self.rates.append(self.way.setup.train.batch_size * self.steps / (time.perf_counter() - start))
+
+    def split(self) -> None:
+        """Seconds of the parts of a step."""
+        self.run(2)
+        mark = time.perf_counter()
+
+        def lap(part: str) -> None:
+            nonlocal mark
+            self.wait()
+            now = time.perf_counter()
+            self.parts[part] += (now - mark) / self.steps
+            mark = now
+
+        for _ in range(self.steps):
+            views, index = next(self.batches)
+            lap("data")
+            self.way.step(views, index, lap)
+
+    def memory(self) -> float | None:
+        """Peak GiB on the GPU of one step, weights and what the loader holds of all ways included."""
+        device = self.way.setup.device
+        if device.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats(device)
+        self.run(1)
+        return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def time_all(ways: list[Way], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Figures of every way, by name; they take turns, so that a slow moment of the machine meets all of them."""
+    clocks = [Clock(way, steps) for way in ways]
+    for turn in range(rounds):
+        for clock in clocks:
+            if turn == 0:
+                clock.run(2)
+            clock.round()
+            # What its loader makes ahead must not cost the next one its time.
+            time.sleep(0.5)
+    found = {}
+    for clock in clocks:
+        clock.split()
+        rate = statistics.median(clock.rates)
+        ratio = statistics.median(a / b for a, b in zip(clock.rates, clocks[0].rates, strict=True))
+        found[clock.way.name] = {
+            "images_per_second": rate,
+            "all": clock.rates,
+            "ratio": ratio,
+            "seconds": clock.parts,
+            "memory_gib": clock.memory(),
+        }
+        time.sleep(0.5)
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--methods", nargs="+", choices=method_names(), default=["an", "ll_r", "ignore"])
+    parser.add_argument("--backbone", default="resnet50", help="a timm model, from random weights")
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--images", type=Path, help="folder of JPEG pictures (default: generated, 640 x 480)")
+    parser.add_argument("--count", type=int, default=96, help="how many pictures")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--alpha", type=float, default=5.0, help="BoostLU's factor in training")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of all but plain")
+    parser.add_argument("--threads", type=int, default=0, help="loading threads or workers (default: all cores)")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there as well")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Check, time and print."""
+    args = parse()
+    device = init_distributed()
+    torch.manual_seed(0)
+    about = machine(device)
+    result: dict[str, Any] = {"machine": about, "arguments": {k: str(v) for k, v in vars(args).items()}, "methods": {}}
+    model = ModelConfig(backbone=args.backbone, pretrained=False, alpha_train=args.alpha)
+    print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
+    print(
+        f"{args.backbone}, {args.classes} classes, alpha {args.alpha:g}, {args.image_size} px, batches of "
+        f"{args.batch_size}; images/s, and the parts of a step in ms"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        split = pictures(args.images, args.count, Path(scratch))
+        if len(split) < args.batch_size:
+            raise UserError(f"{len(split)} pictures are too few for batches of {args.batch_size}; give more")
+        observed = np.random.default_rng(0).integers(args.classes, size=len(split))
+        setup = Setup(
+            split,
+            SparseLabels.from_positives([[int(c)] for c in observed], args.classes, -1),
+            DataConfig(image_size=args.image_size, threads=args.threads or len(os.sched_getaffinity(0))),
+            TrainConfig(batch_size=args.batch_size, precision=args.precision),
+            EngineConfig(tensorboard=False),
+            Classifier(model, args.classes, args.image_size),
+            device,
+            Path(scratch),
+        )
+        names = ["spml_fast", "reference", "plain"] if device.type == "cuda" else ["spml_fast", "plain"]
+        for method in args.methods:
+            ways = [Way(name, method, setup) for name in names]
+            apart = check(ways)
+            print(f"\n{method}: losses agree to {apart:.1e}")
+            found = result["methods"][method] = {"losses_apart": apart}
+            for name, figures in time_all(ways, args.steps, args.rounds).items():
+                found[name] = figures
+                parts = "".join(f"{part} {1000 * figures['seconds'][part]:.0f}, " for part in PARTS)
+                memory = "" if figures["memory_gib"] is None else f"{figures['memory_gib']:.1f} GiB, "
+                rate = f"{figures['images_per_second']:9.1f}   {parts}{memory}{figures['ratio']:.2f} x spml_fast"
+                print(f"{name:11s}{rate}", flush=True)
+            for way in ways:
+                way.close()
+    leave_distributed()
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
