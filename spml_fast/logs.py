@@ -54,6 +54,16 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def drop_half_line(path: Path) -> None:
+    """Cut off a last line that a machine's sudden end left without its end, or the next one would be joined to it."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        text = file.read()
+        if text and not text.endswith(b"\n"):
+            file.truncate(text.rfind(b"\n") + 1)
+
+
 class RunLog:
     """Writes the run's figures; does nothing on ranks other than 0.
 
@@ -65,6 +75,8 @@ class RunLog:
     def __init__(self, folder: Path, total_updates: int) -> None:
         self.active = distributed.is_main()
         self.path = folder / "metrics.jsonl"
+        if self.active:
+            drop_half_line(self.path)
         self.console = Console(highlight=False, soft_wrap=True)
         self.live: Progress | None = None
         if self.active and self.console.is_terminal:

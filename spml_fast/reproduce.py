@@ -47,10 +47,21 @@ class Row:
 
 
 def read_epochs(run: Path) -> list[dict[str, Any]]:
-    """The epoch lines of a run's metrics.jsonl; the last one of an epoch that was repeated after an interruption."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    epochs = [entry for entry in map(json.loads, lines) if entry["kind"] == "epoch"]
-    return list({(entry.get("phase"), entry["epoch"]): entry for entry in epochs}.values())
+    """The epoch lines of a run's metrics.jsonl; the last one of an epoch that was repeated after an interruption.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    path = run / "metrics.jsonl"
+    epochs: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            if entry["kind"] == "epoch":
+                epochs[entry.get("phase"), entry["epoch"]] = entry
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} line {number} is damaged; delete that line") from error
+    return list(epochs.values())
 
 
 def check_options(run: Path, words: Sequence[str]) -> None:

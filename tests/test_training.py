@@ -15,6 +15,8 @@ import torch
 from run_tools import ROOT, Run, command, environment, free_port, read_metrics
 from safetensors.torch import load_file
 
+from spml_fast.report import make_page
+
 RECIPE = ROOT / "launch" / "configs" / "digits.yaml"
 
 
@@ -79,6 +81,14 @@ class TestQuickStart:
         found = json.loads((tmp_path / "maps.json").read_text())
         assert found["correlation"]["p25"] > 0.999 and found["pointing"]["pairs"] == found["pairs"]["positive"]
         assert "pointing game" in done.stdout and (tmp_path / "maps.png").stat().st_size > 10_000
+
+    def test_report_shows_its_figures(self, finished: tuple[Path, str]) -> None:
+        page = make_page([finished[0]])
+        trained = json.loads((finished[0] / "results.json").read_text())
+        for alpha in ("1", "5"):
+            assert f">{trained['alpha'][alpha]['map']:.2f}<" in page
+        # A label that training saw is in the plot against labels, since the data set is there.
+        assert "AP against labels" in page and "2 of 2" in page
 
     def test_evaluate_gives_the_same_figures(self, finished: tuple[Path, str], run_script: Run, tmp_path: Path) -> None:
         run, _ = finished
