@@ -74,7 +74,8 @@ class Way:
         train = dataclasses.replace(setup.train, precision="fp32") if self.plain else setup.train
         self.dtype = autocast_dtype(train.precision, setup.device)
         module = TrainingModule(self.classifier, self.method)
-        optimizer = make_optimizer(parameter_groups(self.classifier, self.method, train, head_only=False), train)
+        groups = parameter_groups(self.classifier, self.method, train, head_only=False)
+        optimizer = make_optimizer(groups, train, fused=not self.plain and setup.device.type == "cuda")
         scheduler = make_schedule(optimizer, train, 10**6)
         self.engine: Engine | None = None
         if self.plain:

@@ -37,13 +37,22 @@ def parameter_groups(
     return groups
 
 
-def make_optimizer(groups: list[dict[str, object]], train: TrainConfig) -> torch.optim.Optimizer:
-    """The torch optimizer; fused on a GPU."""
+def make_optimizer(groups: list[dict[str, object]], train: TrainConfig, fused: bool) -> torch.optim.Optimizer:
+    """The torch optimizer.
+
+    Args:
+        groups: from `parameter_groups`.
+        train: names it, and has its options.
+        fused: update all parameters in one kernel, which spares memory traffic and launches on a GPU; the parameters
+            may still be elsewhere.
+    """
     betas = (train.betas[0], train.betas[1])
+    # False would switch off what torch chooses by itself, too.
+    chosen = True if fused else None
     if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum)
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=chosen)
     cls = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
-    return cls(groups, lr=train.lr, betas=betas)
+    return cls(groups, lr=train.lr, betas=betas, fused=chosen)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, updates: int) -> lr_scheduler.LRScheduler:

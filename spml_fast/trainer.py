@@ -276,7 +276,8 @@ class Trainer:
         linear = phase.name == "linear"
         self.classifier.freeze_backbone(linear)
         updates = phase.epochs * self.loader.updates_per_epoch
-        optimizer = make_optimizer(parameter_groups(self.classifier, self.method, train, head_only=linear), train)
+        groups = parameter_groups(self.classifier, self.method, train, head_only=linear)
+        optimizer = make_optimizer(groups, train, fused=self.device.type == "cuda")
         scheduler = make_schedule(optimizer, train, updates)
         ds_config = deepspeed_config(train, config.deepspeed, self.world, self.device, self.run_dir)
         self._write_description(ds_config)

@@ -440,7 +440,9 @@ def test_recipes_train_two_steps(version: str, layer: str | None, tiny: Manifest
     )
     assert loader.updates_per_epoch > 3
     module = TrainingModule(classifier, method).train()
-    optimizer = make_optimizer(parameter_groups(classifier, method, config.train, head_only=False), config.train)
+    optimizer = make_optimizer(
+        parameter_groups(classifier, method, config.train, head_only=False), config.train, fused=False
+    )
     before = classifier.head.weight.detach().clone()
     for step, (views,) in zip(range(2), loader.epoch(4), strict=False):
         batch = Batch(views.views, store.rows(views.index), views.index, views.global_size)
