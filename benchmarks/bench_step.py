@@ -37,7 +37,14 @@ from benchmarks.bench_input import machine, pictures
 from spml_fast.batch import Batch
 from spml_fast.classifier import Classifier
 from spml_fast.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
-from spml_fast.engine import Engine, autocast_dtype, deepspeed_config, init_distributed, leave_distributed
+from spml_fast.engine import (
+    Engine,
+    autocast_dtype,
+    choose_algorithms,
+    deepspeed_config,
+    init_distributed,
+    leave_distributed,
+)
 from spml_fast.errors import UserError, run_command
 from spml_fast.labels import LabelStore, SparseLabels
 from spml_fast.manifest import Split
@@ -287,6 +294,8 @@ def main() -> int:
     """Check, time and print."""
     args = parse()
     device = init_distributed()
+    # For all ways: it is PyTorch's own, and one line in anybody's code.
+    choose_algorithms(device, deterministic=False)
     torch.manual_seed(0)
     about = machine(device)
     result: dict[str, Any] = {"machine": about, "arguments": {k: str(v) for k, v in vars(args).items()}, "methods": {}}

@@ -213,6 +213,9 @@ class RunConfig:
         seed: seed of everything random.
         keep: checkpoints kept beside the best one.
         save_updates: also save every so many updates within an epoch; 0 saves at the end of epochs only.
+        deterministic: on a GPU, take algorithms that give the same bits in every run, and say so where PyTorch has
+            none. Off, cuDNN times its algorithms and takes the fastest, and repeated runs differ by rounding. CPU runs
+            repeat bit for bit either way.
     """
 
     dir: str | None = None
@@ -220,6 +223,7 @@ class RunConfig:
     seed: int = 0
     keep: int = 1
     save_updates: int = 0
+    deterministic: bool = False
 
 
 @dataclass

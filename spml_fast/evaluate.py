@@ -26,7 +26,7 @@ from spml_fast.classifier import Classifier, boosted, check_alpha
 from spml_fast.cli import load_config
 from spml_fast.config import Config, EvalConfig
 from spml_fast.datasets.digits import prepare_digits
-from spml_fast.engine import autocast_dtype
+from spml_fast.engine import autocast_dtype, untimed_algorithms
 from spml_fast.errors import UserError
 from spml_fast.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.manifest import Manifest, Split
@@ -109,7 +109,8 @@ def score_split(
     boost = any(a != 1 for a in alphas)
     parts: list[list[Tensor]] = []
     for batch in loader:
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+        with autocast, untimed_algorithms():
             output = classifier(batch.views["eval"], boost=boost)
         if batch.real == 0:
             continue

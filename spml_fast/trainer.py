@@ -34,7 +34,7 @@ from spml_fast.checkpoint import (
 from spml_fast.classifier import Classifier, bn_behaviour
 from spml_fast.cli import to_yaml
 from spml_fast.config import Config, ModelConfig
-from spml_fast.engine import Engine, autocast_dtype, deepspeed_config
+from spml_fast.engine import Engine, autocast_dtype, choose_algorithms, deepspeed_config
 from spml_fast.errors import UserError
 from spml_fast.evaluate import class_groups, evaluate_split, input_normalisation, make_eval_loader, open_data
 from spml_fast.labels import NEGATIVE, POSITIVE, LabelStore, SparseLabels
@@ -94,6 +94,7 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.world, self.rank = distributed.world_size(), distributed.rank()
+        choose_algorithms(device, config.run.deterministic)
         if distributed.is_main() and config.data.dir is None:
             open_data(config)
         distributed.barrier()

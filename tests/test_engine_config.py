@@ -147,6 +147,27 @@ def test_optimizers():
     assert sgd.param_groups[0]["weight_decay"] == 0.1
 
 
+@pytest.fixture
+def algorithms(monkeypatch):
+    """Whether cuDNN times, and whether algorithms must repeat; as they were, afterwards."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield lambda: (torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
+    torch.use_deterministic_algorithms(False)
+
+
+def test_algorithms_are_timed_on_gpus_unless_they_must_repeat(algorithms):
+    engine.choose_algorithms(torch.device("cpu"), True)
+    assert algorithms() == (False, False)
+    engine.choose_algorithms(torch.device("cuda"), False)
+    assert algorithms() == (True, False)
+    with engine.untimed_algorithms():
+        assert algorithms() == (False, False)
+    assert algorithms() == (True, False) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    engine.choose_algorithms(torch.device("cuda"), True)
+    assert algorithms() == (False, True) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_fused_optimizers_do_the_same(name):
     """What a GPU gets, here on the CPU; schedules change rates and beta1 of both."""
