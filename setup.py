@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
+
 setup(
     name="spml_fast",
     version="0.1.0",
@@ -32,8 +34,9 @@ setup(
         "tensorboard>=2.15",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6"],
+        # The exporter is tested for real, so the tests need what it needs.
+        "test": ["pytest>=8", "hypothesis>=6", *ONNX],
         "lint": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
-        "onnx": ["onnx", "onnxruntime"],
+        "onnx": ONNX,
     },
 )

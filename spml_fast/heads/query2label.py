@@ -112,7 +112,8 @@ class Attention(nn.Module):
             [B, Q, d], and weights [B, N, L] fp32 averaged over heads (without gradient) or None.
         """
         q, k, v = self._split(self.query(query)), self._split(self.key(key)), self._split(self.value(value))
-        q = q.expand(len(k), -1, -1, -1)
+        # Not len(k), which would be a fixed number in an exported graph.
+        q = q.expand(k.shape[0], -1, -1, -1)
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         out = self.out(mixed.transpose(1, 2).flatten(2))
         if rows is None:

@@ -1,0 +1,78 @@
+"""Hand a trained run on: `python launch/export.py --run RUN --format {safetensors,onnx} [--out FILE] [--alpha A]`.
+
+onnx: pictures in, logits and probabilities out; runs in ONNX Runtime and whatever else reads ONNX. safetensors: weights
+that timm takes by itself. Both are compared with the run before they are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+try:
+    from spml_fast.errors import UserError, run_command
+except ImportError as error:
+    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+
+SUFFIX = {"onnx": ".onnx", "safetensors": ".safetensors"}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--run", type=Path, required=True, help="run directory; its best weights are used")
+    parser.add_argument("--format", choices=sorted(SUFFIX), required=True, help="what to write")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default export.onnx or export.safetensors in the run")
+    parser.add_argument(
+        "--alpha", type=float, metavar="A", help="onnx: BoostLU factor, 1 for none; default the run's model.alpha_eval"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export, and say what was written and how it was checked."""
+    args = parse(argv)
+    out = args.out or args.run / f"export{SUFFIX[args.format]}"
+    if out.suffix != SUFFIX[args.format]:
+        raise UserError(f"--out {out} must be named {SUFFIX[args.format]}")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory; give the name of a file")
+    if args.run.is_dir() and not out.parent.is_dir():
+        raise UserError(f"--out {out} cannot be written: there is no directory {out.parent}")
+    if args.format == "safetensors" and args.alpha is not None:
+        raise UserError("--alpha goes into an ONNX graph; weights have none, and boosting is up to who uses them")
+    from spml_fast import export
+
+    if args.format == "onnx":
+        export.need_onnx()
+    import torch
+
+    from spml_fast.evaluate import check_alphas, load_classifier, load_run_config
+    from spml_fast.predict import run_classes
+
+    config = load_run_config(args.run)
+    classes = run_classes(args.run, config)
+    # What is for training alone; checkpointing would be in the graph.
+    config.model.grad_checkpointing, config.model.compile, config.model.drop_path = False, False, None
+    classifier, _ = load_classifier(args.run, config, len(classes), torch.device("cpu"))
+    classifier.to(memory_format=torch.contiguous_format)
+    if args.format == "onnx":
+        alpha = classifier.alpha_eval if args.alpha is None else args.alpha
+        check_alphas([alpha], classifier, config)
+        apart, number = export.export_onnx(classifier, config, classes, alpha, out)
+        said = f"alpha {alpha:g}; logits of {number} pictures are within {apart:.1e} of the run's"
+    else:
+        layout, difference, number = export.export_safetensors(classifier, config, classes, out)
+        if layout == "timm":
+            words = "".join(f", {k}={v!r}" for k, v in export.timm_options(config).items())
+            said = (
+                f"timm's names, for timm.create_model({config.model.backbone!r}, num_classes={len(classes)}{words}); "
+                f"its logits of {number} pictures are within {difference:.1e} of the run's at alpha 1"
+            )
+        else:
+            said = f"backbone.* and head.*, since no timm model of {config.model.backbone} is the same with its head"
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {said}")
+
+
+if __name__ == "__main__":
+    run_command(main)
