@@ -1,0 +1,291 @@
+"""See why a trained run gives a class: `python launch/explain.py --run RUN [IMAGE_OR_DIR ...] [--out FILE.png|DIR]`.
+
+Draws class activation maps over pictures: red where a map is evidence for the class, blue where it is against it.
+Without pictures it shows some of the run's test split with their labels: where the model is most wrong, and a few at
+random. Pictures that cannot be read are named on standard error and left out, and the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from spml_fast.classifier import Classifier
+    from spml_fast.config import Config
+    from spml_fast.explain import Choice
+    from spml_fast.manifest import Manifest, Split
+    from spml_fast.predict import PictureFiles
+
+try:
+    from spml_fast.errors import UserError, run_command
+except ImportError as error:
+    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+
+TOP = 3
+PICTURES = 9
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--run", type=Path, required=True, help="run directory; its best weights are used")
+    parser.add_argument(
+        "pictures", nargs="*", metavar="IMAGE_OR_DIR", help="picture files, and directories to search with all below"
+    )
+    parser.add_argument("--top", type=int, metavar="K", help=f"most probable classes a picture (default: {TOP})")
+    # One a time, or the pictures after it would be taken for classes.
+    parser.add_argument(
+        "--classes", action="append", metavar="NAME", help="look at this class instead; may be given several times"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.png|DIR",
+        help="one page for all pictures, or a folder for a page each; default explain.png in the run directory",
+    )
+    parser.add_argument("--maps", type=Path, metavar="DIR", help="write every map too: float32 .npy and maps.json")
+    parser.add_argument(
+        "--alpha", type=float, metavar="A", help="BoostLU factor, 1 for none; default the run's model.alpha_eval"
+    )
+    parser.add_argument("--split", help="without pictures: the split to show; default the run's test split")
+    parser.add_argument(
+        "--count", type=int, default=PICTURES, metavar="N", help="without pictures: how many (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="without pictures: of those at random (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures a forward; default the run's")
+    parser.add_argument(
+        "--orientation",
+        choices=("exif", "ignore"),
+        default="exif",
+        help="of the pictures given. exif: turn them as their EXIF data say; ignore: take the pixels as they are "
+        "stored (default: %(default)s)",
+    )
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    # Options may stand between the pictures.
+    return parser.parse_intermixed_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `UserError` for what makes no sense."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("explain.py works in one process; start it with python")
+    for name in ("top", "count", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; it must not be negative")
+    if args.top is not None and args.classes is not None:
+        raise UserError("give --top or --classes, not both")
+    if args.alpha is not None and not 0 < args.alpha < float("inf"):
+        raise UserError(f"--alpha is {args.alpha:g}; it must be greater than 0 and finite (1 turns boosting off)")
+    if args.pictures and args.split is not None:
+        raise UserError("--split chooses among the run's own pictures; leave it out, or the pictures")
+    if args.out is not None and args.out.suffix and args.out.suffix.lower() != ".png" and not args.out.is_dir():
+        raise UserError(f"--out {args.out} must be a file named .png, or a folder")
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def class_ids(names: list[str], classes: list[str]) -> list[int]:
+    """Ids of class names, each once; `UserError` names one that does not exist, and what is like it."""
+    import difflib
+
+    place = {name: i for i, name in enumerate(classes)}
+    for name in names:
+        if name not in place:
+            close = difflib.get_close_matches(name, classes, n=3)
+            hint = f"did you mean {', '.join(close)}?" if close else "classes.txt of the run lists them"
+            raise UserError(f"--classes: the run has no class {name!r}; {hint}")
+    return list(dict.fromkeys(place[name] for name in names))
+
+
+def given_pictures(args: argparse.Namespace) -> tuple[PictureFiles, list[float], int]:
+    """The pictures of the command line that can be read, width through height of each, and how many were left out."""
+    import numpy as np
+
+    from spml_fast import predict as on
+    from spml_fast.verify import choose_level, verify_pictures
+
+    paths = on.find_pictures(args.pictures, lambda text: say(f"note: {text}"))
+    verified = verify_pictures(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False)
+    for index, why in verified.rejected.items():
+        say(on.left_out(paths[index], *why))
+    usable = np.flatnonzero(verified.ok)
+    if not len(usable):
+        raise UserError(f"none of the {len(paths)} pictures can be used; the reasons stand above")
+    orientation = verified.orientation[usable] if args.orientation == "exif" else np.ones(len(usable), np.uint8)
+    aspects = verified.width[usable] / np.maximum(verified.height[usable], 1)
+    # Orientations from 5 on swap the sides.
+    aspects = np.where(orientation >= 5, 1 / aspects, aspects)
+    return on.PictureFiles([paths[i] for i in usable], orientation), aspects.tolist(), len(paths) - len(usable)
+
+
+def chosen_samples(
+    args: argparse.Namespace,
+    config: Config,
+    manifest: Manifest,
+    classifier: Classifier,
+    device: torch.device,
+    alpha: float,
+) -> tuple[Split, list[Choice]]:
+    """The split without pictures on the command line, and the samples of it that are worth a look."""
+    from spml_fast.evaluate import make_eval_loader
+    from spml_fast.explain import PREDICTED, choose_samples
+    from spml_fast.labels import NEGATIVE, POSITIVE
+    from spml_fast.suggest import find_suggestions
+    from spml_fast.verify import show_progress
+
+    split = manifest.split(args.split or config.data.test_split or config.data.train_split)
+    if len(split) == 0:
+        raise UserError(f"split {split.name!r} of {manifest.folder} has no pictures")
+    with show_progress(len(split), "looking for mistakes", True) as advance:
+        mistakes = find_suggestions(
+            classifier,
+            make_eval_loader(config, split, classifier, device),
+            split.known,
+            alpha=alpha,
+            precision=config.train.precision,
+            classes=manifest.classes,
+            top=args.count,
+            min_probability=PREDICTED,
+            codes=(NEGATIVE, POSITIVE),
+            advance=advance,
+        )
+    assert mistakes is not None
+    return split, choose_samples(mistakes, len(split), args.count, args.seed)
+
+
+def sample_files(split: Split, choices: list[Choice], stack: contextlib.ExitStack) -> tuple[PictureFiles, list[float]]:
+    """The chosen samples as picture files, and width through height of each; unpacked for a while from tar shards."""
+    import numpy as np
+
+    from spml_fast.predict import PictureFiles
+
+    index = np.array([c.index for c in choices])
+    paths = [split.path(i) for i in index.tolist()]
+    if split.shards is not None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spml_explain")))
+        paths = [str(folder / str(place)) for place in range(len(index))]
+        for path, i in zip(paths, index.tolist(), strict=True):
+            try:
+                Path(path).write_bytes(split.read(i))
+            except OSError as error:
+                raise UserError(f"{split.place(i)} cannot be unpacked to {folder}: {error.strerror}") from error
+    width, height = np.asarray(split.width)[index], np.asarray(split.height)[index]
+    aspects = np.where((width > 0) & (height > 0), width / np.maximum(height, 1), 1.0)
+    return PictureFiles(paths, np.asarray(split.orientation)[index]), aspects.tolist()
+
+
+def page_name(place: int, path: str) -> str:
+    """File name of a picture's own page: its number, and its name in plain characters."""
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in Path(path).stem)
+    return f"{place:04d}-{stem[:80]}.png"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Look and draw; 1 if a picture was left out."""
+    args = parse(argv)
+    check(args)
+    import torch
+
+    from spml_fast import explain as on
+    from spml_fast.evaluate import check_alphas, load_classifier, load_run_config, open_data
+    from spml_fast.predict import run_classes
+
+    out: Path = args.out if args.out is not None else args.run / "explain.png"
+    one_page = out.suffix.lower() == ".png" and not out.is_dir()
+    config = load_run_config(args.run)
+    manifest = None if args.pictures else open_data(config)
+    classes = run_classes(args.run, config) if manifest is None else manifest.classes
+    named = None if args.classes is None else class_ids(args.classes, classes)
+    top = args.top or TOP if named is None else len(named)
+    if args.count > on.MAX_PICTURES and one_page and manifest is not None:
+        raise UserError(
+            f"--count is {args.count}; a page holds {on.MAX_PICTURES} at most, and --out DIR makes a page each"
+        )
+    missing = 0
+    # Processes are forked to check pictures, so the GPU is touched after that.
+    files, aspects = None, list[float]()
+    if manifest is None:
+        files, aspects, missing = given_pictures(args)
+        if one_page and len(files) > on.MAX_PICTURES:
+            raise UserError(
+                f"{len(files)} pictures are too many for one page, which holds {on.MAX_PICTURES}; "
+                "--out DIR makes a page each"
+            )
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    classifier, _ = load_classifier(args.run, config, len(classes), device)
+    alpha = classifier.alpha_eval if args.alpha is None else args.alpha
+    check_alphas([alpha], classifier, config)
+    if args.batch_size is not None:
+        config.eval.batch_size = args.batch_size
+    with contextlib.ExitStack() as stack:
+        split, choices = None, None
+        if manifest is not None:
+            split, choices = chosen_samples(args, config, manifest, classifier, device, alpha)
+            files, aspects = sample_files(split, choices, stack)
+        assert files is not None
+        if named is not None:
+            first = [named] * len(files)
+        else:
+            first = [[] if c.class_id is None else [c.class_id] for c in choices or ()] or None
+        config.eval.batch_size = min(config.eval.batch_size, len(files))
+        folder = None
+        if args.maps is not None:
+            about = {"run": str(args.run), "alpha": alpha, "image_size": config.data.image_size}
+            folder = stack.enter_context(on.MapFolder(args.maps, about))
+        try:
+            (out.parent if one_page else out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}") from error
+        where = "" if split is None else f", {split.name} split"
+        title = f"{args.run}{where}, {config.data.image_size} px, alpha {alpha:g}"
+        pages, lost = [], 0
+        found_pictures = on.explain(
+            classifier,
+            config,
+            files,
+            device,
+            alpha=alpha,
+            classes=classes,
+            top=top,
+            first=first,
+            aspects=aspects,
+        )
+        for place, found in enumerate(found_pictures):
+            if split is not None and choices is not None:
+                found = on.with_labels(found, split, choices[place], classes)
+            if folder is not None:
+                folder.add(found, classes)
+            if one_page:
+                pages.append(found)
+                continue
+            name = out / page_name(place, found.path)
+            lost = max(lost, on.draw(name, [found], classes, title, alpha, classifier.head.boosts))
+        if one_page:
+            lost = on.draw(out, pages, classes, title, alpha, classifier.head.boosts)
+    if lost:
+        say(
+            f"note: no font of this machine has the characters of {lost} class names, which stand as their ids; "
+            "install one that has, such as Noto Sans CJK"
+        )
+    print(f"{out}: {len(files)} pictures" + (f"; {missing} left out, the reasons stand above" if missing else ""))
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

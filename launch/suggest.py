@@ -1,0 +1,137 @@
+"""Which labels are probably missing or wrong: `python launch/suggest.py --run RUN [--split train] [--csv OUT]`.
+
+Ranks the unknown pairs (picture, class) of a split that the model is most sure are positive, and the observed labels
+that it contradicts most. Where the data set holds labels that training did not see, the precision of the suggestions
+is printed. Starts under `deepspeed` and `torchrun` as well; the lists do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+try:
+    from spml_fast.errors import UserError, run_command
+except ImportError as error:
+    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+
+TOP = 100
+# Rows of a list that are shown where a file holds them all.
+SHOWN = 10
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--run", type=Path, required=True, help="run directory; its best weights are used")
+    parser.add_argument("--split", help="split to look at; default the run's training split")
+    parser.add_argument(
+        "--top",
+        type=int,
+        metavar="N",
+        help=f"pairs of each of the three lists; default {TOP}, or no limit with --per-class",
+    )
+    parser.add_argument("--per-class", type=int, metavar="N", help="of these, pairs of each class")
+    parser.add_argument(
+        "--min-probability",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="suggest labels that the model gives at least this probability (0 to 1; default: %(default)s)",
+    )
+    parser.add_argument(
+        "--alpha", type=float, metavar="A", help="BoostLU factor, 1 for none; default the run's model.alpha_eval"
+    )
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        metavar="OUT",
+        help=f"write path, class, known, probability, suggestion to this file; the screen then shows {SHOWN} a list",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures a forward; default the run's")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `UserError` for what makes no sense."""
+    for name in ("top", "per_class", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if not 0 <= args.min_probability < 1:
+        raise UserError(f"--min-probability is {args.min_probability:g}; it must be at least 0 and less than 1")
+    if args.alpha is not None and not 0 < args.alpha < float("inf"):
+        raise UserError(f"--alpha is {args.alpha:g}; it must be greater than 0 and finite (1 turns boosting off)")
+    if args.csv is not None and (str(args.csv) == "-" or args.csv.is_dir()):
+        raise UserError(f"--csv {args.csv} is no file name; give the name of a CSV file")
+    if args.csv is not None and not args.csv.parent.is_dir():
+        # Told before the pass over the split, which may take hours.
+        raise UserError(f"{args.csv} cannot be written: there is no directory {args.csv.parent}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Rank and print."""
+    args = parse(argv)
+    check(args)
+    import contextlib
+    import io
+
+    from spml_fast.engine import init_distributed, leave_distributed
+
+    device = init_distributed()
+    from spml_fast import distributed, suggest
+    from spml_fast.evaluate import check_alphas, load_run, make_eval_loader
+    from spml_fast.logs import print_table
+    from spml_fast.predict import printable
+    from spml_fast.verify import show_progress
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A class name that the terminal's encoding lacks ends nothing.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    config, manifest, classifier, _ = load_run(args.run, device)
+    config.eval.batch_size = args.batch_size or config.eval.batch_size
+    split = manifest.split(args.split or config.data.train_split)
+    if len(split) == 0:
+        raise UserError(f"split {split.name!r} of {manifest.folder} has no pictures")
+    alpha = classifier.alpha_eval if args.alpha is None else args.alpha
+    check_alphas([alpha], classifier, config)
+    loader = make_eval_loader(config, split, classifier, device)
+    with contextlib.ExitStack() as stack:
+        # Of this rank's pictures.
+        advance = stack.enter_context(
+            show_progress(len(split) // distributed.world_size(), "looking", distributed.is_main())
+        )
+        lists = suggest.find_suggestions(
+            classifier,
+            loader,
+            split.observed,
+            alpha=alpha,
+            precision=config.train.precision,
+            classes=manifest.classes,
+            top=args.top or (TOP if args.per_class is None else None),
+            per_class=args.per_class,
+            min_probability=args.min_probability,
+            advance=advance,
+        )
+    if lists is not None:
+        for found in lists:
+            if len(found) == 0:
+                continue
+            print(suggest.title(found, split))
+            rows = suggest.suggestion_rows(found, split, manifest.classes)
+            for path, name, _, probability, label in rows if args.csv is None else rows[:SHOWN]:
+                print(f"  {probability:.3f}  {name}: {label}?  {printable(path)}")
+            if split.hides_labels:
+                print_table("against the labels that training did not see", suggest.truth_rows(found, split))
+        if not any(len(found) for found in lists):
+            print(f"no suggestion of probability {args.min_probability:g} or more; lower --min-probability to see more")
+        if args.csv is not None:
+            count = suggest.write_suggestions(args.csv, lists, split, manifest.classes)
+            print(f"{args.csv}: {count} suggestions")
+    leave_distributed()
+
+
+if __name__ == "__main__":
+    run_command(main)
