@@ -1,12 +1,14 @@
 """Hand a trained run on: `python launch/export.py --run RUN --format {safetensors,onnx} [--out FILE] [--alpha A]`.
 
 onnx: pictures in, logits and probabilities out; runs in ONNX Runtime and whatever else reads ONNX. safetensors: weights
-that timm takes by itself. Both are compared with the run before they are kept.
+that timm takes by itself, where its model of that name is the same; else those of the backbone and of the head. What is
+written is compared with the run before it is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 try:
@@ -26,21 +28,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--alpha", type=float, metavar="A", help="onnx: BoostLU factor, 1 for none; default the run's model.alpha_eval"
     )
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace, out: Path) -> None:
+    """Raise `UserError` for what makes no sense."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("export.py works in one process; start it with python")
+    if out.suffix != SUFFIX[args.format]:
+        raise UserError(f"--out {out} must be named {SUFFIX[args.format]}")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory; give the name of a file")
+    if out.resolve() == (args.run / "model.safetensors").resolve():
+        raise UserError(f"--out {out} is where the run keeps its own weights; give another name")
+    if args.run.is_dir() and not out.parent.is_dir():
+        raise UserError(f"--out {out} cannot be written: there is no directory {out.parent}")
+    if args.format == "safetensors" and args.alpha is not None:
+        raise UserError("--alpha goes into an ONNX graph; weights have none, and boosting is up to who uses them")
+    if args.alpha is not None and not 0 < args.alpha < float("inf"):
+        raise UserError(f"--alpha is {args.alpha:g}; it must be greater than 0 and finite (1 turns boosting off)")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Export, and say what was written and how it was checked."""
     args = parse(argv)
     out = args.out or args.run / f"export{SUFFIX[args.format]}"
-    if out.suffix != SUFFIX[args.format]:
-        raise UserError(f"--out {out} must be named {SUFFIX[args.format]}")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a directory; give the name of a file")
-    if args.run.is_dir() and not out.parent.is_dir():
-        raise UserError(f"--out {out} cannot be written: there is no directory {out.parent}")
-    if args.format == "safetensors" and args.alpha is not None:
-        raise UserError("--alpha goes into an ONNX graph; weights have none, and boosting is up to who uses them")
+    check(args, out)
     from spml_fast import export
 
     if args.format == "onnx":
@@ -59,18 +73,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.format == "onnx":
         alpha = classifier.alpha_eval if args.alpha is None else args.alpha
         check_alphas([alpha], classifier, config)
-        apart, number = export.export_onnx(classifier, config, classes, alpha, out)
-        said = f"alpha {alpha:g}; logits of {number} pictures are within {apart:.1e} of the run's"
+        apart, which = export.export_onnx(classifier, config, classes, alpha, out)
+        said = f"alpha {alpha:g}; logits of pictures ({which}) are within {apart:.1e} of the run's"
     else:
-        layout, difference, number = export.export_safetensors(classifier, config, classes, out)
+        layout, apart, which = export.export_safetensors(classifier, config, classes, out)
         if layout == "timm":
             words = "".join(f", {k}={v!r}" for k, v in export.timm_options(config).items())
             said = (
                 f"timm's names, for timm.create_model({config.model.backbone!r}, num_classes={len(classes)}{words}); "
-                f"its logits of {number} pictures are within {difference:.1e} of the run's at alpha 1"
+                f"its logits of pictures ({which}) are within {apart:.1e} of the run's at alpha 1"
             )
         else:
-            said = f"backbone.* and head.*, since no timm model of {config.model.backbone} is the same with its head"
+            said = f"backbone.* and head.*, since timm's {config.model.backbone} has no such head at alpha 1"
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {said}")
 
 

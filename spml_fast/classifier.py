@@ -299,6 +299,17 @@ def create_backbone(config: ModelConfig, image_size: int) -> Any:
     return model
 
 
+def create_whole_model(name: str, num_classes: int, options: dict[str, Any]) -> Any:
+    """timm's own model of that name with its pooling and classifier, as its users make it; random weights.
+
+    Args:
+        name: of a backbone that `create_backbone` takes.
+        num_classes: outputs of timm's classifier.
+        options: further arguments of `timm.create_model`.
+    """
+    return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+
+
 def load_backbone(fresh: nn.Module, config: ModelConfig, options: dict[str, Any]) -> nn.Module:
     """The backbone with weights from `config.weights`, or by timm's own means.
 
