@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         partial.write_text(page, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, args.out)
     except OSError as error:
+        if partial.is_file():
+            partial.unlink()
         raise UserError(f"{args.out} cannot be written: {error.strerror}") from error
     print(f"{args.out}: {len(args.runs)} run(s), {len(page) / 1e6:.1f} MB")
 

@@ -8,6 +8,7 @@ mean and a sample deviation. The page needs nothing beside itself; plots are PNG
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -23,9 +24,11 @@ import numpy as np
 import yaml
 
 from spml_fast import __version__
+from spml_fast.cli import SECTIONS
 from spml_fast.errors import UserError
 from spml_fast.labels import POSITIVE
 from spml_fast.manifest import Manifest
+from spml_fast.methods import get_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +39,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 DASHES = ("-", "--", ":", "-.")
 # Options that say where and from which random numbers a run was made, not what it is.
 PLACE = ("run.dir", "run.seed", "run.resume", "run.keep", "run.save_updates")
+# Longer values of options are cut in the names of groups.
+LABEL_VALUE = 24
 # Rows of the tables of classes.
 SHOWN = 10
 # Epoch figures in the order of their plots; further ones follow by name.
@@ -49,6 +54,11 @@ TITLES = {
     "memory_gib": "peak memory, GiB",
     "selection_precision": "precision of selected labels",
     "selection_recall": "recall of hidden positives",
+    "selected_count": "selected labels",
+    "corrected": "labels corrected in the epoch",
+    "corrected_total": "labels corrected so far",
+    "t_gap": "threshold of the gap",
+    "t_avg_mean": "threshold of the average, mean over classes",
 }
 NOT_PLOTTED = ("epoch", "update", "time", "seconds", "selected_true_count", "hidden_positive_count", "memory_gib")
 
@@ -62,12 +72,14 @@ class Run:
 
     Attributes:
         folder: the run directory.
-        options: resolved configuration, `section.key` -> value; sections within sections go on with dots.
+        options: resolved configuration, `section.key` -> value; sections within sections go on with dots. What an
+            older version's file lacks has its default, as in every command that loads a run.
         epochs: epoch lines of metrics.jsonl in order; of an epoch that was repeated the last one.
         losses: loss of every line of metrics.jsonl that has one, None where it was not finite.
         results: results.json, or None.
+        engine: deepspeed.json; empty where there is none.
         classes: class names, or None.
-        repeated: how many epochs were begun again after an interruption.
+        restarts: how often the log goes back to updates or epochs that it had before.
         notes: what is missing or damaged, in sentences.
     """
 
@@ -76,8 +88,9 @@ class Run:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float | None] = field(default_factory=list)
     results: dict[str, Any] | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
     classes: list[str] | None = None
-    repeated: int = 0
+    restarts: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -91,10 +104,39 @@ class Run:
         return int(self.options.get("train.epochs") or 0) + int(self.options.get("train.linear_epochs") or 0)
 
     @property
+    def validated(self) -> list[tuple[float, float | None]]:
+        """(validation mAP, training loss) of the epochs of the last phase that were validated."""
+        last = [e for e in self.epochs if e.get("phase") == self.epochs[-1].get("phase")]
+        found = [(number(e.get("val_map")), number(e.get("loss"))) for e in last]
+        return [(score, loss) for score, loss in found if score is not None]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Speed, waiting, time and the best validation mAP: of results.json, or of the epochs of an unfinished run."""
+        spans = [(number(e.get("seconds")) or 0.0, e) for e in self.epochs]
+        total = sum(seconds for seconds, _ in spans)
+        out: dict[str, Any] = {}
+        if total:
+            out["train_seconds"] = total
+            for name in ("images_per_second", "data_wait"):
+                known = [(seconds, value) for seconds, e in spans if (value := number(e.get(name))) is not None]
+                if sum(seconds for seconds, _ in known):
+                    out[name] = sum(s * v for s, v in known) / sum(s for s, _ in known)
+        memory = [v for e in self.epochs if (v := number(e.get("memory_gib"))) is not None]
+        out |= {"memory_gib": max(memory)} if memory else {}
+        out |= {"best_val_map": max(score for score, _ in self.validated)} if self.validated else {}
+        return out | (self.results or {})
+
+    @property
     def headline(self) -> str | None:
         """The alpha whose figures stand for the run: model.alpha_eval where it was measured, else the first."""
         wanted = f"{float(self.options.get('model.alpha_eval') or 1):g}"
         return wanted if wanted in self.alphas else next(iter(self.alphas), None)
+
+
+def number(value: Any) -> float | None:
+    """A finite number as it is, and None for everything else."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -123,48 +165,87 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no configuration; is {folder} a run directory?")
-    run = Run(folder, flatten(config))
-    run.results = _read_results(run)
+    options = flatten(config)
+    run = Run(folder, _defaults(options.get("method.name")) | options)
+    run.results = _read_json(run, "results.json", "there are no test figures")
+    if run.results is not None and not _whole(run.results):
+        run.notes.append("results.json does not hold what a run writes there; there are no test figures")
+        run.results = None
+    run.engine = _read_json(run, "deepspeed.json", "the precision is shown as it was asked for") or {}
     _read_metrics(run)
-    names = folder / "classes.txt"
-    if names.is_file():
-        run.classes = names.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    else:
-        run.notes.append("there is no classes.txt; classes are shown by number")
+    names = _read_text(run, "classes.txt", "classes are shown by number")
+    run.classes = None if names is None else names.split("\n")[:-1]
     return run
 
 
-def _read_results(run: Run) -> dict[str, Any] | None:
-    path = run.folder / "results.json"
-    if not path.is_file():
+def _defaults(method: Any) -> dict[str, Any]:
+    """Every option at its default; those of a method that is not known here are left out."""
+    sections: dict[str, Any] = {name: dataclasses.asdict(cls()) for name, cls in SECTIONS.items()}
+    try:
+        sections["method"] = dataclasses.asdict(get_method(str(method)).Options(name=str(method)))
+    except UserError:
+        # The page shows the options that the run's own file has.
+        sections["method"] = {}
+    return flatten(sections)
+
+
+def _read_text(run: Run, name: str, lost: str) -> str | None:
+    """A file of the run; where it is missing or cannot be read, None and a note that says what is `lost`."""
+    try:
+        return (run.folder / name).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        run.notes.append(f"there is no {name}; {lost}")
+    except OSError as error:
+        run.notes.append(f"{name} cannot be read ({error.strerror}); {lost}")
+    return None
+
+
+def _read_json(run: Run, name: str, lost: str) -> dict[str, Any] | None:
+    """A file of the run that holds a dictionary; None where it is missing, and with a note where it is damaged."""
+    if not (run.folder / name).exists() or (text := _read_text(run, name, lost)) is None:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        run.notes.append(f"results.json cannot be read ({error}); there are no test figures")
+        found = json.loads(text)
+    except ValueError as error:
+        run.notes.append(f"{name} is damaged ({error}); {lost}")
         return None
-    return dict(found)
+    if not isinstance(found, dict):
+        run.notes.append(f"{name} is damaged (it holds no dictionary); {lost}")
+        return None
+    return found
+
+
+def _whole(results: dict[str, Any]) -> bool:
+    """Whether the test figures have the shape that a run gives them."""
+    alphas = results.get("alpha", {})
+    try:
+        return all(float(alpha) > 0 and isinstance(metrics, dict) for alpha, metrics in alphas.items())
+    except (AttributeError, ValueError):
+        return False
 
 
 def _read_metrics(run: Run) -> None:
-    path = run.folder / "metrics.jsonl"
-    if not path.is_file():
-        run.notes.append("there is no metrics.jsonl; there are no curves")
+    text = _read_text(run, "metrics.jsonl", "there are no curves")
+    if text is None:
         return
     epochs: dict[tuple[Any, Any], dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    reached: dict[Any, tuple[float, float]] = {}
+    for place, line in enumerate(text.splitlines(), 1):
         try:
             entry = json.loads(line)
-            kind, epoch = entry["kind"], entry.get("epoch")
+            kind, phase = entry["kind"], entry.get("phase")
+            if kind in ("update", "epoch"):
+                # The line of an epoch comes after those of all its updates.
+                at = (float(entry["epoch"]), float(entry["update"]) if kind == "update" else math.inf)
+                run.restarts += phase in reached and at <= reached[phase]
+                reached[phase] = at
         except (ValueError, KeyError, TypeError, AttributeError):
-            run.notes.append(f"line {number} of metrics.jsonl is damaged and left out")
+            run.notes.append(f"line {place} of metrics.jsonl is damaged and left out")
             continue
         if "loss" in entry:
-            run.losses.append(entry["loss"])
+            run.losses.append(number(entry["loss"]))
         if kind == "epoch":
-            key = entry.get("phase"), epoch
-            run.repeated += key in epochs
-            epochs[key] = entry
+            epochs[phase, entry["epoch"]] = entry
     run.epochs = list(epochs.values())
 
 
@@ -202,10 +283,11 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         group.colour = COLOURS[place % len(COLOURS)]
         group.dash = DASHES[place // len(COLOURS) % len(DASHES)]
         group.label = _label(group, groups)
-    labels = [g.label for g in groups]
-    for group in groups:
-        if labels.count(group.label) > 1:
-            group.label += f" ({group.runs[0].folder.name})"
+    for more in (lambda g: g.runs[0].folder.name, lambda g: str(groups.index(g) + 1)):
+        labels = [g.label for g in groups]
+        for group in groups:
+            if labels.count(group.label) > 1:
+                group.label += f" ({more(group)})"
     return groups
 
 
@@ -214,7 +296,12 @@ def _label(group: Group, groups: list[Group]) -> str:
     method = str(group.options.get("method.name", "run"))
     rivals = [g for g in groups if g.options.get("method.name") == group.options.get("method.name")]
     apart = [k for k in differing([g.options for g in rivals]) if k != "method.name"]
-    return ", ".join([method, *(f"{k.split('.')[-1]} {shown(group.options.get(k))}" for k in apart[:3])])
+    return ", ".join([method, *(f"{k.split('.')[-1]} {_short(shown(group.options.get(k)))}" for k in apart[:3])])
+
+
+def _short(text: str) -> str:
+    """The end of a long text, which says more of a path than its beginning."""
+    return text if len(text) <= LABEL_VALUE else "…" + text[1 - LABEL_VALUE :]
 
 
 def differing(options: Sequence[dict[str, Any]]) -> list[str]:
@@ -254,9 +341,41 @@ def shown(value: Any) -> str:
     return str(value)
 
 
+def setup(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What was trained on what, with what: (name, value) rows; values that differ stand beside each other."""
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        o = {k: shown(v) for k, v in run.options.items()}
+        results = run.results or {}
+        pretrained = "pretrained" if run.options.get("model.pretrained") else "not pretrained"
+        autocast = run.engine.get("torch_autocast") or {}
+        precision = o["train.precision"]
+        if "enabled" in autocast:
+            precision = "bf16 under autocast" if autocast["enabled"] else "fp32"
+        ranks = f" over {results['ranks']} rank(s)" if "ranks" in results else ""
+        steps = run.options["train.accumulation"]
+        linear = run.options["train.linear_epochs"]
+        texts = {
+            "data set": f"{Path(o['data.dir']).name}, {len(run.classes or [])} classes, {o['data.image_size']} px",
+            "method": str(run.options.get("method.name", "-")),
+            "backbone": f"{o['model.backbone']}, {pretrained}",
+            "head": o["model.head"],
+            "alpha in training / evaluation": f"{o['model.alpha_train']} / {o['model.alpha_eval']}",
+            "epochs": o["train.epochs"] + (f" after {linear} of the head alone" if linear else ""),
+            "batch": o["train.batch_size"] + (f" in {steps} steps" if steps != 1 else "") + ranks,
+            "optimizer": f"{o['train.optimizer']}, learning rate {o['train.lr']}, {o['train.schedule']}",
+            "precision": precision,
+            "device": str(results.get("device", "-")),
+            "seed": o["run.seed"],
+        }
+        for name, text in texts.items():
+            rows.setdefault(name, []).append(text)
+    return [(name, "; ".join(dict.fromkeys(texts))) for name, texts in rows.items()]
+
+
 def mean_text(values: Iterable[float | None], form: str = ".2f") -> str:
     """Mean, with the sample deviation where there are several; a dash where there is nothing."""
-    known = [v for v in values if v is not None and math.isfinite(v)]
+    known = [v for value in values if (v := number(value)) is not None]
     if not known:
         return "-"
     mean = f"{statistics.mean(known):{form}}"
@@ -267,22 +386,26 @@ def summary(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table that comes first, a row a group."""
     alphas = sorted({a for g in groups for r in g.runs for a in r.alphas}, key=float)
     head = ["", "runs", *(f"test mAP, alpha {a}" for a in alphas), "OF1", "CF1", "best validation mAP", "epochs"]
-    head += ["images/s", "waiting for data", "training time"]
+    head += ["images/s", "waiting for data", "training time", "peak memory"]
     rows = []
     for group in groups:
-        results = [r.results or {} for r in group.runs]
+        figures = [r.figures for r in group.runs]
         headline = [r.alphas.get(r.headline or "", {}) for r in group.runs]
         row = [group.label, str(len(group.runs))]
         row += [mean_text(r.alphas.get(a, {}).get("map") for r in group.runs) for a in alphas]
         row += [mean_text(m.get(name) for m in headline) for name in ("OF1", "CF1")]
-        row.append(mean_text(r.get("best_val_map") for r in results))
+        row.append(mean_text(f.get("best_val_map") for f in figures))
         planned = group.runs[0].planned_epochs
         row.append("/".join(dict.fromkeys(str(len(r.epochs)) for r in group.runs)) + f" of {planned}")
-        row.append(mean_text((r.get("images_per_second") for r in results), ".0f"))
-        waits = [None if r.get("data_wait") is None else 100 * r["data_wait"] for r in results]
-        row.append(mean_text(waits, ".1f") + ("%" if any(w is not None for w in waits) else ""))
-        seconds = [r.get("train_seconds") for r in results]
-        row.append(mean_text(seconds, ".0f") + (" s" if any(s is not None for s in seconds) else ""))
+        units = (
+            ("images_per_second", 1, ".0f", ""),
+            ("data_wait", 100, ".1f", "%"),
+            ("train_seconds", 1, ".0f", " s"),
+            ("memory_gib", 1, ".1f", " GiB"),
+        )
+        for name, factor, form, unit in units:
+            values = [factor * v for f in figures if (v := number(f.get(name))) is not None]
+            row.append(mean_text(values, form) + (unit if values else ""))
         rows.append(row)
     return head, rows
 
@@ -336,8 +459,18 @@ def class_ap(group: Group) -> np.ndarray | None:
     return np.asarray(np.mean(lists, axis=0))
 
 
-def training_counts(run: Run) -> np.ndarray | None:
-    """Observed positives of every class in the training split, int64 [C]; None where the data set is not there."""
+def training_counts(groups: Sequence[Group]) -> list[np.ndarray | None]:
+    """Observed positives of every class in each group's training split, int64 [C]; None where it is not there."""
+    found: dict[tuple[str, ...], np.ndarray | None] = {}
+    keys = []
+    for run in (g.runs[0] for g in groups):
+        keys.append(tuple(str(run.options.get(f"data.{name}")) for name in ("dir", "image_root", "train_split")))
+        if keys[-1] not in found:
+            found[keys[-1]] = _counts(run)
+    return [found[key] for key in keys]
+
+
+def _counts(run: Run) -> np.ndarray | None:
     folder = run.options.get("data.dir")
     if folder is None or not Path(folder, "manifest.json").is_file():
         return None
@@ -388,30 +521,33 @@ def health(run: Run) -> list[str]:
         out.append(f"not finished: {done} of {planned} epochs are there, and no test figures")
     elif not run.alphas:
         out.append("there are no test figures: the data set had no test split")
-    lost = sum(1 for loss in run.losses if loss is None or not math.isfinite(loss))
+    lost = sum(1 for loss in run.losses if loss is None)
     if lost:
-        out.append(f"the loss was not a finite number in {lost} of {len(run.losses)} log lines: the run has diverged")
-    if run.repeated:
-        out.append(f"it was interrupted and went on: {run.repeated} epochs were begun again")
-    maps = [(i, e["val_map"], e.get("loss")) for i, e in enumerate(run.epochs) if e.get("val_map") is not None]
+        end = "the run has diverged" if run.losses[-1] is None else "it went on with finite ones"
+        out.append(f"the loss was not a finite number in {lost} of {len(run.losses)} log lines: {end}")
+    if run.restarts:
+        times = "once" if run.restarts == 1 else f"{run.restarts} times"
+        out.append(f"it was interrupted and went on: the log goes back {times} to updates that it had before")
+    maps = run.validated
     if not maps and run.epochs:
         out.append("there are no validation figures: the weights of the last epoch were kept, not the best ones")
-    if len(maps) >= 3:
-        best = max(maps, key=lambda m: m[1])
-        last = maps[-1]
-        if best is last and last[1] - maps[-3][1] > 1:
+    elif 0 < len(maps) < 3:
+        out.append("validation mAP was measured less than three times: too few to say how it moves")
+    elif maps:
+        best, last = max(maps, key=lambda m: m[0]), maps[-1]
+        if best is last and last[0] - maps[-3][0] > 1:
             out.append(
-                f"validation mAP was still rising at the end ({maps[-3][1]:.1f} to {last[1]:.1f} in the last epochs): "
+                f"validation mAP was still rising at the end ({maps[-3][0]:.1f} to {last[0]:.1f} in the last epochs): "
                 "more epochs, or a higher learning rate, may give more"
             )
-        falls = best[2] is not None and last[2] is not None and last[2] < best[2]
-        if best[1] - last[1] > 1 and falls:
+        falls = best[1] is not None and last[1] is not None and last[1] < best[1]
+        if best[0] - last[0] > 1 and falls:
             out.append(
-                f"validation mAP fell from {best[1]:.1f} to {last[1]:.1f} while the training loss went on falling: "
+                f"validation mAP fell from {best[0]:.1f} to {last[0]:.1f} while the training loss went on falling: "
                 "it learns labels that are wrong, as methods do late in training that take unknown labels for "
                 "negatives; the best weights are kept all the same"
             )
-    wait = (run.results or {}).get("data_wait")
+    wait = number(run.figures.get("data_wait"))
     if wait is not None and wait > 0.1:
         out.append(
             f"{100 * wait:.0f}% of the training time went into waiting for data: more data.threads, smaller pictures "
@@ -458,13 +594,20 @@ def _panels(runs: Sequence[Run]) -> list[str]:
     return [n for n in PANELS if n in names] + sorted(names - set(PANELS))
 
 
+def _plotted(epoch: dict[str, Any], name: str) -> float | None:
+    """A figure of an epoch; the precision of nothing is not defined, though the log has 0 for it."""
+    if name == "selection_precision" and not epoch.get("selected_count"):
+        return None
+    return number(epoch.get(name))
+
+
 def curve_plots(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """(title, picture) of every figure over epochs; seeds are thin, their mean is thick."""
     out = []
     for name in _panels([r for g in groups for r in g.runs]):
         figure, axis = _figure("epoch")
         for group in groups:
-            series = [[e.get(name) for e in r.epochs] for r in group.runs]
+            series = [[_plotted(e, name) for e in r.epochs] for r in group.runs]
             known = [np.array([np.nan if v is None else v for v in s], np.float64) for s in series if s]
             style: dict[str, Any] = {"color": group.colour, "linestyle": group.dash}
             # One epoch is a point, which a line does not show.
@@ -482,9 +625,14 @@ def curve_plots(groups: Sequence[Group]) -> list[tuple[str, str]]:
     return out
 
 
-def class_plots(groups: Sequence[Group], counts: np.ndarray | None) -> list[tuple[str, str]]:
-    """AP of all classes, sorted, and against the number of positives that training saw."""
+def class_plots(groups: Sequence[Group], counts: Sequence[np.ndarray | None]) -> list[tuple[str, str]]:
+    """AP of all classes, sorted, and against the number of positives that training saw, `counts` of each group."""
     having = [(g, ap) for g in groups if (ap := class_ap(g)) is not None]
+    paired = [
+        (g, ap, count)
+        for g, count in zip(groups, counts, strict=True)
+        if (ap := class_ap(g)) is not None and count is not None and len(ap) == len(count)
+    ]
     if not having:
         return []
     figure, axis = _figure("classes, the best first")
@@ -492,12 +640,12 @@ def class_plots(groups: Sequence[Group], counts: np.ndarray | None) -> list[tupl
         known = np.sort(ap[~np.isnan(ap)])[::-1]
         axis.plot(np.arange(1, len(known) + 1), known, color=group.colour, linestyle=group.dash, linewidth=1.4)
     out = [("AP of every class, %", _png(figure))]
-    if counts is not None and all(len(ap) == len(counts) for _, ap in having):
+    if paired:
         figure, axis = _figure("observed positives in training")
-        size = 14 if len(counts) <= 200 else 3
-        for group, ap in having:
-            axis.scatter(np.maximum(counts, 0.5), ap, s=size, color=group.colour, alpha=0.6, linewidths=0)
-        if counts.max() > 20 * max(counts.min(), 1):
+        for group, ap, count in paired:
+            size = 20 if len(count) <= 200 else 3
+            axis.scatter(np.maximum(count, 0.5), ap, s=size, color=group.colour, alpha=0.6, linewidths=0)
+        if max(c.max() for *_, c in paired) > 20 * max(min(c.min() for *_, c in paired), 1):
             axis.set_xscale("log")
         out.append(("AP against labels, %", _png(figure)))
     return out
@@ -527,7 +675,7 @@ def make_page(folders: Sequence[Path]) -> str:
     same_classes = len(widths) == 1 and len({tuple(r.classes) for r in runs if r.classes is not None}) <= 1
     if names is None or widths != {len(names)}:
         names = [str(i) for i in range(next(iter(widths), 0))]
-    counts = training_counts(runs[0]) if same_classes else None
+    counts = training_counts(groups) if same_classes else [None] * len(groups)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("spml_fast", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -539,6 +687,8 @@ def make_page(folders: Sequence[Path]) -> str:
         groups=groups,
         compared=compared,
         summary=summary(groups),
+        setup=setup(runs),
+        averaged=any(len(g.runs) > 1 for g in groups),
         conventions=conventions(groups),
         options=option_table(groups) if compared else [],
         all_options=[] if compared else [(k, shown(v)) for k, v in runs[0].options.items()],
@@ -547,7 +697,7 @@ def make_page(folders: Sequence[Path]) -> str:
         class_tables=class_tables(groups, names) if same_classes else [],
         class_groups=class_groups(groups),
         other_classes=bool(widths) and not same_classes,
-        no_counts=same_classes and counts is None,
+        no_counts=same_classes and any(c is None for c in counts),
         health=[(str(r.folder), health(r)) for r in runs],
         places=[(g.label, str(r.folder), shown(r.options.get("run.seed")), _best(r)) for g in groups for r in g.runs],
     )

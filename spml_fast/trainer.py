@@ -576,6 +576,8 @@ class Trainer:
             "data_wait": self.waited_seconds / max(self.trained_seconds, 1e-9),
             "train_seconds": self.trained_seconds,
             "memory_gib": memory_gib(self.device),
+            "ranks": self.world,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
         if self.test_split is not None:
             loader = make_eval_loader(config, self.test_split, self.classifier, self.device)

@@ -16,7 +16,22 @@ from run_tools import ROOT
 from spml_fast.cli import parse_config, to_yaml
 from spml_fast.errors import UserError
 from spml_fast.logs import RunLog
-from spml_fast.report import Run, differing, flatten, group_runs, health, make_page, mean_text, option_table, read_run
+from spml_fast.manifest import Manifest
+from spml_fast.report import (
+    Run,
+    _plotted,
+    differing,
+    flatten,
+    group_runs,
+    health,
+    make_page,
+    mean_text,
+    option_table,
+    read_run,
+    setup,
+    summary,
+    training_counts,
+)
 from spml_fast.reproduce import read_epochs
 
 _spec = importlib.util.spec_from_file_location("report_script", ROOT / "launch" / "report.py")
@@ -98,7 +113,7 @@ def test_a_page_of_one_run(tmp_path):
         "60.00",
         "61.00",
         "test mAP, alpha 5",
-        "Nothing stands out",
+        "None of this was found",
         "All options",
         "model.alpha_eval",
         *NAMES[:2],
@@ -165,13 +180,98 @@ def test_half_a_line_is_dropped_when_a_run_goes_on(tmp_path):
     RunLog(folder, 4).record("epoch", {"epoch": 3, "phase": "finetune", "loss": 1.0})
     assert [e["epoch"] for e in read_epochs(folder)] == [1, 2, 3]
     RunLog(tmp_path / "run", 4).record("epoch", {"epoch": 3, "phase": "finetune", "loss": 2.0})
-    assert read_epochs(folder)[-1]["loss"] == 2.0 and read_run(folder).repeated == 1
+    assert read_epochs(folder)[-1]["loss"] == 2.0 and read_run(folder).restarts == 1
+
+
+def test_a_run_that_was_killed_within_an_epoch_and_went_on(tmp_path):
+    folder = make_run(tmp_path / "run", maps=[50.0])
+    whole = read_run(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for update in (20, 30, 20, 30):
+            entry = {"kind": "update", "phase": "finetune", "epoch": 2, "update": update, "loss": 0.4}
+            file.write(json.dumps(entry) + "\n")
+    assert (whole.restarts, read_run(folder).restarts) == (0, 1)
+    assert any("interrupted and went on: the log goes back once" in note for note in health(read_run(folder)))
+
+
+def test_an_unfinished_run_has_the_figures_of_its_epochs(tmp_path):
+    folder = make_run(tmp_path / "run", finished=False)
+    lines = [
+        {"kind": "epoch", "phase": phase, "epoch": 1, "loss": 1.0, "val_map": 60.0 - i, "seconds": 10.0 + 20 * i}
+        | {"data_wait": 0.1 + 0.2 * i, "images_per_second": 100.0 - 40 * i, "memory_gib": 2.0}
+        for i, phase in enumerate(("linear", "finetune"))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    # Weighted by seconds; the best of the last phase alone.
+    assert run.figures == {
+        "train_seconds": 40.0,
+        "images_per_second": pytest.approx((10 * 100 + 30 * 60) / 40),
+        "data_wait": pytest.approx((10 * 0.1 + 30 * 0.3) / 40),
+        "memory_gib": 2.0,
+        "best_val_map": 59.0,
+    }
+    assert any("25% of the training time" in note for note in health(run))
+    assert summary(group_runs([run]))[1][0][-5:] == ["2 of 4", "70", "25.0%", "40 s", "2.0 GiB"]
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", '{"alpha": [1]}', '{"alpha": {"x": {}}}', '{"alpha": {"1": 2}}', "{"])
+def test_damaged_results_are_named(tmp_path, text):
+    folder = make_run(tmp_path / "run")
+    (folder / "results.json").write_text(text)
+    run = read_run(folder)
+    assert run.results is None and not run.alphas
+    assert any(note.startswith("results.json") and "no test figures" in note for note in health(run))
+
+
+def test_the_precision_of_nothing_is_not_drawn():
+    assert _plotted({"selected_count": 0.0, "selection_precision": 0.0}, "selection_precision") is None
+    assert _plotted({"selected_count": 8.0, "selection_precision": 0.0}, "selection_precision") == 0.0
+    assert _plotted({"selected_count": 0.0, "selection_recall": 0.0}, "selection_recall") == 0.0
+    assert _plotted({"t_gap": "high"}, "t_gap") is None
+
+
+def test_the_set_up_stands_in_few_lines(tmp_path):
+    words = ("--data.dir", "/data/x", "--model.pretrained", "false", "--train.precision", "auto")
+    runs = [
+        read_run(make_run(tmp_path / "a", "--method", "an", *words, ranks=2, device="cpu")),
+        read_run(make_run(tmp_path / "b", "--method", "asl", *words, "--run.seed", "1", finished=False)),
+    ]
+    rows = dict(setup(runs))
+    assert rows["method"] == "an; asl" and rows["seed"] == "0; 1" and rows["precision"] == "auto"
+    assert rows["data set"].startswith("x, 4 classes") and rows["batch"] == "16 over 2 rank(s); 16"
+    (tmp_path / "a" / "deepspeed.json").write_text('{"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}')
+    assert dict(setup([read_run(tmp_path / "a")]))["precision"] == "bf16 under autocast"
+
+
+def test_an_option_that_an_older_file_lacks_is_at_its_default(tmp_path):
+    new, old = make_run(tmp_path / "new"), make_run(tmp_path / "old", "--run.seed", "1")
+    lines = (old / "config.yaml").read_text().splitlines(keepends=True)
+    assert "  deterministic: false\n" in lines
+    (old / "config.yaml").write_text("".join(line for line in lines if "deterministic" not in line))
+    assert len(group_runs([read_run(new), read_run(old)])) == 1
+
+
+def test_labels_are_counted_in_the_data_set_of_each_run(tmp_path, small_digits):
+    runs = [
+        read_run(make_run(tmp_path / "here", "--data.dir", str(small_digits))),
+        read_run(make_run(tmp_path / "gone", "--data.dir", str(tmp_path / "nowhere" / ("long" * 9)))),
+    ]
+    groups = group_runs(runs)
+    here, gone = training_counts(groups)
+    known = Manifest(small_digits).split("train").observed
+    assert gone is None and here is not None and here.tolist() == known.class_counts(1).tolist() and here.min() > 0
+    # Long paths are cut in the names, and the names stay different.
+    assert groups[1].label.endswith("longlong") and len({g.label for g in groups}) == 2
+    assert all(len(g.label) < 40 for g in groups)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"losses": [1.0, None, None, None]}, "not a finite number in 3 of 4"),
+        ({"losses": [1.0, None, None, None]}, "not a finite number in 3 of 4 log lines: the run has diverged"),
+        ({"losses": [1.0, None, 0.5, 0.4]}, "in 1 of 4 log lines: it went on with finite ones"),
+        ({"maps": [50.0, 60.0]}, "less than three times"),
         ({"maps": [50.0, 55.0, 60.0, 65.0]}, "still rising at the end (55.0 to 65.0"),
         ({"maps": [60.0, 70.0, 66.0, 64.0]}, "fell from 70.0 to 64.0 while the training loss went on falling"),
         ({"data_wait": 0.34}, "34% of the training time"),
