@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from spml_fast import explain as on
     from spml_fast.evaluate import check_alphas, load_classifier, load_run_config, open_data
-    from spml_fast.predict import run_classes
+    from spml_fast.predict import left_out, run_classes
 
     out: Path = args.out if args.out is not None else args.run / "explain.png"
     one_page = out.suffix.lower() == ".png" and not out.is_dir()
@@ -266,7 +266,13 @@ def main(argv: list[str] | None = None) -> int:
             first=first,
             aspects=aspects,
         )
+        shown = 0
         for place, found in enumerate(found_pictures):
+            if found.refused is not None:
+                say(left_out(found.path, found.refused))
+                missing += 1
+                continue
+            shown += 1
             if split is not None and choices is not None:
                 found = on.with_labels(found, split, choices[place], classes)
             if folder is not None:
@@ -276,6 +282,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             name = out / page_name(place, found.path)
             lost = max(lost, on.draw(name, [found], classes, title, alpha, classifier.head.boosts))
+        if not shown:
+            raise UserError("none of the pictures can be used; the reasons stand above")
         if one_page:
             lost = on.draw(out, pages, classes, title, alpha, classifier.head.boosts)
     if lost:
@@ -283,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             f"note: no font of this machine has the characters of {lost} class names, which stand as their ids; "
             "install one that has, such as Noto Sans CJK"
         )
-    print(f"{out}: {len(files)} pictures" + (f"; {missing} left out, the reasons stand above" if missing else ""))
+    print(f"{out}: {shown} pictures" + (f"; {missing} left out, the reasons stand above" if missing else ""))
     return 1 if missing else 0
 
 

@@ -32,10 +32,10 @@ from spml_fast.classifier import Classifier
 from spml_fast.config import Config
 from spml_fast.engine import autocast_dtype
 from spml_fast.errors import UserError
-from spml_fast.evaluate import input_normalisation, make_eval_loader
+from spml_fast.evaluate import input_normalisation
 from spml_fast.labels import NEGATIVE, POSITIVE
 from spml_fast.manifest import Split
-from spml_fast.predict import PictureFiles, printable
+from spml_fast.predict import PictureFiles, load_pictures, printable, why_refused
 from spml_fast.suggest import NAMES, Suggestions
 
 # A class counts as predicted from here on.
@@ -64,6 +64,7 @@ class Explained:
         known: int8 [k] label of each class, or None where nothing is known of the picture.
         labels: (observed positives, positives that training does not see), class ids; None as `known`.
         reason: why the picture was chosen, or "".
+        refused: why the loader refused the picture, which then has no classes; None when it did not.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Explained:
     known: npt.NDArray[np.int8] | None = None
     labels: tuple[list[int], list[int]] | None = None
     reason: str = ""
+    refused: str | None = None
 
     @property
     def positive_share(self) -> npt.NDArray[np.float64]:
@@ -129,6 +131,9 @@ def explain(
 ) -> Iterator[Explained]:
     """Maps of each picture, in order, a batch at a time.
 
+    A picture that passed its check and that the loader cannot decode all the same is reported with its reason, and the
+    others go on.
+
     Args:
         classifier: on `device`, in eval mode.
         config: the run's; `eval.batch_size` pictures go through the network at once.
@@ -141,13 +146,27 @@ def explain(
         aspects: width through height of each original, or None.
 
     Raises:
-        UserError: the loader refuses a picture, a logit is not a number, or the head has no maps.
+        UserError: a logit is not a number, or the head has no maps.
     """
     dtype = autocast_dtype(config.train.precision, device)
     mean, std = (torch.tensor(v, device=device)[:, None, None] * 255 for v in input_normalisation(config, classifier))
-    start = 0
-    for batch in make_eval_loader(config, files, classifier, device):
-        views = batch.views["eval"][: batch.real]
+    for start, views in load_pictures(classifier, config, files, device):
+        if views is None:
+            path, none = files.path(start), np.empty(0, np.float32)
+            yield Explained(
+                path=path,
+                picture=np.empty((0, 0, 3), np.uint8),
+                aspect=1.0,
+                classes=np.empty(0, np.int64),
+                probability=np.empty(0, np.float64),
+                logit=none,
+                plain=none,
+                maps=none.reshape(0, 1, 1),
+                predicted=(),
+                refused=why_refused(path),
+            )
+            continue
+        number = len(views)
         with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             features = classifier.features(views)
             plain, relu, _, _ = classifier.head(features, alpha != 1)
@@ -159,7 +178,7 @@ def explain(
                     f"the score of class {classes[column]} is not a number for {printable(files.path(start + row))}: "
                     "the run has diverged, or its weights are damaged; use another run"
                 )
-            given = None if first is None else first[start : start + batch.real]
+            given = None if first is None else first[start : start + number]
             chosen = choose_classes(logits, top, given)
             maps = classifier.head(features, False, chosen)[2]
         if maps is None:
@@ -169,7 +188,7 @@ def explain(
         cells, ids = maps.float().cpu().numpy(), chosen.cpu().numpy()
         order = torch.sort(logits, dim=1, descending=True, stable=True)
         count = (torch.sigmoid(order.values.double()) >= PREDICTED).sum(1).tolist()
-        for row in range(batch.real):
+        for row in range(number):
             yield Explained(
                 path=files.path(start + row),
                 picture=pixels[row],
@@ -181,7 +200,6 @@ def explain(
                 maps=cells[row],
                 predicted=tuple(order.indices[row, : count[row]].tolist()),
             )
-        start += batch.real
 
 
 # --- Which pictures of a split -------------------------------------------------------------------------------------

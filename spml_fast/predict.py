@@ -211,12 +211,9 @@ def predict(
     """
     dtype = autocast_dtype(config.train.precision, device)
     nothing = np.empty(0, np.int64), np.empty(0, np.float64)
-    for start, pictures in _load(classifier, config, files, device):
+    for start, pictures in load_pictures(classifier, config, files, device):
         if pictures is None:
-            path = files.path(start)
-            checked = check_picture(path)
-            why = checked.reason or "not decoded by the loader; convert it to JPEG or 8-bit PNG"
-            yield Prediction(path, *nothing, reason=_join(why, checked.detail))
+            yield Prediction(files.path(start), *nothing, reason=why_refused(files.path(start)))
             continue
         with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             output = classifier(pictures, boost=alpha != 1)
@@ -236,7 +233,13 @@ def predict(
             yield Prediction(files.path(start + row), class_id[row][kept], probability[row][kept])
 
 
-def _load(
+def why_refused(path: str) -> str:
+    """Why the loader refused a picture that had passed its check."""
+    checked = check_picture(path)
+    return _join(checked.reason or "not decoded by the loader; convert it to JPEG or 8-bit PNG", checked.detail)
+
+
+def load_pictures(
     classifier: Classifier, config: Config, files: PictureFiles, device: torch.device
 ) -> Iterator[tuple[int, Tensor | None]]:
     """Yield (index of the first, views [b, 3, S, S]), or (index, None) for a picture that the loader refuses."""

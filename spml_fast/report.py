@@ -498,7 +498,7 @@ def class_tables(groups: Sequence[Group], names: Sequence[str]) -> list[tuple[st
     if len(having) == 1:
         titles = ("Best classes", "Worst classes")
     else:
-        titles = (f"Largest gains of {head[-1]} over {head[0]}", "Smallest gains, or losses")
+        titles = (f"{head[-1]} against {head[0]}: where it does best", "Where it does worst")
 
     def rows(chosen: Iterable[int]) -> list[ClassRow]:
         return [(names[c], ["-" if np.isnan(ap[c]) else f"{ap[c]:.1f}" for _, ap in having]) for c in chosen]

@@ -17,6 +17,7 @@ from PIL import Image
 from run_tools import ROOT
 
 from spml_fast import explain as on
+from spml_fast import verify
 from spml_fast.checkpoint import save_weights
 from spml_fast.classifier import Classifier
 from spml_fast.cli import parse_config, to_yaml
@@ -249,6 +250,24 @@ class TestCommand:
             cells = np.load(tmp_path / "maps" / entry["file"])
             assert cells.dtype == np.float32 and cells.mean() == pytest.approx(entry["logit_alpha_1"], abs=1e-4)
         assert len(list((tmp_path / "maps").iterdir())) == 5
+
+    def test_what_the_loader_alone_refuses_is_left_out(
+        self, run: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        # Headers alone are looked at, so the picture that is cut off gets as far as the decoder.
+        monkeypatch.setattr(verify, "DECODE_LIMIT", 0)
+        for name, size in (("a.jpg", None), ("b.jpg", 900), ("c.jpg", None)):
+            (tmp_path / name).write_bytes(picture.read_bytes()[:size])
+        page = tmp_path / "page.png"
+        assert call("--run", run, tmp_path, "--out", page, "--maps", tmp_path / "maps", "--top", 1) == 1
+        said = capsys.readouterr()
+        assert said.err.count("left out: ") == 1 and f"left out: {tmp_path / 'b.jpg'}: damaged" in said.err
+        assert "2 pictures; 1 left out" in said.out and page.is_file()
+        about = json.loads((tmp_path / "maps" / "maps.json").read_text(encoding="utf-8"))
+        assert [Path(m["path"]).name for m in about["maps"]] == ["a.jpg", "c.jpg"]
+        with pytest.raises(UserError, match="none of the pictures can be used"):
+            call("--run", run, tmp_path / "b.jpg", "--out", tmp_path / "other.png")
+        assert not (tmp_path / "other.png").exists()
 
     def test_aspect_follows_the_orientation(self, tmp_path: Path, picture: Path) -> None:
         exif = Image.Exif()

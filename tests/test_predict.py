@@ -265,7 +265,7 @@ class TestOutput:
         config = parse_config(["--data.dir", "x", "--train.precision", "fp32"])
         files = predict.PictureFiles(["a.jpg"], np.ones(1, np.uint8))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(predict, "_load", lambda *_: views)
+            patch.setattr(predict, "load_pictures", lambda *_: views)
             (found,) = predict.predict(Fixed(), config, files, CPU, alpha=1, classes=["a", "b", "c"])  # type: ignore[arg-type]
         assert found.classes.tolist() == [1, 0, 2], "ties by class id"
         assert found.probability.tolist() == pytest.approx([1 / (1 + math.exp(-x)) for x in (20, 18, 18)], abs=1e-16)

@@ -135,9 +135,9 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
     page = Text(make_page([*seeds, other]))
     maps = [statistics.mean([90.0 + i, 80, 10]) for i in range(3)]
     assert f"{statistics.mean(maps):.2f} ± {statistics.stdev(maps):.2f}" in page.text
-    gains = page.text.index("Largest gains")
+    gains = page.text.index("where it does best")
     # Class 1 gains most (80 to 99), class 0 loses most (91 to 50).
-    assert page.text.index(NAMES[1], gains) < page.text.index("Smallest gains") < page.text.index("cat", gains)
+    assert page.text.index(NAMES[1], gains) < page.text.index("Where it does worst") < page.text.index("cat", gains)
 
 
 def test_labels_tell_groups_apart(tmp_path):
@@ -299,7 +299,7 @@ def test_a_fifth_of_the_vocabulary_fits_on_a_page(tmp_path):
 def test_runs_with_other_classes_are_compared_by_their_figures_alone(tmp_path):
     two = make_run(tmp_path / "two", "--method", "an", names=["a", "b"], aps=[1.0, 2.0])
     page = Text(make_page([make_run(tmp_path / "four"), two]))
-    assert "different classes" in page.text and "1.50" in page.text and "Largest gains" not in page.text
+    assert "different classes" in page.text and "1.50" in page.text and "where it does best" not in page.text
 
 
 def test_small_helpers():
