@@ -35,7 +35,7 @@ from spml_fast.errors import UserError
 from spml_fast.evaluate import input_normalisation
 from spml_fast.labels import NEGATIVE, POSITIVE
 from spml_fast.manifest import Split
-from spml_fast.predict import PictureFiles, load_pictures, printable, why_refused
+from spml_fast.predict import PictureFiles, check_numbers, load_pictures, printable, why_refused
 from spml_fast.suggest import NAMES, Suggestions
 
 # A class counts as predicted from here on.
@@ -171,13 +171,7 @@ def explain(
             features = classifier.features(views)
             plain, relu, _, _ = classifier.head(features, alpha != 1)
             logits = plain if alpha == 1 else plain + (alpha - 1) * relu
-            wrong = torch.nonzero(logits.isnan())
-            if len(wrong):
-                row, column = wrong[0].tolist()
-                raise UserError(
-                    f"the score of class {classes[column]} is not a number for {printable(files.path(start + row))}: "
-                    "the run has diverged, or its weights are damaged; use another run"
-                )
+            check_numbers(logits, files, start, classes)
             given = None if first is None else first[start : start + number]
             chosen = choose_classes(logits, top, given)
             maps = classifier.head(features, False, chosen)[2]
