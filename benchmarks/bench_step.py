@@ -133,20 +133,20 @@ class Way:
 
     def step(self, views: dict[str, Tensor], index: Tensor, lap: Callable[[str], None]) -> None:
         """One update; `lap(part)` is called when a part is done."""
-        with mock.patch.dict(os.environ, {} if self.name == "spml_fast" else {"SPML_KERNELS": "reference"}):
-            loss = self.loss(views, index)
-            lap("forward")
-            if self.engine is None:
-                loss.backward()
-                lap("backward")
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                loss.item()
-            else:
-                self.engine.backward(loss)
-                lap("backward")
-                self.engine.step()
-            lap("update")
+        # Which ops run was settled in the forward.
+        loss = self.loss(views, index)
+        lap("forward")
+        if self.engine is None:
+            loss.backward()
+            lap("backward")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            loss.item()
+        else:
+            self.engine.backward(loss)
+            lap("backward")
+            self.engine.step()
+        lap("update")
 
     def close(self) -> None:
         """Let the engine go."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spml_fast.checkpoint import write_json
-from spml_fast.classifier import Classifier
+from spml_fast.classifier import Classifier, boosted
 from spml_fast.config import Config
 from spml_fast.engine import autocast_dtype
 from spml_fast.errors import UserError
@@ -170,8 +170,8 @@ def explain(
         with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             features = classifier.features(views)
             plain, relu, _, _ = classifier.head(features, alpha != 1)
-            logits = plain if alpha == 1 else plain + (alpha - 1) * relu
-            check_numbers(logits, files, start, classes)
+            logits = boosted(plain, relu, alpha)
+            check_numbers(logits, classes, lambda row, start=start: printable(files.path(start + row)))
             given = None if first is None else first[start : start + number]
             chosen = choose_classes(logits, top, given)
             maps = classifier.head(features, False, chosen)[2]

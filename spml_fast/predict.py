@@ -218,7 +218,7 @@ def predict(
         with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             output = classifier(pictures, boost=alpha != 1)
         logits = output.at_alpha(alpha)
-        check_numbers(logits, files, start, classes)
+        check_numbers(logits, classes, lambda row, start=start: printable(files.path(start + row)))
         ordered = torch.sort(logits, dim=1, descending=True, stable=True)
         probability = torch.sigmoid(ordered.values[:, :top].double()).cpu().numpy()
         class_id = ordered.indices[:, :top].cpu().numpy()
@@ -227,13 +227,13 @@ def predict(
             yield Prediction(files.path(start + row), class_id[row][kept], probability[row][kept])
 
 
-def check_numbers(logits: Tensor, files: PictureFiles, start: int, classes: Sequence[str]) -> None:
-    """Raise `UserError` where a logit of pictures `start` on, [b, C], is not a number."""
+def check_numbers(logits: Tensor, classes: Sequence[str], place: Callable[[int], str]) -> None:
+    """Raise `UserError` where a logit [B, C] is not a number; `place` gives the picture of a row for people."""
     wrong = torch.nonzero(logits.isnan())
     if len(wrong):
         row, column = wrong[0].tolist()
         raise UserError(
-            f"the score of class {classes[column]} is not a number for {printable(files.path(start + row))}: "
+            f"the score of class {classes[column]} is not a number for {place(row)}: "
             "the run has diverged, or its weights are damaged; use another run"
         )
 

@@ -33,6 +33,7 @@ from spml_fast.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabe
 from spml_fast.manifest import Split
 from spml_fast.metrics import logit_threshold
 from spml_fast.pipeline import EvalLoader
+from spml_fast.predict import check_numbers
 
 COLUMNS = ("path", "class", "known", "probability", "suggestion")
 NAMES = {UNKNOWN: "unknown", POSITIVE: "positive", NEGATIVE: "negative"}
@@ -183,12 +184,7 @@ def find_suggestions(
         if batch.real == 0:
             continue
         index, logits = batch.index[: batch.real], output.at_alpha(alpha)[: batch.real].float()
-        if logits.isnan().any():
-            row, column = torch.nonzero(logits.isnan())[0].tolist()
-            raise UserError(
-                f"the score of class {classes[column]} is not a number for {loader.split.place(int(index[row]))}: "
-                "the run has diverged, or its weights are damaged; use another run"
-            )
+        check_numbers(logits, classes, lambda row, index=index: loader.split.place(int(index[row])))
         known = store.rows(index)
         for code, pairs in best.items():
             scores = -logits if code == POSITIVE else logits

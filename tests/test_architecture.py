@@ -109,7 +109,7 @@ LAYERS = [
     ["labels", "manifest", "metrics", "observe", "order", "shards"],
     ["datasets", "foreign_tars", "pack", "pipeline", "heads", "classifier", "methods"],
     ["cli", "engine", "optim", "checkpoint", "logs"],
-    ["trainer", "evaluate", "explain", "report", "export", "predict"],
+    ["trainer", "evaluate", "explain", "report", "export", "predict", "suggest"],
 ]
 
 
