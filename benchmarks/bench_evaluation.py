@@ -35,7 +35,7 @@ import numpy as np
 import sklearn
 from sklearn.metrics import average_precision_score
 
-from spml_fast import metrics
+from spml_fast.evaluation import metrics
 
 TOLERANCE = 1e-12
 MEMORY = ("held_bytes", "extra_bytes", "dense_bytes")
@@ -127,7 +127,7 @@ def sparse_case(name: str, num_rows: int, num_classes: int, num_pairs: int, repe
         drawn = rng.integers(0, num_rows, lacking) * num_classes
         drawn += rng.choice(num_classes, lacking, p=share / share.sum())
         keys = np.unique(np.concatenate([keys, drawn]))
-    # As `Scores` of spml_fast/evaluate.py holds them.
+    # As `Scores` of spml_fast/evaluation/evaluate.py holds them.
     rows, classes = (a.astype(np.int32) for a in np.divmod(keys, num_classes))
     codes = (rng.random(num_pairs) < 0.66).astype(np.int8)
     scores = rng.standard_normal(num_pairs, dtype=np.float32) + codes

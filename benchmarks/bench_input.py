@@ -30,12 +30,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from spml_fast.config import DataConfig
-from spml_fast.errors import UserError, run_command
-from spml_fast.manifest import Split
-from spml_fast.pack import PackOptions, pack
-from spml_fast.pipeline import EvalLoader, TrainLoader
-from tests.pil_reference import ReferenceViews, make_split, photo
+from spml_fast.core.config import DataConfig
+from spml_fast.core.errors import UserError, run_command
+from spml_fast.data.loader import EvalLoader, TrainLoader
+from spml_fast.data.manifest import Split
+from spml_fast.prepare.pack import PackOptions, pack
+from tests.support.pil import ReferenceViews, make_split, photo
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MODES: dict[str, tuple[str, ...]] = {"eval": ("eval",), "weak": ("weak",), "weak+strong": ("weak", "strong")}

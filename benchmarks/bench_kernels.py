@@ -61,13 +61,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from spml_kernels import heuristics  # noqa: E402
-from spml_kernels.aot import ARCHITECTURES, Case, Report, cases, compile_case  # noqa: E402
-from spml_kernels.cam_tiles import launch_of  # noqa: E402
-from spml_kernels.counting import Launch, Moved, count, total  # noqa: E402
-from spml_kernels.heuristics import CamPoolLaunch, Tiles  # noqa: E402
-from spml_kernels.jit import HAVE_TRITON, INTERPRETED, triton  # noqa: E402
-from spml_kernels.traffic import moved  # noqa: E402
+from spml_kernels.cam_pool.tiles import launch_of  # noqa: E402
+from spml_kernels.common import heuristics  # noqa: E402
+from spml_kernels.common.heuristics import CamPoolLaunch, Tiles  # noqa: E402
+from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED, triton  # noqa: E402
+from spml_kernels.devtools.aot import ARCHITECTURES, Case, Report, cases, compile_case  # noqa: E402
+from spml_kernels.devtools.counting import Launch, Moved, count, total  # noqa: E402
+from spml_kernels.devtools.traffic import moved  # noqa: E402
 
 from benchmarks.kernel_gpu import Card, run, work_through  # noqa: E402
 from benchmarks.kernel_report import RESULTS, Row, commit, judge, merge_csv, plot_bytes, plot_times  # noqa: E402

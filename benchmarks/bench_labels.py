@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spml_fast.labels import UNKNOWN, LabelStore, SparseLabels, class_dtype
+from spml_fast.data.labels import UNKNOWN, LabelStore, SparseLabels, class_dtype
 
 
 def made_up(pictures: int, labels: int, classes: int) -> SparseLabels:

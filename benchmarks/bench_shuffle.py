@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from spml_fast.errors import run_command
-from spml_fast.order import TrainOrder, Windows
+from spml_fast.core.errors import run_command
+from spml_fast.data.sampler import TrainOrder, Windows
 
 # Samples of a window, and of a block.
 SETTINGS = [(1024, 64), (4096, 64), (8192, 16), (8192, 64), (8192, 256), (8192, 1024), (32768, 64), (32768, 256)]

@@ -34,10 +34,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_input import machine, pictures
-from spml_fast.batch import Batch
-from spml_fast.classifier import Classifier
-from spml_fast.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
-from spml_fast.engine import (
+from spml_fast.core.batch import Batch
+from spml_fast.core.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
+from spml_fast.core.errors import UserError, run_command
+from spml_fast.data.labels import LabelStore, SparseLabels
+from spml_fast.data.loader import TrainLoader
+from spml_fast.data.manifest import Split
+from spml_fast.methods import Method, Progress, get_method, method_names
+from spml_fast.models.classifier import Classifier
+from spml_fast.train.engine import (
     Engine,
     autocast_dtype,
     choose_algorithms,
@@ -45,14 +50,9 @@ from spml_fast.engine import (
     init_distributed,
     leave_distributed,
 )
-from spml_fast.errors import UserError, run_command
-from spml_fast.labels import LabelStore, SparseLabels
-from spml_fast.manifest import Split
-from spml_fast.methods import Method, Progress, get_method, method_names
-from spml_fast.optim import make_optimizer, make_schedule, parameter_groups
-from spml_fast.pipeline import TrainLoader
-from spml_fast.trainer import TrainingModule
-from tests.pil_reference import ReferenceViews
+from spml_fast.train.optim import make_optimizer, make_schedule, parameter_groups
+from spml_fast.train.trainer import TrainingModule
+from tests.support.pil import ReferenceViews
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARTS = ("data", "forward", "backward", "update")

@@ -21,20 +21,16 @@ from spml_kernels import (
     label_rows,
     large_loss_step,
 )
-from spml_kernels.chunked import cam_pool_chunked
-from spml_kernels.heuristics import SKIP, WORD, cam_pool_launch, columns_launch, large_once_launch
-from spml_kernels.jit import cdiv
-from spml_kernels.large_loss import BINS
-from spml_kernels.reference.cam_mask import cam_mask_reference
-from spml_kernels.reference.cam_pool import cam_pool_reference
-from spml_kernels.reference.ignore_loss import ignore_loss_reference, ignore_statistics_reference
-from spml_kernels.reference.label_loss import label_loss_reference
-from spml_kernels.reference.label_rows import label_rows_reference
-from spml_kernels.reference.large_loss import (
-    large_loss_reference,
-    list_selected_reference,
-    select_large_reference,
-)
+from spml_kernels.cam_mask.reference import cam_mask_reference
+from spml_kernels.cam_pool.chunked import cam_pool_chunked
+from spml_kernels.cam_pool.reference import cam_pool_reference
+from spml_kernels.common.heuristics import SKIP, WORD, cam_pool_launch, columns_launch, large_once_launch
+from spml_kernels.common.jit import cdiv
+from spml_kernels.ignore_loss.reference import ignore_loss_reference, ignore_statistics_reference
+from spml_kernels.label_loss.reference import label_loss_reference
+from spml_kernels.label_rows.reference import label_rows_reference
+from spml_kernels.large_loss.op import BINS
+from spml_kernels.large_loss.reference import large_loss_reference, list_selected_reference, select_large_reference
 from torch import Tensor
 
 Call = Callable[..., tuple[Tensor, ...]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from spml_fast.errors import UserError, run_command
+    from spml_fast.core.errors import UserError, run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
@@ -68,15 +68,15 @@ def main() -> None:
         raise UserError("--negatives and --seed must not be negative")
     if args.plot is not None and args.plot.suffix.lower() != ".png":
         raise UserError(f"--plot {args.plot} must be named .png")
-    from spml_fast.engine import init_distributed, leave_distributed
+    from spml_fast.train.engine import init_distributed, leave_distributed
 
     device = init_distributed()
-    from spml_fast import distributed
-    from spml_fast.checkpoint import write_json
-    from spml_fast.diagnostics import look_at_maps, plot, summarise
-    from spml_fast.evaluate import input_normalisation, load_run, make_eval_loader
-    from spml_fast.logs import print_table
-    from spml_fast.reproduce import read_epochs
+    from spml_fast.analysis.diagnostics import look_at_maps, plot, summarise
+    from spml_fast.core import distributed
+    from spml_fast.evaluation.evaluate import input_normalisation, load_run, make_eval_loader
+    from spml_fast.reproduction.reproduce import read_epochs
+    from spml_fast.train.checkpoint import write_json
+    from spml_fast.train.logs import print_table
 
     config, manifest, classifier, _ = load_run(args.run, device)
     split = manifest.split(args.split or config.data.test_split or config.data.train_split)

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 try:
-    from spml_fast.errors import UserError, run_command
+    from spml_fast.core.errors import UserError, run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
@@ -30,13 +30,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Evaluate and print."""
     args = parse()
-    from spml_fast.engine import init_distributed, leave_distributed
+    from spml_fast.train.engine import init_distributed, leave_distributed
 
     device = init_distributed()
-    from spml_fast import distributed
-    from spml_fast.checkpoint import write_json
-    from spml_fast.evaluate import class_groups, evaluate_split, load_run, make_eval_loader, table_rows
-    from spml_fast.logs import print_table
+    from spml_fast.core import distributed
+    from spml_fast.evaluation.evaluate import class_groups, evaluate_split, load_run, make_eval_loader, table_rows
+    from spml_fast.train.checkpoint import write_json
+    from spml_fast.train.logs import print_table
 
     config, manifest, classifier, _ = load_run(args.run, device)
     if args.definition:

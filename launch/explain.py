@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from spml_fast.classifier import Classifier
-    from spml_fast.config import Config
-    from spml_fast.explain import Choice
-    from spml_fast.manifest import Manifest, Split
-    from spml_fast.predict import PictureFiles
+    from spml_fast.analysis.explain import Choice
+    from spml_fast.analysis.predict import PictureFiles
+    from spml_fast.core.config import Config
+    from spml_fast.data.manifest import Manifest, Split
+    from spml_fast.models.classifier import Classifier
 
 try:
-    from spml_fast.errors import UserError, run_command
+    from spml_fast.core.errors import UserError, run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
@@ -117,8 +117,8 @@ def given_pictures(args: argparse.Namespace) -> tuple[PictureFiles, list[float],
     """The pictures of the command line that can be read, width through height of each, and how many were left out."""
     import numpy as np
 
-    from spml_fast import predict as on
-    from spml_fast.verify import choose_level, verify_pictures
+    from spml_fast.analysis import predict as on
+    from spml_fast.data.image_check import choose_level, verify_pictures
 
     paths = on.find_pictures(args.pictures, lambda text: say(f"note: {text}"))
     verified = verify_pictures(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False)
@@ -143,11 +143,11 @@ def chosen_samples(
     alpha: float,
 ) -> tuple[Split, list[Choice]]:
     """The split without pictures on the command line, and the samples of it that are worth a look."""
-    from spml_fast.evaluate import make_eval_loader
-    from spml_fast.explain import PREDICTED, choose_samples
-    from spml_fast.labels import NEGATIVE, POSITIVE
-    from spml_fast.suggest import find_suggestions
-    from spml_fast.verify import show_progress
+    from spml_fast.analysis.explain import PREDICTED, choose_samples
+    from spml_fast.analysis.suggest import find_suggestions
+    from spml_fast.data.image_check import show_progress
+    from spml_fast.data.labels import NEGATIVE, POSITIVE
+    from spml_fast.evaluation.evaluate import make_eval_loader
 
     split = manifest.split(args.split or config.data.test_split or config.data.train_split)
     if len(split) == 0:
@@ -173,7 +173,7 @@ def sample_files(split: Split, choices: list[Choice], stack: contextlib.ExitStac
     """The chosen samples as picture files, and width through height of each; unpacked for a while from tar shards."""
     import numpy as np
 
-    from spml_fast.predict import PictureFiles
+    from spml_fast.analysis.predict import PictureFiles
 
     index = np.array([c.index for c in choices])
     paths = [split.path(i) for i in index.tolist()]
@@ -202,9 +202,9 @@ def main(argv: list[str] | None = None) -> int:
     check(args)
     import torch
 
-    from spml_fast import explain as on
-    from spml_fast.evaluate import check_alphas, load_classifier, load_run_config, open_data
-    from spml_fast.predict import left_out, run_classes
+    from spml_fast.analysis import explain as on
+    from spml_fast.analysis.predict import left_out, run_classes
+    from spml_fast.evaluation.evaluate import check_alphas, load_classifier, load_run_config, open_data
 
     out: Path = args.out if args.out is not None else args.run / "explain.png"
     one_page = out.suffix.lower() == ".png" and not out.is_dir()

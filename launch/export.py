@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 try:
-    from spml_fast.errors import UserError, run_command
+    from spml_fast.core.errors import UserError, run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
@@ -55,14 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     out = args.out or args.run / f"export{SUFFIX[args.format]}"
     check(args, out)
-    from spml_fast import export
+    from spml_fast.analysis import export
 
     if args.format == "onnx":
         export.need_onnx()
     import torch
 
-    from spml_fast.evaluate import check_alphas, load_classifier, load_run_config
-    from spml_fast.predict import run_classes
+    from spml_fast.analysis.predict import run_classes
+    from spml_fast.evaluation.evaluate import check_alphas, load_classifier, load_run_config
 
     config = load_run_config(args.run)
     classes = run_classes(args.run, config)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 try:
-    from spml_fast.errors import UserError, run_command
+    from spml_fast.core.errors import UserError, run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
@@ -84,9 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     import numpy as np
     import torch
 
-    from spml_fast import predict as on
-    from spml_fast.evaluate import check_alphas, load_classifier, load_run_config
-    from spml_fast.verify import choose_level, show_progress, verify_pictures
+    from spml_fast.analysis import predict as on
+    from spml_fast.data.image_check import choose_level, show_progress, verify_pictures
+    from spml_fast.evaluation.evaluate import check_alphas, load_classifier, load_run_config
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A class name that the terminal's encoding lacks ends nothing.

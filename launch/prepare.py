@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 
-from spml_fast import pack
-from spml_fast.datasets import load_all
-from spml_fast.datasets.base import add_common_options, summary
-from spml_fast.errors import run_command
+from spml_fast.core.errors import run_command
+from spml_fast.prepare import pack
+from spml_fast.prepare.datasets import load_all
+from spml_fast.prepare.datasets.base import add_common_options, summary
 
 
 def main(arguments: list[str] | None = None) -> int:

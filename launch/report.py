@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 try:
-    from spml_fast.errors import UserError, run_command
+    from spml_fast.core.errors import UserError, run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {args.out} must be named .html")
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a directory; give the name of a file")
-    from spml_fast.report import make_page
+    from spml_fast.analysis.report import make_page
 
     page = make_page(args.runs)
     partial = args.out.with_name(args.out.name + ".partial")

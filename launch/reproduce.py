@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 try:
-    from spml_fast.errors import UserError, run_command
+    from spml_fast.core.errors import UserError, run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
@@ -60,9 +60,9 @@ def main() -> None:
     args, more = parse()
     from rich.console import Console
 
-    from spml_fast.cli import load_config
-    from spml_fast.presets import choose_entries, get_preset
-    from spml_fast.reproduce import (
+    from spml_fast.cli.parse import load_config
+    from spml_fast.reproduction.presets import choose_entries, get_preset
+    from spml_fast.reproduction.reproduce import (
         as_json,
         as_markdown,
         as_table,

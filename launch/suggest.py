@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 try:
-    from spml_fast.errors import UserError, run_command
+    from spml_fast.core.errors import UserError, run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
@@ -78,14 +78,15 @@ def main(argv: list[str] | None = None) -> None:
     import contextlib
     import io
 
-    from spml_fast.engine import init_distributed, leave_distributed
+    from spml_fast.train.engine import init_distributed, leave_distributed
 
     device = init_distributed()
-    from spml_fast import distributed, suggest
-    from spml_fast.evaluate import check_alphas, load_run, make_eval_loader
-    from spml_fast.logs import print_table
-    from spml_fast.predict import printable
-    from spml_fast.verify import show_progress
+    from spml_fast.analysis import suggest
+    from spml_fast.analysis.predict import printable
+    from spml_fast.core import distributed
+    from spml_fast.data.image_check import show_progress
+    from spml_fast.evaluation.evaluate import check_alphas, load_run, make_eval_loader
+    from spml_fast.train.logs import print_table
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A class name that the terminal's encoding lacks ends nothing.

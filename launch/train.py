@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 try:
-    from spml_fast.errors import run_command
+    from spml_fast.core.errors import run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
@@ -18,14 +18,14 @@ DEFAULT_RECIPE = Path(__file__).parent / "configs" / "digits.yaml"
 
 def main() -> None:
     """Parse, join the other ranks, train."""
-    from spml_fast.engine import init_distributed, leave_distributed, set_environment
+    from spml_fast.train.engine import init_distributed, leave_distributed, set_environment
 
     set_environment()
-    from spml_fast.cli import parse_config
+    from spml_fast.cli.parse import parse_config
 
     config = parse_config(sys.argv[1:], DEFAULT_RECIPE, prog="train.py")
     device = init_distributed()
-    from spml_fast.trainer import Trainer
+    from spml_fast.train.trainer import Trainer
 
     Trainer(config, device).run()
     leave_distributed()

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_tools import ROOT, Run, command, environment
+
+from tests.support.paths import ROOT
+from tests.support.runs import Run, command, environment
 
 SMALL = {"train": 192, "val": 60, "test": 90}
 
@@ -27,7 +29,7 @@ def run_script() -> Run:
 @pytest.fixture(scope="session")
 def small_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few hundred digit scenes as a Manifest."""
-    from spml_fast.datasets.digits import prepare_digits
+    from spml_fast.prepare.datasets.digits import prepare_digits
 
     folder = tmp_path_factory.mktemp("data") / "digits"
     prepare_digits(folder, sizes=SMALL)

@@ -54,10 +54,10 @@ def check_decode() -> str:
     import numpy as np
     from PIL import Image
 
-    from spml_fast.config import DataConfig
-    from spml_fast.labels import SparseLabels
-    from spml_fast.manifest import ManifestWriter
-    from spml_fast.pipeline import EvalLoader, TrainLoader
+    from spml_fast.core.config import DataConfig
+    from spml_fast.data.labels import SparseLabels
+    from spml_fast.data.loader import EvalLoader, TrainLoader
+    from spml_fast.data.manifest import ManifestWriter
 
     folder = Path(tempfile.mkdtemp())
     pictures = folder / "pictures"
@@ -225,8 +225,9 @@ def check_ignore() -> str:
 
 def small_calls(device: str) -> None:
     """Every op once or twice at small odd shapes, forward and backward, for a tool that watches what kernels access."""
-    from spml_kernels import cam_mask, cam_pool, heuristics, ignore_loss, ignore_statistics, label_loss, label_rows
-    from spml_kernels.large_loss import _KEPT, large_loss_step
+    from spml_kernels import cam_mask, cam_pool, ignore_loss, ignore_statistics, label_loss, label_rows
+    from spml_kernels.common import heuristics
+    from spml_kernels.large_loss.op import _KEPT, large_loss_step
 
     torch.manual_seed(0)
     shapes = ((0, torch.float16, 3, 70), (2**40, torch.bfloat16, 16, 70), (0, torch.float32, 3, 9))
@@ -312,11 +313,11 @@ def check_stages() -> str:
 def check_sync() -> str:
     """Method and head of a training step with synchronisation forbidden."""
     need("timm")
-    from spml_fast.batch import Batch
-    from spml_fast.classifier import Classifier
-    from spml_fast.config import ModelConfig
-    from spml_fast.labels import LabelStore, SparseLabels
+    from spml_fast.core.batch import Batch
+    from spml_fast.core.config import ModelConfig
+    from spml_fast.data.labels import LabelStore, SparseLabels
     from spml_fast.methods import Progress, get_method
+    from spml_fast.models.classifier import Classifier
 
     store = LabelStore(SparseLabels.from_positives([[i % 10] for i in range(256)], 10, -1), "cuda")
     model = ModelConfig(backbone="resnet18", pretrained=False)

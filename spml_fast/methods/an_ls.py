@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 
 import torch
 from spml_kernels import PointLoss
-from spml_kernels.jit import jit, tl
-from spml_kernels.math import log_terms_jit
+from spml_kernels.common.jit import jit, tl
+from spml_kernels.common.math import log_terms_jit
 from torch import Tensor
 
-from spml_fast.labels import LabelStore
+from spml_fast.data.labels import LabelStore
 from spml_fast.methods.base import MethodOptions, Progress, register
 from spml_fast.methods.pointwise import LogForm, PointMethod, log_terms, require_share
 

@@ -19,12 +19,12 @@ from typing import ClassVar, Literal
 
 import torch
 from spml_kernels import PointLoss
-from spml_kernels.jit import jit, tl
-from spml_kernels.math import clamped_terms_jit, sigmoid_jit, softplus_jit
+from spml_kernels.common.jit import jit, tl
+from spml_kernels.common.math import clamped_terms_jit, sigmoid_jit, softplus_jit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spml_fast.labels import LabelStore
+from spml_fast.data.labels import LabelStore
 from spml_fast.methods.base import MethodOptions, Progress, register
 from spml_fast.methods.pointwise import (
     ASL_CLAMP,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 from spml_kernels import PointLoss, label_loss
-from spml_kernels.jit import jit, tl
-from spml_kernels.math import sigmoid_jit, softplus_jit
+from spml_kernels.common.jit import jit, tl
+from spml_kernels.common.math import sigmoid_jit, softplus_jit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spml_fast.batch import Batch
+from spml_fast.core.batch import Batch
 from spml_fast.methods.base import LossOutput, Method, Progress, global_mean, register
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spml_fast import distributed
-from spml_fast.batch import Batch
-from spml_fast.errors import UserError
-from spml_fast.labels import LabelStore, SparseLabels
+from spml_fast.core import distributed
+from spml_fast.core.batch import Batch
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import LabelStore, SparseLabels
 
 if TYPE_CHECKING:
-    from spml_fast.classifier import Classifier
+    from spml_fast.models.classifier import Classifier
 
 
 @dataclass

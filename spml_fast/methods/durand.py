@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spml_fast.batch import Batch
-from spml_fast.labels import UNKNOWN, SparseLabels
+from spml_fast.core.batch import Batch
+from spml_fast.data.labels import UNKNOWN, SparseLabels
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
 from spml_fast.methods.iu import iu_point
 from spml_fast.methods.pointwise import COLE_GUARD, LogForm, require_negatives

@@ -34,14 +34,14 @@ import torch
 from spml_kernels import label_loss
 from torch import Tensor
 
-from spml_fast import distributed
-from spml_fast.batch import Batch
-from spml_fast.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels, class_dtype
-from spml_fast.methods import sample_rows
+from spml_fast.core import distributed
+from spml_fast.core.batch import Batch
+from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels, class_dtype
 from spml_fast.methods.base import LossOutput, MethodOptions, Progress, register
 from spml_fast.methods.em import EMOptions, EntropyMaximisation
-from spml_fast.methods.memory import require_memory
 from spml_fast.methods.pointwise import LEFT_OUT, log_terms, require_not_negative, require_share
+from spml_fast.methods.state import sample_rows
+from spml_fast.methods.state.memory import require_memory
 
 # Scores of all samples that are looked at together when a class's lowest are chosen.
 _SELECTION_ELEMENTS = 2**24

@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 
 import torch
 from spml_kernels import PointLoss, label_loss
-from spml_kernels.jit import jit, tl
-from spml_kernels.math import log_terms_jit
+from spml_kernels.common.jit import jit, tl
+from spml_kernels.common.math import log_terms_jit
 from torch import Tensor
 
-from spml_fast import distributed
-from spml_fast.batch import Batch
-from spml_fast.errors import UserError
-from spml_fast.labels import POSITIVE, LabelStore, SparseLabels
+from spml_fast.core import distributed
+from spml_fast.core.batch import Batch
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import POSITIVE, LabelStore, SparseLabels
 from spml_fast.methods.base import LossOutput, MethodOptions, Progress, attached_global_sum, register
 from spml_fast.methods.pointwise import LogForm, PointMethod, log_terms, require_not_negative
 

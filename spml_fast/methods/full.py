@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from spml_fast.errors import UserError
-from spml_fast.labels import UNKNOWN, SparseLabels
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import UNKNOWN, SparseLabels
 from spml_fast.methods.assume_negative import AssumeNegative
 from spml_fast.methods.base import MethodOptions, register
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spml_fast.labels import SparseLabels
+from spml_fast.data.labels import SparseLabels
 from spml_fast.methods.an_ls import ANLSOptions, AssumeNegativeSmoothed
 from spml_fast.methods.base import MethodOptions, register
 from spml_fast.methods.full import FullLabels

@@ -23,13 +23,13 @@ from typing import ClassVar
 
 import torch
 from spml_kernels import PointLoss
-from spml_kernels.jit import jit, tl
-from spml_kernels.math import expm1_jit, log_terms_jit, sigmoid_jit, softplus_jit
+from spml_kernels.common.jit import jit, tl
+from spml_kernels.common.math import expm1_jit, log_terms_jit, sigmoid_jit, softplus_jit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spml_fast.errors import UserError
-from spml_fast.labels import NEGATIVE, POSITIVE, LabelStore
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, POSITIVE, LabelStore
 from spml_fast.methods.base import MethodOptions, Progress, register
 from spml_fast.methods.pointwise import GR_GUARD, LogForm, PointMethod, log_terms
 

@@ -16,12 +16,12 @@ from typing import ClassVar, Literal
 
 import torch
 from spml_kernels import PointLoss
-from spml_kernels.jit import jit, tl
-from spml_kernels.math import sigmoid_jit, softplus_jit
+from spml_kernels.common.jit import jit, tl
+from spml_kernels.common.math import sigmoid_jit, softplus_jit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spml_fast.labels import POSITIVE, LabelStore
+from spml_fast.data.labels import POSITIVE, LabelStore
 from spml_fast.methods.base import MethodOptions, Progress, register
 from spml_fast.methods.pointwise import PointMethod, Reduction, power_q, require_not_negative
 

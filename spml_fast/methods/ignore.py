@@ -38,22 +38,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from spml_kernels import ignore_loss, ignore_statistics, positive_classes
-from spml_kernels.cam_mask import MapNorm
-from spml_kernels.ignore_loss import LossForm
+from spml_kernels.cam_mask.op import MapNorm
+from spml_kernels.ignore_loss.op import LossForm
 from torch import Tensor
 from torch.nn import functional as F
 
-from spml_fast import distributed
-from spml_fast.batch import Batch
-from spml_fast.classifier import BnMode, bn_behaviour
-from spml_fast.errors import UserError
-from spml_fast.heads import MaskOptions
-from spml_fast.labels import POSITIVE, LabelStore
+from spml_fast.core import distributed
+from spml_fast.core.batch import Batch
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import POSITIVE, LabelStore
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
-from spml_fast.methods.gap_histogram import GapHistogram
+from spml_fast.methods.state.gap_histogram import GapHistogram
+from spml_fast.models.classifier import BnMode, bn_behaviour
+from spml_fast.models.heads import MaskOptions
 
 if TYPE_CHECKING:
-    from spml_fast.classifier import Classifier
+    from spml_fast.models.classifier import Classifier
 
 PRESETS: dict[str, dict[str, Any]] = {
     "clean": {

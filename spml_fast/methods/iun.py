@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spml_fast.batch import Batch
-from spml_fast.labels import NEGATIVE, POSITIVE, UNKNOWN
+from spml_fast.core.batch import Batch
+from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN
 from spml_fast.methods.base import MethodOptions, Progress, register
 from spml_fast.methods.iu import IgnoreUnknown, IUOptions
 

@@ -23,13 +23,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from spml_kernels import large_loss, large_loss_step, list_selected, select_large
-from spml_kernels.large_loss import Scheme, Ties
+from spml_kernels.large_loss.op import Scheme, Ties
 from torch import Tensor
 
-from spml_fast import distributed
-from spml_fast.batch import Batch
-from spml_fast.errors import UserError
-from spml_fast.labels import POSITIVE, UNKNOWN, LabelStore
+from spml_fast.core import distributed
+from spml_fast.core.batch import Batch
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import POSITIVE, UNKNOWN, LabelStore
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
 from spml_fast.methods.pointwise import hidden_positives
 

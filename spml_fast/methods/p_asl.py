@@ -27,13 +27,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from spml_kernels import PointLoss, label_loss, select_large
-from spml_kernels.jit import jit, tl
+from spml_kernels.common.jit import jit, tl
 from torch import Tensor
 
-from spml_fast import distributed
-from spml_fast.batch import Batch
-from spml_fast.errors import UserError
-from spml_fast.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
+from spml_fast.core import distributed
+from spml_fast.core.batch import Batch
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.methods.asl import focal_negative, focal_negative_jit, focal_positive, focal_positive_jit
 from spml_fast.methods.base import LossOutput, MethodOptions, Progress, register
 from spml_fast.methods.pointwise import (

@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 
 import torch
 from spml_kernels import PointLoss, label_loss
-from spml_kernels.jit import jit, tl
-from spml_kernels.math import sigmoid_jit, softplus_jit
+from spml_kernels.common.jit import jit, tl
+from spml_kernels.common.math import sigmoid_jit, softplus_jit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spml_fast import distributed
-from spml_fast.batch import Batch
-from spml_fast.errors import UserError
-from spml_fast.labels import UNKNOWN, SparseLabels
+from spml_fast.core import distributed
+from spml_fast.core.batch import Batch
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import UNKNOWN, SparseLabels
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
 
 

@@ -14,9 +14,9 @@ from spml_kernels import PointLoss, label_loss
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spml_fast.batch import Batch
-from spml_fast.errors import UserError
-from spml_fast.labels import NEGATIVE, UNKNOWN, SparseLabels
+from spml_fast.core.batch import Batch
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, UNKNOWN, SparseLabels
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, global_sum
 
 LogForm = Literal["released", "logits"]

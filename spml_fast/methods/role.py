@@ -32,14 +32,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spml_fast import distributed
-from spml_fast.batch import Batch
-from spml_fast.labels import NEGATIVE, POSITIVE, LabelStore, SparseLabels
-from spml_fast.methods import sample_rows
+from spml_fast.core import distributed
+from spml_fast.core.batch import Batch
+from spml_fast.data.labels import NEGATIVE, POSITIVE, LabelStore, SparseLabels
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
 from spml_fast.methods.epr import EPROptions, epr_point, mean_positives, require_expected_positives
-from spml_fast.methods.memory import require_memory
 from spml_fast.methods.pointwise import COLE_GUARD, log_terms, require_not_negative
+from spml_fast.methods.state import sample_rows
+from spml_fast.methods.state.memory import require_memory
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 _CHUNK = 2**16

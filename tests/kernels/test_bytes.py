@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spml_kernels.counting import Moved, count, total
-from spml_kernels.jit import HAVE_TRITON, INTERPRETED
-from spml_kernels.traffic import moved
+from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
+from spml_kernels.devtools.counting import Moved, count, total
+from spml_kernels.devtools.traffic import moved
 
 from benchmarks.kernel_works import OPS, Work, make_call, works
 
@@ -86,7 +86,7 @@ def test_ops_move_less_than_pytorch(monkeypatch):
 
 @needs_triton
 def test_kernels_on_the_cpu_are_refused(monkeypatch):
-    from spml_kernels.label_loss import label_loss_op
+    from spml_kernels.label_loss.op import label_loss_op
 
     from spml_fast.methods.assume_negative import AN_POINT
 
@@ -98,6 +98,6 @@ def test_kernels_on_the_cpu_are_refused(monkeypatch):
 @needs_triton
 def test_a_kernel_without_a_formula_is_named(monkeypatch):
     monkeypatch.setenv("SPML_KERNELS", "triton")
-    monkeypatch.setattr("spml_kernels.traffic._FORMULAS", {})
+    monkeypatch.setattr("spml_kernels.devtools.traffic._FORMULAS", {})
     with pytest.raises(KeyError, match="_label_rows_kernel has no formula"):
         traffic(next(w for w in WORKS if w.op == "label_rows"), "fused", "fwd")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from spml_kernels.chunked import chunk_size
-from spml_kernels.heuristics import (
+from spml_kernels.cam_pool.chunked import chunk_size
+from spml_kernels.common.heuristics import (
     SKIP,
     WORD,
     cam_pool_launch,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from spml_kernels.jit import HAVE_TRITON
+from spml_kernels.common.jit import HAVE_TRITON
 
 HERE = Path(__file__).parent
 FILES = list(HERE.glob("test_triton_*.py"))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_tools import on_ranks
 from spml_kernels import large_loss, list_selected, select_large
+
+from tests.support.kernels import on_ranks
 
 LOGITS = [[2, -1, 0.5, -3], [1.5, 0, -2, 3]]
 CODES = [[1, -1, -1, -1], [-1, 1, -1, -1]]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gpu_check
 import pytest
 import torch
 from spml_kernels import LargeLossStep, cam_mask, cam_pool, large_loss_step
-from spml_kernels.counting import Launch, Moved, count, total
-from spml_kernels.jit import INTERPRETED, jit, tl
-from spml_kernels.traffic import BOUNDS, formulas, has_formula, moved
+from spml_kernels.common.jit import INTERPRETED, jit, tl
+from spml_kernels.devtools.counting import Launch, Moved, count, total
+from spml_kernels.devtools.traffic import BOUNDS, formulas, has_formula, moved
 
 from benchmarks.kernel_works import (
     Work,
@@ -21,10 +20,11 @@ from benchmarks.kernel_works import (
     large_loss_work,
     make_call,
 )
-from spml_fast.batch import Batch
-from spml_fast.labels import LabelStore, SparseLabels
+from spml_fast.core.batch import Batch
+from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.methods import Progress, get_method
 from spml_fast.methods.assume_negative import AN_POINT
+from tests import gpu_check
 
 pytestmark = [
     pytest.mark.usefixtures("triton_on"),
@@ -109,8 +109,8 @@ PASSES = [*["_large_histogram_kernel"] * 3, "_large_threshold_kernel", "_large_s
     ids=lambda v: v.name.replace(" ", "_") if isinstance(v, Work) else "apart" if v else "together",
 )
 def test_formulas_give_what_is_counted(work: Work, apart: bool, monkeypatch):
-    monkeypatch.setattr("spml_kernels.heuristics.SKIP_FROM", 0 if apart else 10**6)
-    monkeypatch.setattr("spml_kernels.heuristics.ONCE_UP_TO", 0 if apart else 10**4)
+    monkeypatch.setattr("spml_kernels.common.heuristics.SKIP_FROM", 0 if apart else 10**6)
+    monkeypatch.setattr("spml_kernels.common.heuristics.ONCE_UP_TO", 0 if apart else 10**4)
     inputs = work.inputs("cpu")
     if work.op == "cam_pool" and not work.shape.endswith("sparse"):
         # Every square has a positive cell, so that lists are full.
@@ -165,7 +165,7 @@ def test_pictures_are_read_where_something_of_them_is_kept(threshold, kept):
 @pytest.mark.parametrize("limit", [480, 479])
 def test_large_loss_is_made_with_its_selection(limit, monkeypatch):
     """In one launch where one program holds the batch, in the last of five passes where not; no operation beside."""
-    monkeypatch.setattr("spml_kernels.heuristics.ONCE_UP_TO", limit)
+    monkeypatch.setattr("spml_kernels.common.heuristics.ONCE_UP_TO", limit)
     logits = torch.randn(8, 60, generator=torch.Generator().manual_seed(0))
     codes = torch.full((8, 60), -1, dtype=torch.int8)
     codes[:, 0] = 1
@@ -185,7 +185,7 @@ def test_large_loss_is_made_with_its_selection(limit, monkeypatch):
 
 def test_entries_at_the_threshold_are_counted_where_some_of_them_are_left_out(monkeypatch):
     """Without a list, and with exact ties; the data is not read for nothing."""
-    monkeypatch.setattr("spml_kernels.heuristics.ONCE_UP_TO", 0)
+    monkeypatch.setattr("spml_kernels.common.heuristics.ONCE_UP_TO", 0)
     logits = torch.arange(600).view(6, 100) // 4 / 8
     codes = torch.full((6, 100), -1, dtype=torch.int8)
     codes[0, :3] = 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_tools import assert_op_sound
 from spml_kernels import cam_mask, map_mask
-from spml_kernels.reference.cam_mask import cam_mask_reference, map_mask_reference
-from spml_kernels.reference.cam_pool import cam_map_reference
+from spml_kernels.cam_mask.reference import cam_mask_reference, map_mask_reference
+from spml_kernels.cam_pool.reference import cam_map_reference
+
+from tests.support.kernels import assert_op_sound
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 

@@ -6,15 +6,15 @@ import contextlib
 
 import pytest
 import torch
-from kernel_tools import TOLERANCE, assert_close, assert_op_sound
 from spml_kernels import cam_pool
-from spml_kernels.cam_pool import cam_pool_op
-from spml_kernels.cam_pool_backward import cam_pool_backward_op
-from spml_kernels.chunked import cam_pool_chunked
-from spml_kernels.heuristics import cam_pool_launch
-from spml_kernels.reference.cam_pool import cam_pool_reference
+from spml_kernels.cam_pool.backward import cam_pool_backward_op
+from spml_kernels.cam_pool.chunked import cam_pool_chunked
+from spml_kernels.cam_pool.forward import cam_pool_op
+from spml_kernels.cam_pool.reference import cam_pool_reference
+from spml_kernels.common.heuristics import cam_pool_launch
 
 from benchmarks.bench_kernels import launched
+from tests.support.kernels import TOLERANCE, assert_close, assert_op_sound
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 
@@ -33,7 +33,7 @@ SHAPES = [
 @pytest.fixture(params=[False, True], ids=["together", "apart"])
 def apart(request, monkeypatch):
     """Both forms of the backward, whatever the shape: with and without the mean part made by itself."""
-    monkeypatch.setattr("spml_kernels.heuristics.SKIP_FROM", 0 if request.param else 10**6)
+    monkeypatch.setattr("spml_kernels.common.heuristics.SKIP_FROM", 0 if request.param else 10**6)
     return request.param
 
 
@@ -84,7 +84,7 @@ def test_equals_the_reference(shape, dtype, device, apart):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 10, 23, 64, 129), (7, 10, 10, 33, 70), (9, 8, 8, 32, 65)], ids=str)
 def test_launch_of_large_inputs(shape, dtype, device, monkeypatch, apart):
-    monkeypatch.setattr("spml_kernels.heuristics.FULL_GPU", 0.01)
+    monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", 0.01)
     batch, height, width, channels, classes = shape
     cards = [(90, dtype == torch.float16 and height * width >= 64)]
     # Cards differ in the forward alone.
@@ -99,7 +99,7 @@ def test_launch_of_large_inputs(shape, dtype, device, monkeypatch, apart):
 
 @pytest.mark.parametrize("full", [1, 1000])
 def test_sums_over_cells_in_parts(full, device, monkeypatch, apart):
-    monkeypatch.setattr("spml_kernels.heuristics.FULL_GPU", full)
+    monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", full)
     shape = (12, 14, 14, 40, 20)
     assert cam_pool_launch(12, 196, 20, 40, True).splits == (1 if full == 1 else 5)
     check(draw(shape, torch.float16, device))
@@ -201,8 +201,8 @@ def test_without_boost_there_is_no_map(device):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_in_chunks_of_classes(dtype, device, monkeypatch):
-    monkeypatch.setattr("spml_kernels.chunked.CACHE_BYTES", 1)
-    monkeypatch.setattr("spml_kernels.chunked.chunk_size", lambda *a: 64)
+    monkeypatch.setattr("spml_kernels.cam_pool.chunked.CACHE_BYTES", 1)
+    monkeypatch.setattr("spml_kernels.cam_pool.chunked.chunk_size", lambda *a: 64)
     inputs = draw((5, 7, 7, 40, 150), dtype, device)
     for name, a, b in zip(("mean", "relu", "x", "w", "b"), run(cam_pool_chunked, inputs), exact(inputs), strict=True):
         # The map itself is rounded to half precision here.

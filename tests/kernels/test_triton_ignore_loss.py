@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_tools import TOLERANCE, assert_close, assert_op_sound, draw_codes, draw_logits
 from spml_kernels import ignore_loss, ignore_statistics
-from spml_kernels.heuristics import columns_launch
-from spml_kernels.ignore_loss import ignore_loss_backward_op
-from spml_kernels.reference.ignore_loss import ignore_loss_reference, ignore_statistics_reference
+from spml_kernels.common.heuristics import columns_launch
+from spml_kernels.ignore_loss.op import ignore_loss_backward_op
+from spml_kernels.ignore_loss.reference import ignore_loss_reference, ignore_statistics_reference
+
+from tests.support.kernels import TOLERANCE, assert_close, assert_op_sound, draw_codes, draw_logits
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 
@@ -101,7 +102,7 @@ def check_statistics(weak, masked, codes):
 @pytest.mark.parametrize("full", [1, 4, 1000])
 def test_statistics(full, dtype, device, monkeypatch):
     # Nine tiles of rows in one program, in two parts, or in nine.
-    monkeypatch.setattr("spml_kernels.heuristics.FULL_GPU", full)
+    monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", full)
     assert columns_launch(70, 200).turns == {1: 9, 4: 5, 1000: 1}[full]
     weak, _, masked, codes, *_ = draw((70, 200), dtype, device)
     check_statistics(weak, masked, codes)

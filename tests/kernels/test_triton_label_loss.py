@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_tools import TOLERANCE, assert_close, assert_op_sound, draw_codes, draw_logits, value_and_gradients
 from spml_kernels import PointLoss, label_loss
-from spml_kernels.label_loss import label_loss_op
+from spml_kernels.label_loss.op import label_loss_op
 
 from spml_fast.methods import an_ls, asl, assume_negative, em, epr, gr, hill, iu, p_asl, partial, splc, wan
+from tests.support.kernels import TOLERANCE, assert_close, assert_op_sound, draw_codes, draw_logits, value_and_gradients
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_tools import assert_op_sound
 from spml_kernels import label_rows
-from spml_kernels.reference.label_rows import label_rows_reference
+from spml_kernels.label_rows.reference import label_rows_reference
+
+from tests.support.kernels import assert_op_sound
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_tools import (
+from spml_kernels import large_loss, large_loss_step, list_selected, select_large
+from spml_kernels.large_loss.op import BINS, large_histogram_op, large_step_op, large_threshold_op
+from spml_kernels.large_loss.reference import large_loss_reference, list_selected_reference, select_large_reference
+
+from tests.support.kernels import (
     TOLERANCE,
     assert_close,
     assert_op_sound,
@@ -12,13 +16,6 @@ from kernel_tools import (
     draw_logits,
     on_ranks,
     value_and_gradients,
-)
-from spml_kernels import large_loss, large_loss_step, list_selected, select_large
-from spml_kernels.large_loss import BINS, large_histogram_op, large_step_op, large_threshold_op
-from spml_kernels.reference.large_loss import (
-    large_loss_reference,
-    list_selected_reference,
-    select_large_reference,
 )
 
 pytestmark = pytest.mark.usefixtures("triton_on")
@@ -30,7 +27,7 @@ INF = float("inf")
 def form(request, monkeypatch):
     """Both forms of the kernels at shapes that one program holds."""
     if request.param == "passes":
-        monkeypatch.setattr("spml_kernels.heuristics.ONCE_UP_TO", -1)
+        monkeypatch.setattr("spml_kernels.common.heuristics.ONCE_UP_TO", -1)
 
 
 def reference(logits, codes, k, k_max, ties):
@@ -219,7 +216,7 @@ def test_both_forms_give_the_same_bits(ties, device, monkeypatch):
     logits, codes = draw_logits((61, 83), torch.float16, device), draw_codes((61, 83), device)
     steps, slopes = [], []
     for limit in (logits.numel(), logits.numel() - 1):
-        monkeypatch.setattr("spml_kernels.heuristics.ONCE_UP_TO", limit)
+        monkeypatch.setattr("spml_kernels.common.heuristics.ONCE_UP_TO", limit)
         leaf = logits.clone().requires_grad_()
         steps.append(large_loss_step(leaf, codes, torch.tensor(700, device=device), 700, "reject", ties, length=900))
         slopes += torch.autograd.grad(steps[-1].loss, leaf)

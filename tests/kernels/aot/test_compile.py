@@ -9,12 +9,12 @@ import importlib
 import os
 
 import pytest
-from spml_kernels.jit import HAVE_TRITON
+from spml_kernels.common.jit import HAVE_TRITON
 
 if not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton, not interpreting", allow_module_level=True)
 
-from spml_kernels.aot import ARCHITECTURES, OPS, Case, cases, compile_case
+from spml_kernels.devtools.aot import ARCHITECTURES, OPS, Case, cases, compile_case
 
 # (op, words of the shape, architectures). Registers are what a thread may have at most.
 CHOSEN = [
@@ -136,7 +136,7 @@ def test_offsets_are_64_bits_wide(op):
 
 
 def test_every_method_has_a_point_function_that_compiles():
-    from spml_kernels.label_loss import aot_cases
+    from spml_kernels.label_loss.op import aot_cases
 
     from spml_fast.methods.base import get_method, method_names
 

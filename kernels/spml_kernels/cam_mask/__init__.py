@@ -1,0 +1,1 @@
+"""Images masked by normalised class activation maps (IGNORE)."""

@@ -1,0 +1,1 @@
+"""Spatial means of class activation maps and of their positive parts (CAM, BoostLU)."""

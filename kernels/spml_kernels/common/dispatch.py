@@ -1,0 +1,42 @@
+"""Chooses between Triton and the plain PyTorch reference. The one place that reads `SPML_KERNELS`.
+
+SPML_KERNELS: `auto` (default) takes Triton for CUDA tensors where an op has a kernel and the reference otherwise;
+`reference` always takes the reference; `triton` also takes Triton for CPU tensors, which needs Triton's interpreter
+(TRITON_INTERPRET=1 in the environment before Python starts). fp64 tensors always take the reference.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
+
+CHOICES = ("auto", "triton", "reference")
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether an op on `tensor` should launch its Triton kernel.
+
+    Raises:
+        ValueError: a bad SPML_KERNELS.
+        RuntimeError: SPML_KERNELS=triton where no kernel can run.
+    """
+    choice = os.environ.get("SPML_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"SPML_KERNELS is {choice!r}; it must be one of {', '.join(CHOICES)}")
+    if choice == "reference" or tensor.dtype == torch.float64:
+        return False
+    if choice == "auto":
+        return HAVE_TRITON and tensor.is_cuda
+    if not HAVE_TRITON:
+        raise RuntimeError("SPML_KERNELS=triton, but triton is not installed; use auto or reference")
+    # Meta tensors hold nothing: there the op's fake answers, and no kernel runs.
+    if not (tensor.is_cuda or tensor.is_meta or INTERPRETED):
+        raise RuntimeError(
+            f"SPML_KERNELS=triton with a tensor on {tensor.device.type}: set TRITON_INTERPRET=1 before Python starts, "
+            "or use auto or reference"
+        )
+    return True

@@ -1,0 +1,279 @@
+"""Block sizes and grids as pure functions of shapes, so that every rank and every run launches the same programs.
+
+Nothing here looks at a device; `sms` and the like are arguments. No number here has been tuned on a GPU yet: they come
+from register and shared-memory counts of ahead-of-time compiles (see docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from spml_kernels.common.jit import cdiv
+
+
+class Flat(NamedTuple):
+    """Launch of a kernel that walks a tensor as one long row.
+
+    Attributes:
+        block: elements a program.
+        warps: warps a program.
+        programs: grid size.
+    """
+
+    block: int
+    warps: int
+    programs: int
+
+
+def flat_launch(elements: int, each: int = 16) -> Flat:
+    """Point-wise kernels. 16 elements a thread: one 128-bit load of int8 codes, four of fp32 logits."""
+    block = 2048 if elements > 2048 * 64 else 512
+    return Flat(block, block // (32 * each), cdiv(elements, block))
+
+
+def point_launch(elements: int) -> Flat:
+    """The kernel into which methods hand a point function. The longest of them spill with 16 elements a thread."""
+    return flat_launch(elements, 8)
+
+
+def histogram_launch(elements: int) -> Flat:
+    """Passes of the radix select: few programs, since each adds its histogram to the one in memory."""
+    block = 2048
+    return Flat(block, 8, max(1, min(cdiv(elements, block), 128)))
+
+
+class Once(NamedTuple):
+    """Launch of large_loss in one program.
+
+    Attributes:
+        block: entries held while the threshold is found.
+        part: entries written at a time.
+        warps: of the program.
+    """
+
+    block: int
+    part: int
+    warps: int
+
+
+# Entries that one program holds: 32 a thread of 16 warps, with up to 128 registers a thread. 32 warps, which leave 64,
+# spill on some cards.
+ONCE_UP_TO = 16384
+
+
+def large_once_launch(elements: int) -> Once | None:
+    """All passes of large_loss in one program, 16 entries a thread while threads suffice; None if it is too large."""
+    if elements > ONCE_UP_TO:
+        return None
+    block = max(1024, next_power_of_two(elements))
+    warps = max(4, min(block // 512, 16))
+    return Once(block, 128 * warps, warps)
+
+
+class Rows(NamedTuple):
+    """Launch of `label_rows`.
+
+    Attributes:
+        block: columns filled at a time.
+        entries: listed entries read at a time.
+        warps: warps a program.
+    """
+
+    block: int
+    entries: int
+    warps: int
+
+
+def rows_launch(num_classes: int) -> Rows:
+    """Rows of few classes take one small block; rows of many are filled 16 bytes a thread at a time."""
+    block = min(max(128, next_power_of_two(num_classes)), 2048)
+    return Rows(block, 32 if block < 2048 else 128, 1 if block < 2048 else 4)
+
+
+def next_power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+# Programs that fill a GPU once (an A100 has 108 multiprocessors, an H100 132, a B200 148); one number for all cards, so
+# that sums which are split over programs are split in the same way everywhere.
+FULL_GPU = 128
+
+# A 32-bit word of sign bits covers this many consecutive cells of one class.
+WORD = 32
+
+
+class Tiles(NamedTuple):
+    """Launch of a matrix kernel.
+
+    Attributes:
+        rows: cells a tile.
+        classes: classes a tile, or a step where classes are summed over.
+        channels: channels a tile, or a step where channels are summed over.
+        warps, stages: of a program.
+    """
+
+    rows: int
+    classes: int
+    channels: int
+    warps: int
+    stages: int
+
+
+class CamPoolLaunch(NamedTuple):
+    """Launches of cam_pool.
+
+    Attributes:
+        forward: sums over channels.
+        slices: parts of a forward tile that are reduced one after the other.
+        d_features: sums over classes.
+        d_weight: sums over cells.
+        splits: parts of the cells whose sums are made apart in d_weight, so that enough programs run.
+        apart: whether the backward makes the mean part by itself and skips squares without a positive cell.
+    """
+
+    forward: Tiles
+    slices: int
+    d_features: Tiles
+    d_weight: Tiles
+    splits: int
+    apart: bool
+
+
+# Edge of the squares (cells by classes) that the backward passes over when no cell in them is positive.
+SKIP = 64
+
+
+# Operations a byte of a product in half precision from which the backward skips squares. By their data sheets an H200
+# balances the two at 210, an H100 at 300. Skipping takes four launches more and reads signs and weights once more.
+SKIP_FROM = 512
+
+
+def mean_apart(rows: int, classes: int) -> bool:
+    """Whether the backward leaves out squares without a positive cell, and makes the mean part by itself for that.
+
+    It does where products of this many cells and classes take long beside reading their operands, whatever the number
+    of channels: 2 rows * classes operations for 2 (rows + classes) bytes of each.
+    """
+    return rows * classes >= SKIP_FROM * (rows + classes)
+
+
+def cam_pool_launch(
+    batch: int, cells: int, classes: int, channels: int, half: bool, capability: int = 90
+) -> CamPoolLaunch:
+    """Block sizes of cam_pool for `batch` pictures of `cells` = H * W cells on a card of this compute capability.
+
+    Classes are the rows of the forward's tile, cells its columns: sums over cells then run along the accumulator's
+    rows, mostly within a thread. The wide tile halves what is read from the level-2 cache, but only on Hopper and with
+    few pictures in a tile does it compile without spills.
+    """
+    rows = batch * cells
+    large = half and classes > 64 and rows * classes >= 128 * 128 * FULL_GPU
+    step = 64 if half else 32
+    if channels < step:
+        step = max(16, next_power_of_two(channels))
+    if large and capability == 90 and pictures_per_tile(256, cells) <= 4 and rows * classes >= 128 * 256 * FULL_GPU:
+        forward, slices = Tiles(256, 128, step, 8, 3), 4
+    elif large:
+        forward, slices = Tiles(128, 128, step, 8, 3), 2
+    else:
+        forward, slices = Tiles(128, 64, step, 8, 3 if half else 2), 2
+    across = min(128 if half else 64, max(16, next_power_of_two(channels)))
+    d_features = Tiles(128 if half else 64, SKIP if half else 32, across, 8 if half else 4, 2)
+    d_weight = Tiles(SKIP if half else 32, 128 if half and classes > 64 else 64, across, 8 if half else 4, 2)
+    programs = cdiv(classes, d_weight.classes) * cdiv(channels, across)
+    splits = max(1, min(cdiv(FULL_GPU, programs), cdiv(rows, d_weight.rows * 8)))
+    return CamPoolLaunch(forward, slices, d_features, d_weight, splits, mean_apart(rows, classes))
+
+
+def pictures_per_tile(rows: int, cells: int) -> int:
+    """Most pictures of `cells` cells that a tile of `rows` consecutive cells touches, wherever it starts."""
+    # Tiles start at multiples of `rows`, so within a picture only at multiples of this.
+    step = math.gcd(rows, cells)
+    return cdiv(rows + cells - step, cells)
+
+
+class Columns(NamedTuple):
+    """Launch of a kernel that sums the rows of a table class by class.
+
+    Attributes:
+        rows, classes: of a tile.
+        turns: tiles that a program sums, one below the other.
+        warps: warps a program.
+    """
+
+    rows: int
+    classes: int
+    turns: int
+    warps: int
+
+
+def columns_launch(rows: int, classes: int) -> Columns:
+    """8 elements a thread: 64 bits of codes, at least 128 of logits. Rows are split over programs to fill a GPU."""
+    tile = 8
+    across = min(128, max(16, next_power_of_two(classes)))
+    parts = min(cdiv(rows, tile), cdiv(FULL_GPU, cdiv(classes, across)))
+    return Columns(tile, across, cdiv(cdiv(rows, tile), max(parts, 1)), max(1, tile * across // 256))
+
+
+class MapTile(NamedTuple):
+    """Launch of the maps of a few classes.
+
+    Attributes:
+        cells: of one picture, a program.
+        channels: a step of the sum.
+        chosen: classes summed at a time.
+        warps: warps a program.
+    """
+
+    cells: int
+    channels: int
+    chosen: int
+    warps: int
+
+
+def map_launch(channels: int, chosen: int) -> MapTile:
+    """One class (a single observed positive) takes long steps; more of them share what is read, four at a time."""
+    together = min(4, next_power_of_two(max(chosen, 1)))
+    step = min(256 // together, max(16, next_power_of_two(channels)))
+    return MapTile(16, step, together, 4)
+
+
+class MaskTile(NamedTuple):
+    """Launch of the masked picture.
+
+    Attributes:
+        rows: of pixels.
+        columns: elements of a row of memory: pixels, or pixels by channels where channels are innermost.
+        warps: warps a program.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def mask_launch() -> MaskTile:
+    """Small tiles, for then most lie wholly inside or outside; rows of 128 bytes or more; half of a GPU's threads."""
+    return MaskTile(16, 64, 4)
+
+
+class Normalise(NamedTuple):
+    """Launch of the normalisation of maps.
+
+    Attributes:
+        image: cells of one map read at a time.
+        rows, cells: maps and cells of a tile where maps of several pictures are compared.
+        warps: warps a program.
+    """
+
+    image: int
+    rows: int
+    cells: int
+    warps: int
+
+
+def normalise_launch(cells: int) -> Normalise:
+    """Maps are small: one block where it holds them, and blocks of few cells where a cell's maps are compared."""
+    return Normalise(min(1024, max(32, next_power_of_two(cells))), 16, 32, 2)

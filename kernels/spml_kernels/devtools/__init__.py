@@ -1,0 +1,1 @@
+"""Tools for developers of kernels; nothing that is shipped to users imports them."""

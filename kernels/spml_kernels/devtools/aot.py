@@ -1,0 +1,156 @@
+"""Ahead-of-time compiles for GPUs that are not there: what a kernel costs in registers, stack and shared memory.
+
+`cases()` lists every kernel with the launch parameters that the ops would choose; `compile_case` compiles one for a
+compute capability and reads the machine code. Used by tests and by `benchmarks/bench_kernels.py --aot`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spml_kernels.common.jit import INTERPRETED, LAUNCH, triton
+
+ARCHITECTURES = (80, 90, 100)
+
+# Registers of one multiprocessor, threads it can hold, shared memory of one block in bytes.
+LIMITS = {80: (65536, 2048, 163 * 1024), 90: (65536, 2048, 227 * 1024), 100: (65536, 2048, 227 * 1024)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape.
+
+    Attributes:
+        op: name of the op.
+        shape: what makes this case, in words.
+        kernel: the jit function.
+        types: argument name -> type, for arguments that are not constexpr, in the kernel's order; a tuple of types for
+            a tuple of numbers.
+        constants: constexpr arguments.
+        aligned: arguments whose value is a multiple of 16.
+        warps: warps a program.
+        stages: depth of software pipelining.
+        streamed: whether the operands' loads are expected to be 128 bits wide.
+        tensor_cores: whether matrix instructions are expected.
+    """
+
+    op: str
+    shape: str
+    kernel: Any
+    types: dict[str, str | tuple[str, ...]]
+    constants: dict[str, Any] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    warps: int = 4
+    stages: int = 3
+    streamed: bool = True
+    tensor_cores: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the machine code of a case takes.
+
+    Attributes:
+        registers: a thread.
+        stack: bytes a thread; not 0 means spills.
+        shared: bytes a block.
+        warps: of a block.
+        loads: width in bits -> number of load instructions from global memory, plain, asynchronous and by tensor copy.
+        stores: the same of store instructions.
+        spills: number of instructions that write to the stack.
+        matrix: kinds of matrix instructions found.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    spills: int
+    matrix: tuple[str, ...]
+
+    def occupancy(self, arch: int) -> float:
+        """Share of a multiprocessor's threads that can be resident, by registers and shared memory."""
+        registers, threads, shared = LIMITS[arch]
+        per_block = max(self.registers, 1) * 32 * self.warps
+        blocks = min(registers // per_block, shared // max(self.shared, 1), threads // (32 * self.warps), 32)
+        return blocks * 32 * self.warps / threads
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _disassemble(flag: str, file: str) -> str:
+    return subprocess.run([_tool("cuobjdump"), flag, file], check=True, capture_output=True, text=True).stdout
+
+
+def _widths(sass: str, instruction: str) -> dict[int, int]:
+    """Width in bits -> how often, of LDG or STG style instructions (no suffix is 32 bits)."""
+    found: dict[int, int] = {}
+    for suffix in re.findall(rf"\b{instruction}((?:\.[A-Z0-9_]+)+)", sass):
+        parts = suffix.split(".")
+        width = 32
+        for part in parts:
+            if part in ("64", "128", "256"):
+                width = int(part)
+            elif part in ("U8", "S8"):
+                width = 8
+            elif part in ("U16", "S16"):
+                width = 16
+        found[width] = found.get(width, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def compile_case(case: Case, arch: int) -> Report:
+    """Compile for sm_`arch`, without a GPU, and read what came out."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are not compiled in this process")
+    names = list(case.kernel.arg_names)
+    signature = {n: "constexpr" if n in case.constants else case.types[n] for n in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
+    source = ASTSource(case.kernel, signature, constexprs=dict(case.constants), attrs=attributes)
+    options = {"num_warps": case.warps, "num_stages": case.stages, **LAUNCH}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (_disassemble(flag, file.name) for flag in ("-res-usage", "-sass"))
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    loads = _widths(sass, "LDG")
+    for width, count in _widths(sass, "LDGSTS").items():
+        loads[width] = loads.get(width, 0) + count
+    if copies := len(re.findall(r"\bUTMALDG", sass)):
+        loads[1024] = copies
+    kinds = ("HGMMA", "HMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "OMMA")
+    return Report(
+        registers=numbers["REG"],
+        stack=numbers["STACK"],
+        shared=compiled.metadata.shared,
+        warps=case.warps,
+        loads=dict(sorted(loads.items())),
+        stores=_widths(sass, "STG"),
+        spills=len(re.findall(r"\bSTL\b", sass)),
+        matrix=tuple(k for k in kinds if re.search(rf"\b{k}\b", sass)),
+    )
+
+
+OPS = ("label_loss", "large_loss", "label_rows", "cam_pool", "cam_pool_backward", "cam_mask", "ignore_loss")
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Every kernel at its main shapes, as launched on this compute capability."""
+    for op in OPS:
+        # By module name: the package's attributes of these names are the public functions.
+        yield from importlib.import_module(f"spml_kernels.{op}").aot_cases(arch)

@@ -1,0 +1,346 @@
+"""Bytes that each kernel moves, by formula from the arguments of its launch, at any size.
+
+`moved` takes what `counting.count` recorded. Where tensors hold values, formulas of kernels whose work depends on them
+use the values and are exact, save for those in `BOUNDS`; on meta tensors they take the most: every list full, every
+square with a positive cell, every pixel kept. Tests compare each formula with what the interpreter counts. Atomics are
+left out: they stay within 8 kB of cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from spml_kernels.common.jit import cdiv
+from spml_kernels.devtools.counting import Launch, Moved
+
+Formula = Callable[[dict[str, Any], tuple[int, ...]], Moved]
+_FORMULAS: dict[str, Formula] = {}
+# Kernels that leave out reads by what they find in tensors that are not theirs to look up: the most they read.
+BOUNDS = ("_mask_kernel",)
+
+
+def formula(kernel: str) -> Callable[[Formula], Formula]:
+    """Decorator: the formula of the kernel of this name."""
+
+    def add(function: Formula) -> Formula:
+        _FORMULAS[kernel] = function
+        return function
+
+    return add
+
+
+def moved(launch: Launch) -> Moved:
+    """Bytes of a launch by formula; those of a PyTorch operation are already known.
+
+    Raises:
+        KeyError: a kernel without a formula.
+    """
+    if launch.kernel is None and launch.moved is not None:
+        return launch.moved
+    if launch.name not in _FORMULAS:
+        raise KeyError(f"{launch.name} has no formula in spml_kernels.traffic")
+    return _FORMULAS[launch.name](launch.arguments, launch.grid)
+
+
+def formulas() -> set[str]:
+    """Names of the kernels that have one."""
+    return set(_FORMULAS)
+
+
+def has_formula(kernel: str) -> bool:
+    """Whether a kernel of this name has one."""
+    return kernel in _FORMULAS
+
+
+def _width(tensor: Tensor) -> int:
+    return tensor.element_size()
+
+
+def _values(tensor: Tensor) -> list[int] | None:
+    """A tensor's values, None where it has none."""
+    values: list[int] | None = None if tensor.is_meta else tensor.flatten().tolist()
+    return values
+
+
+@formula("_label_loss_kernel")
+def _label_loss(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    read = a["elements"] * (_width(a["logits_ptr"]) + 1)
+    return Moved(read, read, 4 * grid[0] + (a["elements"] * _width(a["grad_ptr"]) if a["GRAD"] else 0))
+
+
+@formula("_label_rows_kernel")
+def _label_rows(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    rows, indptr = grid[0], a["indptr_ptr"]
+    entry = _width(a["classes_ptr"]) + 1
+    if indptr.is_meta:
+        # The mean number of entries, all rows different and apart.
+        entries = len(a["codes_ptr"]) * rows // max(len(indptr) - 1, 1)
+        unique, ends = entries, 2 * rows
+    else:
+        index = a["index_ptr"]
+        size = indptr.diff()
+        entries, unique = int(size[index].sum()), int(size[index.unique()].sum())
+        ends = len(set(index.tolist()) | {i + 1 for i in index.tolist()})
+    written = rows * a["num_classes"] + entries
+    return Moved(8 * rows + 8 * ends + entry * unique, 24 * rows + entry * entries, written)
+
+
+@formula("_large_histogram_kernel")
+def _large_histogram(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    data = a["elements"] * (_width(a["logits_ptr"]) + 1)
+    # Counts of the pass before; pass 1 reads k beside them, later ones the state.
+    before = 0 if a["LEVEL"] == 0 else 4 * a["BINS"] + (8 if a["LEVEL"] == 1 else 12)
+    return Moved(data + before, data + before * grid[0], 12 if a["LEVEL"] else 0)
+
+
+@formula("_large_threshold_kernel")
+def _large_threshold(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    data, before = a["elements"] * (_width(a["logits_ptr"]) + 1), 4 * a["BINS"] + 12
+    if a["INCLUSIVE"] and not a["LIST"]:
+        return Moved(before, before, 12)
+    if not a["LIST"] and not a["hist_ptr"].is_meta:
+        # Read where some of the entries at the threshold are left out: none of the sums from the top is what is left.
+        _, left, mode = a["state_ptr"].tolist()
+        data *= mode == 0 and left not in a["hist_ptr"].flip(0).cumsum(0).tolist()
+    return Moved(data + before, data + before * grid[0], 8 * grid[0] + 12)
+
+
+@formula("_large_select_kernel")
+def _large_select(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    elements, programs = a["elements"], grid[0]
+    data = elements * (_width(a["logits_ptr"]) + 1)
+    # Every program adds up the counts of those before it: at the threshold, and with a list above it too. Those that
+    # end a part of the list add up all of them.
+    sums = int(not a["INCLUSIVE"] or a["LIST"]) + int(a["LIST"])
+    ends = cdiv(a["length"], a["BLOCK"])
+    unique = data + 12 + sums * 4 * (programs if ends else programs - 1)
+    added = ends * programs + programs * (programs - 1) // 2 - ends * (ends - 1) // 2
+    return Moved(unique, data + 12 * programs + sums * 4 * added, _large_written(a, programs))
+
+
+def _large_written(a: dict[str, Any], sums: int) -> int:
+    """Selection, list, and with a loss its sums and the gradient."""
+    written = a["elements"] + 17 * a["length"]
+    if a["LOSS"]:
+        written += 4 * sums + (a["elements"] * _width(a["grad_ptr"]) if a["GRAD"] else 0)
+    return int(written)
+
+
+@formula("_large_once_kernel")
+def _large_once(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    # Read to find the threshold, and again to write; with k.
+    data = a["elements"] * (_width(a["logits_ptr"]) + 1)
+    return Moved(data + 8, 2 * data + 8, 4 + _large_written(a, 1))
+
+
+def _tiles_touched(picture: int, cells: int, block: int) -> int:
+    """Tiles of `block` cells that a picture lies in."""
+    return (picture * cells + cells - 1) // block - picture * cells // block + 1
+
+
+@formula("_cam_pool_fwd_kernel")
+def _cam_pool_forward(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
+    tiles_r, tiles_c = cdiv(rows, a["BLOCK_R"]), cdiv(classes, a["BLOCK_C"])
+    features, weight = rows * channels * _width(a["features_ptr"]), classes * channels * _width(a["weight_ptr"])
+    # Every tile of classes reads all features, and so do mean features; every tile of cells all weights and biases.
+    read = (tiles_c + a["POOL"]) * features + tiles_r * (weight + 4 * classes)
+    touched = [_tiles_touched(p, cells, a["BLOCK_R"]) for p in range(rows // cells)]
+    # Two sums a class: in the place of the result for a picture within one tile, in one slot a tile for the others.
+    written = 8 * classes * sum(touched)
+    if a["BITS"]:
+        written += 4 * cdiv(rows, 32) * a["stride"]
+    if a["POOL"]:
+        written += len(touched) * channels * _width(a["pooled_ptr"])
+    return Moved(features + weight + 4 * classes, read, written)
+
+
+@formula("_cam_pool_finish_kernel")
+def _cam_pool_finish(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    touched = [_tiles_touched(p, a["cells"], a["BLOCK_R"]) for p in range(grid[0])]
+    read = 8 * a["classes"] * sum(n for n in touched if n > 1)
+    return Moved(read, read, 8 * a["classes"] * sum(n > 1 for n in touched))
+
+
+@formula("_cam_pool_shares_kernel")
+def _cam_pool_shares(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    read, scale = 8 * grid[0] * a["classes"], 4 if a["SCALED"] else 0
+    return Moved(read + scale, read + scale * grid[0] * grid[1], 2 * grid[0] * a["stride"] * _width(a["on_ptr"]))
+
+
+@formula("_cam_pool_flags_kernel")
+def _cam_pool_flags(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    read = 4 * a["words"] * a["stride"]
+    return Moved(read, read, grid[0] * a["width"])
+
+
+@formula("_cam_pool_list_kernel")
+def _cam_pool_list(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    squares = a["width"] // a["PARTS"]
+    counts = _values(a["count_ptr"])
+    number = grid[0] * a["width"] if counts is None else sum(counts)
+    # A square that is cut into steps is read once for all of them in a block.
+    return Moved(a["lines"] * squares, a["lines"] * squares, 4 * (number + grid[0]))
+
+
+def _span(start: int, length: int, end: int, unit: int) -> int:
+    """How many units of `unit` the numbers start .. start + length touch; those past `end` repeat the last."""
+    last = min(start + length, end) - 1
+    return last // unit - min(start, end - 1) // unit + 1
+
+
+@formula("_cam_pool_dx_kernel")
+def _cam_pool_dx(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
+    block_r, block_c, apart = a["BLOCK_R"], a["BLOCK_C"], a["APART"]
+    tiles_r, tiles_k = cdiv(rows, block_r), cdiv(channels, a["BLOCK_K"])
+    weight, mean = _width(a["weight_ptr"]), _width(a["mean_ptr"]) if apart else 0
+    # Of a class: shares, of cells that are not positive too where both parts are in one product.
+    share = _width(a["on_ptr"]) * (1 if apart else 2)
+    read = 0
+    for tile in range(tiles_r):
+        listed = _listed(a, tile)
+        pictures, words = (_span(tile * block_r, block_r, rows, unit) for unit in (cells, 32))
+        reached = sum(_span(step * block_c, block_c, classes, 1) for step in listed)
+        # Of every step: its number, shares of pictures, words of signs, and the rows of weights.
+        read += tiles_k * len(listed) * block_c * (pictures * share + 4 * words) + reached * channels * weight
+        read += pictures * channels * mean + tiles_k * 4 * (1 + len(listed)) * apart
+    scale = 4 if a["SCALED"] else 0
+    across = min(a["width"] * block_c, a["stride"])
+    unique = 4 * tiles_r * (1 + a["width"]) * apart + rows // cells * (across * share + channels * mean) + scale
+    unique += 4 * cdiv(rows, 32) * across + classes * channels * weight
+    return Moved(min(unique, read), read + scale * grid[0], rows * channels * _width(a["out_ptr"]))
+
+
+def _listed(a: dict[str, Any], tile: int) -> list[int] | range:
+    """Steps of a tile of cam_pool's backward: those of its list, or all."""
+    if not a["APART"] or a["count_ptr"].is_meta:
+        return range(a["width"])
+    number = int(a["count_ptr"][tile])
+    listed: list[int] = a["list_ptr"].flatten()[tile * a["width"] :][:number].tolist()
+    return listed
+
+
+@formula("_cam_pool_dw_kernel")
+def _cam_pool_dw(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
+    block_r, block_c, apart = a["BLOCK_R"], a["BLOCK_C"], a["APART"]
+    tiles_c, tiles_k, pictures = cdiv(classes, block_c), cdiv(channels, a["BLOCK_K"]), rows // cells
+    grad, features = _width(a["on_ptr"]), _width(a["features_ptr"])
+    share = grad * (1 if apart else 2)
+    read = unique = 0
+    if apart:
+        pooled = pictures * channels * _width(a["pooled_ptr"])
+        read += tiles_c * pooled + tiles_k * pictures * a["stride"] * grad
+        unique += pooled + pictures * a["stride"] * grad + 4 * tiles_c * (1 + a["width"])
+    for tile in range(tiles_c):
+        listed = _listed(a, tile)
+        lanes = min(block_c, a["stride"] - tile * block_c)
+        read += 4 * tiles_k * (a["splits"] + len(listed)) * apart
+        for step in listed:
+            touched, words = (_span(step * block_r, block_r, rows, unit) for unit in (cells, 32))
+            read += tiles_k * lanes * (touched * share + 4 * words)
+            read += _span(step * block_r, block_r, rows, 1) * channels * features
+    scale = 4 if a["SCALED"] else 0
+    unique += pictures * a["stride"] * share + scale + 4 * cdiv(rows, 32) * a["stride"] + rows * channels * features
+    written = a["splits"] * classes * (channels * _width(a["weight_ptr"]) + 4)
+    return Moved(min(unique, read), read + scale * grid[0] * grid[1], written)
+
+
+@formula("_cam_pool_sum_kernel")
+def _cam_pool_sum(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    read = 4 * a["splits"] * (a["weights"] + a["classes"])
+    return Moved(read, read, a["weights"] * _width(a["weight_ptr"]) + 4 * a["classes"])
+
+
+@formula("_ignore_statistics_kernel")
+def _ignore_statistics(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    classes = a["CLASSES"]
+    read = a["rows"] * classes * (_width(a["logits_ptr"]) + _width(a["masked_ptr"]) + 1)
+    parts = grid[0] // cdiv(classes, a["BLOCK_C"])
+    return Moved(read, read, 4 * parts * classes + 8 * grid[0])
+
+
+@formula("_ignore_finish_kernel")
+def _ignore_finish(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    read = 4 * a["parts"] * a["CLASSES"] + 8 * a["programs"]
+    return Moved(read, read, 4 * (a["CLASSES"] + 3))
+
+
+@formula("_ignore_loss_kernel")
+def _ignore_loss(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    elements, width = a["elements"], _width(a["logits_ptr"])
+    data = elements * (width + 1)
+    data += elements * (_width(a["strong_ptr"]) * a["STRONG"] + _width(a["masked_ptr"]) * a["REJECT"] + a["TRUTH"])
+    unique = read = data
+    if a["REJECT"]:
+        unique, read = unique + 4, read + 4 * grid[0]
+        if a["AVERAGE"]:
+            unique += 4 * min(a["CLASSES"], grid[0] * a["BLOCK"])
+            read += 4 * min(a["CLASSES"], a["BLOCK"]) * grid[0]
+    return Moved(unique, read, elements + 24 * grid[0])
+
+
+@formula("_ignore_backward_kernel")
+def _ignore_backward(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    elements, width, strong = a["elements"], _width(a["logits_ptr"]), _width(a["strong_ptr"])
+    data = elements * (width + 2 + strong * a["STRONG"])
+    return Moved(data + 12, data + 12 * grid[0], elements * (width * a["WEAK_GRAD"] + strong * a["STRONG_GRAD"]))
+
+
+@formula("_class_map_kernel")
+def _class_map(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    cells, channels, chosen, together = a["cells"], a["channels"], a["chosen"], a["BLOCK_N"]
+    blocks = cdiv(cells, a["BLOCK_P"])
+    pictures = grid[0] // blocks
+    features, weight, bias = (_width(a[name]) for name in ("features_ptr", "weight_ptr", "bias_ptr"))
+    ids = _values(a["ids_ptr"])
+    if ids is None:
+        # All there, and all different.
+        ids = [place % len(a["weight_ptr"]) for place in range(pictures * chosen)]
+    read = written = seen = 0
+    used: set[int] = set()
+    for picture in range(pictures):
+        mine = ids[picture * chosen :][:chosen]
+        written += 4 * cells * sum(i >= 0 for i in mine)
+        seen += any(i >= 0 for i in mine)
+        for first in range(0, chosen, together):
+            part = mine[first : first + together]
+            if max(part) >= 0:
+                # Lanes without a class read the weights of class 0 and drop what comes of it.
+                lanes = {max(i, 0) for i in part} | ({0} if len(part) < together else set())
+                used |= lanes
+                read += cells * channels * features + blocks * len(lanes) * (channels * weight + bias)
+        read += 8 * blocks * chosen
+    unique = seen * cells * channels * features + len(used) * (channels * weight + bias) + 8 * pictures * chosen
+    return Moved(unique, read, written)
+
+
+@formula("_normalise_image_kernel")
+def _normalise_image(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    ids = _values(a["ids_ptr"])
+    rows = grid[0] if ids is None else sum(i >= 0 for i in ids)
+    data = rows * a["cells"]
+    return Moved(8 * grid[0] + data * _width(a["maps_ptr"]), 8 * grid[0] + 2 * data * _width(a["maps_ptr"]), 4 * data)
+
+
+@formula("_normalise_batch_kernel")
+def _normalise_batch(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    ids = _values(a["ids_ptr"])
+    rows = a["rows"] if ids is None else sum(i >= 0 for i in ids)
+    data, width = rows * a["cells"], _width(a["maps_ptr"])
+    named = 8 * a["rows"]
+    return Moved(named + data * width, 2 * (named * cdiv(a["cells"], a["BLOCK_P"]) + data * width), 4 * data)
+
+
+@formula("_mask_kernel")
+def _mask(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    pictures = a["pictures_ptr"].numel() * _width(a["pictures_ptr"])
+    ids = a["ids_ptr"].numel()
+    # A tile reads the cells that it touches to decide, and once more above and once below its pixels to upsample.
+    window = 3 * 4 * a["CELLS_Y"] * a["CELLS_X"]
+    unique = pictures + 8 * ids + 4 * ids * a["down"] * a["across"]
+    return Moved(unique, pictures + grid[0] * a["chosen"] * (8 + window), pictures)

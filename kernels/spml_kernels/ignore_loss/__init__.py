@@ -1,0 +1,1 @@
+"""IGNORE's rejection and loss."""

@@ -1,0 +1,1 @@
+"""Sums of pointwise losses over label codes."""

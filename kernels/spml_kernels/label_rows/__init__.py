@@ -1,0 +1,1 @@
+"""Rows of sparse labels as a dense block of codes."""

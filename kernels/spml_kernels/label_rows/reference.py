@@ -1,0 +1,24 @@
+"""CSR rows to dense label codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def label_rows_reference(
+    indptr: Tensor, classes: Tensor, codes: Tensor, index: Tensor, num_classes: int, default: int, max_row: int
+) -> Tensor:
+    """See `spml_kernels.label_rows.op`. A gather of [B, max_row] entries, so that no size has to be read on the host."""
+    out = torch.full((len(index), num_classes + 1), default, dtype=torch.int8, device=index.device)
+    if max_row == 0 or len(index) == 0:
+        return out[:, :num_classes]
+    start = indptr[index][:, None]
+    count = indptr[index + 1][:, None] - start
+    lane = torch.arange(max_row, device=index.device)[None]
+    inside = lane < count
+    entry = torch.where(inside, start + lane, 0)
+    # Lanes past a row's end write into one spare column that is cut off.
+    column = torch.where(inside, classes[entry].long(), num_classes)
+    out.scatter_(1, column, codes[entry])
+    return out[:, :num_classes].contiguous()

@@ -1,0 +1,1 @@
+"""The Large Loss schemes: entries with the largest loss among the unknown."""

@@ -1,0 +1,335 @@
+"""What the papers show of class activation maps: do they look like a fully supervised model's, do they find the object?
+
+BoostLU (spec/boostlu_large_loss.md 2): Spearman's rank correlation, per (picture, positive class), of a model's map
+with the map of a model trained with full labels, beside the correlation of a centred Gaussian with the latter; means of
+the highest and lowest five per cent of a map's cells, for positive and for negative labels.
+Large Loss (same place): the pointing game, whether a map's peak lies in a box of its class.
+
+What the papers leave open is decided here: maps are the head's own, not upsampled, signed, with the bias and without
+the boost (which is monotone: it changes neither ranks nor peaks); a peak is the centre of the highest cell, the first
+of equals; no tolerance around boxes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.stats import rankdata
+
+from spml_fast.core import distributed
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, POSITIVE
+from spml_fast.data.loader import EvalLoader
+from spml_fast.data.manifest import Split
+from spml_fast.models.classifier import Classifier
+from spml_fast.train.engine import autocast_dtype
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+SHARE = 0.05
+
+
+def extremes(maps: npt.ArrayLike, share: float = SHARE) -> tuple[FloatArray, FloatArray]:
+    """Mean of the highest and of the lowest cells of every map.
+
+    Args:
+        maps: [n, h, w].
+        share: of the cells; at least one is taken.
+
+    Returns:
+        Two float64 [n].
+    """
+    cells = np.sort(np.asarray(maps, np.float64).reshape(len(np.asarray(maps)), -1), axis=1)
+    count = max(1, round(share * cells.shape[1]))
+    return cells[:, -count:].mean(1), cells[:, :count].mean(1)
+
+
+def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
+    """Spearman's correlation of each map with its partner, float64 [n]; NaN where one of the two is flat.
+
+    Args:
+        first, second: [n, h, w]; equal cells share their mean rank.
+    """
+    ranks = [rankdata(np.asarray(m).reshape(len(np.asarray(m)), -1), axis=1) for m in (first, second)]
+    a, b = (r - r.mean(1, keepdims=True) for r in ranks)
+    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return np.divide((a * b).sum(1), scale, out=np.full(len(a), np.nan), where=scale > 0)
+
+
+def centred_gaussian(height: int, width: int) -> FloatArray:
+    """A Gaussian at the picture's centre, float64 [h, w]. Its width does not matter to ranks."""
+    y, x = ((np.arange(n) + 0.5) / n - 0.5 for n in (height, width))
+    return np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 0.125)
+
+
+def peaks(maps: npt.ArrayLike) -> FloatArray:
+    """Centre (x, y) of the highest cell of every map [n, h, w] as shares of the picture, float64 [n, 2]."""
+    array = np.asarray(maps)
+    height, width = array.shape[1:]
+    at = array.reshape(len(array), -1).argmax(1)
+    return np.stack([(at % width + 0.5) / width, (at // width + 0.5) / height], 1)
+
+
+def cells_in_boxes(boxes: npt.ArrayLike, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """Which cell centres lie in any of the boxes [k, 4] (x0, y0, x1, y1 as shares of the picture), bool [h, w]."""
+    x0, y0, x1, y1 = np.asarray(boxes, np.float64).T[:, :, None]
+    y, x = ((np.arange(n) + 0.5) / n for n in (height, width))
+    rows, columns = (y0 <= y) & (y <= y1), (x0 <= x) & (x <= x1)
+    return (rows[:, :, None] & columns[:, None, :]).any(0)
+
+
+def chosen_classes(codes: npt.NDArray[np.int8], index: int, negatives: int, seed: int) -> IntArray:
+    """Classes of one picture to look at: its positives, and a fixed draw of at most `negatives` known negatives.
+
+    Args:
+        codes: known labels int8 [C].
+        index: the sample, on which the draw depends beside the seed.
+    """
+    absent = np.flatnonzero(codes == NEGATIVE)
+    if len(absent) > negatives:
+        absent = np.random.default_rng((seed, index)).choice(absent, negatives, replace=False)
+    return np.concatenate([np.flatnonzero(codes == POSITIVE), np.sort(absent)]).astype(np.int64)
+
+
+@dataclass
+class MapTable:
+    """One row a (picture, class) pair that was looked at, in sample order; NaN where a figure does not apply.
+
+    Attributes:
+        index: int64 [n] sample.
+        class_id: int64 [n].
+        positive: whether the label is positive, float64 0 or 1.
+        top, bottom: means of the highest and lowest cells.
+        full_top, full_bottom: the same of the fully supervised model.
+        correlation: of the map with that model's, for positive labels.
+        control: of the centred Gaussian with that model's, for positive labels.
+        hit: 1 where the peak lies in a box of the class, 0 where not, NaN without a box.
+        chance: share of cells that lie in a box of the class.
+    """
+
+    index: IntArray
+    class_id: IntArray
+    positive: FloatArray
+    top: FloatArray
+    bottom: FloatArray
+    full_top: FloatArray
+    full_bottom: FloatArray
+    correlation: FloatArray
+    control: FloatArray
+    hit: FloatArray
+    chance: FloatArray
+
+
+def _class_maps(
+    classifier: Classifier, pictures: torch.Tensor, classes: torch.Tensor, dtype: torch.dtype | None
+) -> npt.NDArray[np.float32]:
+    """Maps fp32 [B, N, h, w] of the classes int64 [B, N]."""
+    with torch.autocast(pictures.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        maps = classifier(pictures, boost=False, classes=classes).maps
+    array: npt.NDArray[np.float32] = maps.float().cpu().numpy()
+    return array
+
+
+@torch.no_grad()
+def look_at_maps(
+    classifier: Classifier,
+    loader: EvalLoader,
+    split: Split,
+    *,
+    full: Classifier | None = None,
+    negatives: int = 20,
+    seed: int = 0,
+    precision: str = "auto",
+) -> MapTable | None:
+    """Run one or two models over a split and measure the maps of known labels (collective).
+
+    Args:
+        classifier: in evaluation mode.
+        loader: this rank's batches of the split.
+        full: a model trained with full labels on the same classes, for correlations.
+        negatives: known negatives of a picture that are looked at, at most.
+        seed: of their draw.
+        precision: as `train.precision`.
+
+    Returns:
+        The table on rank 0, None elsewhere.
+
+    Raises:
+        UserError: the two models' maps differ in size, or the split has no known positive.
+    """
+    dtype = autocast_dtype(precision, loader.device)
+    names = [f.name for f in fields(MapTable)]
+    columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
+    for batch in loader:
+        index = batch.index[: batch.real].cpu().numpy()
+        known = split.known.rows(index)
+        chosen = [chosen_classes(codes, int(i), negatives, seed) for codes, i in zip(known, index, strict=True)]
+        width = max((len(c) for c in chosen), default=0) or 1
+        # Ranks with a surplus batch forward it like the others; its maps are dropped.
+        classes = np.full((len(batch.index), width), -1, np.int64)
+        for place, found in enumerate(chosen):
+            classes[place, : len(found)] = found
+        on_device = torch.from_numpy(classes).to(loader.device)
+        pictures = batch.views["eval"]
+        row, column = np.nonzero(classes[: batch.real] >= 0)
+        maps = _class_maps(classifier, pictures, on_device, dtype)[row, column]
+        other = None if full is None else _class_maps(full, pictures, on_device, dtype)[row, column]
+        if other is not None and other.shape != maps.shape:
+            raise UserError(
+                f"the maps of the two runs differ in size ({maps.shape[1]} x {maps.shape[2]} and "
+                f"{other.shape[1]} x {other.shape[2]} cells); compare runs with the same backbone and picture size"
+            )
+        if len(row) == 0:
+            continue
+        part = _measure(maps, other, split, index[row], classes[row, column])
+        part["positive"] = (known[row, classes[row, column]] == POSITIVE).astype(np.float64)
+        for name in ("correlation", "control"):
+            part[name][part["positive"] == 0] = np.nan
+        for name in names:
+            columns[name].append(part[name])
+    gathered = {}
+    for name, parts in columns.items():
+        kind = np.int64 if name in ("index", "class_id") else np.float64
+        local = np.concatenate(parts) if parts else np.empty(0, kind)
+        gathered[name] = distributed.gather_rows(torch.from_numpy(local).to(loader.device))
+    if not distributed.is_main():
+        return None
+    arrays = {name: tensor.cpu().numpy() for name, tensor in gathered.items()}
+    order = np.lexsort((arrays["class_id"], arrays["index"]))
+    table = MapTable(**{name: array[order] for name, array in arrays.items()})
+    if not table.positive.any():
+        raise UserError(f"split {split.name!r} has no known positive label; there are no maps to look at")
+    return table
+
+
+def _measure(
+    maps: npt.NDArray[np.float32],
+    other: npt.NDArray[np.float32] | None,
+    split: Split,
+    index: IntArray,
+    class_id: IntArray,
+) -> dict[str, npt.NDArray[Any]]:
+    """Everything of `MapTable` but `positive`, for n pairs with maps [n, h, w]."""
+    count, height, width = maps.shape
+    part: dict[str, npt.NDArray[Any]] = {"index": index.astype(np.int64), "class_id": class_id}
+    part["top"], part["bottom"] = extremes(maps)
+    for name in ("full_top", "full_bottom", "correlation", "control", "hit", "chance"):
+        part[name] = np.full(count, np.nan)
+    if other is not None:
+        part["full_top"], part["full_bottom"] = extremes(other)
+        part["correlation"] = rank_correlation(maps, other)
+        centred = np.broadcast_to(centred_gaussian(height, width), other.shape)
+        part["control"] = rank_correlation(centred, other)
+    if split.boxes is not None:
+        indptr, boxes = split.boxes
+        cells = np.floor(peaks(maps) * (width, height)).astype(np.int64)
+        for pair, (sample, wanted) in enumerate(zip(index, class_id, strict=True)):
+            here = boxes[indptr[sample] : indptr[sample + 1]]
+            here = here[here[:, 0] == wanted, 1:]
+            if len(here):
+                inside = cells_in_boxes(here, height, width)
+                part["hit"][pair], part["chance"][pair] = inside[cells[pair, 1], cells[pair, 0]], inside.mean()
+    return part
+
+
+def _quartiles(values: FloatArray) -> dict[str, float] | None:
+    """Quartiles and mean of the values that are defined; None when there are none."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return None
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return {"p25": float(low), "p50": float(middle), "p75": float(high), "mean": float(values.mean())}
+
+
+def summarise(table: MapTable) -> dict[str, Any]:
+    """Figures for a report.
+
+    Returns:
+        `pairs`: how many (picture, class) pairs by label; `top` and `bottom`: quartiles by label of the model's
+        `model` and the fully supervised `full` maps; `correlation` and its `control`; `pointing`: `accuracy` over
+        pairs and `class_mean` over classes in per cent, `chance` for a peak anywhere, `pairs`. Parts that need
+        another model or boxes are None without them.
+    """
+    positive = table.positive == 1
+    by_label = {"positive": positive, "negative": ~positive}
+    out: dict[str, Any] = {"pairs": {name: int(chosen.sum()) for name, chosen in by_label.items()}}
+    for end in ("top", "bottom"):
+        model, full = getattr(table, end), getattr(table, f"full_{end}")
+        out[end] = {
+            name: {"model": _quartiles(model[chosen]), "full": _quartiles(full[chosen])}
+            for name, chosen in by_label.items()
+        }
+    out["correlation"], out["control"] = _quartiles(table.correlation), _quartiles(table.control)
+    boxed = ~np.isnan(table.hit) & positive
+    out["pointing"] = None
+    if boxed.any():
+        classes = np.unique(table.class_id[boxed])
+        per_class = [table.hit[boxed & (table.class_id == c)].mean() for c in classes]
+        out["pointing"] = {
+            "pairs": int(boxed.sum()),
+            "accuracy": 100 * float(table.hit[boxed].mean()),
+            "class_mean": 100 * float(np.mean(per_class)),
+            "chance": 100 * float(table.chance[boxed].mean()),
+        }
+    return out
+
+
+def plot(path: Path, table: MapTable, gaps: list[dict[str, Any]]) -> None:
+    """Density of rank correlations, boxes of the highest and lowest cells, and IGNORE's gaps where a run has them.
+
+    Args:
+        gaps: epoch lines of metrics.jsonl that have a `gap_histogram`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    compared = not np.isnan(table.full_top).all()
+    widths = [5] * compared + [7 if compared else 5] + [5] * bool(gaps)
+    size = (sum(widths), 4)
+    figure, axes = pyplot.subplots(
+        1, len(widths), figsize=size, width_ratios=widths, layout="constrained", squeeze=False
+    )
+    free = iter(axes[0])
+    positive = table.positive == 1
+    if compared:
+        axis = next(free)
+        for name, label in (("correlation", "this run"), ("control", "centred Gaussian")):
+            values = getattr(table, name)
+            axis.hist(values[~np.isnan(values)], np.linspace(-1, 1, 41), density=True, histtype="step", label=label)
+        axis.set_xlabel("rank correlation with the fully supervised map")
+        axis.set_ylabel("density over (picture, positive class)")
+        axis.legend(loc="upper left", frameon=False)
+    axis = next(free)
+    values, labels = [], []
+    for end, title in (("top", "highest"), ("bottom", "lowest")):
+        for name, chosen in (("positive", positive), ("negative", ~positive)):
+            for source, owner in ((end, "run"), (f"full_{end}", "full")) if compared else ((end, "run"),):
+                values.append(getattr(table, source)[chosen])
+                labels.append(f"{title} 5%\n{name}\n{owner}")
+    axis.boxplot(values, showfliers=False, tick_labels=labels)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.axhline(0, color="grey", linewidth=0.5)
+    axis.set_ylabel("mean of cells")
+    if gaps:
+        axis = next(free)
+        last = gaps[-1]
+        histogram = last["gap_histogram"]
+        for kind in (k for k in histogram if k != "edges" and sum(histogram[k])):
+            counts = np.array(histogram[kind], np.float64)
+            # The first bin, below the lowest edge, has no place on a logarithmic axis and stays out of the drawing.
+            axis.stairs(counts[1:-1] / counts.sum(), histogram["edges"], label=kind.replace("_", " "))
+        axis.axvline(last["t_gap"], color="black", linewidth=0.8, linestyle="--", label="threshold")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(f"logit gap, epoch {last['epoch']}")
+        axis.set_ylabel("share of entries of the kind")
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

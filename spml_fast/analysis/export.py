@@ -1,0 +1,318 @@
+"""A trained run for those who have none of this program: an ONNX model, or weights for timm.
+
+ONNX: pictures in, logits and probabilities out, with normalisation and BoostLU inside the graph. Safetensors: where the
+model at alpha 1 is timm's own model of that name (global average pooling and a linear layer), weights under timm's
+names, which `timm.create_model` takes; else backbone and head beside each other, as the run has them. An ONNX model and
+a timm model are compared with the run's own classifier before the file gets its final name. What is needed to use a
+file is in its metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spml_fast import __version__
+from spml_fast.core.config import Config
+from spml_fast.core.errors import UserError
+from spml_fast.data.manifest import Manifest
+from spml_fast.evaluation.evaluate import DIGITS_DIR, input_normalisation, make_eval_loader
+from spml_fast.models.classifier import Classifier, create_whole_model, needs_fixed_size
+
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+OPSET = 20
+# Pictures that an export is compared on.
+CHECKED = 4
+# Largest difference of a logit, as a share of the largest (timm's model: bias left out). Other orders of summation in
+# fp32 give 1e-5; a model that pools or normalises in another way is apart by its whole size.
+ALLOWED = 1e-3
+# An ONNX file is one protobuf message, which ends at 2 GiB; the graph around the weights is far below 32 MiB.
+ONNX_LIMIT = 2**31 - 2**25
+RESIZE = "resize both sides to the size, bilinear with antialiasing (Pillow's BILINEAR), 8 bits a channel"
+
+
+class PictureModel(nn.Module):
+    """The classifier with normalisation in front and probabilities behind.
+
+    Args:
+        classifier: in eval mode.
+        alpha: BoostLU's factor, fixed in the graph; 1 for heads without a map.
+        mean, std: of the channels, 0..1.
+    """
+
+    def __init__(self, classifier: Classifier, alpha: float, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.classifier, self.alpha = classifier, alpha
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities [B, C] of RGB pictures [B, 3, S, S], fp32 with values 0..255."""
+        assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
+        logits = self.classifier((pictures - self.mean) / self.std, alpha=self.alpha).logits
+        return logits, torch.sigmoid(logits)
+
+
+@contextlib.contextmanager
+def _plain_ops() -> Iterator[None]:
+    """Inside, ops are made of PyTorch's own, which exporters know."""
+    before = os.environ.get("SPML_KERNELS")
+    os.environ["SPML_KERNELS"] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SPML_KERNELS"]
+        else:
+            os.environ["SPML_KERNELS"] = before
+
+
+def describe(config: Config, classifier: Classifier, classes: list[str], alpha: float) -> dict[str, str]:
+    """What somebody must know to use the model; every value is text, lists are JSON."""
+    mean, std = input_normalisation(config, classifier)
+    return {
+        "classes": json.dumps(classes, ensure_ascii=False),
+        "image_size": str(config.data.image_size),
+        "resize": RESIZE,
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        "backbone": config.model.backbone,
+        "head": config.model.head,
+        "alpha": f"{alpha:g}",
+        "prefix_tokens": str(classifier.prefix_tokens),
+        "method": str(config.method.name),
+        "spml_fast": __version__,
+    }
+
+
+def sample_pictures(config: Config, classifier: Classifier) -> tuple[Tensor, str]:
+    """Pictures [n, 3, S, S], fp32 RGB 0..255, and what they are.
+
+    They are the first of the run's test split, or noise where its data set is not there.
+    """
+    side = config.data.image_size
+    noise = torch.rand(CHECKED, 3, side, side, generator=torch.Generator().manual_seed(0)) * 255, f"{CHECKED} of noise"
+    folder, name = config.data.dir or DIGITS_DIR, config.data.test_split or config.data.train_split
+    if not Path(folder, "manifest.json").is_file():
+        return noise
+    manifest = Manifest(folder, config.data.image_root)
+    if name not in manifest.splits:
+        return noise
+    split = manifest.split(name)
+    config.eval.batch_size = min(CHECKED, len(split))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in input_normalisation(config, classifier))
+    try:
+        loader = make_eval_loader(config, split, classifier, torch.device("cpu"))
+        batch = next(iter(loader))
+    except UserError:
+        # The data set's table is there and its pictures are not.
+        return noise
+    pictures = ((batch.views["eval"][: batch.real] * std + mean) * 255).round().contiguous()
+    return pictures, f"{len(pictures)} of split {name}"
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise `UserError` for logits of a run that nobody should get."""
+    if not bool(logits.isfinite().all()):
+        raise UserError("the run gives logits that are not numbers: it has diverged, or its weights are damaged")
+
+
+def difference(found: Tensor, expected: Tensor, bias: Tensor | None = None) -> tuple[float, bool]:
+    """Largest difference of logits [B, C], and whether it is rounding; what the pictures add to `bias` [C] counts."""
+    if found.shape != expected.shape:
+        return float("inf"), False
+    apart = float((found - expected).abs().max())
+    size = float((expected if bias is None else expected - bias).abs().max())
+    return apart, apart <= ALLOWED * size
+
+
+# --- ONNX ----------------------------------------------------------------------------------------------------------
+
+
+def need_onnx() -> None:
+    """Raise `UserError` unless everything that an ONNX export takes is installed."""
+    lacking = [p for p in ONNX_PACKAGES if importlib.util.find_spec(p) is None]
+    if lacking:
+        raise UserError(f"{', '.join(lacking)} not installed; run pip install -e '.[onnx]' first")
+
+
+def export_onnx(
+    classifier: Classifier, config: Config, classes: list[str], alpha: float, out: Path
+) -> tuple[float, str]:
+    """Write an ONNX model.
+
+    Its input `pictures` is fp32 [batch, 3, S, S], RGB with values 0..255; its outputs `logits` and `probabilities` are
+    fp32 [batch, C]. The batch size is free. Metadata: `describe`.
+
+    Args:
+        classifier: on the CPU, in eval mode.
+        alpha: BoostLU's factor, fixed in the graph.
+        out: the file; an older one is replaced once the new one has passed.
+
+    Returns:
+        Largest difference of a logit between ONNX Runtime and the classifier, and on which pictures.
+
+    Raises:
+        UserError: a package is missing, the model cannot be exported or is too large, its logits differ, or the file
+            cannot be written.
+    """
+    need_onnx()
+    import onnx
+    import onnxruntime
+
+    model = PictureModel(classifier, alpha, *input_normalisation(config, classifier)).eval()
+    size = sum(t.nbytes for t in model.state_dict().values())
+    if size >= ONNX_LIMIT:
+        raise UserError(f"the weights take {size / 1e9:.1f} GB and an ONNX file holds 2.1; use --format safetensors")
+    pictures, which = sample_pictures(config, classifier)
+    # Of two pictures, since a batch of one would be taken for fixed.
+    example = pictures[:1].expand(2, -1, -1, -1).contiguous()
+    said, log = io.StringIO(), logging.getLogger("torch.onnx")
+    level = log.level
+    with _plain_ops(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = model(pictures)[0]
+        check_finite(expected)
+        log.setLevel(logging.ERROR)
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                program = torch.onnx.export(
+                    model,
+                    (example,),
+                    dynamo=True,
+                    opset_version=OPSET,
+                    input_names=["pictures"],
+                    output_names=["logits", "probabilities"],
+                    dynamic_shapes={"pictures": {0: torch.export.Dim("batch")}},
+                    verbose=False,
+                )
+        except Exception as error:
+            # The exporter follows the model's own code, where anything may happen.
+            text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(f"{config.model.backbone} cannot be exported to ONNX: {text}") from error
+        finally:
+            log.setLevel(level)
+    assert program is not None
+    partial = out.with_name(out.name + ".partial")
+    try:
+        program.save(str(partial), external_data=False)
+        written = onnx.load(str(partial))
+        del written.metadata_props[:]
+        side = config.data.image_size
+        about = describe(config, classifier, classes, alpha)
+        about["input"] = f"pictures: float32 [batch, 3, {side}, {side}], RGB, values 0 to 255, not normalised"
+        onnx.helper.set_model_props(written, about)
+        written.producer_name, written.producer_version = "spml_fast", __version__
+        onnx.save(written, str(partial))
+        try:
+            onnx.checker.check_model(str(partial), full_check=True)
+            session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+            found = torch.from_numpy(session.run(["logits"], {"pictures": pictures.numpy()})[0])
+        except Exception as error:
+            # The classes of their errors are not public.
+            text = " ".join(str(error).split())
+            raise UserError(f"ONNX Runtime does not run the exported {config.model.backbone}: {text}") from error
+        apart, same = difference(found, expected)
+        if not same:
+            raise UserError(
+                f"the ONNX model gives other logits than the run (largest difference {apart:.3g}); it was not written"
+            )
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return apart, which
+
+
+# --- timm ----------------------------------------------------------------------------------------------------------
+
+
+def timm_options(config: Config) -> dict[str, Any]:
+    """Arguments of `timm.create_model`, beside the name and the number of classes, that give the run's backbone."""
+    options: dict[str, Any] = {}
+    if config.model.output_stride is not None:
+        options["output_stride"] = config.model.output_stride
+    if needs_fixed_size(config.model.backbone):
+        options["img_size"] = config.data.image_size
+    return options
+
+
+def as_timm_model(classifier: Classifier, config: Config, num_classes: int) -> nn.Module | None:
+    """timm's model of the backbone's name with the run's weights, classifier included; None where it has other parts.
+
+    Whether it gives the same logits is for the caller to see.
+    """
+    if config.model.head != "cam":
+        return None
+    model: nn.Module = create_whole_model(config.model.backbone, num_classes, timm_options(config))
+    # timm's models have more than nn.Module promises.
+    layer: Any = getattr(model, "get_classifier", lambda: None)()
+    head = classifier.head
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.bias is None:
+        return None
+    assert isinstance(head.weight, Tensor) and isinstance(head.bias, Tensor)
+    if layer.weight.numel() != head.weight.numel():
+        return None
+    name = next(n for n, m in model.named_modules() if m is layer)
+    weights = dict(classifier.backbone.state_dict())
+    weights |= {f"{name}.weight": head.weight.reshape(layer.weight.shape), f"{name}.bias": head.bias}
+    if set(weights) != set(model.state_dict()):
+        return None
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def export_safetensors(classifier: Classifier, config: Config, classes: list[str], out: Path) -> tuple[str, float, str]:
+    """Write weights, under timm's names where timm's model gives the same logits at alpha 1.
+
+    Returns:
+        The layout: `timm` for a state of timm's whole model, `parts` for `backbone.` and `head.` beside each other;
+        the largest difference of a logit between timm's model and the run's classifier (0 for `parts`, which are the
+        run's own tensors), and on which pictures.
+
+    Raises:
+        UserError: the run's logits are not finite, or the file cannot be written.
+    """
+    pictures, which = sample_pictures(config, classifier)
+    mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in input_normalisation(config, classifier))
+    layout, apart, state = "parts", 0.0, classifier.state_dict()
+    with torch.no_grad():
+        views = (pictures - mean) / std
+        expected = classifier(views).logits
+        check_finite(expected)
+        model = as_timm_model(classifier, config, len(classes))
+        if model is not None:
+            bias = classifier.head.bias
+            assert isinstance(bias, Tensor)
+            found, same = difference(model(views), expected, bias)
+            # A model that normalises after pooling, or pools a token, is another one.
+            if same:
+                layout, apart, state = "timm", found, model.state_dict()
+    about = describe(config, classifier, classes, classifier.alpha_eval) | {
+        "layout": layout,
+        "timm_options": json.dumps(timm_options(config)),
+        "timm": importlib.metadata.version("timm"),
+    }
+    partial = out.with_name(out.name + ".partial")
+    try:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, partial, metadata=about)
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return layout, apart, which

@@ -1,0 +1,315 @@
+"""Labels that are probably missing or wrong, as a trained run sees them.
+
+One pass over a split; of every batch's [B, C] logits those pairs (picture, class) are kept that a bounded list still
+has room for, so memory follows what is given out and the pictures of a batch, never pictures x classes. Three lists:
+
+    missing          unknown pairs that the model is most sure are positive
+    doubtful         observed positives that it is most sure are negative
+    doubtful absent  observed negatives that it is most sure are positive
+
+Training sees `Split.observed` and so do the lists; where `Split.known` holds more (a simulation that hides labels, or
+extra labels of a user), the suggestions are held against it.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from spml_fast.analysis.predict import check_numbers
+from spml_fast.core import distributed
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
+from spml_fast.data.loader import EvalLoader
+from spml_fast.data.manifest import Split
+from spml_fast.evaluation.metrics import logit_threshold
+from spml_fast.models.classifier import Classifier
+from spml_fast.train.engine import autocast_dtype
+
+COLUMNS = ("path", "class", "known", "probability", "suggestion")
+NAMES = {UNKNOWN: "unknown", POSITIVE: "positive", NEGATIVE: "negative"}
+# Order in which lists are shown and written; the code is that of the observed label.
+KINDS = (UNKNOWN, POSITIVE, NEGATIVE)
+DEPTHS = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
+
+
+class BestPairs:
+    """The `size` pairs of highest score over many batches; of equals the earlier picture, then the smaller class id.
+
+    Args:
+        size: pairs that are kept, of each class or in all.
+        num_classes: C.
+        per_class: keep `size` pairs of each class.
+        device: where scores are.
+    """
+
+    def __init__(self, size: int, num_classes: int, per_class: bool, device: torch.device) -> None:
+        self.size, self.num_classes, self.per_class = size, num_classes, per_class
+        self.key = torch.empty(0, dtype=torch.int64, device=device)
+        self.score = torch.empty(0, dtype=torch.float32, device=device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)
+        # A later pair must reach this to be among the best.
+        self._floor = torch.full((num_classes if per_class else 1,), -torch.inf, device=device)
+
+    def add(self, index: Tensor, scores: Tensor, wanted: Tensor) -> None:
+        """Take pairs of a batch; batches come in ascending order of `index`.
+
+        Args:
+            index: int64 [B] samples.
+            scores: fp32 [B, C], not NaN.
+            wanted: bool [B, C], which pairs count.
+        """
+        self.seen += wanted.sum()
+        masked = torch.where(wanted, scores, -torch.inf)
+        ranked = masked if self.per_class else masked.reshape(-1, 1)
+        if len(ranked) >= self.size:
+            # With -inf where fewer pairs are wanted, which raises no floor.
+            self._floor = torch.maximum(self._floor, ranked.topk(self.size, dim=0).values[-1])
+        row, column = torch.nonzero(wanted & (scores >= self._floor), as_tuple=True)
+        self.key = torch.cat([self.key, index[row] * self.num_classes + column])
+        self.score = torch.cat([self.score, scores[row, column]])
+        self._cut()
+
+    def _cut(self) -> None:
+        """Drop what is not among the best. Entries stand in ascending order of key among equal scores."""
+        order = torch.sort(self.score, descending=True, stable=True).indices
+        if self.per_class:
+            order = order[torch.sort(self.key[order] % self.num_classes, stable=True).indices]
+            count = torch.bincount(self.key % self.num_classes, minlength=self.num_classes)
+            start = torch.repeat_interleave(count.cumsum(0) - count, count)
+            place = torch.arange(len(order), device=order.device) - start
+            order = order[place < self.size]
+        else:
+            order = order[: self.size]
+        self.key, self.score = self.key[order], self.score[order]
+
+    def gather(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], int]:
+        """Keys (index * C + class) and scores of all ranks, the best first, and how many pairs were seen (collective).
+
+        Ranks other than 0 get what they have.
+        """
+        self.key, self.score = distributed.gather_rows(self.key), distributed.gather_rows(self.score)
+        order = torch.argsort(self.key)
+        self.key, self.score = self.key[order], self.score[order]
+        self._cut()
+        order = torch.argsort(self.key)
+        self.key, self.score = self.key[order], self.score[order]
+        order = torch.sort(self.score, descending=True, stable=True).indices
+        seen = int(distributed.all_reduce_sum(self.seen))
+        return self.key[order].cpu().numpy(), self.score[order].cpu().numpy(), seen
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """One ranked list, the surest first.
+
+    Attributes:
+        code: the observed label of all its pairs: UNKNOWN, POSITIVE or NEGATIVE.
+        index: int64 [n] samples.
+        class_id: int64 [n].
+        probability: float64 [n] of the class, by the model.
+        reach: pairs of the split with this label that the model is sure enough about, listed or not.
+    """
+
+    code: int
+    index: npt.NDArray[np.int64]
+    class_id: npt.NDArray[np.int64]
+    probability: npt.NDArray[np.float64]
+    reach: int
+
+    @property
+    def suggestion(self) -> int:
+        """The label that the model would give: NEGATIVE for observed positives, else POSITIVE."""
+        return NEGATIVE if self.code == POSITIVE else POSITIVE
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@torch.no_grad()
+def find_suggestions(
+    classifier: Classifier,
+    loader: EvalLoader,
+    labels: SparseLabels,
+    *,
+    alpha: float,
+    precision: str,
+    classes: Sequence[str],
+    top: int | None,
+    per_class: int | None = None,
+    min_probability: float = 0.5,
+    codes: Sequence[int] = KINDS,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Suggestions] | None:
+    """Run the model over a split and rank what contradicts or completes its labels (collective).
+
+    Args:
+        classifier: in eval mode.
+        loader: this rank's batches.
+        labels: of the split, as the suggestions shall see them.
+        alpha: BoostLU factor of the probabilities, 1 for heads without a map.
+        precision: as `train.precision`.
+        classes: names for error messages.
+        top: pairs of each list in all, or None for no limit but `per_class`.
+        per_class: pairs of each list and class, or None for no such limit; one of the two must be given.
+        min_probability: how sure the model must be of the label that it suggests.
+        codes: lists that are wanted.
+        advance: called with the number of pictures of each batch.
+
+    Returns:
+        A list for each of `codes` on rank 0, None elsewhere.
+
+    Raises:
+        UserError: a logit is not a number.
+    """
+    dtype, device = autocast_dtype(precision, loader.device), loader.device
+    store = LabelStore(labels, device)
+    size = per_class if per_class is not None else top
+    if size is None:
+        raise ValueError("give top, per_class or both")
+    best = {code: BestPairs(size, labels.num_classes, per_class is not None, device) for code in codes}
+    floor = logit_threshold(min_probability) if min_probability > 0 else -np.inf
+    for batch in loader:
+        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            output = classifier(batch.views["eval"], boost=alpha != 1)
+        if batch.real == 0:
+            continue
+        index, logits = batch.index[: batch.real], output.at_alpha(alpha)[: batch.real].float()
+        check_numbers(logits, classes, lambda row, index=index: loader.split.place(int(index[row])))
+        known = store.rows(index)
+        for code, pairs in best.items():
+            scores = -logits if code == POSITIVE else logits
+            pairs.add(index, scores, (known == code) & (scores >= floor))
+        advance(batch.real)
+    found = []
+    for code, pairs in best.items():
+        key, score, seen = pairs.gather()
+        key, score = (key, score) if top is None else (key[:top], score[:top])
+        logit = score.astype(np.float64) * (-1 if code == POSITIVE else 1)
+        probability = torch.sigmoid(torch.from_numpy(logit)).numpy()
+        found.append(Suggestions(code, key // labels.num_classes, key % labels.num_classes, probability, seen))
+    return found if distributed.is_main() else None
+
+
+# --- Against the truth ---------------------------------------------------------------------------------------------
+
+
+def codes_of(
+    labels: SparseLabels, index: npt.NDArray[np.int64], class_id: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int8]:
+    """Label codes int8 [n] of the pairs (index [n], class_id [n])."""
+    out = np.full(len(index), labels.default, np.int8)
+    for i, (row, wanted) in enumerate(zip(index.tolist(), class_id.tolist(), strict=True)):
+        start, stop = int(labels.indptr[row]), int(labels.indptr[row + 1])
+        place = start + int(np.searchsorted(labels.classes[start:stop], wanted))
+        if place < stop and labels.classes[place] == wanted:
+            out[i] = labels.codes[place]
+    return out
+
+
+def precision_at(
+    right: npt.NDArray[np.bool_], judged: npt.NDArray[np.bool_], depths: Sequence[int] = DEPTHS
+) -> list[tuple[int, int, int]]:
+    """How many of the first suggestions are right: (depth, right, judged) at each depth up to the whole list.
+
+    Args:
+        right: bool [n], best first; only counted where `judged`.
+        judged: bool [n], whether the truth of the pair is known.
+    """
+    count = len(right)
+    hits, known = np.cumsum(right & judged), np.cumsum(judged)
+    at = sorted({d for d in depths if d < count} | ({count} if count else set()))
+    return [(d, int(hits[d - 1]), int(known[d - 1])) for d in at]
+
+
+def hidden_positives(split: Split) -> tuple[int, int]:
+    """(positives that `known` has beyond `observed`, pairs that are unknown in `observed` and known): the base rate.
+
+    Positives and negatives that are observed are taken to be known too, as every preparation writes them.
+    """
+
+    def total(labels: SparseLabels, code: int) -> int:
+        listed = int(np.count_nonzero(np.asarray(labels.codes) == code))
+        rest = len(labels) * labels.num_classes - len(labels.codes) if code == labels.default else 0
+        return listed + rest
+
+    counts = {code: total(split.known, code) - total(split.observed, code) for code in (POSITIVE, NEGATIVE)}
+    return counts[POSITIVE], counts[POSITIVE] + counts[NEGATIVE]
+
+
+def truth_rows(found: Suggestions, split: Split) -> list[tuple[str, str]]:
+    """The list's precision against `split.known` at a few depths, for people: (name, value) pairs of a table."""
+    truth = codes_of(split.known, found.index, found.class_id)
+    right, judged = truth == found.suggestion, truth != UNKNOWN
+    rows = []
+    for depth, hits, known in precision_at(right, judged):
+        text = f"{100 * hits / known:.1f}% ({hits} of {known})" if known else "nobody knows"
+        left = f"; {depth - known} not known" if known and known < depth else ""
+        rows.append((f"precision of the first {depth}", text + left))
+    if found.code == UNKNOWN:
+        hidden, pairs = hidden_positives(split)
+        if pairs > 0:
+            rows.append(("precision of a guess", f"{100 * hidden / pairs:.1f}% ({hidden} of {pairs} hidden labels)"))
+        if hidden > 0:
+            share = int((right & judged).sum())
+            rows.append(("hidden positives found", f"{100 * share / hidden:.1f}% ({share} of {hidden})"))
+    return rows
+
+
+# --- Words and tables ----------------------------------------------------------------------------------------------
+
+
+def write_suggestions(out: Path, lists: Sequence[Suggestions], split: Split, classes: Sequence[str]) -> int:
+    """Write lists as CSV beside the final place, and move the file there when it is whole.
+
+    UTF-8 with a header; columns: path (relative to the image root, byte for byte), class, known (unknown, positive,
+    negative: the observed label), probability (all digits of a float64), suggestion (positive or negative).
+
+    Returns:
+        Number of rows.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    partial = out.with_name(out.name + ".partial")
+    rows = 0
+    try:
+        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            plain = csv.writer(file, lineterminator="\n")
+            # The plain writer leaves a carriage return without the quotes that readers need.
+            quoting = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+            plain.writerow(COLUMNS)
+            for found in lists:
+                for values in suggestion_rows(found, split, classes):
+                    (quoting if "\r" in values[0] or "\r" in values[1] else plain).writerow(values)
+                    rows += 1
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+    return rows
+
+
+def suggestion_rows(found: Suggestions, split: Split, classes: Sequence[str]) -> list[tuple[Any, ...]]:
+    """The values of `COLUMNS` for every pair of a list."""
+    pairs = zip(found.index.tolist(), found.class_id.tolist(), found.probability.tolist(), strict=True)
+    known, label = NAMES[found.code], NAMES[found.suggestion]
+    return [(split.relative_path(i), classes[c], known, p, label) for i, c, p in pairs]
+
+
+def title(found: Suggestions, split: Split) -> str:
+    """What a list holds, for the head of its table."""
+    what = {
+        UNKNOWN: "unknown labels that look positive",
+        POSITIVE: "observed positives that look negative",
+        NEGATIVE: "observed negatives that look positive",
+    }[found.code]
+    return f"{split.name}: {what}, {len(found)} of {found.reach}"

@@ -1,0 +1,239 @@
+"""The one description of a run: dataclasses whose fields are the YAML keys and the command line options.
+
+Field comments below are the help texts (jsonargparse reads the docstrings).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class DataConfig:
+    """Pictures and how they reach the model.
+
+    Attributes:
+        dir: Manifest directory made by launch/prepare.py; null builds and uses the embedded digit scenes.
+        image_root: picture folder, when it is not where it was at preparation.
+        image_size: side of the square model input in pixels.
+        train_split: split to train on.
+        val_split: split for model selection after every epoch; null for none.
+        test_split: split for the final figures; null for none.
+        train_crop: squash resizes to the square ignoring the aspect ratio (the papers' way); random_resized crops.
+        crop_scale: smallest share of the picture's area that random_resized keeps.
+        hflip: probability of a horizontal flip in training.
+        randaugment_ops: RandAugment operations a picture in the strong view.
+        randaugment_magnitude: RandAugment magnitude, 0 to 30.
+        mean: per-channel mean in 0..1; null takes the backbone's.
+        std: per-channel standard deviation in 0..1; null takes the backbone's.
+        threads: decoding threads a rank; 0 shares the cores out evenly over the ranks of a machine.
+        prefetch: batches decoded ahead.
+        shuffle: global draws every epoch's order from all samples; window reads shards a block at a time and shuffles
+            within windows of blocks, for disks and mounts that are slow at random reads (docs/data.md).
+        shuffle_window: samples of a window; shuffle_block times train.batch_size or more mixes batches well. Encoded
+            pictures of two windows are in memory, shared out over the ranks.
+        shuffle_block: samples that follow each other in the shards and are read in one go.
+        read_threads: threads a rank that read shards ahead.
+    """
+
+    dir: str | None = None
+    image_root: str | None = None
+    image_size: int = 448
+    train_split: str = "train"
+    val_split: str | None = "val"
+    test_split: str | None = "test"
+    train_crop: Literal["squash", "random_resized"] = "squash"
+    crop_scale: float = 0.5
+    hflip: float = 0.5
+    randaugment_ops: int = 3
+    randaugment_magnitude: int = 5
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    threads: int = 0
+    prefetch: int = 2
+    shuffle: Literal["global", "window"] = "global"
+    shuffle_window: int = 8192
+    shuffle_block: int = 64
+    read_threads: int = 4
+
+
+@dataclass
+class ModelConfig:
+    """Backbone and head.
+
+    Attributes:
+        backbone: any timm model that gives a feature map, for example resnet50.tv_in1k or vit_base_patch16_224.
+        pretrained: load the backbone's pretrained weights by timm's own means (a download or its cache).
+        weights: local file with backbone weights (.safetensors, .pth), used instead of a download.
+        head: cam is 1x1 class weights, BoostLU and the spatial mean; query2label reads the features by cross-attention
+            (it has no map to boost, so alpha is 1 with it).
+        head_options: options of that head, for example {preset: tiny} for query2label; heads/NAME.py explains them.
+        alpha_train: BoostLU's factor on positive cells in training; 1 is the plain class activation map.
+        alpha_eval: BoostLU's factor at evaluation.
+        output_stride: stride of the feature map, where the backbone allows to choose; null takes its own.
+        freeze_bn: keep BatchNorm statistics as they are (its weights still train).
+        freeze: shell patterns of backbone parameter names that do not train, for example [conv1.*, layer1.*].
+        sync_bn: BatchNorm statistics over all ranks (GPUs only).
+        drop_path: stochastic depth rate; null takes the backbone's default.
+        grad_checkpointing: recompute activations in the backward, to save memory.
+        compile: torch.compile the backbone.
+        prior_bias: start the head's biases at the logit of each class's positive share among its observed labels
+            (labels), or among all pictures (pictures: what assumed negative is headed for); none leaves them random.
+        prior_floor: smallest share, and 1 minus the largest, that prior_bias takes.
+    """
+
+    backbone: str = "resnet50.tv_in1k"
+    pretrained: bool = True
+    weights: str | None = None
+    head: str = "cam"
+    head_options: dict[str, Any] = field(default_factory=dict)
+    alpha_train: float = 5.0
+    alpha_eval: float = 5.0
+    output_stride: int | None = None
+    freeze_bn: bool = False
+    freeze: list[str] = field(default_factory=list)
+    sync_bn: bool = False
+    drop_path: float | None = None
+    grad_checkpointing: bool = False
+    compile: bool = False
+    prior_bias: Literal["none", "labels", "pictures"] = "none"
+    prior_floor: float = 1e-3
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation.
+
+    Attributes:
+        epochs: epochs of fine-tuning (the whole network).
+        linear_epochs: epochs before that with a frozen backbone, training the head only (linear-init protocol).
+        linear_lr: head learning rate of the linear phase; null takes lr times head_lr_multiplier.
+        batch_size: samples of one optimizer update, over all ranks and accumulation steps.
+        accumulation: forward and backward passes an update.
+        exact_accumulation: batch statistics of the method over the whole update instead of each micro-step; costs one
+            more forward without gradient a step. No effect when accumulation is 1.
+        lr: learning rate of the backbone (peak value for one_cycle and cosine).
+        head_lr_multiplier: the head's learning rate is lr times this.
+        optimizer: torch optimizer.
+        weight_decay: weight decay; not applied to biases and norms unless decay_all.
+        decay_all: apply weight decay to every parameter.
+        momentum: SGD momentum.
+        betas: Adam betas.
+        schedule: learning rate over updates.
+        warmup_share: share of updates that the learning rate rises for (one_cycle, cosine).
+        clip: largest global gradient norm; 0 is off.
+        ema_decay: decay of an exponential moving average of the weights (then evaluated and saved); 0 is off.
+        precision: bf16 runs the network under autocast; auto takes bf16 where it is faster (GPUs from sm_80, CPUs with
+            AMX) and fp32 elsewhere.
+        stop_after_drop: stop when validation mAP falls this many points below the best; 0 never stops.
+        log_every: updates between two progress lines in metrics.jsonl.
+        sampling: uniform shows every picture once an epoch; repeat_factor shows pictures of rare classes more often
+            (LVIS; spml_fast/data/repeat_factor.py has the formula), so that an epoch is longer.
+        repeat_threshold: repeat_factor repeats classes with a positive in a smaller share of the pictures than this.
+    """
+
+    epochs: int = 10
+    linear_epochs: int = 0
+    linear_lr: float | None = None
+    batch_size: int = 16
+    accumulation: int = 1
+    exact_accumulation: bool = False
+    lr: float = 1e-5
+    head_lr_multiplier: float = 10.0
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    decay_all: bool = False
+    momentum: float = 0.9
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    schedule: Literal["constant", "one_cycle", "cosine"] = "constant"
+    warmup_share: float = 0.2
+    clip: float = 0.0
+    ema_decay: float = 0.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    stop_after_drop: float = 0.0
+    log_every: int = 50
+    sampling: Literal["uniform", "repeat_factor"] = "uniform"
+    repeat_threshold: float = 1e-3
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation.
+
+    Attributes:
+        alphas: BoostLU factors to report at the end; null reports 1 and model.alpha_eval. All come from one pass.
+        batch_size: pictures a rank and forward; every batch is padded to this size, so results do not depend on ranks.
+        definition: average precision as scikit-learn defines it, by rank, or VOC-interpolated.
+        every: epochs between two validations.
+        threshold: probability above which a class counts as predicted (OP, OR, OF1, CP, CR, CF1).
+        empty_classes: what the headline mAP does with classes without a known positive; zero counts them as 0,
+            skip_unlabelled leaves out those without any label (Large Loss and BoostLU on OpenImages), skip all of
+            them, skip_one_sided those without a negative too (CSL on OpenImages V6). Null takes zero for fully
+            annotated splits and skip_unlabelled for others. All of them are reported.
+        groups: mAP also for so many groups of classes, sorted by their number of labels in the training split; 0 for
+            none, null for five where the training labels are partly known.
+        group_by: number of labels means positives and negatives (labels) or positives alone.
+    """
+
+    alphas: list[float] | None = None
+    batch_size: int = 64
+    definition: Literal["sklearn", "rank", "voc"] = "sklearn"
+    every: int = 1
+    threshold: float = 0.5
+    empty_classes: Literal["zero", "skip_unlabelled", "skip", "skip_one_sided"] | None = None
+    groups: int | None = None
+    group_by: Literal["labels", "positives"] = "labels"
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed.
+
+    Attributes:
+        zero_stage: ZeRO stage. 0 suits CNNs (and keeps their weights channels_last); 1 saves memory on large ViTs.
+        tensorboard: write TensorBoard events to the run directory.
+        extra: further sections for DeepSpeed's configuration as they are, for example
+            {wandb: {enabled: true, project: spml}, csv_monitor: {enabled: true, output_path: runs/csv}}.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    tensorboard: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives.
+
+    Attributes:
+        dir: run directory; null makes a new one under runs/.
+        resume: auto goes on from the newest checkpoint in the run directory if there is one, never starts afresh and
+            refuses a directory that has one; anything else is the path of a checkpoint directory to go on from.
+        seed: seed of everything random.
+        keep: checkpoints kept beside the best one.
+        save_updates: also save every so many updates within an epoch; 0 saves at the end of epochs only.
+        deterministic: on a GPU, take algorithms that give the same bits in every run, and say so where PyTorch has
+            none. Off, cuDNN times its algorithms and takes the fastest, and repeated runs differ by rounding. CPU runs
+            repeat bit for bit either way.
+    """
+
+    dir: str | None = None
+    resume: str = "auto"
+    seed: int = 0
+    keep: int = 1
+    save_updates: int = 0
+    deterministic: bool = False
+
+
+@dataclass
+class Config:
+    """A whole run. `method` holds the options dataclass of the method chosen."""
+
+    method: Any
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    deepspeed: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)

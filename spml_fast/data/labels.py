@@ -1,0 +1,386 @@
+"""Label codes, sparse label arrays, and the label store that turns sample indices into code rows on the device.
+
+One int8 code per (sample, class) everywhere: 1 observed positive, 0 observed negative, -1 unknown.
+Treating an unknown label as a negative is a method's decision, never the data's. Source: spec/README.md, "Label code".
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from spml_kernels import label_rows
+from torch import Tensor
+
+from spml_fast.core.distributed import all_gather_rows, is_main
+from spml_fast.core.errors import UserError
+
+POSITIVE, NEGATIVE, UNKNOWN = 1, 0, -1
+
+
+def class_dtype(num_classes: int) -> np.dtype:
+    """The smallest signed integer type that holds every class id: int16 up to 32,767 classes, int32 beyond."""
+    return np.dtype(np.int16 if num_classes <= np.iinfo(np.int16).max else np.int32)
+
+
+@dataclass(frozen=True)
+class SparseLabels:
+    """Label codes of N samples over C classes in CSR form; entries that are not listed have the code `default`.
+
+    A fully annotated set lists its positives and has `default` 0; a partly annotated one lists what is known and has
+    `default` -1. Nothing is ever stored densely in N x C.
+
+    Attributes:
+        indptr: int64 [N + 1], entries of row i are `indptr[i]:indptr[i + 1]`.
+        classes: int16 or int32 [nnz], ascending and unique within a row.
+        codes: int8 [nnz].
+        num_classes: C.
+        default: code of unlisted entries, 0 or -1.
+    """
+
+    indptr: npt.NDArray[np.int64]
+    classes: npt.NDArray[np.signedinteger]
+    codes: npt.NDArray[np.int8]
+    num_classes: int
+    default: int
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    @classmethod
+    def from_entries(
+        cls,
+        rows: npt.ArrayLike,
+        classes: npt.ArrayLike,
+        codes: npt.ArrayLike,
+        num_rows: int,
+        num_classes: int,
+        default: int = UNKNOWN,
+    ) -> SparseLabels:
+        """Build from coordinate lists in any order. Raises `ValueError` on a repeated (row, class) or a bad value."""
+        rows_a = np.asarray(rows, dtype=np.int64)
+        classes_a = np.asarray(classes, dtype=np.int64)
+        codes_a = np.asarray(codes, dtype=np.int8)
+        if len(classes_a) and (classes_a.min() < 0 or classes_a.max() >= num_classes):
+            raise ValueError(f"class id outside 0..{num_classes - 1}")
+        if len(rows_a) and (rows_a.min() < 0 or rows_a.max() >= num_rows):
+            raise ValueError(f"row outside 0..{num_rows - 1}")
+        if len(codes_a) and (codes_a.min() < UNKNOWN or codes_a.max() > POSITIVE):
+            raise ValueError("a code is not 1, 0 or -1")
+        key = rows_a * num_classes + classes_a
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+        if len(key) > 1 and (key[1:] == key[:-1]).any():
+            raise ValueError("the same (row, class) is listed twice")
+        indptr = np.zeros(num_rows + 1, dtype=np.int64)
+        np.cumsum(np.bincount(rows_a, minlength=num_rows), out=indptr[1:])
+        return cls(indptr, classes_a[order].astype(class_dtype(num_classes)), codes_a[order], num_classes, default)
+
+    @classmethod
+    def from_positives(cls, positives: Sequence[Iterable[int]], num_classes: int, default: int) -> SparseLabels:
+        """Build from one collection of positive class ids per row; repeated ids count once."""
+        unique = [sorted(set(p)) for p in positives]
+        rows = np.repeat(np.arange(len(unique)), np.array([len(p) for p in unique], np.int64))
+        flat = [c for p in unique for c in p]
+        return cls.from_entries(rows, flat, np.ones(len(flat), np.int8), len(unique), num_classes, default)
+
+    @classmethod
+    def from_dense(cls, codes: npt.NDArray[np.int8], default: int = UNKNOWN) -> SparseLabels:
+        """Build from a dense code array [N, C]; meant for small published label arrays and tests."""
+        rows, classes = np.nonzero(codes != default)
+        return cls.from_entries(rows, classes, codes[rows, classes], codes.shape[0], codes.shape[1], default)
+
+    def rows(self, index: npt.ArrayLike) -> npt.NDArray[np.int8]:
+        """Dense codes int8 [len(index), C] of the given rows; for reports and tests, not for the training step."""
+        index_a = np.asarray(index, dtype=np.int64)
+        out = np.full((len(index_a), self.num_classes), self.default, dtype=np.int8)
+        for i, row in enumerate(index_a):
+            entries = slice(int(self.indptr[row]), int(self.indptr[row + 1]))
+            out[i, self.classes[entries]] = self.codes[entries]
+        return out
+
+    def select(self, index: npt.ArrayLike) -> SparseLabels:
+        """The sub-set of rows `index`, in that order."""
+        index_a = np.asarray(index, dtype=np.int64)
+        counts = (self.indptr[1:] - self.indptr[:-1])[index_a]
+        indptr = np.zeros(len(index_a) + 1, dtype=np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        if len(index_a) and index_a[0] >= 0 and (np.diff(index_a) > 0).all():
+            # A mask of the entries takes an eighth of the memory of their places.
+            kept = np.zeros(len(self), np.bool_)
+            kept[index_a] = True
+            mask = np.repeat(kept, np.diff(self.indptr))
+            return SparseLabels(indptr, self.classes[mask], self.codes[mask], self.num_classes, self.default)
+        take = np.repeat(np.asarray(self.indptr)[:-1][index_a] - indptr[:-1], counts) + np.arange(indptr[-1])
+        return SparseLabels(indptr, self.classes[take], self.codes[take], self.num_classes, self.default)
+
+    def class_counts(self, code: int) -> npt.NDArray[np.int64]:
+        """Number of listed entries with `code` per class, int64 [C] (unlisted entries are not counted)."""
+        return np.bincount(self.classes[self.codes == code], minlength=self.num_classes).astype(np.int64)
+
+    def row_counts(self, code: int) -> npt.NDArray[np.int64]:
+        """Number of listed entries with `code` per row, int64 [N]."""
+        running = np.zeros(len(self.codes) + 1, np.int32 if len(self.codes) < 2**31 else np.int64)
+        np.cumsum(self.codes == code, out=running[1:])
+        ends = running[self.indptr]
+        return np.diff(ends).astype(np.int64)
+
+    def entry_rows(self) -> npt.NDArray[np.int64]:
+        """Row of every listed entry, int64 [nnz]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.indptr))
+
+    def save(self, folder: Path) -> None:
+        """Write `indptr.npy`, `classes.npy`, `codes.npy` and `labels.json` into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "indptr.npy", self.indptr)
+        np.save(folder / "classes.npy", self.classes)
+        np.save(folder / "codes.npy", self.codes)
+        (folder / "labels.json").write_text(json.dumps({"num_classes": self.num_classes, "default": self.default}))
+
+    @classmethod
+    def load(cls, folder: Path) -> SparseLabels:
+        """Open what `save` wrote, memory-mapped. Raises `UserError` when a file is missing or damaged.
+
+        The mapping is private and writable (copy on write): the files never change, and PyTorch takes such memory as it
+        is, so that all ranks of a machine without GPUs share one copy of the labels.
+        """
+        try:
+            meta = json.loads((folder / "labels.json").read_text())
+            indptr, classes, codes = (
+                np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("indptr", "classes", "codes")
+            )
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"the label files in {folder} cannot be read ({error}); prepare the data again") from error
+        return cls(indptr, classes, codes, int(meta["num_classes"]), int(meta["default"]))
+
+
+# Padded places for corrections that may wait on the device before they are packed: about 40 MB.
+_WAITING_PLACES = 1 << 22
+# Rows whose entries are counted at once.
+_COUNT_ROWS = 1 << 20
+
+
+class LabelStore:
+    """Label codes resident on a device, with an overlay of corrections kept beside the observed codes.
+
+    `correct` collects changes of the running epoch; they take effect when `commit` merges them at the epoch's end,
+    gathered over all ranks (an image is on another rank next epoch). Observed codes are never written.
+
+    A listed label takes 3 bytes (5 from 32,768 classes on) and a row 8; a correction takes 9 bytes on the host and in a
+    checkpoint, and as much as a label on the device. On a CPU the arrays are used where they are, without a copy.
+
+    Args:
+        labels: the sparse labels of one split.
+        device: where rows are made.
+    """
+
+    def __init__(self, labels: SparseLabels, device: torch.device | str = "cpu") -> None:
+        self._labels = labels
+        self.num_classes = labels.num_classes
+        self.default = labels.default
+        self.device = torch.device(device)
+        self._indptr = self._resident(labels.indptr)
+        self._classes = self._resident(labels.classes)
+        self._codes = self._resident(labels.codes)
+        self._max_row = int(np.diff(labels.indptr).max()) if len(labels) else 0
+        # Corrections of this epoch as `correct` got them: keys, which of them are none, code, number of the call.
+        self._waiting: list[tuple[Tensor, Tensor | None, int, int]] = []
+        self._waiting_places = 0
+        # The same without padding: keys int64, codes int8, calls int32.
+        self._packed: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._calls = 0
+        self._overlay_keys, self._overlay_codes = np.empty(0, np.int64), np.empty(0, np.int8)
+        self._show_overlay()
+
+    def _resident(self, array: npt.NDArray[Any]) -> Tensor:
+        """The array as a tensor on the device; copied on a CPU only where it may not be written."""
+        shared = torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else np.array(array))
+        return shared.to(self.device)
+
+    def __len__(self) -> int:
+        return len(self._indptr) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device that labels and committed corrections take."""
+        return sum(t.nbytes for t in (self._indptr, self._classes, self._codes, *self._overlay))
+
+    def max_row_count(self, code: int) -> int:
+        """The largest number of entries with `code` that any sample has, unlisted entries and corrections left out."""
+        largest = 0
+        for start in range(0, len(self), _COUNT_ROWS):
+            bounds = self._indptr[start : start + _COUNT_ROWS + 1]
+            first, last = int(bounds[0]), int(bounds[-1])
+            running = torch.nn.functional.pad((self._codes[first:last] == code).cumsum(0), (1, 0))
+            counts = running[bounds[1:] - first] - running[bounds[:-1] - first]
+            largest = max(largest, int(counts.max()))
+        return largest
+
+    @property
+    def num_corrections(self) -> int:
+        """Number of corrected entries that are in effect."""
+        return len(self._overlay_keys)
+
+    def class_counts(self, code: int) -> Tensor:
+        """Observed entries with `code` per class, unlisted ones included, int64 [C]."""
+        counts = torch.bincount(self._classes[self._codes == code], minlength=self.num_classes)
+        if code == self.default:
+            counts += len(self) - torch.bincount(self._classes, minlength=self.num_classes)
+        return counts
+
+    def rows(self, index: Tensor, corrected: bool = True) -> Tensor:
+        """Codes int8 [B, C] of the samples `index` (int64 [B], on the store's device).
+
+        Args:
+            corrected: with the overlay of committed corrections (default), or the observed codes alone.
+        """
+        out = label_rows(self._indptr, self._classes, self._codes, index, self.num_classes, self.default, self._max_row)
+        if corrected and self.num_corrections:
+            base = self._overlay
+            over = label_rows(base[0], base[1], base[2], index, self.num_classes, -2, self._overlay_max_row)
+            out = torch.where(over == -2, out, over)
+        return out
+
+    def correct(self, index: Tensor, classes: Tensor, code: int, valid: Tensor | None = None) -> None:
+        """Remember corrections of this epoch, for `commit`.
+
+        Nothing is read back from the device, but once in some thousand steps: padding is dropped when four million
+        places wait, or the lists of methods that cannot bound their corrections well would fill the memory.
+
+        Args:
+            index: int64 [K] sample indices.
+            classes: int64 [K] class ids.
+            code: the new code of all of them.
+            valid: bool [K]; entries that are False are padding and dropped.
+        """
+        keys = index.detach() * self.num_classes + classes.detach()
+        self._waiting.append((keys, None if valid is None else valid.detach(), code, self._calls))
+        self._calls += 1
+        self._waiting_places += len(keys)
+        if self._waiting_places > _WAITING_PLACES:
+            self._pack()
+
+    def _pack(self) -> None:
+        """Drop the padding of what waits."""
+        if not self._waiting:
+            return
+        lengths = torch.tensor([len(k) for k, *_ in self._waiting], device=self.device)
+        size = self._waiting_places
+        keys = torch.cat([k for k, *_ in self._waiting])
+        valid = torch.cat([torch.ones_like(k, dtype=torch.bool) if v is None else v for k, v, *_ in self._waiting])
+        columns = (
+            torch.tensor([w[at] for w in self._waiting], dtype=dtype, device=self.device)
+            for at, dtype in ((2, torch.int8), (3, torch.int32))
+        )
+        codes, calls = (c.repeat_interleave(lengths, output_size=size)[valid] for c in columns)
+        self._packed.append((keys[valid], codes, calls))
+        self._waiting.clear()
+        self._waiting_places = 0
+
+    def _gather_pending(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], npt.NDArray[np.int32]]:
+        """Keys (index * C + class), codes and call numbers of all ranks' pending corrections, in rank order."""
+        self._pack()
+        columns = [
+            torch.cat([p[at] for p in self._packed]) if self._packed else torch.empty(0, dtype=dtype)
+            for at, dtype in enumerate((torch.int64, torch.int8, torch.int32))
+        ]
+        keys, codes, calls = (all_gather_rows(c.to(self.device)).cpu().numpy() for c in columns)
+        return keys, codes, calls
+
+    def commit(self) -> int:
+        """Merge the pending corrections of all ranks into the overlay (collective). Returns how many were new.
+
+        Of several corrections of one entry the last call of `correct` wins, and of one call the highest rank.
+        """
+        keys, codes, calls = self._gather_pending()
+        self._packed.clear()
+        self._calls = 0
+        before = self.num_corrections
+        if len(keys):
+            # Stable, so that equal keys of one call stay in rank order.
+            order = np.lexsort((calls, keys))
+            keys, codes = keys[order], codes[order]
+            last = np.append(keys[1:] != keys[:-1], True)
+            self._merge(keys[last], codes[last])
+            self._show_overlay()
+        return self.num_corrections - before
+
+    def _merge(self, keys: npt.NDArray[np.int64], codes: npt.NDArray[np.int8]) -> None:
+        """Put ascending, unique keys into the ascending ones of the overlay; they win over those that are there."""
+        place = np.searchsorted(self._overlay_keys, keys)
+        known = np.zeros(len(keys), np.bool_)
+        inside = place < len(self._overlay_keys)
+        known[inside] = self._overlay_keys[place[inside]] == keys[inside]
+        self._overlay_codes[place[known]] = codes[known]
+        self._overlay_codes = np.insert(self._overlay_codes, place[~known], codes[~known])
+        self._overlay_keys = np.insert(self._overlay_keys, place[~known], keys[~known])
+
+    def _show_overlay(self) -> None:
+        """Make the overlay's CSR arrays on the device from its keys."""
+        keys = self._overlay_keys
+        self._overlay: tuple[Tensor, ...] = ()
+        self._overlay_max_row = 0
+        if not len(keys):
+            return
+        rows = keys // self.num_classes
+        counts = np.bincount(rows, minlength=len(self))
+        indptr = np.zeros(len(self) + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        classes = (keys - rows * self.num_classes).astype(class_dtype(self.num_classes))
+        # The codes are copied: a later merge writes into the host's.
+        arrays = (indptr, classes, self._overlay_codes.copy())
+        self._overlay = tuple(torch.from_numpy(a).to(self.device) for a in arrays)
+        self._overlay_max_row = int(counts.max())
+
+    @cached_property
+    def fingerprint(self) -> Tensor:
+        """Samples, classes, listed labels and a checksum of the labels, int64 [4]: corrections belong to no others."""
+        labels, checksum = self._labels, 0
+        for array in (labels.indptr, labels.classes, labels.codes):
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+        return torch.tensor([len(labels), labels.num_classes, len(labels.codes), checksum])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Committed corrections, and those of all ranks still pending, as CPU tensors (collective)."""
+        keys, codes, calls = self._gather_pending()
+        return {
+            "fingerprint": self.fingerprint,
+            "keys": torch.from_numpy(self._overlay_keys.copy()),
+            "codes": torch.from_numpy(self._overlay_codes.copy()),
+            "pending_keys": torch.from_numpy(keys.copy()),
+            "pending_codes": torch.from_numpy(codes.copy()),
+            "pending_calls": torch.from_numpy(calls.copy()),
+            "calls": torch.tensor(self._calls),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict`; rank 0 takes all pending corrections, so that each is gathered once.
+
+        Raises:
+            UserError: it belongs to other labels.
+        """
+        if not torch.equal(state["fingerprint"].cpu(), self.fingerprint):
+            then, now = state["fingerprint"].tolist(), self.fingerprint.tolist()
+            raise UserError(
+                f"the checkpoint belongs to other training labels ({then[0]:,} samples, {then[1]:,} classes, "
+                f"{then[2]:,} labels; now {now[0]:,}, {now[1]:,} and {now[2]:,}"
+                + (" with other content" if then[:3] == now[:3] else "")
+                + "); go on with the data set it was trained on, or start afresh in another --run.dir"
+            )
+        self._overlay_keys, self._overlay_codes = state["keys"].numpy().copy(), state["codes"].numpy().copy()
+        self._show_overlay()
+        self._waiting.clear()
+        self._waiting_places = 0
+        self._packed.clear()
+        self._calls = int(state["calls"])
+        if is_main():
+            keys, codes, calls = (state[f"pending_{n}"].to(self.device) for n in ("keys", "codes", "calls"))
+            self._packed.append((keys, codes, calls))

@@ -1,0 +1,421 @@
+"""Who sees which sample when, and how it is changed: pure functions of (seed, epoch, sample index).
+
+The order of an epoch depends on the seed and the epoch alone (and on the windows that it is shuffled within, if any);
+ranks and accumulation steps take slices of the same global batch. Augmentation parameters depend on seed, epoch and
+sample index alone, so a sample looks the same on whatever rank and in whatever batch it is met, and the position in the
+epoch is all that a resume has to know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from spml_fast.core.errors import UserError
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+def _part(size: int, parts: int, which: int) -> tuple[int, int]:
+    """First and one-past-last position of a near-equal contiguous part, as `np.array_split` cuts them."""
+    base, extra = divmod(size, parts)
+    start = which * base + min(which, extra)
+    return start, start + base + (which < extra)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How an epoch is shuffled so that every rank reads the disk in long pieces.
+
+    Blocks of consecutive samples are permuted and the sequence is cut into windows of whole batches. A window's
+    sequence is cut again into as many lanes as a batch has samples, each lane is shuffled, and every batch of the
+    window takes one sample of each lane, in the order of the lanes. A rank's slice of the batch is a run of lanes: its
+    part of the window is a run of whole blocks, whatever the number of ranks, and no other rank reads them.
+
+    Attributes:
+        samples: of a window, at most; at least one batch.
+        block: consecutive samples of a block.
+
+    Raises:
+        UserError: a block has no sample, or is larger than a window.
+    """
+
+    samples: int
+    block: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.block <= self.samples:
+            raise UserError(
+                f"data.shuffle_block is {self.block} and data.shuffle_window {self.samples}; a block needs 1 sample or "
+                "more, and a window a block or more"
+            )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One rank's share of one micro-step.
+
+    Attributes:
+        index: int64 [n], n >= 1, sample indices within the split.
+        global_size: samples of this micro-step over all ranks.
+        update_size: samples of the whole optimizer update over all ranks and accumulation steps.
+        offset: position of this rank's first sample within the global micro-step.
+    """
+
+    index: IntArray
+    global_size: int
+    update_size: int
+    offset: int
+
+
+class TrainOrder:
+    """The training order of one rank.
+
+    Update u of an epoch takes rows [u * batch_size, (u + 1) * batch_size) of the epoch's permutation; its micro-step a
+    takes the a-th of `accumulation` near-equal contiguous parts, and rank r the r-th near-equal part of that. The
+    last, smaller batch is kept unless it has fewer than accumulation * world_size samples: then it is left out,
+    because no rank may get an empty micro-batch.
+
+    Args:
+        size: samples of the split.
+        batch_size: samples of one optimizer update over all ranks and accumulation steps.
+        accumulation: micro-steps of one update.
+        world_size, rank: of the data-parallel group.
+        seed: of the run.
+        windows: shuffle within windows of blocks; None draws the order from all samples.
+
+    Attributes:
+        updates_per_epoch: optimizer updates of one epoch.
+        samples_per_epoch: samples that one epoch visits over all ranks.
+
+    Raises:
+        UserError: batch or split are too small to give every rank a sample in every micro-step, or the seed is out of
+            range.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        accumulation: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        windows: Windows | None = None,
+    ) -> None:
+        if accumulation < 1 or world_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"accumulation {accumulation}, world size {world_size}, rank {rank}")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"run.seed is {seed}; it must be 0 or more and less than 2**63")
+        smallest = accumulation * world_size
+        for value, what in ((batch_size, "a batch"), (size, "a training split")):
+            if value < smallest:
+                raise UserError(
+                    f"{what} of {value} samples cannot be shared by {world_size} ranks with {accumulation} accumulation"
+                    f" steps; it needs {smallest} samples, or use fewer ranks or accumulation steps"
+                )
+        self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
+        self.world_size, self.rank, self.seed, self.windows = world_size, rank, seed, windows
+        whole, rest = divmod(size, batch_size)
+        self.updates_per_epoch = whole + (rest >= smallest)
+        self.samples_per_epoch = min(size, self.updates_per_epoch * batch_size)
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Samples of the largest micro-batch that this rank meets."""
+        update = min(self.size, self.batch_size)
+        start, stop = _part(_part(update, self.accumulation, 0)[1], self.world_size, self.rank)
+        return stop - start
+
+    def _generator(self, epoch: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], np.uint64)))
+
+    def permutation(self, epoch: int) -> IntArray:
+        """Sample indices in the order of `epoch`, int64 [size]; the same on every rank."""
+        generator = self._generator(epoch)
+        if self.windows is None:
+            return generator.permutation(self.size)
+        order = self._blocks(generator)
+        self.shuffle_windows(order, generator)
+        return order
+
+    def blocks(self, epoch: int) -> IntArray:
+        """The sequence of blocks that the windows of `epoch` are cut from, as sample indices int64 [size]."""
+        return self._blocks(self._generator(epoch))
+
+    def _blocks(self, generator: np.random.Generator) -> IntArray:
+        assert self.windows is not None
+        block = self.windows.block
+        starts = generator.permutation(np.arange(0, self.size, block))
+        lengths = np.minimum(block, self.size - starts)
+        # Position minus its block's first position, plus the block's first sample.
+        return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(self.size)
+
+    def shuffle_windows(self, order: IntArray, generator: np.random.Generator) -> None:
+        """Shuffle a sequence of blocks, int64 [size], within its windows, in place; see `Windows`."""
+        width = self.updates_per_window * self.batch_size
+        for first in range(0, len(order), width):
+            part = order[first : first + width]
+            steps, rest = divmod(len(part), self.batch_size)
+            # The last, smaller batch of an epoch takes the one sample more of the first `rest` lanes.
+            longer = part[: rest * (steps + 1)].reshape(rest, steps + 1)
+            lanes = part[rest * (steps + 1) :].reshape(self.batch_size - rest, steps)
+            longer, lanes = generator.permuted(longer, axis=1), generator.permuted(lanes, axis=1)
+            part[:] = np.concatenate([np.concatenate([longer[:, :steps], lanes]).T.ravel(), longer[:, steps]])
+
+    @property
+    def updates_per_window(self) -> int:
+        """Updates that one window is used up in."""
+        return max(1, self.windows.samples // self.batch_size) if self.windows is not None else self.updates_per_epoch
+
+    def window(self, update: int) -> int | None:
+        """Number of the window that an update of an epoch lies in; None without windows."""
+        return None if self.windows is None else update // self.updates_per_window
+
+    def epoch(self, epoch: int, start_update: int = 0) -> Iterator[list[MicroBatch]]:
+        """Yield the updates of `epoch` from `start_update` on, each a list of `accumulation` micro-batches."""
+        order = self.permutation(epoch)
+        for update in range(start_update, self.updates_per_epoch):
+            rows = order[update * self.batch_size : (update + 1) * self.batch_size]
+            micro = []
+            for step in range(self.accumulation):
+                first, last = _part(len(rows), self.accumulation, step)
+                start, stop = _part(last - first, self.world_size, self.rank)
+                micro.append(MicroBatch(rows[first + start : first + stop], last - first, len(rows), start))
+            yield micro
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """One rank's evaluation batch.
+
+    Attributes:
+        index: int64 [batch_size]; after the first `real` entries the last one is repeated.
+        real: how many leading samples count; 0 in a surplus batch.
+        global_size: real samples of this step over all ranks.
+    """
+
+    index: IntArray
+    real: int
+    global_size: int
+
+
+class EvalOrder:
+    """The evaluation order of one rank: every sample once, in batches that do not depend on the world size.
+
+    Batch j holds the samples [j * batch_size, (j + 1) * batch_size) and goes to rank j % world_size. All batches are
+    padded to full size and all ranks get the same number of them, so that collectives in the forward stay in step;
+    surplus batches count nothing and show sample 0.
+
+    Args:
+        size: samples of the split, at least 1.
+        batch_size: samples of one batch of one rank.
+        world_size, rank: of the data-parallel group.
+
+    Raises:
+        UserError: the split is empty.
+    """
+
+    def __init__(self, size: int, batch_size: int, world_size: int = 1, rank: int = 0) -> None:
+        if size < 1:
+            raise UserError("the split to evaluate has no samples; choose another one or prepare the data again")
+        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"batch size {batch_size}, world size {world_size}, rank {rank}")
+        self.size, self.batch_size, self.world_size, self.rank = size, batch_size, world_size, rank
+        whole = math.ceil(size / batch_size)
+        self.batches = math.ceil(whole / world_size)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        width = self.batch_size
+        for step in range(self.batches):
+            first = (step * self.world_size + self.rank) * width
+            real = max(0, min(width, self.size - first))
+            index = np.arange(first, first + width, dtype=np.int64) if real else np.zeros(width, np.int64)
+            np.minimum(index, self.size - 1, out=index)
+            start = step * self.world_size * width
+            yield EvalBatch(index, real, min(self.size - start, self.world_size * width))
+
+
+# --- Random numbers by counter -------------------------------------------------------------------------------------
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+# Streams: what a random number is for. A stream has room for 2**16 draws of one sample.
+_FLIP = {"weak": 0, "strong": 1}
+_CROP, _OPERATION, _SIGN = 2, 3, 4
+_CROP_TRIES = 10
+
+
+def _mix(value: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _mix_array(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def uniform(seed: int, epoch: int, index: npt.ArrayLike, stream: int, draw: int = 0) -> FloatArray:
+    """Uniform numbers in [0, 1), float64 [n], one per sample index, by hashing (seed, epoch, stream, draw, index).
+
+    Args:
+        index: integers [n], at least 0.
+        stream, draw: what the number is for; different pairs give independent numbers.
+    """
+    key = 0
+    for part in (seed, epoch, (stream << 16) | draw):
+        key = _mix((key + part + _GAMMA) & _MASK)
+    counter = np.asarray(index).astype(np.uint64)
+    # Twice: splitmix sequences share one increment, so keys that differ by a multiple of it would be shifted copies.
+    bits = _mix_array(_mix_array(counter * np.uint64(_GAMMA) + np.uint64(key)) ^ np.uint64(_mix(key)))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+# --- Augmentation parameters ---------------------------------------------------------------------------------------
+
+# The operations of torchvision.transforms.RandAugment in its order.
+RANDAUGMENT_OPS = (
+    "Identity",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
+)
+RANDAUGMENT_BINS = 31
+_GEOMETRIC = slice(1, 6)
+_SIGNED = np.array([1 <= op <= 9 for op in range(len(RANDAUGMENT_OPS))])
+
+
+def flips(seed: int, epoch: int, index: npt.ArrayLike, view: str, probability: float) -> npt.NDArray[np.bool_]:
+    """Whether each sample is mirrored in `view` ("weak" or "strong", independent of each other), bool [n]."""
+    return uniform(seed, epoch, index, _FLIP[view]) < probability
+
+
+def randaugment_choice(
+    seed: int, epoch: int, index: npt.ArrayLike, num_ops: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Operation ids into `RANDAUGMENT_OPS` and signs (1 or -1; 1 where the operation has none), int32 [n, num_ops].
+
+    As torchvision draws them: uniform with replacement, and a fair sign for signed operations.
+    """
+    draws = range(num_ops)
+    ops = [uniform(seed, epoch, index, _OPERATION, k) * len(RANDAUGMENT_OPS) for k in draws]
+    ids = np.stack(ops, axis=-1).astype(np.int32) if num_ops else np.empty((len(np.asarray(index)), 0), np.int32)
+    negative = np.stack([uniform(seed, epoch, index, _SIGN, k) < 0.5 for k in draws], axis=-1) if num_ops else ids > 0
+    return ids, np.where(negative & _SIGNED[ids], -1, 1).astype(np.int32)
+
+
+def _linspace(start: float, end: npt.ArrayLike, step: int) -> npt.NDArray[np.float32]:
+    """Element `step` of `torch.linspace(start, end, 31)`, with its float32 arithmetic."""
+    first, end = np.float32(start), np.asarray(end, np.float32)
+    width = (end - first) / np.float32(RANDAUGMENT_BINS - 1)
+    if step < RANDAUGMENT_BINS // 2:
+        return first + width * np.float32(step)
+    return end - width * np.float32(RANDAUGMENT_BINS - 1 - step)
+
+
+def randaugment_matrices(
+    ops: npt.NDArray[np.int32],
+    signs: npt.NDArray[np.int32],
+    magnitude: int,
+    width: npt.ArrayLike,
+    height: npt.ArrayLike,
+) -> npt.NDArray[np.float32]:
+    """Maps from output to input pixel coordinates of the geometric operations, float32 [n, 2, 3]; else the identity.
+
+    The same maps as torchvision hands to Pillow: shears keep the top left corner, rotations the centre, translations
+    are whole pixels towards zero of a share of the picture's side.
+
+    Args:
+        ops, signs: int32 [n].
+        magnitude: RandAugment magnitude 0..30.
+        width, height: of the pictures as shown, in pixels, [n].
+    """
+    widths, heights = np.asarray(width, np.float64), np.asarray(height, np.float64)
+    sign = signs.astype(np.float64)
+    out = np.zeros((len(ops), 2, 3))
+    out[:, 0, 0] = out[:, 1, 1] = 1.0
+    shear = float(_linspace(0.0, 0.3, magnitude)) * sign
+    out[:, 0, 1] = np.where(ops == 1, shear, 0.0)
+    out[:, 1, 0] = np.where(ops == 2, shear, 0.0)
+    for op, row, sides in ((3, 0, widths), (4, 1, heights)):
+        moved = np.trunc(_linspace(0.0, 150.0 / 331.0 * sides, magnitude)) * sign
+        out[:, row, 2] = np.where(ops == op, -moved, 0.0)
+    angle = -np.radians(float(_linspace(0.0, 30.0, magnitude)) * sign)
+    cos, sin = np.cos(angle), np.sin(angle)
+    x, y = widths / 2.0, heights / 2.0
+    rotation = np.stack(
+        [np.stack([cos, sin, x - cos * x - sin * y], -1), np.stack([-sin, cos, y + sin * x - cos * y], -1)], 1
+    )
+    out[ops == 5] = rotation[ops == 5]
+    return out.astype(np.float32)
+
+
+def randaugment_factor(magnitude: int, sign: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """Factor of Brightness, Color, Contrast and Sharpness, float32 [n] (1 leaves the picture as it is)."""
+    return (1.0 + float(_linspace(0.0, 0.9, magnitude)) * sign).astype(np.float32)
+
+
+def posterize_mask(magnitude: int) -> int:
+    """Bit mask that Posterize leaves of every value, 0..255."""
+    bits = 8 - int(np.round(np.float32(magnitude) / np.float32((RANDAUGMENT_BINS - 1) / 4)))
+    return 255 & ~(2 ** (8 - bits) - 1)
+
+
+def solarize_threshold(magnitude: int) -> int:
+    """Smallest value that Solarize inverts, 0..255."""
+    return math.ceil(float(_linspace(255.0, 0.0, magnitude)))
+
+
+def crop_boxes(
+    seed: int, epoch: int, index: npt.ArrayLike, width: npt.ArrayLike, height: npt.ArrayLike, scale: float
+) -> npt.NDArray[np.int32]:
+    """Random-resized-crop boxes (top, left, height, width) in pixels, int32 [n, 4].
+
+    As torchvision.transforms.RandomResizedCrop: an area uniform in [scale, 1] of the picture's, an aspect ratio
+    log-uniform in [3/4, 4/3], ten tries, and then the largest central box with an allowed ratio.
+
+    Args:
+        width, height: of the pictures as shown, in pixels, [n].
+        scale: smallest share of the area.
+    """
+    widths, heights = np.asarray(width, np.int64), np.asarray(height, np.int64)
+    low, high = 3.0 / 4.0, 4.0 / 3.0
+    tall, wide = widths < low * heights, widths > high * heights
+    box_h = np.where(tall, np.rint(widths / low), heights).astype(np.int64)
+    box_w = np.where(wide, np.rint(heights * high), widths).astype(np.int64)
+    box = np.stack([(heights - box_h) // 2, (widths - box_w) // 2, box_h, box_w], -1)
+    # Tries in reverse, so that the first that fits is the one that stays.
+    for attempt in reversed(range(_CROP_TRIES)):
+        area, ratio, top, left = (uniform(seed, epoch, index, _CROP, 4 * attempt + k) for k in range(4))
+        target = widths * heights * (scale + (1.0 - scale) * area)
+        aspect = np.exp(math.log(low) + (math.log(high) - math.log(low)) * ratio)
+        try_w = np.rint(np.sqrt(target * aspect)).astype(np.int64)
+        try_h = np.rint(np.sqrt(target / aspect)).astype(np.int64)
+        fits = (try_w > 0) & (try_w <= widths) & (try_h > 0) & (try_h <= heights)
+        top_px = np.floor(top * (heights - try_h + 1)).astype(np.int64)
+        left_px = np.floor(left * (widths - try_w + 1)).astype(np.int64)
+        box = np.where(fits[:, None], np.stack([top_px, left_px, try_h, try_w], -1), box)
+    return box.astype(np.int32)

@@ -1,0 +1,366 @@
+"""Tar shards: many pictures in a few big files, found by (shard, offset, size) and read ahead of their use.
+
+    MANIFEST/SPLIT/shards.json       name, bytes, samples and SHA-256 of every shard, in order
+    MANIFEST/SPLIT/shard_index.npy   int64 [N, 3]: shard number, offset and size in bytes of every picture
+    IMAGE_ROOT/SPLIT-00000.tar ...   plain tar, one member a picture: 000000123.jpg; tar and webdataset readers take it
+
+Pictures lie in the order of their sample indices, so samples that follow each other are read without seeking. `pack.py`
+writes shards. This file reads them with `pread` and not through a memory map: a shard that is cut short, or a mount
+that fails, is then an error with a sentence and not a signal that kills the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import numpy.typing as npt
+
+from spml_fast.core.errors import UserError
+
+SHARDS_FILE, INDEX_FILE = "shards.json", "shard_index.npy"
+MEND = "restore the shard, or pack the pictures again"
+
+# Open files are kept, but a data set may have more shards than a process may open files.
+_MAX_OPEN = 64
+# Bytes between two wanted pictures that are read and dropped, where moving a disk's head takes longer.
+_READ_THROUGH = 512 << 10
+# Bytes of one task of a reading thread. Linux takes at most 1,024 buffers a call, half of them pictures here.
+_TASK_BYTES, _TASK_PICTURES = 8 << 20, 500
+
+Encoded = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard.
+
+    Attributes:
+        name: file name within the picture folder.
+        size: bytes of the whole file.
+        samples: pictures in it.
+        sha256: checksum of the whole file, hexadecimal.
+    """
+
+    name: str
+    size: int
+    samples: int
+    sha256: str
+
+
+class _OpenFile:
+    """A file descriptor that closes with its last user."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class Shards:
+    """The shards of one split, opened for reading. Safe to use from several threads.
+
+    Args:
+        folder: the split's folder in the Manifest.
+        root: folder that holds the shards.
+
+    Attributes:
+        table: int64 [N, 3], memory-mapped: shard number, offset and size in bytes of every picture.
+        files: the shards, in order.
+
+    Raises:
+        UserError: the index is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self.folder, self.root = folder, root
+        try:
+            self.files = [ShardFile(**entry) for entry in json.loads((folder / SHARDS_FILE).read_text("utf-8"))]
+            self.table: npt.NDArray[np.int64] = np.load(folder / INDEX_FILE, mmap_mode="r")
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            raise UserError(f"the shard index in {folder} cannot be read ({error}); pack the pictures again") from error
+        if self.table.ndim != 2 or self.table.shape[1] != 3 or self.table.dtype != np.int64:
+            raise UserError(f"{folder / INDEX_FILE} is not a table of shard, offset and size; pack the pictures again")
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def path(self, number: int) -> str:
+        """Full path of a shard."""
+        return os.path.join(self.root, self.files[number].name)
+
+    def place(self, index: int) -> str:
+        """Where a picture lies, in words for a message."""
+        shard, offset, _ = self.table[index].tolist()
+        return f"at offset {offset} of shard {self.path(shard)} (sample {index} of split {self.folder.name!r})"
+
+    def file(self, number: int) -> _OpenFile:
+        """An open shard. Raises `OSError`."""
+        with self._lock:
+            found = self._open.get(number)
+            if found is None:
+                found = self._open[number] = _OpenFile(self.path(number))
+                if len(self._open) > _MAX_OPEN:
+                    # A thread that is reading from it keeps it open until it has finished.
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+            return found
+
+    def forget(self, number: int) -> None:
+        """Open a shard anew the next time, because it may have been replaced."""
+        with self._lock:
+            self._open.pop(number, None)
+
+    def read(self, index: int) -> bytes:
+        """The encoded picture of a sample. `UserError` names the shard if it is missing or too short."""
+        return self.read_many([index])[0].tobytes()
+
+    def read_many(self, index: Sequence[int]) -> list[Encoded]:
+        """Encoded pictures, uint8 arrays of their own, in the order of `index`; read in the order of the disk."""
+        samples = np.asarray(index, np.int64)
+        out: list[Encoded | None] = [None] * len(samples)
+        rows = np.asarray(self.table[samples])
+        for task in _tasks(rows, len(samples)):
+            self.read_spans(samples, rows, task, out)
+        return [array for array in out if array is not None]
+
+    def read_spans(
+        self,
+        samples: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+        spans: Sequence[npt.NDArray[np.int64]],
+        out: list[Encoded | None],
+    ) -> None:
+        """Read spans of pictures and put them into `out`.
+
+        Args:
+            samples: int64 [n] sample indices.
+            rows: int64 [n, 3], their rows of `table`.
+            spans: positions in `samples`, each in the order of the disk and within one shard.
+            out: n places for the pictures.
+
+        Raises:
+            UserError: a shard is missing, cannot be read, or ends too early.
+        """
+        hole = bytearray(_READ_THROUGH)
+        for span in spans:
+            shard = int(rows[span[0], 0])
+            start = end = int(rows[span[0], 1])
+            buffers: list[memoryview] = []
+            arrays = []
+            for _, offset, size in rows[span].tolist():
+                if offset > end:
+                    buffers.append(memoryview(hole)[: offset - end])
+                arrays.append(np.empty(size, np.uint8))
+                if size:
+                    buffers.append(arrays[-1].data)
+                end = offset + size
+            try:
+                file = self.file(shard)
+                reached = start + _read_into(file.fd, buffers, start)
+                length = os.fstat(file.fd).st_size
+            except OSError as error:
+                self.forget(shard)
+                reason = "the shard is missing" if isinstance(error, FileNotFoundError) else error.strerror
+                raise UserError(
+                    f"the picture {self.place(int(samples[span[0]]))} cannot be read ({reason}); {MEND}"
+                ) from error
+            if reached < end:
+                self.forget(shard)
+                ends = rows[span, 1] + rows[span, 2]
+                first = int(span[np.argmax(ends > reached)])
+                raise UserError(
+                    f"the picture {self.place(int(samples[first]))} cannot be read (the shard ends at byte {length}); "
+                    f"{MEND}"
+                )
+            for position, array in zip(span.tolist(), arrays, strict=True):
+                out[position] = array
+
+
+def _read_into(fd: int, buffers: list[memoryview], offset: int) -> int:
+    """Fill buffers one after the other from `offset` of a file on. Returns the bytes read, fewer at the file's end."""
+    done = 0
+    while buffers:
+        got = os.preadv(fd, buffers, offset + done)
+        if got == 0:
+            break
+        done += got
+        while buffers and got >= len(buffers[0]):
+            got -= len(buffers.pop(0))
+        if got:
+            buffers[0] = buffers[0][got:]
+    return done
+
+
+def _tasks(rows: npt.NDArray[np.int64], threads: int) -> list[list[npt.NDArray[np.int64]]]:
+    """Cut pictures into spans that are read in one go, and share the spans out.
+
+    Args:
+        rows: int64 [n, 3] shard, offset, size.
+        threads: that will read.
+
+    Returns:
+        Tasks in the order of the disk, each a list of spans, each int64 positions in `rows`.
+    """
+    if not len(rows):
+        return []
+    order = np.lexsort((rows[:, 1], rows[:, 0]))
+    shard, offset, size = rows[order].T
+    hole = offset[1:] - (offset[:-1] + size[:-1])
+    # What begins before the last one ends is the same picture, asked for twice.
+    cut = (shard[1:] != shard[:-1]) | (hole < 0) | (hole > _READ_THROUGH)
+    tasks: list[list[npt.NDArray[np.int64]]] = [[]]
+    filled = pictures = 0
+    most = -(-len(rows) // threads)
+    for span in np.split(order, np.flatnonzero(cut) + 1):
+        ends = np.cumsum(rows[span, 2])
+        while len(span):
+            # No more than fits into the task that is being filled; one picture at least.
+            room = int(np.searchsorted(ends, _TASK_BYTES - filled, "right"))
+            room = min(room, min(most, _TASK_PICTURES) - pictures)
+            if room < 1 and tasks[-1]:
+                tasks.append([])
+                filled = pictures = 0
+                continue
+            room = max(1, room)
+            tasks[-1].append(span[:room])
+            filled, pictures = filled + int(ends[room - 1]), pictures + room
+            span, ends = span[room:], ends[room:] - ends[room - 1]
+    return tasks
+
+
+class Reading:
+    """Pictures on their way into memory."""
+
+    def __init__(self, futures: list[Future[None]], out: list[Encoded | None]) -> None:
+        self._futures, self._out = futures, out
+
+    def result(self) -> list[Encoded | None]:
+        """Wait, and return the encoded pictures, uint8 each, in the order asked for. `UserError` if one is unreadable.
+
+        The list is the caller's: what is taken out of it is freed when the caller drops it.
+        """
+        for future in self._futures:
+            future.result()
+        self._futures = []
+        return self._out
+
+    def done(self) -> bool:
+        """Whether `result` returns or raises at once."""
+        return all(future.done() for future in self._futures)
+
+    def cancel(self) -> None:
+        """Do not start what has not been started."""
+        for future in self._futures:
+            future.cancel()
+
+
+_Job = tuple[Future[None], Callable[[], None]]
+
+
+def _work(jobs: SimpleQueue[_Job | None]) -> None:
+    """What a reading thread does until it is handed None."""
+    while (job := jobs.get()) is not None:
+        future, read = job
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            read()
+        except Exception as error:
+            # It is raised where the pictures are asked for.
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+        # Not kept until the next job comes: it holds pictures.
+        del job, future, read
+
+
+def _dismiss(jobs: SimpleQueue[_Job | None], threads: int) -> None:
+    for _ in range(threads):
+        jobs.put(None)
+
+
+class ShardReader:
+    """Reads pictures of a split on threads of its own, in the order of the disk.
+
+    The threads are daemons, which those of a `ThreadPoolExecutor` are not: a program that ends, or is interrupted, does
+    not wait until a window that nobody needs any more has been read.
+
+    Args:
+        shards: the split's shards.
+        threads: reads that are under way at a time.
+    """
+
+    def __init__(self, shards: Shards, threads: int) -> None:
+        self.shards, self.threads = shards, threads
+
+    @cached_property
+    def _jobs(self) -> SimpleQueue[_Job | None]:
+        jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        for _ in range(self.threads):
+            threading.Thread(target=_work, args=(jobs,), name="shards", daemon=True).start()
+        weakref.finalize(self, _dismiss, jobs, self.threads)
+        return jobs
+
+    def submit(self, samples: npt.NDArray[np.int64]) -> Reading:
+        """Start reading samples, int64 [n]; returns at once."""
+        rows = np.asarray(self.shards.table[samples])
+        out: list[Encoded | None] = [None] * len(samples)
+        futures: list[Future[None]] = []
+        for task in _tasks(rows, self.threads):
+            futures.append(Future())
+            self._jobs.put((futures[-1], partial(self.shards.read_spans, samples, rows, task, out)))
+        return Reading(futures, out)
+
+
+def check_shards(shards: Shards, threads: int = 4) -> int:
+    """Read every byte of a split's shards and compare the checksums. Returns the bytes read.
+
+    Raises:
+        UserError: a shard is missing, has another size or other bytes, or the index points outside it.
+    """
+    numbers = np.asarray(shards.table[:, 0])
+    ends = np.asarray(shards.table[:, 1] + shards.table[:, 2])
+    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(shards.files)):
+        raise UserError(f"{shards.folder / INDEX_FILE} names a shard that does not exist; pack the pictures again")
+
+    def check(number: int) -> int:
+        file, path = shards.files[number], shards.path(number)
+        rows = np.flatnonzero(numbers == number)
+        held = f"samples {rows[0]} to {rows[-1]} of split {shards.folder.name!r}" if len(rows) else "no sample"
+        try:
+            size = os.stat(path).st_size
+            if size != file.size:
+                raise UserError(f"shard {path} ({held}) has {size} bytes instead of {file.size}; {MEND}")
+            if len(rows) != file.samples or ends[rows].max(initial=0) > size:
+                raise UserError(f"{shards.folder / INDEX_FILE} does not fit shard {path}; pack the pictures again")
+            found = file_sha256(path)
+        except OSError as error:
+            raise UserError(f"shard {path} ({held}) cannot be read ({error.strerror}); {MEND}") from error
+        if found != file.sha256:
+            raise UserError(f"shard {path} ({held}) is damaged: its checksum has changed since it was packed; {MEND}")
+        return size
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(check, range(len(shards.files))))
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Average precision and the other metrics, over splits and ranks."""

@@ -1,0 +1,360 @@
+"""Evaluation: one pass over a split, any number of alphas, the same numbers for any number of ranks.
+
+Batches are cut and padded in the same way whatever the world size (order.EvalOrder), so a picture's logits do not
+depend on how many ranks share the work; scores are brought together in sample order before anything is averaged.
+
+Where a split is partly annotated, what is kept of a batch's [B, C] logits are the annotated pairs: 13 bytes each (17
+with BoostLU's second mean) and one for each alpha, 38 MB for the two million pairs of the OpenImages V7 test set with
+two alphas, against 9.7 GB of the two dense means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from spml_fast.cli.parse import load_config
+from spml_fast.core import distributed
+from spml_fast.core.config import Config, EvalConfig
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
+from spml_fast.data.loader import EvalLoader
+from spml_fast.data.manifest import Manifest, Split
+from spml_fast.evaluation.metrics import evaluate_pairs, evaluate_scores, groups_by_count, logit_threshold
+from spml_fast.models.classifier import Classifier, boosted, check_alpha
+from spml_fast.prepare.datasets.digits import prepare_digits
+from spml_fast.train.checkpoint import load_weights
+from spml_fast.train.engine import autocast_dtype, untimed_algorithms
+
+TOP_K = 3
+GROUPS = 5
+DIGITS_DIR = "data/digits"
+
+
+@dataclass
+class Scores:
+    """The two means of the head for a whole split, on rank 0 in sample order.
+
+    Attributes:
+        mean: fp32 [N, C], or [M] for the M annotated pairs of a partly annotated split.
+        mean_relu: the same shape, or None when only alpha 1 was asked for.
+        index: int64 [N] sample of each row, or int32 [M] of each pair.
+        class_id: int32 [M] for pairs, else None.
+        code: int8 [M] for pairs, else None (the labels are then read from the split).
+        top: alpha -> bool [M], whether the pair's class is among its picture's TOP_K highest.
+    """
+
+    mean: npt.NDArray[np.float32]
+    mean_relu: npt.NDArray[np.float32] | None
+    index: npt.NDArray[np.signedinteger]
+    class_id: npt.NDArray[np.int32] | None = None
+    code: npt.NDArray[np.int8] | None = None
+    top: dict[float, npt.NDArray[np.bool_]] | None = None
+
+    def at_alpha(self, alpha: float) -> npt.NDArray[np.float32]:
+        """fp32 logits of the shape of `mean`."""
+        relu = None if self.mean_relu is None else torch.from_numpy(self.mean_relu)
+        return boosted(torch.from_numpy(self.mean), relu, alpha).numpy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        arrays = [self.mean, self.mean_relu, self.index, self.class_id, self.code, *(self.top or {}).values()]
+        return sum(a.nbytes for a in arrays if a is not None)
+
+
+def top_k_rows(scores: Tensor, k: int) -> Tensor:
+    """`metrics.top_k_mask` where the scores are: the k highest of each row, bool [B, C], smaller class ids first."""
+    if scores.shape[1] <= k:
+        return torch.ones_like(scores, dtype=torch.bool)
+    edge = scores.topk(k, dim=1).values[:, -1:]
+    above, level = scores > edge, scores == edge
+    places = k - above.sum(1, keepdim=True)
+    return above | (level & (level.cumsum(1) <= places))
+
+
+@torch.no_grad()
+def score_split(
+    classifier: Classifier,
+    loader: EvalLoader,
+    labels: SparseLabels,
+    alphas: Sequence[float],
+    dtype: torch.dtype | None,
+) -> Scores | None:
+    """Run the classifier over a split (collective).
+
+    Fully annotated splits keep whole score rows; partly annotated ones keep the annotated pairs alone, so that nothing
+    of N x C is held where C is large.
+
+    Args:
+        classifier: put into eval mode by the caller.
+        loader: this rank's batches.
+        labels: known labels of the split.
+        alphas: BoostLU factors that will be asked for.
+        dtype: autocast dtype of the network, or None.
+
+    Returns:
+        Scores on rank 0, None elsewhere.
+    """
+    device = loader.device
+    pairs = labels.default == UNKNOWN
+    store = LabelStore(labels, device) if pairs else None
+    boost = any(a != 1 for a in alphas)
+    parts: list[list[Tensor]] = []
+    for batch in loader:
+        autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+        with autocast, untimed_algorithms():
+            output = classifier(batch.views["eval"], boost=boost)
+        if batch.real == 0:
+            continue
+        index, mean = batch.index[: batch.real], output.mean[: batch.real]
+        relu = None if output.mean_relu is None else output.mean_relu[: batch.real]
+        if store is None:
+            part = [index, mean] + ([] if relu is None else [relu])
+        else:
+            codes = store.rows(index)
+            row, column = torch.nonzero(codes != UNKNOWN, as_tuple=True)
+            part = [index[row].int(), mean[row, column]] + ([] if relu is None else [relu[row, column]])
+            part += [column.int(), codes[row, column]]
+            for alpha in alphas:
+                top = top_k_rows(boosted(mean, relu, alpha), TOP_K)
+                part.append(top[row, column].to(torch.int8))
+        parts.append([t.cpu() for t in part])
+    width = labels.num_classes
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((0,), torch.int32 if pairs else torch.int64)]
+    shapes += [((0,) if pairs else (0, width), torch.float32)] * (2 if boost else 1)
+    if pairs:
+        shapes += [((0,), torch.int32), ((0,), torch.int8)] + [((0,), torch.int8)] * len(alphas)
+    columns = [
+        torch.cat([p[i] for p in parts]) if parts else torch.empty(shape, dtype=kind)
+        for i, (shape, kind) in enumerate(shapes)
+    ]
+    gathered = [distributed.gather_rows(c.to(device)) for c in columns]
+    if not distributed.is_main():
+        return None
+    index_all = gathered[0].cpu().numpy()
+    order = np.argsort(index_all, kind="stable")
+    arrays = [g.cpu().numpy()[order] for g in gathered]
+    relu_all = arrays[2] if boost else None
+    if not pairs:
+        return Scores(arrays[1], relu_all, arrays[0])
+    rest = arrays[3:] if boost else arrays[2:]
+    tops = {alpha: rest[2 + i].astype(bool) for i, alpha in enumerate(alphas)}
+    return Scores(arrays[1], relu_all, arrays[0], rest[0], rest[1], tops)
+
+
+def measure(
+    scores: Scores,
+    labels: SparseLabels,
+    alpha: float,
+    config: EvalConfig,
+    classes: Sequence[str],
+    groups: npt.NDArray[np.int64] | None = None,
+) -> dict[str, Any]:
+    """All metrics at one alpha, in per cent; see `metrics.evaluate_scores`.
+
+    Args:
+        config: definition of average precision, threshold, and the convention for classes without positives.
+        groups: int64 [C], group of each class, or None.
+    """
+    logits = scores.at_alpha(alpha)
+    options: dict[str, Any] = {
+        "definition": config.definition,
+        "threshold": logit_threshold(config.threshold),
+        "class_names": classes,
+        "top_k": TOP_K,
+        "groups": groups,
+    }
+    if config.empty_classes is not None:
+        options["empty_classes"] = config.empty_classes
+    if scores.class_id is None:
+        return evaluate_scores(logits, labels.rows(scores.index), **options)
+    assert scores.code is not None and scores.top is not None
+    return evaluate_pairs(
+        scores.class_id,
+        logits,
+        scores.code,
+        labels.num_classes,
+        row=scores.index,
+        in_top_k=scores.top[alpha],
+        **options,
+    )
+
+
+def class_groups(manifest: Manifest, config: Config) -> npt.NDArray[np.int64] | None:
+    """Groups of classes by how often the training split annotates them (OpenImages: five groups, rarest first).
+
+    By default (`eval.groups` null) five groups where the training labels are partly known, and none where they are
+    complete, where there is no training split, or where there are fewer than five classes.
+
+    Returns:
+        int64 [C], or None without groups.
+
+    Raises:
+        UserError: groups were asked for and there is no training split, or there are fewer classes than groups.
+
+    Source: spec/protocol.md 4.
+    """
+    number, name = config.eval.groups, config.data.train_split
+    if number == 0:
+        return None
+    if name not in manifest.splits:
+        if number is None:
+            return None
+        raise UserError(
+            f"eval.groups sorts classes by their labels in split {name!r}, which {manifest.folder} does not have; "
+            "set eval.groups to 0"
+        )
+    known = manifest.split(name).known
+    partly = known.default == UNKNOWN
+    if number is None:
+        if not partly or manifest.num_classes < GROUPS:
+            return None
+        number = GROUPS
+    counts = known.class_counts(POSITIVE)
+    if partly and config.eval.group_by == "labels":
+        counts = counts + known.class_counts(NEGATIVE)
+    return groups_by_count(counts, number)
+
+
+def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures of one alpha for people: (name, value) pairs of a table."""
+
+    def text(value: float | None) -> str:
+        return "not defined" if value is None else f"{value:.2f}"
+
+    names = {"map": f"mAP ({found['empty_classes']})"}
+    if found["classes_without_positive"]:
+        names |= {
+            "map_zero": "mAP, classes without a positive count 0",
+            "map_skip_unlabelled": "mAP, classes without a label left out",
+            "map_skipping": "mAP, classes without a positive left out",
+        }
+    if found["classes_without_negative"]:
+        names["map_skip_one_sided"] = "mAP, classes without a positive or a negative left out"
+    if found["num_negatives"] and (found["classes_without_positive"] or found["classes_without_negative"]):
+        names["map_weighted"] = "mAP weighted by positives"
+    rows = [(shown, text(found[name])) for name, shown in names.items()]
+    if "groups" in found:
+        size = found["groups"][0]["num_classes"]
+        shown = f"mAP of {len(found['groups'])} groups of about {size} classes, rarest in training first"
+        rows.append((shown, " / ".join(text(g["map"]) for g in found["groups"])))
+    rows += [(name, text(found[name])) for name in ("OF1", "CF1", "OF1_top3", "CF1_top3") if name in found]
+    rows.append(("classes without a positive", str(found["classes_without_positive"])))
+    rows.append(("classes without a label", str(found["classes_without_label"])))
+    return rows
+
+
+def check_alphas(alphas: Sequence[float], classifier: Classifier, config: Config) -> None:
+    """Raise `UserError` for a BoostLU factor that is not positive, or is not 1 where the head has no map to boost."""
+    for alpha in alphas:
+        check_alpha(alpha, "alpha")
+        if alpha != 1 and not classifier.head.boosts:
+            raise UserError(
+                f"alpha {alpha:g} has no meaning for head {config.model.head}, which has no class activation map; "
+                "use alpha 1"
+            )
+
+
+def evaluate_split(
+    classifier: Classifier,
+    loader: EvalLoader,
+    split: Split,
+    alphas: Sequence[float],
+    config: Config,
+    classes: Sequence[str],
+    groups: npt.NDArray[np.int64] | None = None,
+) -> dict[float, dict[str, Any]]:
+    """Metrics of a split at every alpha, on every rank (collective).
+
+    Args:
+        classifier: on the loader's device; its mode is kept.
+        loader: this rank's batches of the split.
+        split: whose known labels are the truth.
+        alphas: BoostLU factors.
+        config: precision, head, and how to evaluate.
+        classes: names for error messages.
+        groups: int64 [C] from `class_groups`, or None.
+
+    Returns:
+        alpha -> metrics (per cent); ranks other than 0 get `map` alone.
+    """
+    check_alphas(alphas, classifier, config)
+    was_training = classifier.training
+    classifier.eval()
+    dtype = autocast_dtype(config.train.precision, loader.device)
+    scores = score_split(classifier, loader, split.known, alphas, dtype)
+    classifier.train(was_training)
+    results: dict[float, dict[str, Any]] = {alpha: {} for alpha in alphas}
+    maps = torch.zeros(len(alphas), dtype=torch.float64, device=loader.device)
+    if scores is not None:
+        for i, alpha in enumerate(alphas):
+            found = measure(scores, split.known, alpha, config.eval, classes, groups)
+            results[alpha] = found
+            maps[i] = float("nan") if found["map"] is None else found["map"]
+    # NaN survives the sum, so every rank takes the same decisions.
+    maps = distributed.all_reduce_sum(maps)
+    for i, alpha in enumerate(alphas):
+        results[alpha]["map"] = float(maps[i])
+    return results
+
+
+def open_data(config: Config) -> Manifest:
+    """The Manifest of a run; builds the embedded digit scenes on first use (one process builds, others wait)."""
+    if config.data.dir is not None:
+        return Manifest(config.data.dir, config.data.image_root)
+    return prepare_digits(Path(DIGITS_DIR))
+
+
+def input_normalisation(config: Config, classifier: Classifier) -> tuple[list[float], list[float]]:
+    """Channel mean and standard deviation: as configured, or the backbone's."""
+    mean, std = classifier.input_normalisation()
+    return config.data.mean or mean, config.data.std or std
+
+
+def make_eval_loader(config: Config, split: Split, classifier: Classifier, device: torch.device) -> EvalLoader:
+    """The loader that training and stand-alone evaluation share."""
+    mean, std = input_normalisation(config, classifier)
+    return EvalLoader(split, config.data, batch_size=config.eval.batch_size, device=device, mean=mean, std=std)
+
+
+def load_run_config(run: Path) -> Config:
+    """The resolved recipe of a run. `UserError` if the folder is not a run directory."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run directory (no config.yaml in it)")
+    return load_config(run / "config.yaml")
+
+
+def load_classifier(
+    run: Path, config: Config, num_classes: int, device: torch.device
+) -> tuple[Classifier, dict[str, str]]:
+    """A run's classifier with its best weights, in eval mode on `device`, and the weights' metadata.
+
+    Raises:
+        UserError: no weights yet, or they belong to a model with other classes.
+    """
+    # The weights come from the run; nothing is downloaded to use it.
+    config.model.pretrained, config.model.weights = False, None
+    classifier = Classifier(config.model, num_classes, config.data.image_size)
+    metadata = load_weights(run / "model.safetensors", classifier)
+    classifier.to(device).to(memory_format=torch.channels_last).eval()
+    return classifier, metadata
+
+
+def load_run(run: Path, device: torch.device) -> tuple[Config, Manifest, Classifier, dict[str, str]]:
+    """Config, data, classifier with the best weights, and the weights' metadata of a finished or running run.
+
+    Raises:
+        UserError: not a run directory, no weights yet, or the data have other classes than the run.
+    """
+    config = load_run_config(run)
+    manifest = open_data(config)
+    classifier, metadata = load_classifier(run, config, manifest.num_classes, device)
+    return config, manifest, classifier, metadata

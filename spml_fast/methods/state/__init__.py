@@ -1,0 +1,1 @@
+"""State that methods keep over a run."""

@@ -1,0 +1,344 @@
+"""The classifier: a timm backbone and a head. The only file that imports timm's models."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from spml_fast.core.config import ModelConfig
+from spml_fast.core.errors import UserError
+from spml_fast.models.heads import Head, MaskOptions, make_head
+
+# Its long lists of weights that a file lacks are replaced by the check in `load_backbone`.
+logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass
+class HeadOutput:
+    """What a forward gives.
+
+    Attributes:
+        mean: mean(M) [B, C] fp32, the logits at alpha 1.
+        mean_relu: mean(relu M) [B, C] fp32, or None when it was not asked for.
+        logits: [B, C] fp32 at the alpha of the call.
+        maps: [B, N, h, w] fp32 maps of the classes asked for, else None.
+        masked: [B, 3, S, S] pictures masked by those maps, when that was asked for, else None.
+
+    Heads without a class activation map have their logits in `mean`, and alpha must be 1.
+    """
+
+    mean: Tensor
+    mean_relu: Tensor | None
+    logits: Tensor
+    maps: Tensor | None = None
+    masked: Tensor | None = None
+
+    def at_alpha(self, alpha: float) -> Tensor:
+        """Logits [B, C] fp32 with BoostLU's factor `alpha`, from the same pass."""
+        return boosted(self.mean, self.mean_relu, alpha)
+
+
+def boosted(mean: Tensor, mean_relu: Tensor | None, alpha: float) -> Tensor:
+    """BoostLU's logits mean(M) + (alpha - 1) mean(relu M) (spec/boostlu_large_loss.md 1.1).
+
+    phi(m) = alpha m for m > 0, else m; for alpha < 1 this is not max(m, alpha m).
+    """
+    if alpha == 1:
+        return mean
+    if mean_relu is None:
+        raise ValueError("alpha other than 1 needs mean(relu M); call the classifier with boost=True")
+    return mean + (alpha - 1) * mean_relu
+
+
+def check_alpha(alpha: float, name: str) -> None:
+    """Raise `UserError` unless alpha is positive."""
+    if not alpha > 0:
+        raise UserError(f"{name} is {alpha}; BoostLU's alpha must be greater than 0 (1 turns boosting off)")
+
+
+BnMode = Literal["update", "no_update", "eval"]
+
+
+@contextlib.contextmanager
+def bn_behaviour(module: nn.Module, mode: BnMode) -> Iterator[None]:
+    """Inside, BatchNorm of a module in training mode behaves as said.
+
+    Args:
+        mode: `update` as always; `no_update` normalises by the batch without moving the running statistics; `eval`
+            normalises by the running statistics.
+    """
+    norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.training] if mode != "update" else []
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.training = mode == "no_update"
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.training = True
+
+
+class Classifier(nn.Module):
+    """Backbone, feature map in channels-last shape, head.
+
+    Args:
+        config: backbone and head.
+        num_classes: C.
+        image_size: side of the square input in pixels; fixes the position codes of transformers.
+
+    Raises:
+        UserError: unknown backbone or head, unreachable pretrained weights, or an option that they do not have.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        check_alpha(config.alpha_train, "model.alpha_train")
+        check_alpha(config.alpha_eval, "model.alpha_eval")
+        self.freeze_bn = config.freeze_bn
+        self.frozen = False
+        # timm's models have more than nn.Module promises.
+        self.backbone = create_backbone(config, image_size)
+        self.channels: int = self.backbone.num_features
+        self.prefix_tokens: int = getattr(self.backbone, "num_prefix_tokens", 0)
+        self.feature_size, self.layout = self._probe(image_size, config.backbone)
+        self.any_size = self.layout != "NLC" and not needs_fixed_size(config.backbone)
+        self.head: Head = make_head(config.head, config.head_options, self.channels, num_classes, self.feature_size)
+        # The defaults are BoostLU's; a head without a map takes 1 whatever they say.
+        self.alpha_train = config.alpha_train if self.head.boosts else 1.0
+        self.alpha_eval = config.alpha_eval if self.head.boosts else 1.0
+        self.prior_bias, self.prior_floor = config.prior_bias, config.prior_floor
+        self.fixed = frozen_parameters(self.backbone, config.freeze)
+        self.freeze_backbone(False)
+
+    @torch.no_grad()
+    def _probe(self, image_size: int, name: str) -> tuple[tuple[int, int], str]:
+        """Grid (h, w) and layout of the backbone's features, found by one forward of an empty picture."""
+        mode = self.backbone.training
+        self.backbone.eval()
+        try:
+            out = self.backbone.forward_features(torch.zeros(1, 3, image_size, image_size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"backbone {name} does not take {image_size} px pictures: {error}") from error
+        finally:
+            self.backbone.train(mode)
+        if not isinstance(out, Tensor) or out.ndim not in (3, 4) or self.channels not in out.shape[1:]:
+            raise UserError(f"backbone {name} gives no feature map; choose another timm model")
+        if out.ndim == 3:
+            side = round((out.shape[1] - self.prefix_tokens) ** 0.5)
+            if side * side != out.shape[1] - self.prefix_tokens:
+                raise UserError(f"backbone {name} gives {out.shape[1]} tokens, which are no square grid")
+            return (side, side), "NLC"
+        # timm's own mark where there is one (Swin and other NHWC models); otherwise channels come first.
+        layout = getattr(self.backbone, "output_fmt", None)
+        layout = str(getattr(layout, "value", layout or ("NCHW" if out.shape[1] == self.channels else "NHWC")))
+        height, width = (out.shape[2], out.shape[3]) if layout == "NCHW" else (out.shape[1], out.shape[2])
+        return (int(height), int(width)), layout
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Keep the backbone as it is (evaluation mode, no gradient), so that only the head trains; or undo that."""
+        self.frozen = frozen
+        self.backbone.requires_grad_(not frozen)
+        for parameter in self.fixed:
+            parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Training mode; BatchNorm uses its running statistics with `freeze_bn`, and all of a frozen backbone does."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.train(False)
+        elif self.freeze_bn:
+            for module in self.backbone.modules():
+                if isinstance(module, BATCH_NORMS):
+                    module.train(False)
+        return self
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Feature map [B, h, w, K] of pictures [B, 3, S, S]; a view, contiguous for channels_last backbones."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            out = self.backbone.forward_features(pictures)
+        if self.layout == "NCHW":
+            return out.permute(0, 2, 3, 1)
+        if self.layout == "NHWC":
+            return out
+        return out[:, self.prefix_tokens :].unflatten(1, self.feature_size)
+
+    def forward(
+        self,
+        pictures: Tensor,
+        alpha: float = 1.0,
+        boost: bool | None = None,
+        classes: Tensor | None = None,
+        mask: MaskOptions | None = None,
+    ) -> HeadOutput:
+        """Logits of a batch.
+
+        Args:
+            pictures: [B, 3, S, S].
+            alpha: BoostLU's factor for `logits`.
+            boost: compute mean(relu M) even for alpha 1, so that `HeadOutput.at_alpha` works for every alpha.
+            classes: int64 [B, N] classes whose maps are wanted, padded with -1.
+            mask: give the pictures masked by these maps instead of the maps.
+        """
+        want = alpha != 1 if boost is None else boost
+        source = pictures if mask is not None else None
+        mean, mean_relu, maps, masked = self.head(self.features(pictures), want, classes, source, mask)
+        return HeadOutput(mean, mean_relu, boosted(mean, mean_relu, alpha), maps, masked)
+
+    def set_prior(self, positives: Tensor, negatives: Tensor, pictures: int) -> None:
+        """Start the head's biases as `model.prior_bias` says; nothing with `none`.
+
+        Args:
+            positives, negatives: int64 [C], observed labels of the training split.
+            pictures: training pictures.
+
+        Raises:
+            UserError: shares of labels were asked for and there is no observed negative, or the floor is no share.
+        """
+        if self.prior_bias != "none":
+            logits = prior_logits(positives, negatives, pictures, self.prior_bias, self.prior_floor)
+            self.head.set_bias(logits, self.alpha_train)
+
+    def input_normalisation(self) -> tuple[list[float], list[float]]:
+        """Per-channel mean and standard deviation (0..1) that the backbone was trained with."""
+        data = timm.data.resolve_model_data_config(self.backbone)
+        return list(data["mean"]), list(data["std"])
+
+
+def prior_logits(
+    positives: Tensor, negatives: Tensor, pictures: int, kind: Literal["labels", "pictures"], floor: float
+) -> Tensor:
+    """Logit of each class's share of positives, fp32 [C]; a class without a label gets the floor.
+
+    Args:
+        positives, negatives: int64 [C], observed labels.
+        pictures: training pictures.
+        kind: `labels` divides by positives and negatives, `pictures` by all pictures.
+        floor: the share is kept within [floor, 1 - floor].
+
+    Raises:
+        UserError: see `Classifier.set_prior`.
+    """
+    if not 0 < floor < 0.5:
+        raise UserError(f"model.prior_floor is {floor}; it must lie between 0 and 0.5")
+    if kind == "labels" and not int(negatives.sum()):
+        raise UserError(
+            "model.prior_bias labels takes the share of positives among positives and negatives, and the training "
+            "split has no observed negative; use pictures"
+        )
+    whole = positives + negatives if kind == "labels" else torch.full_like(positives, pictures)
+    share = positives.double() / whole.clamp(min=1)
+    return torch.logit(share.clamp(floor, 1 - floor)).float()
+
+
+def needs_fixed_size(name: str) -> bool:
+    """Whether a timm model takes pictures of the size it was made for alone."""
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return bool(cfg is not None and getattr(cfg, "fixed_input_size", False))
+
+
+def frozen_parameters(backbone: nn.Module, patterns: list[str]) -> list[nn.Parameter]:
+    """Parameters whose names match one of the shell patterns. `UserError` for a pattern that matches none."""
+    named = dict(backbone.named_parameters())
+    for pattern in patterns:
+        if not fnmatch.filter(named, pattern):
+            some = ", ".join(list(named)[:3])
+            raise UserError(f"model.freeze: {pattern!r} matches no parameter of the backbone; it has {some}, ...")
+    return [p for name, p in named.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def create_backbone(config: ModelConfig, image_size: int) -> Any:
+    """The timm model without its own pooling and classifier.
+
+    Raises:
+        UserError: see `Classifier`.
+    """
+    if not timm.is_model(config.backbone):
+        close = timm.list_models(f"*{config.backbone.split('.')[0]}*")[:5]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise UserError(f"timm has no model {config.backbone!r}{hint}")
+    options: dict[str, Any] = {"num_classes": 0, "global_pool": ""}
+    if config.output_stride is not None:
+        options["output_stride"] = config.output_stride
+    if config.drop_path is not None:
+        options["drop_path_rate"] = config.drop_path
+    if needs_fixed_size(config.backbone):
+        options["img_size"] = image_size
+    if config.weights is not None:
+        if not Path(config.weights).is_file():
+            raise UserError(f"model.weights: {config.weights} does not exist")
+        options["pretrained_cfg_overlay"] = {"file": config.weights}
+    loads = config.pretrained or config.weights is not None
+    # Made without weights first: what is wrong with the options is then told apart from what is wrong with the weights.
+    try:
+        with torch.random.fork_rng(devices=[], enabled=loads):
+            model = timm.create_model(config.backbone, pretrained=False, **options)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
+        given = ", ".join(f"{k} {options[k]}" for k in ("output_stride", "drop_path_rate", "img_size") if k in options)
+        reason = f"{type(error).__name__} {error}".strip()
+        raise UserError(
+            f"backbone {config.backbone} cannot be made with {given or 'its defaults'}: {reason}"
+        ) from error
+    if loads:
+        model = load_backbone(model, config, options)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def create_whole_model(name: str, num_classes: int, options: dict[str, Any]) -> Any:
+    """timm's own model of that name with its pooling and classifier, as its users make it; random weights.
+
+    Args:
+        name: of a backbone that `create_backbone` takes.
+        num_classes: outputs of timm's classifier.
+        options: further arguments of `timm.create_model`.
+    """
+    return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+
+
+def load_backbone(fresh: nn.Module, config: ModelConfig, options: dict[str, Any]) -> nn.Module:
+    """The backbone with weights from `config.weights`, or by timm's own means.
+
+    Args:
+        fresh: the same model, made with random weights from the generator's present state.
+        options: what it was made with.
+
+    Raises:
+        UserError: the weights cannot be read or had, or belong to another model.
+    """
+    try:
+        model = timm.create_model(config.backbone, pretrained=True, **options)
+    except Exception as error:
+        # Reading somebody's weight file, or fetching one, may raise anything.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
+        reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        if config.weights is not None:
+            raise UserError(f"{config.weights} cannot be loaded into backbone {config.backbone} ({reason})") from error
+        raise UserError(
+            f"the pretrained weights of {config.backbone} cannot be had ({reason}); give a local file with "
+            "--model.weights FILE, or start from random weights with --model.pretrained false"
+        ) from error
+    if config.weights is not None:
+        # timm passes over weights that a file lacks; those still equal the fresh model's, made from the same seed.
+        initial = {k: v for k, v in fresh.named_parameters() if v.ndim > 1}
+        lacking = [k for k, v in model.named_parameters() if k in initial and torch.equal(v, initial[k])]
+        if lacking:
+            raise UserError(
+                f"{config.weights} has no weights for {len(lacking)} of {len(initial)} tensors of backbone "
+                f"{config.backbone}, for example {lacking[0]}; it belongs to another model"
+            )
+    return model

@@ -1,0 +1,156 @@
+"""What every head shares: the interface, the registry, and its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from spml_kernels.cam_mask.op import MapNorm
+from torch import Tensor, nn
+
+from spml_fast.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How pictures are masked by the maps of their observed classes; see `spml_kernels.cam_mask.op`.
+
+    Attributes:
+        threshold: a pixel is kept where the normalised map is greater.
+        norm: over what the map is normalised.
+        group: pictures that are normalised together in the batch modes.
+    """
+
+    threshold: float
+    norm: MapNorm
+    group: int
+
+
+@dataclass
+class HeadOptions:
+    """A head without options of its own."""
+
+
+class Head(nn.Module):
+    """Feature map to logits. Subclass, set the class attributes, implement `forward`, and decorate with `@register`.
+
+    Tensors go in and out plainly, and parameters are used inside the forward of the module that owns them, so that
+    ZeRO stage 3 can gather them.
+
+    Attributes:
+        boosts: whether BoostLU's alpha has a meaning: the logits are the spatial mean of a class activation map.
+    """
+
+    Options: ClassVar[type[HeadOptions]] = HeadOptions
+    boosts: ClassVar[bool] = False
+
+    def __init__(self, channels: int, num_classes: int, grid: tuple[int, int], options: HeadOptions) -> None:
+        """`channels` K and `grid` (h, w) of the feature map at the configured picture size."""
+        super().__init__()
+        self.options: Any = options
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        raise NotImplementedError
+
+    def set_bias(self, logits: Tensor, alpha: float) -> None:
+        """Start the biases so that a picture without any evidence gets these logits.
+
+        Args:
+            logits: fp32 [C].
+            alpha: BoostLU's factor in training, which positive biases pass through; heads without a map ignore it.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        features: Tensor,
+        boost: bool = True,
+        classes: Tensor | None = None,
+        pictures: Tensor | None = None,
+        mask: MaskOptions | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Logits, and what is made from the same features.
+
+        Args:
+            features: [B, h, w, K].
+            boost: whether mean(relu M) is wanted; heads without a map ignore it.
+            classes: int64 [B, N], padded with -1; maps of these classes are wanted, or pictures masked by them.
+            pictures: [B, 3, S, S] to be masked.
+            mask: how; the masked pictures are given instead of the maps.
+
+        Returns:
+            mean(M) or the head's logits [B, C] fp32, mean(relu M) [B, C] fp32 or None, maps [B, N, h, w] fp32 or None
+            (without `mask`), masked pictures [B, 3, S, S] or None.
+        """
+        raise NotImplementedError
+
+
+H = TypeVar("H", bound=type[Head])
+_REGISTRY: dict[str, type[Head]] = {}
+
+
+def register(name: str) -> Callable[[H], H]:
+    """Class decorator: make a head known by `name`."""
+
+    def add(cls: H) -> H:
+        if name in _REGISTRY:
+            raise ValueError(f"head {name!r} is registered twice")
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def head_names() -> list[str]:
+    """Names of all heads."""
+    return sorted(_REGISTRY)
+
+
+def get_head(name: str) -> type[Head]:
+    """The head class called `name`; `UserError` lists the names that exist."""
+    if name not in _REGISTRY:
+        raise UserError(f"model.head: there is no head {name!r}; choose one of {', '.join(head_names())}")
+    return _REGISTRY[name]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether `value` suits an annotation made of int, float, bool, str, None, Literal and unions of them."""
+    origin = get_origin(kind)
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin is not None:
+        return any(_fits(value, k) for k in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def head_options(name: str, values: dict[str, Any]) -> HeadOptions:
+    """The options of a head from `model.head_options`.
+
+    Raises:
+        UserError: no such head or option, or a value of the wrong type.
+    """
+    cls = get_head(name).Options
+    hints = get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'none'}"
+            raise UserError(f"model.head_options: head {name} has no option {key!r}; {hint}")
+        if not _fits(value, hints[key]):
+            kind = str(getattr(hints[key], "__name__", hints[key])).replace("typing.", "")
+            raise UserError(f"model.head_options.{key} is {value!r}; it must be {kind}")
+    return cls(**values)
+
+
+def make_head(name: str, values: dict[str, Any], channels: int, num_classes: int, grid: tuple[int, int]) -> Head:
+    """The head called `name` with its options. Raises `UserError` for options that do not fit."""
+    return get_head(name)(channels, num_classes, grid, head_options(name, values))

@@ -1,0 +1,63 @@
+"""CAM head: 1x1 class weights with bias, BoostLU and the spatial mean (spec/boostlu_large_loss.md 1.1).
+
+alpha 1 is exactly global average pooling followed by a linear layer, so checkpoints of such models carry over.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from spml_kernels import cam_map, cam_mask, cam_pool
+from torch import Tensor, nn
+
+from spml_fast.models.heads.base import Head, HeadOptions, MaskOptions, register
+
+
+@register("cam")
+class CamHead(Head):
+    """Class weights [C, K] and bias [C], both initialised uniformly in +-1/sqrt(K) as the released code's 1x1 conv."""
+
+    boosts: ClassVar[bool] = True
+
+    def __init__(
+        self, channels: int, num_classes: int, grid: tuple[int, int] = (1, 1), options: HeadOptions | None = None
+    ) -> None:
+        super().__init__(channels, num_classes, grid, options or HeadOptions())
+        self.weight = nn.Parameter(torch.empty(num_classes, channels))
+        self.bias = nn.Parameter(torch.empty(num_classes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    @torch.no_grad()
+    def set_bias(self, logits: Tensor, alpha: float) -> None:
+        """The bias lies inside the map, so BoostLU multiplies it where it is positive."""
+        self.bias.copy_(torch.where(logits > 0, logits / alpha, logits))
+
+    def forward(
+        self,
+        features: Tensor,
+        boost: bool = True,
+        classes: Tensor | None = None,
+        pictures: Tensor | None = None,
+        mask: MaskOptions | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The two means of the map; maps are signed, unboosted and include the bias. See `Head.forward`."""
+        maps = masked = None
+        # Autocast would take these fp32 products down to bf16; logits are ranked, so they stay fp32.
+        with torch.autocast(features.device.type, enabled=False):
+            mean, mean_relu = cam_pool(features, self.weight, self.bias, boost)
+            if classes is not None and mask is not None and pictures is not None:
+                with torch.no_grad():
+                    masked = cam_mask(
+                        features, self.weight, self.bias, classes, pictures, mask.threshold, mask.norm, mask.group
+                    )
+            elif classes is not None:
+                maps = cam_map(features, self.weight, self.bias, classes)
+        return mean, mean_relu, maps, masked

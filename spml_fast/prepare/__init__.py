@@ -1,0 +1,1 @@
+"""From raw annotations and images to a Manifest."""

@@ -1,0 +1,248 @@
+"""Any data set as a CSV table: a row a picture, class names separated by semicolons.
+
+    path,positives,negatives,unknowns,split
+    photos/001.jpg,cat;sofa,dog,,train
+
+Only `path` and `positives` must be there. What a row does not list is, unless --unlisted says otherwise: unknown
+where the table has a `negatives` column; negative where it has none (with an `unknowns` column those are the
+exceptions). The columns decide, never the values. Without a `split` column a fifth of the rows becomes validation,
+drawn as in the papers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
+from spml_fast.prepare.datasets.base import Dataset, Orientation, RawDataset, RawSplit, register
+
+COLUMNS = {"path", "positives", "negatives", "unknowns", "split"}
+LABEL_COLUMNS = {"positives": POSITIVE, "negatives": NEGATIVE, "unknowns": UNKNOWN}
+
+
+@dataclass
+class Row:
+    """One picture: the line that named it first, its split, and the code of each class name listed."""
+
+    line: int
+    split: str
+    codes: dict[str, int] = field(default_factory=dict)
+    # The line that each code came from, for messages.
+    lines: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Table:
+    """A parsed table: pictures in order of first appearance, and which columns there were."""
+
+    rows: dict[str, Row]
+    columns: list[str]
+    merged: int = 0
+    conflicts: int = 0
+
+
+def read_table(path: Path, conflicts: str) -> Table:
+    """Parse a table.
+
+    Args:
+        path: UTF-8 CSV, with or without byte order mark, any line ends.
+        conflicts: `error`, or `positive` to let positive win where rows contradict each other.
+
+    Raises:
+        UserError: naming file, line and column or class.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return _parse(csv.reader(file, strict=True), path, conflicts)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def _parse(reader: Any, path: Path, conflicts: str) -> Table:
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        for required in ("path", "positives"):
+            if required not in header:
+                raise UserError(
+                    f"{path}, line 1: there is no column {required!r}; found {', '.join(header) or 'nothing'}"
+                )
+        unknown = [name for name in header if name not in COLUMNS]
+        if unknown:
+            raise UserError(
+                f"{path}, line 1: column {unknown[0]!r} is not one of path, positives, negatives, unknowns, split"
+            )
+        if len(set(header)) != len(header):
+            raise UserError(f"{path}, line 1: a column is there twice")
+        table = Table({}, header)
+        for values in reader:
+            line = reader.line_num
+            if not values or values == [""]:
+                continue
+            if len(values) != len(header):
+                raise UserError(f"{path}, line {line}: {len(values)} fields, but the header has {len(header)}")
+            _add(table, dict(zip(header, values, strict=True)), line, path, conflicts)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+    return table
+
+
+def _add(table: Table, fields: dict[str, str], line: int, path: Path, conflicts: str) -> None:
+    """Merge one line into the table."""
+    picture, split = fields["path"].strip(), fields.get("split", "").strip()
+    if not picture:
+        raise UserError(f"{path}, line {line}: the path is empty")
+    if "split" in fields and (not split or "/" in split or split.startswith(".")):
+        raise UserError(f"{path}, line {line}: {split!r} cannot be the name of a split")
+    row = table.rows.get(picture)
+    if row is None:
+        row = table.rows[picture] = Row(line, split)
+    else:
+        table.merged += 1
+        if row.split != split:
+            raise UserError(
+                f"{path}, line {line}: picture {picture} is in split {split!r} here "
+                f"and in {row.split!r} in line {row.line}"
+            )
+    for column, code in LABEL_COLUMNS.items():
+        for name in filter(None, (part.strip() for part in fields.get(column, "").split(";"))):
+            before = row.codes.get(name)
+            if before is not None and before != code:
+                if conflicts == "error":
+                    words = {POSITIVE: "positive", NEGATIVE: "negative", UNKNOWN: "unknown"}
+                    raise UserError(
+                        f"{path}, line {line}: class {name!r} of picture {picture} is {words[code]} here and "
+                        f"{words[before]} in line {row.lines[name]}; mend it or pass --conflicts positive"
+                    )
+                table.conflicts += 1
+                code_kept = max(before, code)
+            else:
+                code_kept = code
+            row.codes[name] = code_kept
+            row.lines.setdefault(name, line)
+
+
+def read_classes(path: Path) -> list[str]:
+    """Class names, one a line. Raises `UserError` naming file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    # A dict keeps the order and finds repetitions at once.
+    names: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        name = line.strip()
+        if not name:
+            continue
+        if ";" in name:
+            raise UserError(f"{path}, line {number}: class {name!r} has a semicolon, which separates classes in tables")
+        if name in names:
+            raise UserError(f"{path}, line {number}: class {name!r} is already in line {names[name]}")
+        names[name] = number
+    if not names:
+        raise UserError(f"{path} names no class")
+    return list(names)
+
+
+def unlisted_code(columns: list[str], choice: str | None) -> int:
+    """Code of classes that a row does not list: as chosen, else by the columns that the table has."""
+    if choice is not None:
+        return UNKNOWN if choice == "unknown" else NEGATIVE
+    return UNKNOWN if "negatives" in columns else NEGATIVE
+
+
+@register("csv")
+class Csv(Dataset):
+    """Your own pictures: a CSV with a path a row and its known classes."""
+
+    default_observe: ClassVar[str] = "all"
+    default_orientation: ClassVar[Orientation] = "exif"
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """The table and how it is read."""
+        parser.add_argument(
+            "--table", required=True, type=Path, help="CSV: path, positives[, negatives, unknowns, split]"
+        )
+        parser.add_argument("--images", required=True, type=Path, help="folder that the paths are relative to")
+        parser.add_argument(
+            "--classes", type=Path, help="class names, one a line; fixes their order and refuses others"
+        )
+        choices = ["unknown", "negative"]
+        parser.add_argument(
+            "--unlisted",
+            choices=choices,
+            help="what a class is that a row does not list (default: unknown when there is a negatives column, else "
+            "negative)",
+        )
+        parser.add_argument("--unlisted-eval", choices=choices, help="the same for splits other than train")
+        parser.add_argument(
+            "--conflicts",
+            choices=["error", "positive"],
+            default="error",
+            help="when rows contradict each other: stop (default), or let positive win",
+        )
+
+    def read(self, options: argparse.Namespace) -> RawDataset:
+        """The table."""
+        if not options.images.is_dir():
+            raise UserError(f"picture folder {options.images} does not exist")
+        table = read_table(options.table, options.conflicts)
+        if not table.rows:
+            raise UserError(f"{options.table} has no rows")
+        if not any(POSITIVE in row.codes.values() for row in table.rows.values()):
+            raise UserError(f"{options.table}: no row has a positive class; there is nothing to learn from")
+        named = {name: row.lines[name] for row in reversed(table.rows.values()) for name in row.codes}
+        classes = read_classes(options.classes) if options.classes else sorted(named)
+        class_id = {name: i for i, name in enumerate(classes)}
+        for name, line in named.items():
+            if name not in class_id:
+                raise UserError(f"{options.table}, line {line}: class {name!r} is not in {options.classes}")
+        notes = []
+        if table.merged:
+            notes.append(f"{table.merged} rows named a picture again and were merged with its first row")
+        if table.conflicts:
+            notes.append(f"{table.conflicts} contradicting labels were taken as positive (--conflicts positive)")
+        has_splits = "split" in table.columns
+        by_split: dict[str, list[str]] = {}
+        for picture, row in table.rows.items():
+            by_split.setdefault(row.split if has_splits else "train", []).append(picture)
+        if "train" not in by_split:
+            raise UserError(f"{options.table}: no row has split train (found {', '.join(sorted(by_split))})")
+        train_code = unlisted_code(table.columns, options.unlisted)
+        eval_code = train_code if options.unlisted_eval is None else unlisted_code(table.columns, options.unlisted_eval)
+        words = {UNKNOWN: "unknown", NEGATIVE: "absent (negative)"}
+        notes.append(f"classes that a row does not list were read as {words[train_code]}")
+        if eval_code != train_code:
+            notes.append(f"in splits other than train as {words[eval_code]}")
+        order = sorted(by_split, key=lambda s: (s != "train", s))
+        splits = [
+            self._split(name, by_split[name], table, class_id, train_code if name == "train" else eval_code)
+            for name in order
+        ]
+        if not has_splits:
+            notes.append("no split column: a fifth of the pictures is for validation, and there is no test split")
+        elif missing := [name for name in ("val", "test") if name not in by_split]:
+            notes.append(f"the split column names no {' and no '.join(missing)} split")
+        carve = None if has_splits else ("train", "val")
+        return RawDataset(options.table.stem, classes, options.images, splits, carve, notes)
+
+    @staticmethod
+    def _split(name: str, pictures: list[str], table: Table, class_id: dict[str, int], default: int) -> RawSplit:
+        rows, ids, codes = [], [], []
+        for place, picture in enumerate(pictures):
+            for class_name, code in table.rows[picture].codes.items():
+                if code != default:
+                    rows.append(place)
+                    ids.append(class_id[class_name])
+                    codes.append(code)
+        known = SparseLabels.from_entries(rows, ids, codes, len(pictures), len(class_id), default)
+        return RawSplit(name, known, paths=pictures)

@@ -1,0 +1,146 @@
+"""CUB-200-2011 with its 312 attributes as classes (5,994 training and 5,794 test pictures).
+
+    ROOT/images.txt                              picture number and path
+    ROOT/train_test_split.txt                    picture number and 1 for training, 0 for test
+    ROOT/attributes/image_attribute_labels.txt   picture number, attribute number, is present (0 or 1), certainty, time
+    ROOT/attributes/attributes.txt               attribute number and name; also found in ROOT or in the folder above
+    ROOT/images/...
+
+Protocol (spec/protocol.md 1): the official split in the order of images.txt; an attribute is positive where "is
+present" says so, however certain; everything else is negative; a fifth of the training pictures becomes validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, SparseLabels
+from spml_fast.prepare.datasets.base import Dataset, RawDataset, RawSplit, add_val_fraction, register
+
+NUM_ATTRIBUTES = 312
+OFFICIAL = {"train": 5994, "test": 5794}
+
+
+def read_numbered(path: Path) -> list[str]:
+    """Texts of a file with lines `NUMBER TEXT`, numbered from 1 without gaps. Raises `UserError` naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    out: list[str] = []
+    for line, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        number, _, rest = text.strip().partition(" ")
+        if number != str(len(out) + 1) or not rest.strip():
+            raise UserError(f"{path}, line {line}: expected {len(out) + 1} and a text, not {text.strip()!r}")
+        out.append(rest.strip())
+    if not out:
+        raise UserError(f"{path} is empty")
+    return out
+
+
+def read_attributes(path: Path, pictures: int, attributes: int) -> npt.NDArray[np.int64]:
+    """Rows of image_attribute_labels.txt: picture, attribute (both from 0) and is present, int64 [n, 3].
+
+    Some lines of the official file have a field too many behind these three; what follows them is not looked at.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    try:
+        table = np.loadtxt(path, np.int64, comments=None, usecols=(0, 1, 2), ndmin=2)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise _wrong_line(path, pictures, attributes) or UserError(f"{path} cannot be read: {error}") from error
+    low, high = np.array([1, 1, 0]), np.array([pictures, attributes, 1])
+    if len(table) and ((table < low) | (table > high)).any():
+        raise _wrong_line(path, pictures, attributes) or UserError(f"{path} has a number out of range")
+    return table - low
+
+
+def _wrong_line(path: Path, pictures: int, attributes: int) -> UserError | None:
+    """The error that names the first wrong line."""
+    with path.open(encoding="utf-8", errors="backslashreplace") as file:
+        for number, line in enumerate(file, 1):
+            words = line.split()
+            if not words:
+                continue
+            try:
+                image, attribute, present = (int(word) for word in words[:3])
+            except ValueError:
+                return UserError(f"{path}, line {number}: expected three whole numbers, not {line.strip()[:60]!r}")
+            if not 1 <= image <= pictures:
+                return UserError(f"{path}, line {number}: picture {image} is not in images.txt")
+            if not 1 <= attribute <= attributes:
+                return UserError(f"{path}, line {number}: attribute {attribute} is not in attributes.txt")
+            if present not in (0, 1):
+                return UserError(f"{path}, line {number}: 'is present' is {present}, not 0 or 1")
+    return None
+
+
+@register("cub")
+class Cub(Dataset):
+    """CUB-200-2011 birds, 312 attributes, in its official files."""
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """Where the data set is, and how validation pictures are chosen."""
+        parser.add_argument("--root", required=True, type=Path, help="folder with images.txt (CUB_200_2011)")
+        add_val_fraction(parser)
+
+    def read(self, options: argparse.Namespace) -> RawDataset:
+        """Attributes of train and test."""
+        root: Path = options.root
+        if not (root / "images.txt").is_file() and (root / "CUB_200_2011" / "images.txt").is_file():
+            root = root / "CUB_200_2011"
+        paths = read_numbered(root / "images.txt")
+        flags = read_numbered(root / "train_test_split.txt")
+        if len(flags) != len(paths) or not {"0", "1"}.issuperset(flags):
+            raise UserError(f"{root / 'train_test_split.txt'} must have 0 or 1 for each of {len(paths)} pictures")
+        places = [root / "attributes" / "attributes.txt", root / "attributes.txt", root.parent / "attributes.txt"]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise UserError(f"attributes.txt is neither in {root}, its attributes folder nor the folder above; copy it")
+        classes = read_numbered(found)
+        notes = []
+        if len(classes) != NUM_ATTRIBUTES:
+            notes.append(f"{len(classes)} attributes found, not the official {NUM_ATTRIBUTES}")
+        known = self._known(root / "attributes" / "image_attribute_labels.txt", len(paths), len(classes), notes)
+        training = np.array(flags) == "1"
+        splits = []
+        for name, rows in (("train", np.flatnonzero(training)), ("test", np.flatnonzero(~training))):
+            if len(rows) != OFFICIAL[name]:
+                notes.append(f"{name}: {len(rows):,} pictures, not the official {OFFICIAL[name]:,}")
+            splits.append(RawSplit(name, known.select(rows), paths=[paths[i] for i in rows.tolist()]))
+        carve = ("train", "val") if options.val_fraction == "published" else None
+        return RawDataset("cub", classes, root / "images", splits, carve, notes)
+
+    @staticmethod
+    def _known(path: Path, pictures: int, attributes: int, notes: list[str]) -> SparseLabels:
+        image, attribute, present = read_attributes(path, pictures, attributes).T
+        pairs = image * attributes + attribute
+        keys, first, place = np.unique(pairs, return_index=True, return_inverse=True)
+        if len(keys) < len(image):
+            wrong = np.flatnonzero(present[first][place] != present)
+            if len(wrong):
+                at = int(wrong[0])
+                raise UserError(
+                    f"{path} contradicts itself: attribute {attribute[at] + 1} of picture {image[at] + 1} is both"
+                )
+            notes.append(f"{len(image) - len(keys):,} lines of {path.name} are there twice")
+        missing = pictures * attributes - len(keys)
+        if missing:
+            notes.append(f"{missing:,} attributes of pictures are not annotated and count as absent")
+        positive = keys[present[first] == 1]
+        return SparseLabels.from_entries(
+            positive // attributes, positive % attributes, np.ones(len(positive)), pictures, attributes, NEGATIVE
+        )

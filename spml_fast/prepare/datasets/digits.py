@@ -1,0 +1,260 @@
+"""Digit scenes: the embedded data set, made from the handwritten digits that scikit-learn ships. No download.
+
+1,797 real handwritten digits of 8 x 8 pixels; the first 1,300 appear in training and validation scenes, the rest in
+test scenes only. A scene is a 64 x 64 picture: a patchwork of 4 x 4 colours with a little noise, and on it one to five
+digits of 20 pixels, each in another cell of a 3 x 3 grid, shifted a little and coloured. Its label is the set of
+digits. Everything is a pure function of the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, SparseLabels
+from spml_fast.data.manifest import Manifest
+from spml_fast.prepare.datasets.base import CommonOptions, Dataset, RawDataset, RawSplit, build, register
+from spml_fast.prepare.observed_labels import PUBLISHED_SEED, Observe
+
+CLASSES = [str(digit) for digit in range(10)]
+SIZES: dict[str, int] = {"train": 4000, "val": 500, "test": 1500}
+TRAIN_DIGITS = 1300
+SIDE, DIGIT, GRID, PATCHES, MAX_DIGITS = 64, 20, 3, 4, 5
+NOISE = 8.0
+JPEG_QUALITY = 90
+# Raised whenever a scene changes for equal seeds.
+VERSION = 1
+# Ink above this share counts as part of the digit when its box is drawn.
+_INK = 0.3
+# Scenes rendered at a time: 25 MB of float32.
+_BLOCK = 512
+
+
+@dataclass
+class Scenes:
+    """Plan of N scenes with K digits in all; small beside the pictures.
+
+    Attributes:
+        indptr: int64 [N + 1], digits of scene i are `indptr[i]:indptr[i + 1]`.
+        source: int64 [K], row of scikit-learn's digits.
+        label: int64 [K], 0 to 9.
+        x: int64 [K], left edge of the 20-pixel square.
+        y: int64 [K], top edge.
+        colour: float32 [K, 3], 0 to 255.
+        patches: uint8 [N, 4, 4, 3] background colours.
+        noise_seed: seed of the pixel noise.
+    """
+
+    indptr: npt.NDArray[np.int64]
+    source: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    x: npt.NDArray[np.int64]
+    y: npt.NDArray[np.int64]
+    colour: npt.NDArray[np.float32]
+    patches: npt.NDArray[np.uint8]
+    noise_seed: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+
+def _load_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """(ink in 0..1, float32 [1797, 20, 20]; labels int64 [1797])."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    small = np.round(data.images * (255 / 16)).astype(np.uint8)
+    large = [np.asarray(Image.fromarray(s).resize((DIGIT, DIGIT), Image.Resampling.BICUBIC)) for s in small]
+    return np.stack(large).astype(np.float32) / np.float32(255), data.target.astype(np.int64)
+
+
+def plan_scenes(count: int, sources: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], seed: list[int]) -> Scenes:
+    """Decide what `count` scenes show; a pure function of the arguments.
+
+    Args:
+        count: number of scenes N.
+        sources: rows of scikit-learn's digits that may appear.
+        labels: int64 [1797], the digit of every row.
+        seed: entropy of the generator.
+    """
+    rng = np.random.default_rng(seed)
+    per_scene = rng.integers(1, MAX_DIGITS + 1, count)
+    indptr = np.concatenate([[0], np.cumsum(per_scene)]).astype(np.int64)
+    total = int(indptr[-1])
+    # A random order of the nine cells for every scene; its digits take the first ones.
+    order = rng.random((count, GRID * GRID)).argsort(axis=1)
+    cell = order[np.arange(GRID * GRID) < per_scene[:, None]]
+    source = rng.choice(sources, total)
+    room = SIDE / GRID
+    jitter = rng.integers(-2, 3, (2, total))
+    x = np.clip(np.round(cell % GRID * room).astype(np.int64) + jitter[0], 0, SIDE - DIGIT)
+    y = np.clip(np.round(cell // GRID * room).astype(np.int64) + jitter[1], 0, SIDE - DIGIT)
+    # Digits are bright, patches are dark: any hue of one can stand on any hue of the other.
+    colour = rng.uniform(90, 255, (total, 3))
+    colour[np.arange(total), rng.integers(0, 3, total)] = 255
+    patches = rng.integers(0, 130, (count, PATCHES, PATCHES, 3)).astype(np.uint8)
+    return Scenes(indptr, source, labels[source], x, y, colour.astype(np.float32), patches, [*seed, 1])
+
+
+def render_scenes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Pictures uint8 [N, 64, 64, 3] of a plan.
+
+    Args:
+        scenes: the plan.
+        ink: float32 [1797, 20, 20] in 0..1.
+    """
+    rng = np.random.default_rng(scenes.noise_seed)
+    out = np.empty((len(scenes), SIDE, SIDE, 3), np.uint8)
+    scale = SIDE // PATCHES
+    for start in range(0, len(scenes), _BLOCK):
+        stop = min(start + _BLOCK, len(scenes))
+        block = scenes.patches[start:stop].repeat(scale, 1).repeat(scale, 2).astype(np.float32)
+        for scene in range(start, stop):
+            canvas = block[scene - start]
+            for k in range(scenes.indptr[scene], scenes.indptr[scene + 1]):
+                y, x = scenes.y[k], scenes.x[k]
+                square = canvas[y : y + DIGIT, x : x + DIGIT]
+                square += ink[scenes.source[k], :, :, None] * (scenes.colour[k] - square)
+        block += NOISE * rng.standard_normal(block.shape, dtype=np.float32)
+        out[start:stop] = np.clip(np.round(block), 0, 255).astype(np.uint8)
+    return out
+
+
+def _boxes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Boxes [K, 5] (digit, x0, y0, x1, y1 in pixels) around the ink of every digit."""
+    inked = ink > _INK
+    columns, rows = np.any(inked, axis=1), np.any(inked, axis=2)
+    x0, y0 = columns.argmax(1), rows.argmax(1)
+    x1, y1 = DIGIT - columns[:, ::-1].argmax(1), DIGIT - rows[:, ::-1].argmax(1)
+    s = scenes.source
+    edges = (scenes.x + x0[s], scenes.y + y0[s], scenes.x + x1[s], scenes.y + y1[s])
+    return np.stack([scenes.label, *edges], 1).astype(np.float64)
+
+
+def read_digits(sizes: Mapping[str, int] = SIZES, scene_seed: int = 0) -> RawDataset:
+    """Digit scenes as a raw data set whose pictures are made inside the Manifest.
+
+    Args:
+        sizes: split -> number of scenes; "test" draws from the held-out digits, every other split from the rest.
+        scene_seed: another seed, other scenes.
+
+    Raises:
+        UserError: a split has no scenes.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"split {name!r} of the digit scenes needs at least one picture, not {size}")
+    ink, labels = _load_digits()
+    plans: dict[str, Scenes] = {}
+    splits = []
+    for name, size in sizes.items():
+        rows = np.arange(TRAIN_DIGITS, len(labels)) if name == "test" else np.arange(TRAIN_DIGITS)
+        scenes = plan_scenes(size, rows, labels, [scene_seed, *name.encode()])
+        plans[name] = scenes
+        digits = np.split(scenes.label, scenes.indptr[1:-1])
+        splits.append(
+            RawSplit(
+                name,
+                SparseLabels.from_positives([d.tolist() for d in digits], len(CLASSES), NEGATIVE),
+                ids=np.arange(size),
+                template="{split}/{id:05d}.jpg",
+                width=np.full(size, SIDE),
+                height=np.full(size, SIDE),
+                boxes=(scenes.indptr, _boxes(scenes, ink)),
+            )
+        )
+
+    def make_pictures(folder: Path) -> None:
+        for name, scenes in plans.items():
+            (folder / name).mkdir()
+            for i, pixels in enumerate(render_scenes(scenes, ink)):
+                Image.fromarray(pixels).save(folder / name / f"{i:05d}.jpg", quality=JPEG_QUALITY)
+
+    return RawDataset(
+        "digits", CLASSES, None, splits, settings=_settings(sizes, scene_seed), make_pictures=make_pictures
+    )
+
+
+def _settings(sizes: Mapping[str, int], scene_seed: int) -> dict[str, Any]:
+    return {"version": VERSION, "sizes": dict(sizes), "scene_seed": scene_seed}
+
+
+def prepare_digits(
+    out: str | Path,
+    seed: int = PUBLISHED_SEED,
+    sizes: Mapping[str, int] = SIZES,
+    observe: str = "single",
+    scene_seed: int = 0,
+    progress: bool = False,
+) -> Manifest:
+    """The digit scenes at `out`, made now unless they are already there.
+
+    Several processes may call this at once: one makes them, the others wait and open what it made.
+
+    Args:
+        out: Manifest directory.
+        seed: seed of the observed labels.
+        sizes: split -> number of scenes.
+        observe: as `--observe` of launch/prepare.py.
+        scene_seed: seed of the scenes.
+        progress: show progress.
+
+    Raises:
+        UserError: `out` cannot be written, or holds something else.
+    """
+    out = Path(out)
+    drawn = Observe.parse(observe)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(out.parent / f".{out.name}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror})") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "manifest.json").is_file():
+            common = CommonOptions(out, drawn, seed, verify="none", progress=progress)
+            return build(read_digits(sizes, scene_seed), common)
+    manifest = Manifest(out)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    wanted = {
+        "name": "digits",
+        "settings": _settings(sizes, scene_seed),
+        "observe": {"kind": drawn.kind, "positives": drawn.positives, "fraction": drawn.fraction, "seed": seed},
+    }
+    for key, value in wanted.items():
+        if report.get(key) != value:
+            raise UserError(
+                f"{out} holds another data set than the digit scenes asked for "
+                f"({key}: {report.get(key)}, not {value}); delete it or choose another folder"
+            )
+    return manifest
+
+
+@register("digits")
+class Digits(Dataset):
+    """Digit scenes: 64 x 64 pictures made from scikit-learn's handwritten digits; nothing is downloaded."""
+
+    train_options = "--config launch/configs/digits.yaml"
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """Sizes and seed of the scenes."""
+        for name, size in SIZES.items():
+            parser.add_argument(f"--{name}", type=int, default=size, help=f"{name} pictures (default: %(default)s)")
+        parser.add_argument("--scene-seed", type=int, default=0, help="another seed, other scenes (default: 0)")
+
+    def read(self, options: argparse.Namespace) -> RawDataset:
+        """Plan the scenes; they are drawn when the Manifest is written."""
+        if options.scene_seed < 0:
+            raise UserError(f"--scene-seed {options.scene_seed}: it must not be negative")
+        return read_digits({name: getattr(options, name) for name in SIZES}, options.scene_seed)

@@ -1,0 +1,175 @@
+"""NUS-WIDE with its 81 concepts, in either of the two forms that are about.
+
+The arrays of the single-positive papers (150,000 training and 60,260 test pictures, crawled again in 2020):
+
+    ROOT/formatted_{train,val}_images.npy   paths of the pictures, text [N]
+    ROOT/formatted_{train,val}_labels.npy   0 or 1, [N, 81]; `val` is the test set
+    ROOT/Flickr/...                         the pictures
+
+The original distribution (161,789 and 107,859 pictures), which other papers use:
+
+    ROOT/ConceptsList/Concepts81.txt                              a concept a line
+    ROOT/ImageList/{Train,Test}Imagelist.txt                      a path a line, with backslashes
+    ROOT/Groundtruth/TrainTestLabels/Labels_CONCEPT_{Train,Test}.txt   0 or 1 a line
+    ROOT/Flickr/...
+
+Protocol (spec/protocol.md 1): rows in the order of the files; pictures without any label are kept (22 per cent) and
+observe nothing; a fifth of the training pictures becomes validation. The papers do not state the order of the arrays'
+columns; alphabetical, as in the original distribution, is assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, SparseLabels
+from spml_fast.prepare.datasets.base import Dataset, RawDataset, RawSplit, add_val_fraction, register
+
+CONCEPTS = [
+    *("airport", "animal", "beach", "bear", "birds", "boats", "book", "bridge", "buildings", "cars", "castle", "cat"),
+    *("cityscape", "clouds", "computer", "coral", "cow", "dancing", "dog", "earthquake", "elk", "fire", "fish"),
+    *("flags", "flowers", "food", "fox", "frost", "garden", "glacier", "grass", "harbor", "horses", "house", "lake"),
+    *("leaf", "map", "military", "moon", "mountain", "nighttime", "ocean", "person", "plane", "plants", "police"),
+    *("protest", "railroad", "rainbow", "reflection", "road", "rocks", "running", "sand", "sign", "sky", "snow"),
+    *("soccer", "sports", "statue", "street", "sun", "sunset", "surf", "swimmers", "tattoo", "temple", "tiger"),
+    *("tower", "town", "toy", "train", "tree", "valley", "vehicle", "water", "waterfall", "wedding", "whales"),
+    *("window", "zebra"),
+]
+# Pictures, and pictures without any label, of the published arrays; pictures of the original lists.
+PUBLISHED = {"train": (150_000, 33_410), "test": (60_260, 13_412)}
+ORIGINAL = {"train": 161_789, "test": 107_859}
+_ROWS = 1 << 14
+
+
+def load_array(path: Path) -> npt.NDArray[Any]:
+    """A .npy file, memory-mapped. Raises `UserError` naming it."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a NumPy array of text or numbers ({error})") from error
+
+
+def labels_of_array(path: Path, rows: int) -> SparseLabels:
+    """Full labels, 0 or 1 [N, 81]. Raises `UserError` naming row and column of another value."""
+    values = load_array(path)
+    if values.shape != (rows, len(CONCEPTS)) or values.dtype.kind not in "biuf":
+        raise UserError(
+            f"{path} has shape {values.shape} and type {values.dtype}; {rows} x {len(CONCEPTS)} numbers are needed, as "
+            f"many rows as pictures"
+        )
+    found_rows, found_classes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for start in range(0, rows, _ROWS):
+        block = np.asarray(values[start : start + _ROWS])
+        wrong = (block != 0) & (block != 1)
+        if wrong.any():
+            row, column = (int(i) for i in np.argwhere(wrong)[0])
+            raise UserError(f"{path}: row {start + row}, column {column} holds {block[row, column]}, not 0 or 1")
+        row_of, class_of = np.nonzero(block)
+        found_rows.append(row_of + start)
+        found_classes.append(class_of)
+    row_of, class_of = np.concatenate(found_rows), np.concatenate(found_classes)
+    return SparseLabels.from_entries(row_of, class_of, np.ones(len(row_of)), rows, len(CONCEPTS), NEGATIVE)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file without blanks at their ends; empty lines at the end of the file do not count."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def read_concept(path: Path, pictures: int, listed: Path) -> npt.NDArray[np.int64]:
+    """Rows that have a concept. Raises `UserError` naming file and line."""
+    lines = read_lines(path)
+    if len(lines) != pictures:
+        raise UserError(f"{path} has {len(lines)} lines, but {listed} lists {pictures} pictures")
+    values = np.array(lines)
+    wrong = np.flatnonzero((values != "0") & (values != "1"))
+    if len(wrong):
+        raise UserError(f"{path}, line {wrong[0] + 1}: expected 0 or 1, not {lines[wrong[0]]!r}")
+    return np.flatnonzero(values == "1")
+
+
+@register("nuswide")
+class NusWide(Dataset):
+    """NUS-WIDE, 81 concepts: the single-positive papers' arrays or the original distribution."""
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """Where the data set is, and how validation pictures are chosen."""
+        parser.add_argument(
+            "--root", required=True, type=Path, help="folder with formatted_*.npy, or with ImageList and Groundtruth"
+        )
+        parser.add_argument("--images", type=Path, help="folder of the pictures (default: Flickr in --root)")
+        add_val_fraction(parser)
+
+    def read(self, options: argparse.Namespace) -> RawDataset:
+        """Labels and lists of train and test."""
+        root: Path = options.root
+        images: Path = options.images or root / "Flickr"
+        if (root / "formatted_train_images.npy").is_file():
+            splits, notes = self._read_arrays(root)
+        elif (root / "ImageList").is_dir():
+            splits, notes = self._read_lists(root)
+        else:
+            raise UserError(f"{root} holds neither formatted_train_images.npy nor ImageList; give NUS-WIDE's folder")
+        if not images.is_dir():
+            raise UserError(f"picture folder {images} does not exist; name it with --images")
+        for split in splits:
+            empty = int((np.diff(split.known.indptr) == 0).sum())
+            notes.append(f"{split.name}: {empty:,} official pictures have no label at all and are kept")
+        carve = ("train", "val") if options.val_fraction == "published" else None
+        return RawDataset("nuswide", CONCEPTS, images, splits, carve, notes)
+
+    @staticmethod
+    def _read_arrays(root: Path) -> tuple[list[RawSplit], list[str]]:
+        notes = ["the papers do not state the order of the label columns; alphabetical is assumed"]
+        splits = []
+        for official, name in (("train", "train"), ("val", "test")):
+            paths = load_array(root / f"formatted_{official}_images.npy")
+            if paths.ndim != 1 or paths.dtype.kind not in "US":
+                raise UserError(f"{root / f'formatted_{official}_images.npy'} is not a list of paths")
+            text = (np.char.decode(paths, "utf-8") if paths.dtype.kind == "S" else paths).tolist()
+            known = labels_of_array(root / f"formatted_{official}_labels.npy", len(paths))
+            splits.append(RawSplit(name, known, paths=[p.replace("\\", "/") for p in text]))
+            size, empty = PUBLISHED[name]
+            if len(paths) != size:
+                notes.append(f"{name}: {len(paths):,} pictures, not the published {size:,}")
+            elif (found := int((np.diff(known.indptr) == 0).sum())) != empty:
+                notes.append(f"{name}: {found:,} pictures without a label, not the published {empty:,}")
+        return splits, notes
+
+    @staticmethod
+    def _read_lists(root: Path) -> tuple[list[RawSplit], list[str]]:
+        notes = ["the original distribution: other pictures and another test set than in the single-positive papers"]
+        names = root / "ConceptsList" / "Concepts81.txt"
+        if names.is_file() and read_lines(names) != CONCEPTS:
+            raise UserError(f"{names} does not list the 81 concepts in alphabetical order")
+        splits = []
+        for official, name in (("Train", "train"), ("Test", "test")):
+            listed = root / "ImageList" / f"{official}Imagelist.txt"
+            paths = [line.replace("\\", "/") for line in read_lines(listed)]
+            rows = []
+            for concept in CONCEPTS:
+                path = root / "Groundtruth" / "TrainTestLabels" / f"Labels_{concept}_{official}.txt"
+                rows.append(read_concept(path, len(paths), listed))
+            classes = np.repeat(np.arange(len(CONCEPTS)), [len(r) for r in rows])
+            row_of = np.concatenate(rows)
+            known = SparseLabels.from_entries(
+                row_of, classes, np.ones(len(row_of)), len(paths), len(CONCEPTS), NEGATIVE
+            )
+            splits.append(RawSplit(name, known, paths=paths))
+            if len(paths) != ORIGINAL[name]:
+                notes.append(f"{name}: {len(paths):,} pictures, not the official {ORIGINAL[name]:,}")
+        return splits, notes

@@ -1,0 +1,126 @@
+"""PASCAL VOC in its official layout (VOC 2012: 5,717 training and 5,823 validation pictures, 20 classes).
+
+    ROOT/ImageSets/Main/CLASS_train.txt, CLASS_val.txt   picture name and flag: 1 positive, 0 difficult, -1 absent
+    ROOT/Annotations/NAME.xml                            boxes and size, where present
+    ROOT/JPEGImages/NAME.jpg
+
+Protocol (spec/protocol.md 1): difficult counts as negative, classes in alphabetical order, picture names sorted; a
+fifth of the official training set becomes validation, the official validation set is the test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, SparseLabels
+from spml_fast.prepare.datasets.base import Dataset, RawDataset, RawSplit, add_val_fraction, register
+
+NUM_CLASSES = 20
+Boxes = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
+
+
+def read_flags(path: Path) -> dict[str, int]:
+    """Picture name -> flag (1, 0 or -1) of one class file. Raises `UserError` naming file and line."""
+    flags: dict[str, int] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) != 2 or words[1] not in ("1", "0", "-1"):
+            raise UserError(f"{path}, line {number}: expected a picture name and 1, 0 or -1, not {line.strip()!r}")
+        if words[0] in flags:
+            raise UserError(f"{path}, line {number}: picture {words[0]} is listed twice")
+        flags[words[0]] = int(words[1])
+    return flags
+
+
+def read_annotation(path: Path, class_id: dict[str, int]) -> tuple[tuple[int, int], list[list[float]]]:
+    """Size (width, height; 0 where absent) and boxes [class, x0, y0, x1, y1] in pixels of one XML file."""
+    try:
+        root = ElementTree.parse(path).getroot()
+        size = root.find("size")
+        width = int(float(size.findtext("width", "0"))) if size is not None else 0
+        height = int(float(size.findtext("height", "0"))) if size is not None else 0
+        boxes = []
+        for thing in root.iter("object"):
+            name, box = thing.findtext("name", ""), thing.find("bndbox")
+            if name not in class_id or box is None:
+                continue
+            x0, y0, x1, y1 = (float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+            # VOC counts pixels from 1 and includes the last one.
+            boxes.append([class_id[name], x0 - 1, y0 - 1, x1, y1])
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path} is not valid XML: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} holds a box or size that is no number: {error}") from error
+    return (width, height), boxes
+
+
+@register("voc")
+class Voc(Dataset):
+    """PASCAL VOC 2012 (or another year) in its official folders."""
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """Where the data set is, and how validation pictures are chosen."""
+        parser.add_argument("--root", required=True, type=Path, help="folder with ImageSets, Annotations, JPEGImages")
+        add_val_fraction(parser)
+
+    def read(self, options: argparse.Namespace) -> RawDataset:
+        """Class files and annotations of train and val."""
+        main = options.root / "ImageSets" / "Main"
+        if not main.is_dir():
+            raise UserError(
+                f"{main} does not exist; --root must be the folder that holds ImageSets (VOCdevkit/VOC2012)"
+            )
+        classes = sorted(p.name.removesuffix("_train.txt") for p in main.glob("*_train.txt"))
+        if not classes:
+            raise UserError(f"{main} has no CLASS_train.txt files")
+        notes = ["difficult objects count as absent, as in the papers"]
+        if len(classes) != NUM_CLASSES:
+            notes.append(f"{len(classes)} classes found, not the official {NUM_CLASSES}")
+        splits = []
+        for official, name in (("train", "train"), ("val", "test")):
+            splits.append(self._read_split(options.root, classes, official, name, notes))
+        carve = ("train", "val") if options.val_fraction == "published" else None
+        return RawDataset("voc", classes, options.root / "JPEGImages", splits, carve, notes)
+
+    def _read_split(self, root: Path, classes: list[str], official: str, name: str, notes: list[str]) -> RawSplit:
+        main = root / "ImageSets" / "Main"
+        flags = [read_flags(main / f"{class_name}_{official}.txt") for class_name in classes]
+        names = sorted(flags[0])
+        for class_name, found in zip(classes, flags, strict=True):
+            if found.keys() != flags[0].keys():
+                other = sorted(found.keys() ^ flags[0].keys())[0]
+                raise UserError(
+                    f"{main / f'{class_name}_{official}.txt'} does not list the same pictures as "
+                    f"{classes[0]}_{official}.txt (first difference: {other})"
+                )
+        positives = [[c for c, found in enumerate(flags) if found[n] == 1] for n in names]
+        known = SparseLabels.from_positives(positives, len(classes), NEGATIVE)
+        split = RawSplit(name, known, paths=[f"{n}.jpg" for n in names])
+        missing = [n for n in names if not (root / "Annotations" / f"{n}.xml").is_file()]
+        if missing:
+            notes.append(
+                f"{name}: no boxes, since {len(missing)} annotation files are missing (first: {missing[0]}.xml)"
+            )
+            return split
+        class_id = {c: i for i, c in enumerate(classes)}
+        read = [read_annotation(root / "Annotations" / f"{n}.xml", class_id) for n in names]
+        split.width = np.array([size[0] for size, _ in read])
+        split.height = np.array([size[1] for size, _ in read])
+        indptr = np.concatenate([[0], np.cumsum([len(boxes) for _, boxes in read])]).astype(np.int64)
+        split.boxes = indptr, np.array([box for _, boxes in read for box in boxes], np.float64).reshape(-1, 5)
+        return split

@@ -1,0 +1,267 @@
+"""What training may see: published single-positive draws, random known fractions, the published split, label importers.
+
+All generators take known labels (`SparseLabels`) and give observed labels (`SparseLabels`) of the same rows; what is
+not observed becomes unknown. They run over *all* official rows in file order, before a validation split is cut off
+and before unreadable pictures are dropped, so that neither changes the labels of any other picture.
+Sources: spec/protocol.md 1.1, 1.2 and 2.3, spec/ignore.md 1.8, spec/README.md "Importers".
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
+
+PUBLISHED_SEED = 1200
+# Entries drawn at a time where a fully annotated set has to be walked through densely (int8 and bool temporaries).
+_CHUNK_ENTRIES = 1 << 22
+
+ImportFormat = Literal["spml", "openimages", "nan", "soft"]
+
+
+@dataclass(frozen=True)
+class Observe:
+    """How observed labels are drawn.
+
+    Attributes:
+        kind: "all" shows everything that is known, "single" the published draw, "keep" a random share.
+        positives: positives a row that "single" keeps.
+        fraction: probability that "keep" keeps a known label.
+    """
+
+    kind: Literal["all", "single", "keep"]
+    positives: int = 1
+    fraction: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Observe:
+        """Read `all`, `single`, `single=K` or `keep=P`. Raises `UserError` on anything else."""
+        kind, equals, value = text.partition("=")
+        if kind == "all" and not equals:
+            return cls("all")
+        if kind == "single":
+            if not equals:
+                return cls("single")
+            if value.isascii() and value.isdigit() and int(value) >= 1:
+                return cls("single", positives=int(value))
+            raise UserError(f"--observe {text}: single=K needs a whole number K of at least 1")
+        if kind == "keep":
+            try:
+                fraction = float(value)
+            except ValueError:
+                raise UserError(f"--observe {text}: keep=P needs a probability P, such as keep=0.3") from None
+            # Written so that nan fails too.
+            if not 0 < fraction <= 1:
+                raise UserError(f"--observe {text}: the probability must be above 0 and at most 1")
+            return cls("keep", fraction=fraction)
+        raise UserError(f"--observe {text}: choose all, single, single=K or keep=P")
+
+    def draw(self, known: SparseLabels, seed: int, phase: str) -> SparseLabels | None:
+        """Observed labels of one phase (the official train rows, or the official test rows), None for "all"."""
+        if self.kind == "single":
+            return draw_published(known, seed, self.positives)
+        if self.kind == "keep":
+            return draw_fraction(known, self.fraction, seed, phase)
+        return None
+
+
+def draw_published(known: SparseLabels, seed: int = PUBLISHED_SEED, positives: int = 1) -> SparseLabels:
+    """The observed labels that the single-positive literature uses, bit for bit.
+
+    Legacy MT19937, one fresh generator a phase; for every row in file order the positives (ascending) are shuffled
+    and the first `positives` kept; then the negatives are shuffled as well. The second shuffle has no result, but it
+    moves the generator on, and leaving it out changes a large part of the picks.
+
+    Rows without a positive observe nothing. In partly annotated sets only known negatives are shuffled.
+
+    Returns:
+        Labels with default -1 that list nothing but observed positives.
+    """
+    rng = np.random.RandomState(seed)
+    indptr = np.zeros(len(known) + 1, np.int64)
+    np.cumsum(np.minimum(known.row_counts(POSITIVE), positives), out=indptr[1:])
+    kept = np.empty(indptr[-1], class_dtype(known.num_classes))
+    # `shuffle` draws by length alone, so the content of the negatives' array does not matter.
+    negatives = np.zeros(known.num_classes, np.int64)
+    listed_negatives = known.row_counts(NEGATIVE)
+    for row in range(len(known)):
+        entries = slice(int(known.indptr[row]), int(known.indptr[row + 1]))
+        classes = np.array(known.classes[entries][known.codes[entries] == POSITIVE], dtype=np.int64)
+        num_negatives = int(listed_negatives[row])
+        if known.default == NEGATIVE:
+            num_negatives += known.num_classes - (entries.stop - entries.start)
+        rng.shuffle(classes)
+        rng.shuffle(negatives[:num_negatives])
+        kept[indptr[row] : indptr[row + 1]] = np.sort(classes[:positives])
+    return SparseLabels(indptr, kept, np.full(len(kept), POSITIVE, np.int8), known.num_classes, UNKNOWN)
+
+
+def draw_fraction(known: SparseLabels, fraction: float, seed: int, phase: str = "train") -> SparseLabels:
+    """Keep every known label, positive or negative, independently with probability `fraction`.
+
+    A pure function of (known labels, fraction, seed, phase name). Work and memory follow the listed entries for
+    partly annotated sets; a fully annotated set is walked through in blocks of rows, and the result lists either what
+    was kept or what was hidden, whichever is shorter.
+
+    Raises:
+        ValueError: `fraction` is not in 0..1.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction {fraction} is not a probability")
+    rng = np.random.default_rng([seed, zlib.crc32(phase.encode())])
+    if known.default == UNKNOWN:
+        keep = (np.asarray(known.codes) != UNKNOWN) & (rng.random(len(known.codes)) < fraction)
+        counts = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
+        indptr = counts[np.asarray(known.indptr)]
+        return SparseLabels(indptr, known.classes[keep], known.codes[keep], known.num_classes, UNKNOWN)
+
+    default = NEGATIVE if fraction > 0.5 else UNKNOWN
+    step = max(1, _CHUNK_ENTRIES // known.num_classes)
+    row_counts = [np.zeros(1, np.int64)]
+    classes = [np.empty(0, class_dtype(known.num_classes))]
+    codes = [np.empty(0, np.int8)]
+    for start in range(0, len(known), step):
+        dense = _dense_rows(known, start, min(start + step, len(known)))
+        dense[rng.random(dense.shape, dtype=np.float32) >= fraction] = UNKNOWN
+        rows, columns = np.nonzero(dense != default)
+        row_counts.append(np.bincount(rows, minlength=len(dense)))
+        classes.append(columns.astype(class_dtype(known.num_classes)))
+        codes.append(dense[rows, columns])
+    indptr = np.cumsum(np.concatenate(row_counts), dtype=np.int64)
+    return SparseLabels(indptr, np.concatenate(classes), np.concatenate(codes), known.num_classes, default)
+
+
+def _dense_rows(labels: SparseLabels, start: int, stop: int) -> npt.NDArray[np.int8]:
+    """Codes int8 [stop - start, C] of a run of rows, without a loop over rows."""
+    first, last = int(labels.indptr[start]), int(labels.indptr[stop])
+    out = np.full((stop - start, labels.num_classes), labels.default, np.int8)
+    rows = np.repeat(np.arange(stop - start), np.diff(labels.indptr[start : stop + 1]))
+    out[rows, labels.classes[first:last]] = labels.codes[first:last]
+    return out
+
+
+def published_split(
+    num_rows: int, seed: int = PUBLISHED_SEED, fraction: float = 0.2
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The published cut of the official training rows into train and validation.
+
+    Legacy `permutation(num_rows)`; the last round(fraction * num_rows) are validation; both sides in file order.
+
+    Returns:
+        (train rows, validation rows), int64, ascending.
+    """
+    num_val = round(fraction * num_rows)
+    order = np.random.RandomState(seed).permutation(num_rows)
+    return np.sort(order[: num_rows - num_val]).astype(np.int64), np.sort(order[num_rows - num_val :]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Labels read from an array in somebody's encoding.
+
+    Attributes:
+        labels: the codes.
+        soft: for the format "soft", float32 [nnz] beside `labels.codes`: the frozen soft label of entries whose code
+            is unknown, nan elsewhere. Soft values are a method's state, so they are kept beside the codes.
+    """
+
+    labels: SparseLabels
+    soft: npt.NDArray[np.float32] | None = None
+
+
+_MEANING = {
+    "spml": "1 positive, 0 unobserved, -1 observed negative",
+    "openimages": "1 positive, 0 negative, -1 unobserved",
+    "nan": "1 positive, 0 negative, NaN unobserved",
+    "soft": "1 positive, 0 unobserved, -s a soft label s between 0 and 1",
+}
+
+
+def import_labels(
+    values: npt.NDArray[Any], fmt: ImportFormat, num_classes: int | None = None, source: str = "label array"
+) -> Imported:
+    """Read a dense label array [N, C] of bool, integers or floats in one of the four encodings in the wild.
+
+    The caller names the encoding; it is never guessed, since "spml" and "openimages" use the same values with 0 and
+    -1 swapped. The array may be memory-mapped; it is read in blocks of rows. Unobserved entries are not listed.
+
+    Args:
+        values: the array [N, C].
+        fmt: "spml", "openimages", "nan" or "soft".
+        num_classes: the C that is expected, when known.
+        source: name of the array in error messages, such as its file.
+
+    Raises:
+        UserError: unknown format, wrong shape or dtype, or a value that the format does not have; names the first
+            offending row and column.
+    """
+    if fmt not in get_args(ImportFormat):
+        raise UserError(f"label format {fmt!r} does not exist; choose {', '.join(get_args(ImportFormat))}")
+    if values.ndim != 2:
+        raise UserError(f"{source} has shape {values.shape}; labels need two dimensions, pictures x classes")
+    if values.dtype.kind not in "biuf":
+        raise UserError(f"{source} has dtype {values.dtype}; labels must be bool, integers or floats")
+    if values.shape[1] == 0:
+        raise UserError(f"{source} has no class (shape {values.shape})")
+    if num_classes is not None and values.shape[1] != num_classes:
+        raise UserError(f"{source} has {values.shape[1]} columns, but there are {num_classes} classes")
+
+    classes_type = class_dtype(values.shape[1])
+    row_counts = [np.zeros(1, np.int64)]
+    classes = [np.empty(0, classes_type)]
+    codes = [np.empty(0, np.int8)]
+    soft = [np.empty(0, np.float32)]
+    step = max(1, _CHUNK_ENTRIES // values.shape[1])
+    for start in range(0, len(values), step):
+        block = np.asarray(values[start : start + step])
+        if block.dtype.kind in "bu":
+            # Unsigned values must not wrap when they are negated below.
+            block = block.astype(np.float64)
+        allowed, listed = _understand(block, fmt)
+        if not allowed.all():
+            row, column = (int(i) for i in np.argwhere(~allowed)[0])
+            value = block[row, column]
+            hint = ""
+            if fmt == "soft" and value == -1:
+                hint = "; -1 would be a soft label of exactly 1, so this may be an array in the format spml"
+            raise UserError(
+                f"{source}: row {start + row}, column {column} holds {value}, "
+                f"which the format {fmt} does not have ({_MEANING[fmt]}){hint}"
+            )
+        rows, columns = np.nonzero(listed)
+        entries = block[rows, columns]
+        row_counts.append(np.bincount(rows, minlength=len(block)))
+        classes.append(columns.astype(classes_type))
+        if fmt == "soft":
+            codes.append(np.where(entries == 1, POSITIVE, UNKNOWN).astype(np.int8))
+            soft.append(np.where(entries < 0, -entries, np.nan).astype(np.float32))
+        else:
+            codes.append(np.where(entries == 1, POSITIVE, NEGATIVE).astype(np.int8))
+    labels = SparseLabels(
+        np.cumsum(np.concatenate(row_counts), dtype=np.int64),
+        np.concatenate(classes),
+        np.concatenate(codes),
+        values.shape[1],
+        UNKNOWN,
+    )
+    return Imported(labels, np.concatenate(soft) if fmt == "soft" else None)
+
+
+def _understand(block: npt.NDArray[Any], fmt: ImportFormat) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """(entries whose value the format has, entries that are to be listed), bool of the block's shape."""
+    one, zero = block == 1, block == 0
+    if fmt == "spml":
+        negative = block == -1
+        return one | zero | negative, one | negative
+    if fmt == "openimages":
+        return one | zero | (block == -1), one | zero
+    if fmt == "nan":
+        return one | zero | np.isnan(block), one | zero
+    soft = (block < 0) & (block > -1)
+    return one | zero | soft, one | soft

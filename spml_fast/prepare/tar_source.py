@@ -1,0 +1,134 @@
+"""Tar files that others made, such as OpenImages' train_0.tar.gz, as a source of pictures.
+
+They are read as streams from their start to their end, since compressed ones have no other way. Nothing is unpacked:
+names are only compared with those of a Manifest, so no name, link or device in them can lead anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.manifest import Split
+
+_TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+# No photograph has so many bytes; a forged header may ask for any number.
+_MAX_PICTURE = 256 << 20
+
+
+class Names:
+    """Finds the sample of a file name among all splits, in eight bytes a sample.
+
+    Names are compared without their folders where every picture has a file name of its own, else with them.
+
+    Raises:
+        UserError: two samples have the same path.
+    """
+
+    def __init__(self, splits: Sequence[Split]) -> None:
+        self.splits = splits
+        self.starts = np.concatenate([[0], np.cumsum([len(split) for split in splits])]).astype(np.int64)
+        self._flat = True
+        self._sort()
+        if self._repeated() is not None:
+            self._flat = False
+            self._sort()
+            twice = self._repeated()
+            if twice is not None:
+                split, row = self.locate(twice)
+                raise UserError(
+                    f"{split.relative_path(row)} is the picture of two samples; --tars needs one picture a sample"
+                )
+
+    def _name(self, path: str) -> str:
+        return path.rpartition("/")[2] if self._flat else path
+
+    @staticmethod
+    def _hash(name: str) -> int:
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+    def _sort(self) -> None:
+        hashes = np.fromiter(
+            (self._hash(self._name(split.relative_path(i))) for split in self.splits for i in range(len(split))),
+            np.uint64,
+            int(self.starts[-1]),
+        )
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
+
+    def _repeated(self) -> int | None:
+        equal = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
+        return int(self._order[equal[0]]) if len(equal) else None
+
+    def locate(self, sample: int) -> tuple[Split, int]:
+        """Split and row of a number over all splits."""
+        number = int(np.searchsorted(self.starts, sample, "right")) - 1
+        return self.splits[number], sample - int(self.starts[number])
+
+    def find(self, path: str) -> int:
+        """Number over all splits of the sample with that path, or -1."""
+        name = self._name(path)
+        place = int(np.searchsorted(self._hashes, np.uint64(self._hash(name))))
+        if place == len(self._hashes):
+            return -1
+        sample = int(self._order[place])
+        split, row = self.locate(sample)
+        return sample if self._name(split.relative_path(row)) == name else -1
+
+
+def find_tars(folder: Path) -> list[Path]:
+    """The tar files of a folder, by name. `UserError` if there is none."""
+    if not folder.is_dir():
+        raise UserError(f"--tars {folder} is not a folder")
+    tars = sorted(path for path in folder.iterdir() if path.name.lower().endswith(_TAR_ENDINGS))
+    if not tars:
+        raise UserError(f"--tars {folder} has no tar file ({', '.join(_TAR_ENDINGS)})")
+    return tars
+
+
+def read_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str]]:
+    """Members of a tar file from its start to its end, each with why it is ignored ("" if it is not)."""
+    last = "its start"
+    try:
+        with tarfile.open(path, "r|*", errorlevel=2) as archive:
+            for member in archive:
+                last = repr(member.name)
+                # A stream keeps every member it has met otherwise: gigabytes over millions of pictures.
+                archive.members = []  # type: ignore[attr-defined]
+                if not member.isdir():
+                    yield archive, member, _ignored(member)
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"tar file {path} cannot be read on from {last} ({error}); fetch it again") from error
+
+
+def member_bytes(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Content of the member that `read_members` is at. `UserError` if the file is damaged or cut off."""
+    try:
+        file = archive.extractfile(member)
+        assert file is not None
+        return file.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"tar file {path} cannot be read on from {member.name!r} ({error}); fetch it again") from error
+
+
+def _ignored(member: tarfile.TarInfo) -> str:
+    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+        return "with an unsafe path"
+    if member.issym() or member.islnk():
+        return "links"
+    if not member.isreg() or member.issparse():
+        return "devices and other special files"
+    if member.size > _MAX_PICTURE:
+        return f"larger than {_MAX_PICTURE >> 20} MiB"
+    return ""
+
+
+def member_path(member: tarfile.TarInfo) -> str:
+    """Path of a member without a leading `./`."""
+    return PurePosixPath(member.name).as_posix()

@@ -1,0 +1,1 @@
+"""The papers' settings, published numbers, and the command that compares them."""

@@ -1,0 +1,218 @@
+"""The papers' comparisons in one go: which runs a preset has, what the papers say of them, tables and plots.
+
+`launch/reproduce.py` starts the runs; everything here works on what they leave behind.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from spml_fast.core.errors import UserError
+from spml_fast.reproduction.presets import Entry, Preset
+from spml_fast.train.checkpoint import write_json
+
+# In a run's folder: the options that it was begun with.
+OPTIONS_FILE = "options.json"
+
+
+@dataclass
+class Row:
+    """Test mAP of an entry at one alpha over seeds."""
+
+    entry: Entry
+    head: str
+    alpha: str
+    values: list[float]
+    epoch_seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Mean mAP, per cent."""
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation; 0 for one seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+
+def read_epochs(run: Path) -> list[dict[str, Any]]:
+    """The epoch lines of a run's metrics.jsonl; the last one of an epoch that was repeated after an interruption.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    path = run / "metrics.jsonl"
+    epochs: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            if entry["kind"] == "epoch":
+                epochs[entry.get("phase"), entry["epoch"]] = entry
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} line {number} is damaged; delete that line") from error
+    return list(epochs.values())
+
+
+def check_options(run: Path, words: Sequence[str]) -> None:
+    """Raise `UserError` when a run was begun with other options: its figures are not those that are asked for."""
+    path = run / OPTIONS_FILE
+    begun = (run / "results.json").exists() or (run / "checkpoints" / "newest.json").exists()
+    if not begun or not path.exists():
+        return
+    try:
+        found = [str(word) for word in json.loads(path.read_text(encoding="utf-8"))["options"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete {run} or choose another --out") from error
+    if found != list(words):
+        raise UserError(f"{run} was made with other options ({shlex.join(found)}); delete it or choose another --out")
+
+
+def note_options(run: Path, words: Sequence[str]) -> None:
+    """Write down what `check_options` compares, before a run is begun."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / OPTIONS_FILE, {"options": list(words)})
+
+
+def collect(runs: dict[str, list[Path]], entries: Iterable[Entry], heads: dict[str, str]) -> list[Row]:
+    """Rows from finished runs: entry name -> run directories, one a seed."""
+    rows = []
+    for entry in entries:
+        found = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in runs[entry.name]]
+        seconds = [e["seconds"] for run in runs[entry.name] for e in read_epochs(run)]
+        for alpha in found[0]["alpha"]:
+            values = [r["alpha"][alpha]["map"] for r in found]
+            rows.append(Row(entry, heads[entry.name], alpha, values, statistics.median(seconds)))
+    return rows
+
+
+def judge(preset: Preset, rows: list[Row]) -> list[dict[str, Any]]:
+    """Each statement whose entries were run, and whether the means bear it out."""
+    means = {(r.entry.name, r.alpha): r.mean for r in rows}
+    present = {r.entry.name for r in rows}
+    out = []
+    for statement in preset.statements:
+        if set(statement.needs) <= present:
+            out.append({"text": statement.text, "holds": bool(statement.holds(means))})
+    return out
+
+
+def as_json(rows: list[Row], statements: list[dict[str, Any]]) -> dict[str, Any]:
+    """The machine-readable result."""
+    keys = ("method", "head", "alpha", "map_mean", "map_std", "seeds", "published", "epoch_seconds", "values")
+    cells = [
+        (
+            r.entry.name,
+            r.head,
+            float(r.alpha),
+            r.mean,
+            r.std,
+            len(r.values),
+            r.entry.published.get(r.alpha),
+            r.epoch_seconds,
+            r.values,
+        )
+        for r in rows
+    ]
+    return {"rows": [dict(zip(keys, c, strict=True)) for c in cells], "statements": statements}
+
+
+HEADER = ("method", "head", "alpha", "test mAP", "seeds", "published", "s/epoch", "note")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    published = row.entry.published.get(row.alpha)
+    return (
+        row.entry.name,
+        row.head,
+        row.alpha,
+        f"{row.mean:.2f} ± {row.std:.2f}",
+        str(len(row.values)),
+        "" if published is None else f"{published:.2f}",
+        f"{row.epoch_seconds:.1f}",
+        row.entry.note,
+    )
+
+
+def as_markdown(preset: Preset, rows: list[Row], statements: list[dict[str, Any]]) -> str:
+    """Table, statements and note as Markdown."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines += ["| " + " | ".join(_cells(r)) + " |" for r in rows]
+    lines += ["", "| statement | holds |", "|---|---|"]
+    lines += [f"| {s['text']} | {'yes' if s['holds'] else 'no'} |" for s in statements]
+    if preset.note:
+        lines += ["", preset.note]
+    return "\n".join(lines) + "\n"
+
+
+def as_table(preset: Preset, rows: list[Row]) -> Table:
+    """The table for a terminal."""
+    table = Table(title=f"{preset.name}: test mAP, mean ± deviation over seeds", title_justify="left")
+    for name in HEADER:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """One line an entry and alpha."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "head", "alpha", "map_mean", "map_std", "seeds", "published", "epoch_seconds"])
+        for r in rows:
+            published = r.entry.published.get(r.alpha, "")
+            numbers = (f"{r.mean:.4f}", f"{r.std:.4f}", len(r.values), published, f"{r.epoch_seconds:.2f}")
+            writer.writerow([r.entry.name, r.head, r.alpha, *numbers])
+
+
+def plot(path: Path, rows: list[Row], runs: dict[str, list[Path]]) -> None:
+    """Bars of mAP, and precision and recall of what methods rejected or corrected, over epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.5), width_ratios=(3, 2), layout="constrained")
+    names = list(dict.fromkeys(r.entry.name for r in rows))
+    alphas = list(dict.fromkeys(r.alpha for r in rows))
+    width = 0.8 / len(alphas)
+    for place, alpha in enumerate(alphas):
+        chosen = [r for r in rows if r.alpha == alpha]
+        at = [names.index(r.entry.name) + (place - (len(alphas) - 1) / 2) * width for r in chosen]
+        bars = left.bar(at, [r.mean for r in chosen], width, yerr=[r.std for r in chosen], capsize=3)
+        bars.set_label(f"alpha {alpha}")
+        left.bar_label(bars, fmt="%.1f", fontsize=7, padding=3)
+    lowest = min(r.mean - r.std for r in rows)
+    left.set_ylim(max(0, math.floor(lowest / 5) * 5 - 5), 101.5)
+    left.set_xticks(range(len(names)), names, rotation=20)
+    left.set_ylabel("test mAP (%)")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.11), ncols=len(alphas), frameon=False)
+    for name in names:
+        histories = [read_epochs(run) for run in runs[name]]
+        if not all("selection_precision" in e for h in histories for e in h):
+            continue
+        # Runs that stopped early are shorter: as far as all of them went.
+        epochs = range(1, min(len(h) for h in histories) + 1)
+        colour = None
+        for kind, style in (("selection_precision", "-"), ("selection_recall", "--")):
+            curve = [statistics.fmean(h[i - 1][kind] for h in histories) for i in epochs]
+            (line,) = right.plot(epochs, curve, style, color=colour, label=f"{name} {kind.split('_')[1]}")
+            colour = line.get_color()
+    right.set_xlabel("epoch")
+    right.set_title("rejected or corrected labels against the truth", fontsize=10)
+    right.set_ylim(-0.02, 1.02)
+    if right.get_legend_handles_labels()[0]:
+        right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

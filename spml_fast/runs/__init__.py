@@ -1,0 +1,1 @@
+"""Run directories: their files, how they are written, read and opened."""

@@ -1,0 +1,1 @@
+"""The training loop, its engine, optimizer and checkpoints."""

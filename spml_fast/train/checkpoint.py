@@ -1,0 +1,217 @@
+"""Checkpoints: which exist, which to go on from, which to delete; and the weights file.
+
+RUN/checkpoints/
+  newest.json, best.json          {"tag", "phase", "epoch", "update", "world_size", "zero_stage", ...}
+  finetune-e0003-u000000-w2/      what DeepSpeed saved; the world size is in the name, because saving over another
+                                  world size's files mixes them; and method_shard_R.pt, a rank's part of state that
+                                  grows with the samples, of methods that have any
+RUN/model.safetensors             the best weights, whole, for evaluation and export
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import textwrap
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spml_fast.core import distributed
+from spml_fast.core.errors import UserError
+
+TAG = re.compile(r"[a-z]+-e\d{4,}-u\d{6,}-w\d+")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a checkpoint stands.
+
+    Attributes:
+        phase: `linear` or `finetune`.
+        epoch: epochs done in the phase.
+        update: updates done in the epoch that comes next; 0 at an epoch's end.
+        world_size: ranks that saved it.
+        zero_stage: ZeRO stage that saved it.
+    """
+
+    phase: str
+    epoch: int
+    update: int
+    world_size: int
+    zero_stage: int
+
+    @property
+    def tag(self) -> str:
+        """Name of the checkpoint's folder."""
+        return f"{self.phase}-e{self.epoch:04d}-u{self.update:06d}-w{self.world_size}"
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null in the place of numbers that are not finite, which strict readers refuse."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(finite(values), indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_mark(path: Path) -> Mark | None:
+    """The mark in newest.json or best.json; None when there is none. `UserError` when damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return Mark(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to start afresh") from error
+
+
+def find_resume(folder: Path, resume: str) -> tuple[Path, Mark] | None:
+    """The checkpoint to go on from.
+
+    Args:
+        folder: the run's checkpoint directory.
+        resume: `auto`, `never`, or the path of a checkpoint folder (or of a run directory) to start from.
+
+    Returns:
+        Checkpoint directory and mark, or None to start afresh.
+
+    Raises:
+        UserError: `never` and there is one, or the path holds none.
+    """
+    own = read_mark(folder / "newest.json")
+    if resume != "never" and own is not None:
+        # A run that was started from a path and then killed goes on from its own checkpoints.
+        return folder, own
+    if resume == "auto":
+        return None
+    if resume == "never":
+        if own is not None:
+            raise UserError(
+                f"{folder.parent} already holds a run; choose another --run.dir, or go on with --run.resume auto"
+            )
+        return None
+    path = Path(resume)
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    if (path / "newest.json").is_file():
+        mark = read_mark(path / "newest.json")
+        assert mark is not None
+        return path, mark
+    marked = path / "mark.json"
+    mark = read_mark(marked)
+    if mark is None:
+        raise UserError(f"--run.resume {resume}: there is no checkpoint (give a run directory or a checkpoint folder)")
+    return path.parent, mark
+
+
+def publish(folder: Path, mark: Mark, keep: int, best: bool) -> None:
+    """Make a saved checkpoint the newest, and delete older ones beyond `keep` (rank 0; call after all ranks saved)."""
+    if distributed.is_main():
+        write_json(folder / mark.tag / "mark.json", asdict(mark))
+        write_json(folder / "newest.json", asdict(mark))
+        if best:
+            write_json(folder / "best.json", asdict(mark))
+        kept = read_mark(folder / "best.json")
+        # Copies that a user put beside ours have other names and stay. What a killed save left has no mark and goes.
+        ours = [p for p in folder.iterdir() if p.is_dir() and TAG.fullmatch(p.name)]
+        ours.sort(key=lambda p: ((p / "mark.json").is_file(), p.stat().st_mtime), reverse=True)
+        for place, path in enumerate(ours):
+            whole = place < keep and (path / "mark.json").is_file()
+            if not whole and path.name != mark.tag and (kept is None or path.name != kept.tag):
+                shutil.rmtree(path)
+    distributed.barrier()
+
+
+def clear_unfinished(folder: Path, tag: str) -> None:
+    """Remove what a killed save of the same tag left (rank 0), before saving again."""
+    if distributed.is_main() and (folder / tag).exists():
+        shutil.rmtree(folder / tag)
+    distributed.barrier()
+
+
+def save_shard(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write this rank's part of a method's state beside what DeepSpeed saved (collective); nothing when it is empty.
+
+    The checkpoint counts only once `publish` has marked it, so a part that a killed save left does no harm.
+    """
+    if state:
+        torch.save({name: tensor.to("cpu") for name, tensor in state.items()}, _shard_path(folder, distributed.rank()))
+    distributed.barrier()
+
+
+def load_shards(folder: Path, world_size: int) -> list[dict[str, Tensor]]:
+    """The parts that `world_size` ranks saved, memory-mapped. `UserError` when one is missing or damaged."""
+    shards = []
+    for rank in range(world_size):
+        path = _shard_path(folder, rank)
+        try:
+            shards.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        except (OSError, RuntimeError, UnpicklingError) as error:
+            raise UserError(f"checkpoint part {path} cannot be read ({error})") from error
+    return shards
+
+
+def _shard_path(folder: Path, rank: int) -> Path:
+    return folder / f"method_shard_{rank:05d}.pt"
+
+
+def save_weights(path: Path, module: nn.Module, metadata: dict[str, str]) -> None:
+    """Write a module's weights as safetensors, whole or not at all (rank 0 only; parameters must be whole)."""
+    if not distributed.is_main():
+        return
+    state = {k: v.detach().to("cpu").contiguous() for k, v in module.state_dict().items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(state, partial, metadata=metadata)
+    os.replace(partial, path)
+
+
+def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
+    """Load `save_weights`' file into a module of the same shape; returns the metadata.
+
+    Raises:
+        UserError: the file is missing, damaged, or belongs to another model.
+    """
+    try:
+        state = load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); has the run finished an epoch?") from error
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        # The last line may list every tensor of a large model.
+        reason = textwrap.shorten(str(error).splitlines()[-1], 300)
+        raise UserError(f"{path} does not fit the model: {reason}") from error
+    return metadata
+
+
+def rng_seed(seed: int, *place: int) -> int:
+    """A 63-bit seed that is a pure function of the run's seed and a place in training (phase, update, rank).
+
+    Seeding every update from it makes dropout reproducible after a resume without saving any generator's state.
+    """
+    value = 0x9E3779B97F4A7C15
+    for word in (seed, *place):
+        value = ((value ^ word) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
+        value ^= value >> 31
+    return value >> 1

@@ -1,0 +1,342 @@
+"""The only file that imports DeepSpeed: one function makes its configuration, one class hides its engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spml_fast.core import distributed
+from spml_fast.core.config import EngineConfig, TrainConfig
+from spml_fast.core.errors import UserError
+from spml_fast.train.optim import restore_schedule_options, schedule_options
+
+OWNED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "torch_autocast",
+    "bf16",
+    "fp16",
+    "amp",
+    "optimizer",
+    "scheduler",
+)
+
+
+def set_environment() -> None:
+    """Environment that DeepSpeed reads when it is imported; call before anything imports it.
+
+    Its compiled extensions go to a folder of our own, so that a lock left by another program's killed build cannot
+    hang this one; without a GPU its CPU accelerator is chosen by name.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if not os.access(cache if cache.exists() else Path.home(), os.W_OK):
+        cache = Path(tempfile.gettempdir())
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "spml_fast" / "torch_extensions"))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    adopt_slurm()
+    if "LOCAL_SIZE" in os.environ:
+        # DeepSpeed's launcher has its own name for what torchrun calls LOCAL_WORLD_SIZE.
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
+
+
+def adopt_slurm() -> None:
+    """Fill in the variables of torch.distributed from SLURM's where `srun` started us and nothing else set them."""
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env or "SLURM_STEP_NUM_TASKS" not in env:
+        return
+    if env.get("SLURM_STEP_NUM_TASKS") == "1" and "MASTER_ADDR" not in env:
+        return
+    env["RANK"] = env["SLURM_PROCID"]
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
+    env.setdefault(
+        "LOCAL_WORLD_SIZE", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"]).split("(")[0].split(",")[0]
+    )
+    env.setdefault("MASTER_ADDR", first_slurm_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    # One port per job, so that jobs sharing a machine do not meet.
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def first_slurm_host(nodelist: str) -> str:
+    """First host of SLURM's compressed list: `rack[1-2]n[003-007,012]-ib,login1` -> `rack1n003-ib`."""
+    head = re.match(r"(\[[^\]]*\]|[^,\[])*", nodelist)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", head[0] if head else nodelist)
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed, imported late and quietly, without its C++ build on machines without a GPU."""
+    set_environment()
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # Its shared-memory collectives for CPUs are an optional speed-up that needs a compiler and over a minute at the
+        # first start, and a killed build leaves a lock that hangs later runs. gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def init_distributed() -> torch.device:
+    """Join the process group and choose this rank's device.
+
+    Works under `deepspeed`, `torchrun` and SLURM, and alone, when no launcher set the environment.
+    """
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        if os.environ["WORLD_SIZE"] != "1":
+            raise UserError("MASTER_PORT is not set although WORLD_SIZE is; start with deepspeed, torchrun or srun")
+        os.environ["MASTER_PORT"] = str(free_port())
+    deepspeed = _deepspeed()
+    device = torch.device("cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that share a machine share its cores, or they would slow each other down.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if torch.cuda.is_available():
+        local = distributed.local_rank()
+        if local >= torch.cuda.device_count():
+            raise UserError(f"local rank {local} has no GPU; this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def leave_distributed() -> None:
+    """Leave the process group, so that no rank is killed while another still talks."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def gains_from_bf16(device: torch.device) -> bool:
+    """Whether bf16 is the faster choice: GPUs from sm_80, CPUs with AMX.
+
+    CPUs with AVX512-BF16 alone have the instructions too, but autocast costs more than they save: a ResNet-50 step took
+    1.2 to 1.3 times as long as in fp32, measured on such a machine. `train.precision bf16` is there for them.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def choose_algorithms(device: torch.device, deterministic: bool) -> None:
+    """How PyTorch chooses among algorithms that differ in speed and rounding; for the whole process.
+
+    Args:
+        device: where training runs; nothing is changed for a CPU, whose runs repeat bit for bit.
+        deterministic: take those that repeat bit for bit, with a warning where there is none (`run.deterministic`);
+            else cuDNN times its convolutions at each new shape, of which a run has few.
+    """
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic:
+        # Read when cuBLAS is first used; without it two streams may share a workspace.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextlib.contextmanager
+def untimed_algorithms() -> Iterator[None]:
+    """Inside, cuDNN chooses convolutions without timing, so that figures do not depend on which process makes them."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Autocast dtype for `train.precision`; None for fp32. Parameters and BatchNorm statistics stay fp32 always."""
+    if precision == "bf16" or (precision == "auto" and gains_from_bf16(device)):
+        return torch.bfloat16
+    return None
+
+
+def micro_batch_size(train: TrainConfig, world_size: int) -> int:
+    """Largest number of samples that a rank gets in one forward."""
+    return -(-train.batch_size // (world_size * train.accumulation))
+
+
+def deepspeed_config(
+    train: TrainConfig, engine: EngineConfig, world_size: int, device: torch.device, run_dir: Path
+) -> dict[str, Any]:
+    """DeepSpeed's configuration from ours; written to the run directory.
+
+    Everything whose default has moved between DeepSpeed's releases is explicit: clipping (on by default since 2026),
+    precision (`bf16` breaks BatchNorm models, `torch_autocast` does not), the untested-optimizer switch.
+
+    Raises:
+        UserError: `deepspeed.extra` sets a section that other options own.
+    """
+    owned = sorted(set(engine.extra) & set(OWNED_KEYS))
+    if owned:
+        raise UserError(f"deepspeed.extra may not set {', '.join(owned)}; the options under train and deepspeed do")
+    autocast = autocast_dtype(train.precision, device)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size(train, world_size),
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip,
+        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": autocast is not None, "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if engine.tensorboard:
+        config["tensorboard"] = {"enabled": True, "output_path": str(run_dir), "job_name": "tensorboard"}
+    return config | engine.extra
+
+
+class Engine:
+    """A DeepSpeed engine around one module whose forward returns (loss, ...).
+
+    Args:
+        module: on any device; moved by DeepSpeed.
+        optimizer: torch optimizer over the module's trainable parameters.
+        scheduler: stepped by DeepSpeed at every update.
+        config: what `deepspeed_config` made.
+        channels_last: give convolution weights channels_last memory (stage 0 only; DeepSpeed cannot start with it).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        config: dict[str, Any],
+        channels_last: bool = True,
+    ) -> None:
+        deepspeed = _deepspeed()
+        # An earlier engine of this process may have left channels_last weights, which DeepSpeed cannot start with.
+        module.to(memory_format=torch.contiguous_format)
+        options = schedule_options(optimizer, scheduler)
+        self._schedule = (optimizer, scheduler, options)
+        with _quiet():
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config)
+            )
+        self.stage: int = config["zero_optimization"]["stage"]
+        if channels_last and self.stage == 0:
+            self._engine.module.to(memory_format=torch.channels_last)
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.device(self._engine.device)
+
+    def __call__(self, *args: Any) -> Any:
+        """The module's forward, under autocast when that is on."""
+        return self._engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward; DeepSpeed divides by the number of accumulation steps."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """Optimizer and schedule, at the accumulation boundary."""
+        self._engine.step()
+
+    def train(self) -> None:
+        """Training mode."""
+        self._engine.train()
+
+    def eval(self) -> None:
+        """Evaluation mode."""
+        self._engine.eval()
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the first parameter group."""
+        return float(self._engine.get_lr()[0])
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Global gradient norm of the last update, where DeepSpeed computed one (clipping on, or stage 1 and up)."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def write_events(self, values: dict[str, float], samples: int) -> None:
+        """Hand figures to DeepSpeed's monitor (TensorBoard, W&B, CSV), rank 0 only."""
+        monitor = self._engine.monitor
+        if monitor.enabled and distributed.is_main():
+            monitor.write_events([(name, value, samples) for name, value in values.items()])
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Write a checkpoint (collective)."""
+        with _quiet():
+            self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Restore module, optimizer and the place in the schedule (collective); returns the client state.
+
+        The schedule itself stays as configured now, so a run may go on with more epochs.
+
+        Raises:
+            UserError: nothing usable is there.
+        """
+        with _quiet():
+            try:
+                path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+            except (RuntimeError, KeyError, ValueError, OSError, AssertionError) as error:
+                raise UserError(f"checkpoint {folder / tag} cannot be loaded: {error}") from error
+        if path is None:
+            raise UserError(f"checkpoint {folder / tag} cannot be loaded: files are missing")
+        restore_schedule_options(*self._schedule)
+        return dict(state)
+
+    @contextlib.contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Inside, every parameter of the module is whole on every rank (ZeRO stage 3 gathers them)."""
+        if self.stage < 3:
+            yield
+            return
+        with _deepspeed().zero.GatheredParameters(list(self.module.parameters())):
+            yield
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds, so that another engine can be made."""
+        self._engine.destroy()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints settings and notices with print and its own handlers; keep them off a clean terminal."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,129 @@
+"""What a run says: metrics.jsonl, a live line on a terminal, plain lines elsewhere, the closing table."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from spml_fast.core import distributed
+from spml_fast.train.checkpoint import finite
+
+
+class Meter:
+    """Throughput and waiting of one epoch, on the host's clock.
+
+    The clock stops only between updates; on a GPU an epoch's time includes the work in flight because reading the
+    epoch's loss waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.waited = 0.0
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.perf_counter() - self.start
+
+    @property
+    def rate(self) -> float:
+        """Samples a second over all ranks."""
+        return self.samples / max(self.seconds, 1e-9)
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time spent waiting for data on this rank, 0..1."""
+        return self.waited / max(self.seconds, 1e-9)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux counts ru_maxrss in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut off a last line that a machine's sudden end left without its end, or the next one would be joined to it."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        text = file.read()
+        if text and not text.endswith(b"\n"):
+            file.truncate(text.rfind(b"\n") + 1)
+
+
+class RunLog:
+    """Writes the run's figures; does nothing on ranks other than 0.
+
+    Args:
+        folder: run directory; figures go to metrics.jsonl in it.
+        total_updates: updates of the whole run, for the time left.
+    """
+
+    def __init__(self, folder: Path, total_updates: int) -> None:
+        self.active = distributed.is_main()
+        self.path = folder / "metrics.jsonl"
+        if self.active:
+            drop_half_line(self.path)
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.live: Progress | None = None
+        if self.active and self.console.is_terminal:
+            self.live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+                transient=True,
+            )
+            self.task = self.live.add_task("starting", total=total_updates)
+
+    def __enter__(self) -> RunLog:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def say(self, text: str) -> None:
+        """One plain line."""
+        if self.active:
+            self.console.print(text, markup=False)
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        """Append one JSON line; numbers that are not finite become null."""
+        if not self.active:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **finite(values)}) + "\n")
+
+    def progress(self, done: int, text: str) -> None:
+        """Move the live line; nothing where there is no terminal."""
+        if self.live:
+            self.live.update(self.task, completed=done, description=text)
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """A table of two columns on rank 0."""
+    if not distributed.is_main():
+        return
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(justify="left", overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

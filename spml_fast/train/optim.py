@@ -1,0 +1,107 @@
+"""torch optimizers and schedules from the configuration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from spml_fast.core.config import TrainConfig
+from spml_fast.models.classifier import Classifier
+
+
+def parameter_groups(
+    classifier: Classifier, method: nn.Module, train: TrainConfig, head_only: bool
+) -> list[dict[str, object]]:
+    """Parameter groups: backbone, head (lr times head_lr_multiplier), method; each split by weight decay.
+
+    Biases, norms and other one-dimensional parameters get no weight decay unless `train.decay_all`. Empty groups are
+    never made: DeepSpeed drops them, which would desynchronise the schedule.
+    """
+    head_lr = train.lr * train.head_lr_multiplier
+    if head_only and train.linear_lr is not None:
+        head_lr = train.linear_lr
+    sources: list[tuple[nn.Module, float]] = [(classifier.head, head_lr), (method, head_lr)]
+    if not head_only:
+        sources.insert(0, (classifier.backbone, train.lr))
+    groups: list[dict[str, object]] = []
+    for module, lr in sources:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        flat = [p for p in parameters if p.ndim <= 1 and not train.decay_all]
+        rest = [p for p in parameters if p.ndim > 1 or train.decay_all]
+        for params, decay in ((rest, train.weight_decay), (flat, 0.0)):
+            if params:
+                groups.append({"params": params, "lr": lr, "weight_decay": decay})
+    return groups
+
+
+def make_optimizer(groups: list[dict[str, object]], train: TrainConfig, fused: bool) -> torch.optim.Optimizer:
+    """The torch optimizer.
+
+    Args:
+        groups: from `parameter_groups`.
+        train: names it, and has its options.
+        fused: update all parameters in one kernel, which spares memory traffic and launches on a GPU; the parameters
+            may still be elsewhere.
+    """
+    betas = (train.betas[0], train.betas[1])
+    # False would switch off what torch chooses by itself, too.
+    chosen = True if fused else None
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=chosen)
+    cls = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
+    return cls(groups, lr=train.lr, betas=betas, fused=chosen)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, updates: int) -> lr_scheduler.LRScheduler:
+    """Learning rate over `updates`, stepped once an update.
+
+    one_cycle is torch's OneCycleLR (cosine, and it cycles beta1 or the momentum between 0.95 and 0.85 as the released
+    Query2Label recipes do); cosine rises linearly for warmup_share, then falls to 0.
+    """
+    if train.schedule == "one_cycle":
+        peaks = [float(g["lr"]) for g in optimizer.param_groups]
+        # As published: the last update has the lowest rate. A rise to the very end needs one step more to fall in, and
+        # two steps are the least that OneCycleLR can be made of.
+        total = max(updates, 2) if train.warmup_share < 1 else updates + 1
+        share = min(float(train.warmup_share), updates / total)
+        if share * total <= 1 + 1e-6:
+            # A rise of one step or none starts at the peak; OneCycleLR divides by zero on exactly one step.
+            share = (1 - 1e-6) / total
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=total, pct_start=share)
+    if train.schedule == "cosine":
+        warm = round(updates * train.warmup_share)
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / (warm + 1)
+            return 0.5 * (1 + math.cos(math.pi * min((step - warm) / max(updates - warm, 1), 1.0)))
+
+        return lr_scheduler.LambdaLR(optimizer, factor)
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+GROUP_OPTIONS = ("weight_decay", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+SCHEDULE_OPTIONS = ("total_steps", "_schedule_phases", "base_lrs")
+
+
+def schedule_options(optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler) -> list[dict[str, object]]:
+    """What the configuration says of the schedule, to be put back after a checkpoint was loaded over it.
+
+    A checkpoint holds the options of the run that saved it; a run that goes on with more epochs or another learning
+    rate must follow the new ones from where it stands.
+    """
+    state = scheduler.state_dict()
+    groups = [{k: g[k] for k in GROUP_OPTIONS if k in g} for g in optimizer.param_groups]
+    return [{k: state[k] for k in SCHEDULE_OPTIONS if k in state}, *groups]
+
+
+def restore_schedule_options(
+    optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler, options: list[dict[str, object]]
+) -> None:
+    """Put `schedule_options` back."""
+    scheduler.load_state_dict({**scheduler.state_dict(), **options[0]})
+    for group, values in zip(optimizer.param_groups, options[1:], strict=True):
+        group.update(values)

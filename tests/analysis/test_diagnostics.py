@@ -1,0 +1,156 @@
+"""Map statistics against values by hand and SciPy, and a look at real scenes with boxes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from spml_fast.analysis.diagnostics import (
+    cells_in_boxes,
+    centred_gaussian,
+    chosen_classes,
+    extremes,
+    look_at_maps,
+    peaks,
+    plot,
+    rank_correlation,
+    summarise,
+)
+from spml_fast.core.config import DataConfig, ModelConfig
+from spml_fast.core.errors import UserError
+from spml_fast.data.loader import EvalLoader
+from spml_fast.data.manifest import Manifest
+from spml_fast.models.classifier import Classifier
+
+
+def test_extremes_are_means_of_five_per_cent() -> None:
+    cells = np.random.default_rng(0).permutation(196).reshape(1, 14, 14)
+    top, bottom = extremes(cells)
+    # 9.8 cells are ten: 186..195 and 0..9.
+    assert top.tolist() == [190.5] and bottom.tolist() == [4.5]
+    top, bottom = extremes(np.array([[[3.0, -1.0]]]))
+    assert (top[0], bottom[0]) == (3, -1)
+
+
+def test_rank_correlation_is_spearmans_with_ties() -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.integers(0, 5, (4, 6, 7)), rng.normal(size=(4, 6, 7))
+    second[3] = 1.5
+    found = rank_correlation(first, second)
+    for i in range(3):
+        assert found[i] == pytest.approx(spearmanr(first[i].ravel(), second[i].ravel()).statistic, abs=1e-12)
+    # A flat map has no ranks.
+    assert math.isnan(found[3])
+    # Neither BoostLU nor any other growing function changes it.
+    boosted = np.where(second > 0, 5 * second, second)
+    assert np.allclose(rank_correlation(first, boosted), found, equal_nan=True)
+
+
+def test_centred_gaussian_falls_from_the_centre() -> None:
+    map_ = centred_gaussian(5, 7)
+    assert map_.argmax() == 2 * 7 + 3 and map_[2, 3] == 1
+    assert np.allclose(map_, map_[::-1, ::-1]) and map_[0, 0] < map_[1, 1] < map_[2, 2]
+
+
+def test_peaks_are_cell_centres_as_shares() -> None:
+    maps = np.zeros((2, 2, 4))
+    maps[0, 1, 2] = 1
+    # All equal: the first.
+    assert peaks(maps).tolist() == [[0.625, 0.75], [0.125, 0.25]]
+
+
+def test_cells_in_boxes_take_the_union() -> None:
+    inside = cells_in_boxes([[0, 0, 0.5, 0.5], [0.7, 0.1, 1, 1]], 2, 4)
+    assert inside.tolist() == [[True, True, False, True], [False, False, False, True]]
+
+
+def test_chosen_classes_are_fixed_and_never_unknown() -> None:
+    codes = np.full(50, 0, np.int8)
+    codes[[3, 7]], codes[20:] = 1, -1
+    first = chosen_classes(codes, 5, 4, 0)
+    assert first[:2].tolist() == [3, 7] and len(first) == 6 and (codes[first[2:]] == 0).all()
+    assert chosen_classes(codes, 5, 4, 0).tolist() == first.tolist()
+    others = {tuple(chosen_classes(codes, i, 4, 0)) for i in range(8)}
+    assert len(others) > 1
+    assert chosen_classes(codes, 5, 100, 0)[2:].tolist() == [c for c in range(20) if c not in (3, 7)]
+
+
+class Perfect(nn.Module):
+    """Stands where a classifier stands: its map of a class is 1 in the cells of that digit's boxes, else 0."""
+
+    def __init__(self, manifest: Manifest, order: list[int], cells: int) -> None:
+        super().__init__()
+        self.split, self.order, self.cells = manifest.split("test"), iter(order), cells
+
+    def forward(self, pictures: torch.Tensor, boost: bool, classes: torch.Tensor) -> object:
+        maps = torch.zeros(*classes.shape, self.cells, self.cells)
+        assert self.split.boxes is not None
+        indptr, boxes = self.split.boxes
+        for row in range(len(pictures)):
+            sample = next(self.order, None)
+            if sample is None:
+                break
+            here = boxes[indptr[sample] : indptr[sample + 1]]
+            for place, wanted in enumerate(classes[row].tolist()):
+                mine = here[here[:, 0] == wanted, 1:]
+                if len(mine):
+                    maps[row, place] = torch.from_numpy(cells_in_boxes(mine, self.cells, self.cells)).float()
+        return type("Output", (), {"maps": maps})()
+
+
+def loader_for(manifest: Manifest, batch: int = 32) -> EvalLoader:
+    """The test split, 64 px."""
+    split, half = manifest.split("test"), [0.5, 0.5, 0.5]
+    return EvalLoader(
+        split, DataConfig(image_size=64), batch_size=batch, device=torch.device("cpu"), mean=half, std=half
+    )
+
+
+def test_a_perfect_map_wins_the_pointing_game(small_digits: Path) -> None:
+    manifest = Manifest(small_digits)
+    split = manifest.split("test")
+    table = look_at_maps(Perfect(manifest, list(range(len(split))), 16), loader_for(manifest), split, negatives=2)
+    assert table is not None
+    found = summarise(table)
+    positives = int((split.known.rows(range(len(split))) == 1).sum())
+    assert found["pairs"] == {"positive": positives, "negative": 2 * len(split)}
+    assert found["pointing"]["pairs"] == positives and found["pointing"]["accuracy"] == 100
+    assert 2 < found["pointing"]["chance"] < 20
+    assert found["top"]["positive"]["model"]["p50"] == 1 and found["top"]["negative"]["model"]["p75"] == 0
+    assert found["correlation"] is None and found["top"]["positive"]["full"] is None
+
+
+def test_two_networks_on_scenes(small_digits: Path, tmp_path: Path) -> None:
+    manifest = Manifest(small_digits)
+    split = manifest.split("test")
+    torch.manual_seed(0)
+    config = ModelConfig(backbone="test_resnet", pretrained=False, output_stride=8)
+    first, second = (Classifier(config, 10, 64).eval() for _ in range(2))
+    table = look_at_maps(first, loader_for(manifest), split, full=second, negatives=3)
+    assert table is not None
+    positive = table.positive == 1
+    assert np.isnan(table.correlation[~positive]).all() and np.isfinite(table.correlation[positive]).all()
+    assert np.abs(table.correlation[positive]).max() <= 1 + 1e-9
+    # In sample order whatever the batches are.
+    again = look_at_maps(first, loader_for(manifest, 7), split, full=second, negatives=3)
+    assert again is not None and np.array_equal(again.index, table.index)
+    assert np.allclose(again.top, table.top, atol=1e-5) and np.array_equal(again.hit, table.hit, equal_nan=True)
+    itself = look_at_maps(first, loader_for(manifest), split, full=first, negatives=0)
+    assert itself is not None and np.allclose(itself.correlation, 1) and (itself.positive == 1).all()
+    gap = {"epoch": 3, "t_gap": 1.0, "gap_histogram": {"edges": [0.5, 1, 2], "negative": [3, 2, 1, 0]}}
+    plot(tmp_path / "maps.png", table, [gap])
+    assert (tmp_path / "maps.png").stat().st_size > 10_000
+
+
+def test_maps_of_different_sizes_are_refused(small_digits: Path) -> None:
+    manifest = Manifest(small_digits)
+    coarse = Classifier(ModelConfig(backbone="test_resnet", pretrained=False), 10, 64).eval()
+    order = list(range(len(manifest.split("test"))))
+    with pytest.raises(UserError, match=r"differ in size \(16 x 16 and 2 x 2 cells\)"):
+        look_at_maps(Perfect(manifest, order, 16), loader_for(manifest), manifest.split("test"), full=coarse)

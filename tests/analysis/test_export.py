@@ -1,0 +1,250 @@
+"""Exported runs, used with nothing of this program: ONNX Runtime, timm and Pillow alone give the run's figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from spml_fast.analysis import export
+from spml_fast.analysis.predict import PictureFiles, predict
+from spml_fast.cli.parse import parse_config, to_yaml
+from spml_fast.core.errors import UserError
+from spml_fast.data.manifest import Manifest
+from spml_fast.evaluation.evaluate import load_classifier, load_run_config, make_eval_loader
+from spml_fast.models.classifier import Classifier
+from spml_fast.train.checkpoint import save_weights
+from tests.support.paths import ROOT
+
+_spec = importlib.util.spec_from_file_location("export_script", ROOT / "launch" / "export.py")
+assert _spec is not None and _spec.loader is not None
+_script = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_script)
+
+CPU = torch.device("cpu")
+CLASSES = [str(i) for i in range(10)]
+
+
+def make_run(folder: Path, *words: str, data: Path | None = None) -> Path:
+    """A run directory with random weights, and BatchNorm statistics of noise."""
+    folder.mkdir(parents=True)
+    given = ["--data.dir", str(data or folder / "gone"), "--data.image_size", "64", "--model.pretrained", "false"]
+    config = parse_config(["--run.dir", str(folder), *given, *words])
+    torch.manual_seed(0)
+    classifier = Classifier(config.model, len(CLASSES), config.data.image_size)
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            # timm starts the last of a block at 0, which would hide what is before it.
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.momentum = None
+    with torch.no_grad():
+        classifier.train()(torch.randn(8, 3, 64, 64))
+        if classifier.head.boosts:
+            # Logits of different pictures differ by far more than rounding.
+            classifier.head.weight.mul_(10)
+    config.data.mean, config.data.std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (folder / "classes.txt").write_text("".join(f"{c}\n" for c in CLASSES), encoding="utf-8")
+    save_weights(folder / "model.safetensors", classifier, {"epoch": "1", "val_map": "50"})
+    return folder
+
+
+def call(*arguments: object) -> None:
+    _script.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A residual network with a CAM head, boosted in evaluation, whose data set is there."""
+    words = ["--model.backbone", "test_resnet", "--model.alpha_eval", "5", "--model.output_stride", "8"]
+    return make_run(tmp_path_factory.mktemp("export") / "run", *words, data=small_digits)
+
+
+def logits_of(run: Path, alpha: float, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the run's own classifier for its own views, and predict.py's probabilities, [n, C] each."""
+    config = load_run_config(run)
+    classifier, _ = load_classifier(run, config, len(CLASSES), CPU)
+    config.eval.batch_size = len(paths)
+    files = PictureFiles(paths, np.ones(len(paths), np.uint8))
+    (batch,) = make_eval_loader(config, files, classifier, CPU)
+    with torch.no_grad():
+        logits = classifier(batch.views["eval"], alpha=alpha).logits.numpy()
+    assert logits.std(0).min() > 0.1, "a model for which all pictures are the same shows nothing"
+    found = list(predict(classifier, config, files, CPU, alpha=alpha, classes=CLASSES))
+    return logits, np.stack([p.probability[np.argsort(p.classes)] for p in found])
+
+
+def pillow_pictures(paths: list[str], side: int) -> np.ndarray:
+    """What the documentation tells users to do: float32 [n, 3, S, S], 0..255."""
+    upright = [ImageOps.exif_transpose(Image.open(p)).convert("RGB") for p in paths]
+    pictures = [p.resize((side, side), Image.Resampling.BILINEAR) for p in upright]
+    return np.stack([np.asarray(p, np.float32).transpose(2, 0, 1) for p in pictures])
+
+
+def normalised(pictures: np.ndarray, about: dict[str, str]) -> torch.Tensor:
+    """What networks take of RGB pictures [n, 3, S, S], 0..255, by the metadata of an export."""
+    mean, std = (torch.tensor(json.loads(about[k])).view(3, 1, 1) for k in ("mean", "std"))
+    return (torch.from_numpy(pictures) / 255 - mean) / std
+
+
+def documented(first: str, run: Path, picture: str) -> dict[str, Any]:
+    """What the documentation's snippet that starts with `first` leaves behind, run as it stands."""
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    start = text.index(f"\n    {first}\n") + 1
+    snippet = textwrap.dedent(text[start : text.index("\n\n", start)])
+    names: dict[str, Any] = {}
+    exec(snippet.replace("RUN/", f"{run}/").replace("001.jpg", picture), names)
+    return names
+
+
+def test_onnx_gives_the_figures_of_predict(run, small_digits, capsys):
+    call("--run", run, "--format", "onnx")
+    assert "alpha 5; logits of pictures (4 of split test) are within" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(str(run / "export.onnx"), providers=["CPUExecutionProvider"])
+    split = Manifest(small_digits).split("test")
+    paths = [split.path(i) for i in range(7)]
+    expected, probabilities = logits_of(run, 5.0, paths)
+    logits, chances = session.run(["logits", "probabilities"], {"pictures": pillow_pictures(paths, 64)})
+    # These need no resizing, where Pillow and DALI differ.
+    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(chances - probabilities).max() < 1e-4
+    # A batch of one, and nothing of ours in the graph.
+    found = documented("import json, numpy as np, onnxruntime", run, paths[0])
+    assert found["classes"] == CLASSES and np.allclose(found["probabilities"], chances[:1], atol=1e-5)
+    model = onnx.load(str(run / "export.onnx"))
+    assert {node.domain for node in model.graph.node} == {""}
+    about = {p.key: p.value for p in model.metadata_props}
+    assert json.loads(about["classes"]) == CLASSES and about["alpha"] == "5" and about["image_size"] == "64"
+    assert json.loads(about["mean"]) == [0.4, 0.5, 0.6]
+    assert not list(run.glob("*.partial"))
+
+
+VIT = ["--model.backbone", "test_vit", "--model.alpha_eval", "2", "--model.grad_checkpointing", "true"]
+QUERIES = ["--model.backbone", "test_resnet", "--model.head", "query2label", "--model.head_options", "{preset: tiny}"]
+
+
+@pytest.mark.parametrize(("words", "asked"), [(VIT, ["--alpha", "1"]), (QUERIES, [])], ids=["vit", "query2label"])
+def test_other_backbones_and_heads(words, asked, tmp_path):
+    run = make_run(tmp_path / "run", *words)
+    (run / "export.onnx").write_bytes(b"older")
+    call("--run", run, "--format", "onnx", *asked)
+    session = onnxruntime.InferenceSession(str(run / "export.onnx"), providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    pictures = np.random.default_rng(1).integers(0, 256, (3, 3, 64, 64)).astype(np.float32)
+    logits, chances = session.run(["logits", "probabilities"], {"pictures": pictures})
+    classifier, _ = load_classifier(run, load_run_config(run), len(CLASSES), CPU)
+    views = normalised(pictures, about)
+    with torch.no_grad():
+        expected = classifier(views, alpha=1.0).logits.numpy()
+        if classifier.head.boosts:
+            other = classifier(views, alpha=2.0).logits.numpy()
+            assert np.abs(other - expected).max() > 1e-2, "alpha makes no difference here"
+    assert about["alpha"] == "1"
+    assert np.abs(logits - expected).max() < 1e-5
+    assert np.abs(chances - 1 / (1 + np.exp(-expected))).max() < 1e-6
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_convnext"])
+def test_parts_give_the_logits_by_the_documented_formula(backbone, tmp_path, capsys):
+    run = make_run(tmp_path / "run", "--model.backbone", backbone, "--model.alpha_eval", "3")
+    call("--run", run, "--format", "safetensors")
+    assert "backbone.* and head.*" in capsys.readouterr().out
+    with safe_open(run / "export.safetensors", "pt") as file:
+        about = file.metadata()
+    state = load_file(run / "export.safetensors")
+    assert about["layout"] == "parts" and about["alpha"] == "3"
+    options: dict[str, Any] = json.loads(about["timm_options"])
+    model = timm.create_model(about["backbone"], num_classes=0, global_pool="", **options).eval()
+    model.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")})
+    pictures = np.random.default_rng(1).integers(0, 256, (3, 3, 64, 64)).astype(np.float32)
+    views = normalised(pictures, about)
+    classifier, _ = load_classifier(run, load_run_config(run), len(CLASSES), CPU)
+    with torch.no_grad():
+        features = model.forward_features(views)
+        if features.ndim == 4:
+            features = features.flatten(2).mT
+        maps = features[:, int(about["prefix_tokens"]) :] @ state["head.weight"].T + state["head.bias"]
+        found = torch.where(maps > 0, 3 * maps, maps).mean(1)
+        expected = classifier(views, alpha=3.0).logits
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_timm_takes_the_weights_by_itself(run, small_digits, capsys):
+    out = run / "export.safetensors"
+    call("--run", run, "--format", "safetensors")
+    assert "timm.create_model('test_resnet', num_classes=10, output_stride=8)" in capsys.readouterr().out
+    names = documented("import json, timm", run, "")
+    model, about = names["model"], names["about"]
+    paths = [Manifest(small_digits).split("test").path(i) for i in range(5)]
+    pictures = normalised(pillow_pictures(paths, 64), about)
+    with torch.no_grad():
+        logits = model(pictures).numpy()
+        features = model.forward_features(pictures)
+        head = model.get_classifier()
+        maps = torch.einsum("bkhw,ck->bchw", features, head.weight) + head.bias[:, None, None]
+        boosted = torch.where(maps > 0, 5 * maps, maps).mean((2, 3)).numpy()
+    for alpha, found in ((1.0, logits), (5.0, boosted)):
+        expected, _ = logits_of(run, alpha, paths)
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert set(load_file(out)) == set(model.state_dict())
+
+
+def test_an_export_that_differs_is_not_kept(run, tmp_path, monkeypatch):
+    out = tmp_path / "model.onnx"
+    out.write_bytes(b"older")
+    monkeypatch.setattr(export, "ALLOWED", -1.0)
+    with pytest.raises(UserError, match="gives other logits than the run"):
+        call("--run", run, "--format", "onnx", "--out", out)
+    assert out.read_bytes() == b"older" and list(tmp_path.iterdir()) == [out]
+    # timm's names are for what is the same; else the parts are written.
+    call("--run", run, "--format", "safetensors", "--out", tmp_path / "parts.safetensors")
+    with safe_open(tmp_path / "parts.safetensors", "pt") as file:
+        assert file.metadata()["layout"] == "parts"
+
+
+def test_what_users_get_wrong(run, tmp_path, monkeypatch):
+    (tmp_path / "folder.onnx").mkdir()
+    empty = make_run(tmp_path / "empty", *QUERIES)
+    for given, message in (
+        (["--run", tmp_path / "none", "--format", "onnx"], "not a run directory"),
+        (["--run", run, "--format", "onnx", "--out", tmp_path / "x.pt"], r"must be named \.onnx"),
+        (["--run", run, "--format", "onnx", "--out", tmp_path / "folder.onnx"], "is a directory"),
+        (["--run", run, "--format", "onnx", "--out", tmp_path / "none" / "x.onnx"], "cannot be written"),
+        (["--run", run, "--format", "safetensors", "--alpha", 2], "--alpha goes into an ONNX graph"),
+        (["--run", run, "--format", "onnx", "--alpha", -1], "must be greater than 0"),
+        (["--run", run, "--format", "onnx", "--alpha", "inf"], "must be greater than 0 and finite"),
+        (["--run", run, "--format", "safetensors", "--out", run / "model.safetensors"], "keeps its own weights"),
+        (["--run", empty, "--format", "onnx", "--alpha", 2], "has no meaning for head query2label"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(*given)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="use --format safetensors"):
+        patch.setattr(export, "ONNX_LIMIT", 1000)
+        call("--run", empty, "--format", "onnx")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="works in one process"):
+        patch.setenv("WORLD_SIZE", "2")
+        call("--run", run, "--format", "onnx")
+    broken = load_file(empty / "model.safetensors")
+    next(v for v in broken.values() if v.is_floating_point()).fill_(float("nan"))
+    save_file(broken, empty / "model.safetensors")
+    for kind in ("onnx", "safetensors"):
+        with pytest.raises(UserError, match="it has diverged, or its weights are damaged"):
+            call("--run", empty, "--format", kind)
+    (empty / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        call("--run", empty, "--format", "safetensors")
+    monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(UserError, match=r"no_such_package not installed; run pip install -e '\.\[onnx\]' first"):
+        call("--run", run, "--format", "onnx")

@@ -1,0 +1,258 @@
+"""The kernel benchmark's machinery, which a GPU would meet: gates, failures, workers that die, goals, tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+
+import pytest
+import torch
+from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
+
+from benchmarks import kernel_gpu
+from benchmarks.kernel_gpu import Card, bench_work, gate, run, work_through
+from benchmarks.kernel_report import GOAL_SHAPE, judge, merge_csv, plot_times
+from benchmarks.kernel_works import Work, cam_work, label_loss_work, large_loss_work, make_call
+from spml_fast.methods.assume_negative import AN_POINT
+
+
+class Cpu(Card):
+    """A card that is none: everything but the clock."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.broken = False
+
+    def synchronize(self) -> None:
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def times(self, function):
+        function()
+        return {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+
+    def graph_times(self, function):
+        raise RuntimeError("no graphs here")
+
+    def peak(self, function):
+        return 1.0, 1.0 - kernel_gpu._size(function()) / 1e6
+
+    def free(self) -> None:
+        pass
+
+
+CEILINGS = {"copy": 1000.0, "bf16": 100.0, "fp16": 100.0, "fp32": 50.0}
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch):
+    monkeypatch.setenv("SPML_KERNELS", "reference")
+
+
+def small_works() -> list[Work]:
+    """Without torch.compile, which would take most of a minute."""
+    found = [label_loss_work(5, 7, AN_POINT, ()), large_loss_work(5, 7, 3), cam_work(2, 5, 8, 4, torch.float32)]
+    for work in found:
+        work.providers = {name: call for name, call in work.providers.items() if name != "compile"}
+    return found
+
+
+def rows_of(work: Work, card: Card | None = None, late: bool = False) -> dict[tuple[str, str], dict]:
+    found = list(bench_work(card or Cpu(), work, CEILINGS, lambda: late))
+    # Rows that could have graph times come twice.
+    twice = sum(row["status"] == "ok" and row["mode"] != "bwd" for row in found) // 2
+    rows = {(row["provider"], row["mode"]): row for row in found}
+    assert len(found) == len(rows) + twice
+    return rows
+
+
+@pytest.mark.parametrize("work", small_works(), ids=lambda w: w.op)
+def test_every_provider_and_mode_has_a_row(work):
+    rows = rows_of(work)
+    assert rows["fused", "gate"]["status"] == "passed" and rows["fused", "gate"]["error"] < 1e-5
+    assert set(rows) == {("fused", "gate")} | {(p, m) for p in work.providers for m in ("fwd", "bwd", "step")}
+    for (_, mode), row in rows.items():
+        if mode == "gate":
+            continue
+        assert row["status"] == "ok" and row["p50"] == 2.0 and row["bytes"] > 0
+        assert row["gb_s"] == pytest.approx(row["bytes"] / 2e6) and row["copy"] == row["gb_s"] / 1000
+        assert ("no CUDA graph" in row.get("note", "")) == (mode != "bwd")
+        assert (row["tflop_s"] > 0) == (work.op == "cam_pool")
+    step = rows["fused", "step"]
+    assert step["bytes"] == rows["fused", "fwd"]["bytes"] + rows["fused", "bwd"]["bytes"] == work.floor["step"]
+
+
+def test_a_wrong_kernel_is_not_timed_and_the_others_are():
+    work = small_works()[0]
+    right = work.providers["fused"]
+    work.providers["fused"] = lambda *t: (right(*t)[0] * 1.01,)
+    with pytest.raises(AssertionError, match=r"result 0 is off by 0\.01"):
+        gate(work, work.inputs("cpu"))
+    rows = rows_of(work)
+    assert rows["fused", "gate"]["status"].startswith("FAILED AssertionError: result 0")
+    assert {p for p, m in rows if m == "step"} == {"eager"} and rows["eager", "step"]["status"] == "ok"
+
+
+def test_a_failing_provider_costs_its_own_rows():
+    work = small_works()[0]
+
+    def broken(*inputs):
+        raise torch.OutOfMemoryError("too large\nand more")
+
+    work.providers["compile"] = broken
+    rows = rows_of(work)
+    assert rows["compile", "bwd"]["status"] == "FAILED OutOfMemoryError: too large"
+    assert rows["fused", "step"]["status"] == "ok"
+
+
+def test_time_that_runs_out_is_said():
+    rows = rows_of(small_works()[0], late=True)
+    assert rows["fused", "step"]["status"] == rows["eager", "fwd"]["status"] == "FAILED no time left"
+
+
+def test_a_broken_card_ends_the_worker_after_its_row(tmp_path):
+    work, card = small_works()[0], Cpu()
+    right = work.providers["fused"]
+
+    def breaking(*inputs):
+        card.broken = card.broken or len(events.read_text().splitlines()) > 4
+        if card.broken:
+            card.synchronize()
+        return right(*inputs)
+
+    work.providers["fused"] = breaking
+    events = tmp_path / "events"
+    facts = {"ceilings": CEILINGS, "machine": {"gpu": "none"}}
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        work_through(card, [work], 0, events, tmp_path / "table.csv", facts, 60)
+    seen = [json.loads(line) for line in events.read_text().splitlines()]
+    assert seen[0] == {"begun": 0} and not any("done" in e for e in seen)
+    assert seen[-1]["row"]["status"].startswith("FAILED RuntimeError: CUDA error")
+
+
+# What stands in for a worker: dies at work 1 without a word, measures the others.
+WORKER = """
+import json, sys
+task = json.loads(sys.argv[-1])
+with open(task["events"], "a") as file:
+    for place in range(task["first"], task["number"]):
+        file.write(json.dumps({"begun": place}) + "\\n")
+        file.flush()
+        if place == 1:
+            file.write('{"row": {"op": "hal')
+            file.flush()
+            sys.exit(9)
+        row = {"op": task["op"], "shape": str(place), "provider": "fused", "mode": "fwd", "status": "ok", "p50": 1.0}
+        file.write(json.dumps({"row": row}) + "\\n" + json.dumps({"done": place}) + "\\n")
+"""
+
+
+def test_a_worker_that_dies_is_recorded_and_followed_by_another(tmp_path, monkeypatch):
+    found = small_works()
+    monkeypatch.setattr(kernel_gpu, "works", lambda ops, small: found)
+    table = tmp_path / "table.csv"
+    facts = {"machine": {"gpu": "none"}, "number": len(found)}
+    rows = run(["some"], True, table, facts, 60, [sys.executable, "-c", WORKER])
+    assert [(r["shape"], r["status"]) for r in rows] == [
+        ("0", "ok"),
+        (found[1].shape, "FAILED worker ended with status 9"),
+        ("2", "ok"),
+    ]
+    assert "worker ended with status 9" in table.read_text()
+    late = run(["some"], True, table, facts, 0, [sys.executable, "-c", WORKER])
+    assert [r["status"] for r in late] == ["FAILED no time left"] * 3
+
+
+def test_a_worker_that_hangs_is_ended(tmp_path, monkeypatch):
+    found = small_works()[:1]
+    monkeypatch.setattr(kernel_gpu, "works", lambda ops, small: found)
+    monkeypatch.setattr(kernel_gpu, "PATIENCE", 0.5)
+    start = time.monotonic()
+    rows = run(
+        ["some"], True, tmp_path / "t.csv", {"machine": {}}, 0.5, [sys.executable, "-c", "import time; time.sleep(60)"]
+    )
+    assert [r["status"] for r in rows] == ["FAILED worker took too long"] and time.monotonic() - start < 30
+
+
+def row(provider: str, mode: str, p50: float, **more) -> dict:
+    facts = {"op": "cam_pool", "shape": GOAL_SHAPE, "status": "ok", "has_backward": True, "extra_mb": 20.0}
+    return {
+        **facts,
+        "cam_mb": 250.0,
+        "copy": 0.5,
+        "matmul": 0.4,
+        "provider": provider,
+        "mode": mode,
+        "p50": p50,
+        **more,
+    }
+
+
+def test_goals_are_judged_in_the_rows(tmp_path):
+    times = {("fused", "fwd"): 1.1, ("matmul", "fwd"): 1.0, ("compile", "fwd"): 1.0, ("eager", "fwd"): 4.0}
+    times |= {("fused", "step"): 4.2, ("matmul", "step"): 3.0, ("compile", "step"): 8.4, ("eager", "step"): 8.4}
+    rows = [row(*place, p50) for place, p50 in times.items()]
+    sentences = judge(rows)
+    fwd, step = rows[0]["goal"], rows[4]["goal"]
+    assert "met: 1.10x the bare product, goal 1.15x" in fwd and "MISSED: slower than torch.compile (1.10x" in fwd
+    assert "MISSED: 1.40x the bare products, goal 1.30x" in step and "met: extra memory 0.080" in step
+    assert any("against compile, geometric mean of 1: 2.00x, goal 1.2x, met" in s for s in sentences)
+    assert any("against eager" in s and "2.00x, goal 2.0x, met" in s for s in sentences)
+    assert any(s.startswith("slower than torch.compile at 1 of 2") for s in sentences)
+    plot_times(rows, tmp_path / "plot.png", "made up")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tables_keep_other_rows_and_take_new_columns(tmp_path):
+    path = tmp_path / "results" / "t.csv"
+    merge_csv(path, [row("fused", "fwd", 1.0), row("eager", "fwd", 2.0)])
+    merge_csv(path, [row("fused", "fwd", 3.123456789, note="later")])
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["provider"], r["p50"], r["note"]) for r in rows] == [("fused", "3.1235", "later"), ("eager", "2.0", "")]
+    merge_csv(path, [row("eager", "bwd", 1.0)], keep=False)
+    assert len(path.read_text().splitlines()) == 2 and [p.name for p in path.parent.iterdir()] == ["t.csv"]
+
+
+@pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="needs triton, not interpreting")
+def test_rows_without_a_gpu(monkeypatch):
+    from benchmarks import bench_kernels
+
+    work = cam_work(128, 14, 2048, 5000, torch.bfloat16)
+    row = bench_kernels.traffic_row(work, "fwd", None)
+    assert row["provider"] == "fused" and row["kernel_launches"] == 2
+    assert row["floor_bytes"] <= row["fused_bytes"] < row["eager_bytes"] / 5
+    # 2 x 128 x 196 x 5000 x 2048 operations at 989 TFLOP/s; an A100 is bound by them too.
+    assert row["H100_us"] == pytest.approx(2 * 128 * 196 * 5000 * 2048 / 989e6)
+    loss = bench_kernels.traffic_row(label_loss_work(16, 80, AN_POINT, ()), "step", bench_kernels.Compiler(90))
+    assert loss["H200_us"] == pytest.approx(loss["fused_bytes"] / 4800e3)
+    assert 0 < loss["registers"] < 255 and loss["spills"] == 0 and 0 < loss["occupancy"] <= 1
+
+
+@pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="needs triton, not interpreting")
+def test_kernels_between_the_products_of_cam_pool_do_not_spill():
+    from benchmarks.bench_kernels import Compiler, launches_of
+
+    compiler = Compiler(90)
+    seen = launches_of(cam_work(128, 14, 2048, 5000, torch.bfloat16), "fused", "step")
+    few = launches_of(cam_work(128, 14, 2048, 80, torch.bfloat16), "fused", "step")
+    products = ("_cam_pool_fwd_kernel", "_cam_pool_dx_kernel", "_cam_pool_dw_kernel")
+    between = [s for s in seen + few if s.kernel is not None and s.name not in products]
+    for launch in between:
+        report = compiler.report(launch)
+        assert report.spills == report.stack == 0 and report.registers <= 64, (launch.name, report)
+    # Two lists of different lines; the second launch of each kernel at one shape is not compiled again.
+    assert [s.name for s in seen if s.kernel is not None].count("_cam_pool_list_kernel") == 2
+    assert {s.name for s in between} == {f"_cam_pool_{n}_kernel" for n in ("finish", "shares", "flags", "list", "sum")}
+    assert len(compiler.reports) == 8
+
+
+def test_matmul_is_the_bare_product():
+    work = cam_work(2, 5, 8, 4, torch.float32)
+    inputs = work.inputs("cpu")
+    features, weight = inputs[0].flatten(0, 2), inputs[1]
+    torch.testing.assert_close(make_call(work, "matmul", "fwd", inputs)(), features @ weight.T)
+    assert [t.shape for t in make_call(work, "matmul", "bwd", inputs)()] == [features.shape, weight.shape]

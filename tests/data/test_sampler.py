@@ -1,0 +1,270 @@
+"""Who sees which sample when: slices, padding, and that augmentation depends on (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms import RandAugment, RandomResizedCrop
+
+from spml_fast.core.errors import UserError
+from spml_fast.data import sampler
+from spml_fast.data.sampler import EvalOrder, TrainOrder, Windows
+
+# Samples of a window and of a block; None is the global shuffle.
+WINDOWS = st.none() | st.tuples(st.integers(1, 80), st.integers(1, 30)).map(lambda w: Windows(w[0] + w[1], w[1]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 200),
+    batch=st.integers(1, 64),
+    steps=st.integers(1, 4),
+    world=st.integers(1, 4),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+    windows=WINDOWS,
+)
+def test_ranks_slice_the_same_global_batch(size, batch, steps, world, seed, epoch, windows):
+    if min(size, batch) < steps * world:
+        with pytest.raises(UserError, match=f"of {batch if batch < steps * world else size} samples"):
+            TrainOrder(size, batch, steps, world, 0, seed, windows)
+        return
+    ranks = [TrainOrder(size, batch, steps, world, r, seed, windows) for r in range(world)]
+    whole = TrainOrder(size, batch, 1, 1, 0, seed, windows).permutation(epoch)
+    assert sorted(whole) == list(range(size))
+    seen = []
+    updates = list(zip(*(r.epoch(epoch) for r in ranks), strict=True))
+    assert len(updates) == ranks[0].updates_per_epoch
+    for number, by_rank in enumerate(updates):
+        rows = []
+        for step in range(steps):
+            micro = [by_rank[r][step] for r in range(world)]
+            total = sum(len(m.index) for m in micro)
+            position = 0
+            for r, m in enumerate(micro):
+                assert len(m.index) >= 1 and m.global_size == total and m.offset == position
+                assert len(m.index) <= ranks[r].largest_micro_batch
+                position += len(m.index)
+            assert max(len(m.index) for m in micro) - min(len(m.index) for m in micro) <= 1
+            rows.append(np.concatenate([m.index for m in micro]))
+        expected = whole[number * batch : (number + 1) * batch]
+        assert [len(r) for r in rows] == [len(part) for part in np.array_split(expected, steps)]
+        np.testing.assert_array_equal(np.concatenate(rows), expected)
+        assert {m.update_size for parts in by_rank for m in parts} == {len(expected)}
+        seen.extend(expected)
+    assert len(seen) == len(set(seen)) == ranks[0].samples_per_epoch
+    # Only a last batch that cannot be shared is left out.
+    assert size - len(seen) < steps * world
+    assert max(len(m.index) for u in updates for m in u[0]) == ranks[0].largest_micro_batch
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    a = TrainOrder(500, 10, seed=3)
+    np.testing.assert_array_equal(a.permutation(4), TrainOrder(500, 20, 2, 5, 1, seed=3).permutation(4))
+    assert (a.permutation(4) != a.permutation(5)).any()
+    assert (a.permutation(4) != TrainOrder(500, 10, seed=4).permutation(4)).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(40, 400),
+    batch=st.integers(1, 40),
+    world=st.integers(1, 4),
+    windows=WINDOWS.filter(bool),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+)
+def test_ranks_read_runs_of_blocks(size, batch, world, windows, seed, epoch):
+    world = min(world, batch)
+    ranks = [TrainOrder(size, batch, 1, world, r, seed, windows) for r in range(world)]
+    sampler = ranks[0].permutation(epoch)
+    assert sampler.dtype == np.int64 and sorted(sampler) == list(range(size))
+    width = ranks[0].updates_per_window * batch
+    assert width <= max(windows.samples, batch)
+    # The blocks as they follow each other, which is what the windows and their lanes are cut from.
+    whole = TrainOrder(size, size, seed=seed, windows=Windows(size, min(size, windows.block))).permutation(epoch)
+    for update, by_rank in enumerate(zip(*(r.epoch(epoch) for r in ranks), strict=True)):
+        first = ranks[0].window(update) * width
+        window = whole[first : first + width]
+        lanes = np.array_split(window, min(batch, len(window)))
+        rows = np.concatenate([micro[0].index for micro in by_rank])
+        assert all(row in lane for row, lane in zip(rows, lanes, strict=False))
+    assert TrainOrder(size, 1, seed=seed).window(3) is None
+
+
+def test_a_rank_reads_its_own_blocks():
+    windows = Windows(800, 20)
+    ranks = [TrainOrder(4000, 40, 2, 4, r, 1, windows) for r in range(4)]
+    assert ranks[0].updates_per_window == 20 and ranks[0].window(19) == 0 and ranks[0].window(20) == 1
+    epochs = [list(r.epoch(0)) for r in ranks]
+    for window in range(5):
+        seen = [
+            {int(i) for update in epoch[20 * window : 20 * window + 20] for micro in update for i in micro.index // 20}
+            for epoch in epochs
+        ]
+        assert [len(blocks) for blocks in seen] == [10] * 4 and len(set.union(*seen)) == 40
+
+
+def test_windows_mix_blocks_and_repeat():
+    ours = TrainOrder(1000, 10, seed=3, windows=Windows(200, 20))
+    first, second = ours.permutation(0), ours.permutation(1)
+    assert (first != second).any()
+    np.testing.assert_array_equal(TrainOrder(1000, 10, 2, 5, 1, 3, Windows(200, 20)).permutation(0), first)
+    # A window has other blocks in another epoch, and its samples are in no order.
+    assert set(first[:200] // 20) != set(second[:200] // 20)
+    assert abs((np.diff(first[:200].reshape(20, 10), axis=0) > 0).mean() - 0.5) < 0.15
+    # A batch has no two samples of a block that is no longer than a lane.
+    assert all(len(set(batch // 20)) == 10 for batch in first.reshape(100, 10))
+    for samples, block in ((5, 6), (5, 0)):
+        with pytest.raises(UserError, match=f"shuffle_block is {block} and data.shuffle_window {samples}"):
+            Windows(samples, block)
+
+
+@pytest.mark.parametrize("windows", [None, Windows(103, 5), Windows(30, 4)])
+def test_start_update_gives_the_rest(windows):
+    ours = TrainOrder(103, 10, 2, 2, 1, 1, windows)
+    whole = [[m.index.tolist() for m in update] for update in ours.epoch(2)]
+    assert [[m.index.tolist() for m in update] for update in ours.epoch(2, 4)] == whole[4:]
+    assert list(ours.epoch(2, len(whole))) == []
+
+
+def test_too_small_names_the_sizes():
+    with pytest.raises(UserError, match=r"split of 5 samples .* 3 ranks with 2 .* needs 6"):
+        TrainOrder(5, 64, 2, 3)
+    with pytest.raises(UserError, match=r"batch of 5 samples .* 3 ranks with 2 .* needs 6"):
+        TrainOrder(500, 5, 2, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 150), batch=st.integers(1, 40), world=st.integers(1, 5))
+def test_evaluation_counts_every_sample_once(size, batch, world):
+    ranks = [list(EvalOrder(size, batch, world, r)) for r in range(world)]
+    single = {tuple(b.index[: b.real]): tuple(b.index) for b in EvalOrder(size, batch)}
+    assert {len(r) for r in ranks} == {len(EvalOrder(size, batch, world))}
+    counted = []
+    for step in zip(*ranks, strict=True):
+        assert {b.global_size for b in step} == {sum(b.real for b in step)}
+        assert step[0].real > 0
+        for b in step:
+            assert b.index.shape == (batch,) and b.index.dtype == np.int64
+            real = b.index[: b.real].tolist()
+            counted += real
+            assert (b.index[b.real :] == (real[-1] if real else 0)).all()
+            if real:
+                # The same batch, padding included, as a single rank makes: equal logits to the bit.
+                assert single[tuple(real)] == tuple(b.index)
+    assert counted == list(range(size)) if world == 1 else sorted(counted) == list(range(size))
+
+
+def test_empty_evaluation_is_a_user_error():
+    with pytest.raises(UserError, match="no samples"):
+        EvalOrder(0, 4)
+
+
+# --- Augmentation --------------------------------------------------------------------------------------------------
+
+N = 40_000
+INDEX = np.arange(N)
+
+
+def _everything(seed, epoch, index):
+    index = np.asarray(index)
+    width, height = 200 + index % 300, 150 + index % 400
+    ops, signs = sampler.randaugment_choice(seed, epoch, index, 3)
+    return [
+        sampler.flips(seed, epoch, index, "weak", 0.5),
+        sampler.flips(seed, epoch, index, "strong", 0.5),
+        ops,
+        signs,
+        sampler.randaugment_matrices(ops[:, 0], signs[:, 0], 7, width, height),
+        sampler.crop_boxes(seed, epoch, index, width, height, 0.3),
+    ]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**40), epoch=st.integers(0, 1000), parts=st.integers(1, 7), shuffle=st.integers(0, 9))
+def test_parameters_do_not_depend_on_the_batch(seed, epoch, parts, shuffle):
+    index = np.random.default_rng(shuffle).permutation(60)
+    whole = _everything(seed, epoch, np.arange(60))
+    for part in np.array_split(index, parts):
+        for ours, theirs in zip(_everything(seed, epoch, part), whole, strict=True):
+            np.testing.assert_array_equal(ours, theirs[part])
+
+
+def test_uniform_is_uniform_and_streams_are_independent():
+    draws = {
+        "base": sampler.uniform(1, 1, INDEX, 0),
+        "stream": sampler.uniform(1, 1, INDEX, 1),
+        "draw": sampler.uniform(1, 1, INDEX, 0, 1),
+        "epoch": sampler.uniform(1, 2, INDEX, 0),
+        "seed": sampler.uniform(2, 1, INDEX, 0),
+        "next index": sampler.uniform(1, 1, INDEX + 1, 0),
+        "far index": sampler.uniform(1, 1, INDEX + 10**12, 0),
+    }
+    bound = 4.5 / np.sqrt(N)
+    for name, values in draws.items():
+        assert values.min() >= 0 and values.max() < 1
+        assert abs(values.mean() - 0.5) < bound * np.sqrt(1 / 12), name
+        counts = np.bincount((values * 64).astype(int), minlength=64)
+        assert ((counts - N / 64) ** 2 / (N / 64)).sum() < 63 + 5 * np.sqrt(126), name
+    names = list(draws)
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            assert abs(np.corrcoef(draws[a], draws[b])[0, 1]) < bound, (a, b)
+
+
+def test_flips_and_operations_are_fair():
+    bound = 4.5 / np.sqrt(N)
+    weak, strong = (sampler.flips(0, 3, INDEX, view, 0.5) for view in ("weak", "strong"))
+    assert abs(weak.mean() - 0.5) < bound / 2 and abs(strong.mean() - 0.5) < bound / 2
+    assert abs((weak & strong).mean() - 0.25) < bound / 2
+    assert not sampler.flips(0, 3, INDEX, "weak", 0.0).any() and sampler.flips(0, 3, INDEX, "weak", 1.0).all()
+    ops, signs = sampler.randaugment_choice(0, 3, INDEX, 3)
+    assert ops.dtype == signs.dtype == np.int32 and ops.shape == signs.shape == (N, 3)
+    counts = np.stack([np.bincount(ops[:, k], minlength=14) for k in range(3)])
+    assert abs(counts / N - 1 / 14).max() < bound * np.sqrt(1 / 14)
+    pairs = np.bincount(ops[:, 0] * 14 + ops[:, 1], minlength=196)
+    assert ((pairs - N / 196) ** 2 / (N / 196)).sum() < 195 + 5 * np.sqrt(390)
+    space = RandAugment()._augmentation_space(31, (10, 10))
+    assert tuple(space) == sampler.RANDAUGMENT_OPS
+    for op, name in enumerate(sampler.RANDAUGMENT_OPS):
+        negative = (signs[ops == op] == -1).mean()
+        assert abs(negative - 0.5) < 0.03 if space[name][1] else negative == 0
+    none, _ = sampler.randaugment_choice(0, 3, INDEX[:5], 0)
+    assert none.shape == (5, 0)
+
+
+def test_magnitudes_are_torchvisions():
+    sides = np.arange(1, 1200)
+    one = np.ones(1, np.int32)
+    for magnitude in range(31):
+        space = RandAugment()._augmentation_space(31, (100, 100))
+        shift = sampler.randaugment_matrices(np.full(len(sides), 3), np.ones_like(sides), magnitude, sides, sides)
+        if magnitude in (1, 5, 9, 15, 30):
+            expected = [int(torch.linspace(0.0, 150.0 / 331.0 * int(s), 31)[magnitude]) for s in sides]
+            np.testing.assert_array_equal(-shift[:, 0, 2], expected)
+        assert sampler.randaugment_factor(magnitude, one)[0] == pytest.approx(1 + float(space["Color"][0][magnitude]))
+        assert sampler.posterize_mask(magnitude) == 256 - 2 ** (8 - int(space["Posterize"][0][magnitude]))
+        threshold = float(space["Solarize"][0][magnitude])
+        assert [v < threshold for v in range(256)] == [v < sampler.solarize_threshold(magnitude) for v in range(256)]
+
+
+def test_crops_are_distributed_as_torchvisions():
+    n, scale = 4000, 0.25
+    for width, height in ((320, 240), (90, 400)):
+        boxes = sampler.crop_boxes(0, 1, INDEX[:n], np.full(n, width), np.full(n, height), scale)
+        top, left, tall, wide = boxes.T
+        assert (top >= 0).all() and (left >= 0).all() and (tall > 0).all() and (wide > 0).all()
+        assert (top + tall <= height).all() and (left + wide <= width).all()
+        torch.manual_seed(0)
+        blank = torch.zeros(1, height, width)
+        theirs = np.array([RandomResizedCrop.get_params(blank, [scale, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
+        for ours, reference in zip(boxes.T, theirs.T, strict=True):
+            spread = reference.std() + 1e-9
+            assert abs(ours.mean() - reference.mean()) < 5 * spread / np.sqrt(n) + 1e-6
+            assert ours.std() == pytest.approx(reference.std(), rel=0.1, abs=1e-6)
+    # One pixel has one box.
+    assert sampler.crop_boxes(0, 0, [0], [1], [1], 0.1).tolist() == [[0, 0, 1, 1]]

@@ -1,0 +1,311 @@
+"""The Query2Label head against torch's own attention modules, its maps, and its place beside the other head."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from spml_kernels import map_mask
+from torch import Tensor, nn
+
+from spml_fast.cli.parse import parse_config
+from spml_fast.core.config import Config, ModelConfig
+from spml_fast.core.errors import UserError
+from spml_fast.evaluation.evaluate import evaluate_split
+from spml_fast.models.classifier import Classifier
+from spml_fast.models.heads import MaskOptions, make_head
+from spml_fast.models.heads.query2label import Query2LabelHead, sine_position
+from tests.support.paths import ROOT
+from tests.support.runs import Run, read_metrics
+
+D = torch.float64
+CHANNELS, CLASSES, GRID = 24, 7, (3, 5)
+TINY = {"hidden": 32, "ffn": 48, "heads": 4, "dropout": 0.0}
+
+
+def make(channels: int = CHANNELS, seed: int = 0, **options: object) -> Query2LabelHead:
+    """A small head in fp64."""
+    torch.manual_seed(seed)
+    head = make_head("query2label", TINY | options, channels, CLASSES, GRID)
+    assert isinstance(head, Query2LabelHead)
+    with torch.no_grad():
+        # Norms start as the identity and attention biases as 0, which would hide where they are applied.
+        for name, parameter in head.named_parameters():
+            if parameter.ndim == 1 and not name.startswith("classify"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return head.to(D)
+
+
+def features(batch: int = 4, channels: int = CHANNELS, grid: tuple[int, int] = GRID) -> Tensor:
+    """Non-negative features [B, h, w, K] in fp64, as after a ReLU."""
+    return torch.rand(batch, *grid, channels, dtype=D, generator=torch.Generator().manual_seed(5))
+
+
+def torch_attention(part: nn.Module) -> nn.MultiheadAttention:
+    """nn.MultiheadAttention with the weights of one of ours."""
+    dim = part.out.in_features
+    out = nn.MultiheadAttention(dim, part.heads, batch_first=True).to(D)
+    with torch.no_grad():
+        out.in_proj_weight.copy_(torch.cat([part.query.weight, part.key.weight, part.value.weight]))
+        out.in_proj_bias.copy_(torch.cat([part.query.bias, part.key.bias, part.value.bias]))
+        out.out_proj.weight.copy_(part.out.weight)
+        out.out_proj.bias.copy_(part.out.bias)
+    return out
+
+
+def slow_position(height: int, width: int, dim: int) -> Tensor:
+    """The sine code written out cell by cell, [h * w, dim] fp64."""
+    out, half = torch.zeros(height, width, dim, dtype=D), dim // 2
+    for y, x, i in np.ndindex(height, width, half):
+        period = 10000 ** (2 * (i // 2) / half)
+        wave = math.sin if i % 2 == 0 else math.cos
+        out[y, x, i] = wave((y + 1) / (height + 1e-6) * 2 * math.pi / period)
+        out[y, x, half + i] = wave((x + 1) / (width + 1e-6) * 2 * math.pi / period)
+    return out.flatten(0, 1)
+
+
+def plain(head: Query2LabelHead, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, C] and the last layer's attention of all classes [B, C, L], with torch's modules and full matrices."""
+
+    def feed(part: nn.Module, tokens: Tensor) -> Tensor:
+        return part.down(torch.relu(part.up(tokens)))
+
+    batch, height, width, _ = x.shape
+    dim = head.norm.normalized_shape[0]
+    tokens = head.project(x.flatten(1, 2))
+    position = slow_position(height, width, dim)[None].expand(batch, -1, -1)
+    for layer in head.encoder:
+        attention = torch_attention(layer.attention)
+        tokens = layer.norm1(tokens + attention(tokens + position, tokens + position, tokens)[0])
+        tokens = layer.norm2(tokens + feed(layer.feed_forward, tokens))
+    query = head.queries.weight[None].expand(batch, -1, -1)
+    target = torch.zeros_like(query)
+    for layer in head.decoder:
+        read, weights = torch_attention(layer.attention)(target + query, tokens + position, tokens)
+        target = layer.norm1(target + read)
+        target = layer.norm2(target + feed(layer.feed_forward, target))
+    states = head.norm(target)
+    logits = torch.stack([states[:, c] @ head.classify.weight[c] + head.classify.bias[c] for c in range(CLASSES)], 1)
+    return logits, weights
+
+
+class TestAgainstTorch:
+    @pytest.mark.parametrize("channels", [CHANNELS, 32])
+    @pytest.mark.parametrize("layers", [(1, 2), (0, 1), (2, 3)])
+    def test_logits_and_gradients(self, channels, layers):
+        head = make(channels, encoder_layers=layers[0], decoder_layers=layers[1]).train()
+        x = features(channels=channels).requires_grad_()
+        logits, mean_relu, maps, masked = head(x)
+        assert mean_relu is None and maps is None and masked is None
+        wanted, _ = plain(head, x)
+        # The position code is kept in fp32.
+        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=0)
+        gradients = [torch.autograd.grad((z * z.detach().cos()).sum(), x)[0] for z in (logits, wanted)]
+        torch.testing.assert_close(*gradients, atol=1e-5, rtol=0)
+        assert gradients[0].abs().max() > 1e-3
+
+    def test_position_code(self):
+        torch.testing.assert_close(sine_position(3, 5, 32).to(D), slow_position(3, 5, 32), atol=1e-6, rtol=0)
+        code = sine_position(14, 14, 2048)
+        assert code.shape == (196, 2048) and code.dtype == torch.float32
+        angle = 2 * math.pi / (14 + 1e-6)
+        assert code[0, 0].item() == pytest.approx(math.sin(angle), abs=1e-6)
+        assert code[14, 0].item() == pytest.approx(math.sin(2 * angle), abs=1e-6), "y moves after a row of 14"
+        assert code[1, 0] == code[0, 0] and code[1, 1024] != code[0, 1024]
+
+    def test_order_of_tokens_matters_through_the_position_alone(self):
+        head = make().eval()
+        x = features()
+        assert not torch.allclose(head(x)[0], head(x.flip(1))[0], atol=1e-4)
+        head.position.zero_()
+        torch.testing.assert_close(head(x)[0], head(x.flip(1))[0])
+
+
+class TestMaps:
+    CLASSES_OF_ROWS = torch.tensor([[2, 5], [0, -1], [-1, -1], [6, 6]])
+
+    def test_factorised_map_is_the_channel_mean_of_the_product(self):
+        head, x = make().eval(), features()
+        _, weights = plain(head, x)
+        maps = head(x, classes=self.CLASSES_OF_ROWS)[2]
+        assert maps.shape == (4, 2, *GRID) and not maps.requires_grad
+        for b in range(4):
+            for n, c in enumerate(self.CLASSES_OF_ROWS[b].tolist()):
+                product = x[b] * weights[b, c].unflatten(0, GRID)[..., None]
+                wanted = product.mean(-1) if c >= 0 else torch.zeros(GRID, dtype=D)
+                torch.testing.assert_close(maps[b, n], wanted, atol=1e-7, rtol=1e-5)
+
+    def test_mask_is_the_one_of_the_map(self):
+        head, x = make().eval(), features()
+        pictures = torch.randn(4, 3, 24, 40, dtype=D)
+        options = MaskOptions(0.5, "per_image", 16)
+        _, _, maps, masked = head(x, True, self.CLASSES_OF_ROWS, pictures, options)
+        assert maps is None
+        wanted = map_mask(head(x, classes=self.CLASSES_OF_ROWS)[2], self.CLASSES_OF_ROWS, pictures, 0.5)
+        assert torch.equal(masked, wanted) and (masked == 0).any()
+        assert torch.equal(masked[2], pictures[2])
+
+    def test_map_is_free_of_dropout_noise_unless_asked(self):
+        x, classes = features(), self.CLASSES_OF_ROWS
+        # Dropout on the attention of one layer only: queries and keys of it are then the same in both modes.
+        head = make(dropout=0.5, encoder_layers=0, decoder_layers=1)
+        clean = head.eval()(x, classes=classes)[2]
+        torch.testing.assert_close(head.train()(x, classes=classes)[2], clean)
+        head.options.map_dropout = True
+        noisy = head(x, classes=classes)[2]
+        assert not torch.allclose(noisy, clean)
+        torch.testing.assert_close(head.eval()(x, classes=classes)[2], clean)
+
+    def test_asking_for_maps_does_not_change_the_logits(self):
+        head, x = make().eval(), features()
+        assert torch.equal(head(x)[0], head(x, classes=self.CLASSES_OF_ROWS)[0])
+
+
+class TestHead:
+    def test_paper_size(self):
+        with torch.device("meta"):
+            head = Query2LabelHead(2048, 20, (14, 14), Query2LabelHead.Options())
+        assert isinstance(head.project, nn.Identity)
+        # 174.6 M with 20 classes and 174.9 M with 80, with the convolutions of ResNet-50 (its BatchNorm is buffers).
+        count = sum(p.numel() for p in head.parameters()) + 23_454_912
+        assert round(count / 1e6, 1) == 174.6 and round((count + 60 * 4097) / 1e6, 1) == 174.9
+
+    def test_initial_values(self):
+        head = make_head("query2label", {"hidden": 256, "ffn": 512}, 64, 50, GRID)
+        attention = head.decoder[0].attention
+        for part in (attention.query, attention.key, attention.value):
+            assert part.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (256 * 4)), rel=0.01)
+            assert not part.bias.any()
+        assert attention.out.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 512), rel=0.01)
+        assert head.encoder[0].feed_forward.up.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 768), rel=0.01)
+        assert head.queries.weight.std().item() == pytest.approx(1, abs=0.05)
+        assert head.classify.weight.abs().max().item() == pytest.approx(1 / 16, rel=0.01)
+        before = head.queries.weight.clone()
+        head.reset_parameters()
+        assert not torch.equal(before, head.queries.weight)
+
+    def test_dropout_acts_in_training_alone(self):
+        head, x = make(dropout=0.3), features()
+        assert not torch.equal(head.train()(x)[0], head(x)[0])
+        assert torch.equal(head.eval()(x)[0], head(x)[0])
+
+    def test_other_grid_than_configured(self):
+        head = make().eval()
+        x = features(grid=(2, 2))
+        torch.testing.assert_close(head(x)[0], plain(head, x)[0], atol=1e-5, rtol=0)
+
+    def test_logits_are_fp32_under_autocast(self):
+        head, x = make().float(), features().float()
+        wanted = head(x, classes=TestMaps.CLASSES_OF_ROWS)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = head(x.bfloat16(), classes=TestMaps.CLASSES_OF_ROWS)
+        assert found[0].dtype == found[2].dtype == torch.float32
+        torch.testing.assert_close(found[0], wanted[0], atol=0.1, rtol=0.05)
+        torch.testing.assert_close(found[2], wanted[2], atol=0.01, rtol=0.1)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"hiden": 64}, "did you mean hidden"),
+            ({"hidden": "wide"}, "hidden is 'wide'"),
+            ({"hidden": True}, "hidden is True"),
+            ({"preset": "huge"}, "preset"),
+            ({"hidden": 30}, "multiple of 4"),
+            ({"heads": 3, "hidden": 32}, "multiple of 4 and of heads"),
+            ({"decoder_layers": 0}, "decoder_layers"),
+            ({"dropout": 1.0}, "dropout"),
+        ],
+    )
+    def test_bad_options(self, options, words):
+        with pytest.raises(UserError, match=words):
+            make_head("query2label", options, 64, 5, GRID)
+
+    def test_cam_head_has_no_options(self):
+        with pytest.raises(UserError, match="hidden"):
+            make_head("cam", {"hidden": 64}, 64, 5, GRID)
+
+
+class TestClassifier:
+    CONFIG = ModelConfig(
+        backbone="test_resnet", pretrained=False, output_stride=16, head="query2label", head_options={"preset": "tiny"}
+    )
+
+    def test_alpha_is_one(self):
+        classifier = Classifier(self.CONFIG, 5, 64)
+        assert self.CONFIG.alpha_train == 5 and classifier.alpha_train == classifier.alpha_eval == 1
+        out = classifier(torch.randn(2, 3, 64, 64), alpha=classifier.alpha_train, boost=True)
+        assert out.logits.shape == (2, 5) and torch.equal(out.at_alpha(1), out.logits)
+        with pytest.raises(ValueError, match="alpha"):
+            out.at_alpha(5)
+
+    def test_transformer_backbone(self):
+        config = ModelConfig(backbone="test_vit", pretrained=False, head="query2label", head_options=TINY)
+        classifier = Classifier(config, 5, 160)
+        out = classifier(torch.randn(2, 3, 160, 160), classes=torch.tensor([[1], [4]]))
+        assert out.maps.shape == (2, 1, 10, 10)
+
+    def test_frozen_parts(self):
+        config = ModelConfig(**{**vars(self.CONFIG), "freeze": ["conv1.*", "layer1.*", "*bn*"], "freeze_bn": True})
+        classifier = Classifier(config, 5, 64)
+        classifier.freeze_backbone(True)
+        classifier.freeze_backbone(False)
+        for name, parameter in classifier.backbone.named_parameters():
+            fixed = name.startswith(("conv1.", "layer1.")) or "bn" in name
+            assert parameter.requires_grad is not fixed, name
+        config.freeze = ["layer9.*"]
+        with pytest.raises(UserError, match=r"layer9\.\*"):
+            Classifier(config, 5, 64)
+
+    def test_evaluation_refuses_other_alphas(self):
+        config = Config(method=None, model=self.CONFIG)
+        classifier = Classifier(self.CONFIG, 5, 64)
+        with pytest.raises(UserError, match="no class activation map"):
+            evaluate_split(classifier, None, None, [1.0, 5.0], config, [])
+
+    def test_command_line(self):
+        words = ["--data.dir", "x", "--model.head", "query2label", "--model.head_options", '{"preset": "tiny"}']
+        config = parse_config(words)
+        assert config.model.head_options == {"preset": "tiny"}
+        assert config.model.alpha_train == config.model.alpha_eval == 1
+        assert parse_config([*words, "--model.head_options.heads", "8"]).model.head_options["heads"] == 8
+        for more, word in (
+            (["--model.alpha_train", "3"], "alpha_train is 3"),
+            (["--eval.alphas", "[1, 5]"], "eval.alphas"),
+            (["--model.head", "query3label"], "query3label"),
+            (["--model.head_options", '{"hiden": 3}'], "hiden"),
+        ):
+            with pytest.raises(UserError, match=word):
+                parse_config([*words, *more])
+        assert parse_config(["--data.dir", "x"]).model.alpha_train == 5
+
+
+class TestRuns:
+    """Started as a user starts them."""
+
+    def options(self, data: Path, run: Path, **more: object) -> list[str]:
+        base: dict[str, object] = {
+            "config": ROOT / "launch" / "configs" / "digits_q2l.yaml",
+            "data__dir": data,
+            "run__dir": run,
+            "train__epochs": 1,
+            "train__batch_size": 48,
+            "train__precision": "fp32",
+            "train__log_every": 1,
+            "deepspeed__tensorboard": "false",
+        }
+        return [w for key, value in (base | more).items() for w in (f"--{key.replace('__', '.')}", str(value))]
+
+    def test_ignore_trains_at_stage_3_and_evaluates(self, small_digits: Path, run_script: Run, tmp_path: Path) -> None:
+        run, out = tmp_path / "run", tmp_path / "out.json"
+        more = {"method": "ignore", "method__warm_up": 0, "deepspeed__zero_stage": 3}
+        done = run_script("train.py", *self.options(small_digits, run, **more), ranks=2)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        assert read_metrics(run, "epoch")[-1]["selected_count"] > 0
+        assert set(json.loads((run / "results.json").read_text())["alpha"]) == {"1"}
+        done = run_script("evaluate.py", "--run", run, "--json", out)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(out.read_text())["alpha"] == json.loads((run / "results.json").read_text())["alpha"]

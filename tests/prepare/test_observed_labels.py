@@ -1,0 +1,283 @@
+"""Observed-label draws, the published split, and importers, against golden values and by property."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import SparseLabels
+from spml_fast.prepare import observed_labels as observe_module
+from spml_fast.prepare.observed_labels import Observe, draw_fraction, draw_published, import_labels, published_split
+
+# spec/protocol.md 1.1: rows, sum(train), sum(val), sha256 heads, first rows of both.
+SPLITS = {
+    "voc": (
+        5717,
+        13097125,
+        3242061,
+        "b3eebaf1f95fb36a",
+        "f5709e6ab75fb71e",
+        [0, 1, 2, 3, 4, 7],
+        [5, 6, 11, 15, 22, 23],
+    ),
+    "coco": (
+        *(82081, 2700718682, 667885558, "d7f76149fea1d8a9", "bd52756686feb243"),
+        *([0, 1, 2, 5, 6, 7], [3, 4, 34, 37, 48, 64]),
+    ),
+    "nus": (
+        *(150000, 9005956263, 2243968737, "d3497c92da3b7a1a", "f4211856213c6679"),
+        *([0, 1, 3, 6, 8, 10], [2, 4, 5, 7, 9, 11]),
+    ),
+    "cub": (
+        5994,
+        14402787,
+        3558234,
+        "6ff6212dff135810",
+        "b80f54f4cba60862",
+        [0, 1, 2, 3, 4, 7],
+        [5, 6, 11, 15, 22, 23],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_published_split_golden(name):
+    rows, sum_train, sum_val, sha_train, sha_val, head_train, head_val = SPLITS[name]
+    train, val = published_split(rows)
+    assert (int(train.sum()), int(val.sum())) == (sum_train, sum_val)
+    digests = [hashlib.sha256(a.astype("<i8").tobytes()).hexdigest()[:16] for a in (train, val)]
+    assert digests == [sha_train, sha_val]
+    assert train[:6].tolist() == head_train and val[:6].tolist() == head_val
+    assert len(val) == round(0.2 * rows) and np.array_equal(np.sort(np.concatenate([train, val])), np.arange(rows))
+
+
+def toy() -> SparseLabels:
+    labels = np.array([[(7 * i + 3 * c) % 5 == 0 for c in range(8)] for i in range(6)], np.int8)
+    return SparseLabels.from_dense(labels, default=0)
+
+
+def test_published_draw_golden():
+    observed = draw_published(toy())
+    assert observed.classes.tolist() == [0, 6, 7, 3, 4, 0]
+    assert observed.indptr.tolist() == list(range(7))
+    assert set(observed.codes.tolist()) == {1} and observed.default == -1
+
+
+def published_reference(labels: np.ndarray, seed: int, num_pos: int) -> np.ndarray:
+    """The draw as protocol.md 1.2 words it, densely: shuffle positives, keep the first, then shuffle the negatives."""
+    rng = np.random.RandomState(seed)
+    out = np.full(labels.shape, -1, np.int8)
+    for row, codes in enumerate(labels):
+        positives = np.nonzero(codes == 1)[0]
+        rng.shuffle(positives)
+        out[row, positives[:num_pos]] = 1
+        negatives = np.nonzero(codes == 0)[0]
+        rng.shuffle(negatives)
+    return out
+
+
+codes_arrays = hnp.arrays(np.int8, st.tuples(st.integers(1, 12), st.integers(1, 9)), elements=st.integers(-1, 1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(codes_arrays, st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from([0, -1]))
+def test_published_draw_is_the_dense_draw(codes, seed, positives, default):
+    known = SparseLabels.from_dense(codes, default)
+    observed = draw_published(known, seed, positives)
+    assert np.array_equal(observed.rows(range(len(codes))), published_reference(codes, seed, positives))
+    assert all(
+        (np.diff(observed.classes[a:b]) > 0).all() for a, b in zip(observed.indptr, observed.indptr[1:], strict=False)
+    )
+
+
+def test_negative_shuffle_matters():
+    # Without it the toy gives 0..5; a test that could not tell the variants apart would prove nothing.
+    assert draw_published(toy()).classes.tolist() != [0, 1, 2, 3, 4, 5]
+    rng = np.random.RandomState(1200)
+    wrong = []
+    for codes in toy().rows(range(6)):
+        positives = np.nonzero(codes == 1)[0]
+        rng.shuffle(positives)
+        wrong.append(int(positives[0]))
+    assert wrong == [0, 1, 2, 3, 4, 5]
+
+
+def test_each_phase_starts_afresh():
+    known = toy()
+    spec = Observe.parse("single")
+    first, second = spec.draw(known, 1200, "train"), spec.draw(known, 1200, "test")
+    assert first is not None and second is not None
+    assert first.classes.tolist() == second.classes.tolist() == [0, 6, 7, 3, 4, 0]
+
+
+def test_rows_without_positives_observe_nothing():
+    known = SparseLabels.from_positives([[], [2], []], 4, 0)
+    assert draw_published(known).rows([0, 1, 2]).tolist() == [[-1] * 4, [-1, -1, 1, -1], [-1] * 4]
+
+
+@settings(deadline=None, max_examples=60)
+@given(codes_arrays, st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]), st.integers(0, 99), st.sampled_from([0, -1]))
+def test_fraction_only_hides(codes, fraction, seed, default):
+    index = range(len(codes))
+    observed = draw_fraction(SparseLabels.from_dense(codes, default), fraction, seed).rows(index)
+    assert ((observed == codes) | (observed == -1)).all()
+    if fraction == 1:
+        assert np.array_equal(observed, codes)
+    if fraction == 0:
+        assert (observed == -1).all()
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("default", [0, -1])
+def test_fraction_keeps_both_signs_alike(fraction, default, monkeypatch):
+    rng = np.random.default_rng(5)
+    codes = (rng.random((3000, 20)) < 0.15).astype(np.int8)
+    known = SparseLabels.from_dense(codes, default)
+    observed = draw_fraction(known, fraction, 3).rows(range(3000))
+    for sign in (0, 1):
+        kept = (observed[codes == sign] == sign).mean()
+        # Five standard errors of a binomial share.
+        assert abs(kept - fraction) < 5 * np.sqrt(fraction * (1 - fraction) / (codes == sign).sum())
+    assert np.array_equal(observed, draw_fraction(known, fraction, 3).rows(range(3000)))
+    assert not np.array_equal(observed, draw_fraction(known, fraction, 4).rows(range(3000)))
+    assert not np.array_equal(observed, draw_fraction(known, fraction, 3, "test").rows(range(3000)))
+    # The size of the blocks that it works in is no part of the result.
+    monkeypatch.setattr(observe_module, "_CHUNK_ENTRIES", 512)
+    assert np.array_equal(observed, draw_fraction(known, fraction, 3).rows(range(3000)))
+
+
+def test_fraction_lists_the_shorter_side():
+    known = SparseLabels.from_positives([[0]] * 1000, 20, 0)
+    assert len(draw_fraction(known, 0.9, 0).codes) < 0.25 * 20000
+    assert len(draw_fraction(known, 0.1, 0).codes) < 0.25 * 20000
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all", Observe("all")),
+        ("single", Observe("single", positives=1)),
+        ("single=3", Observe("single", positives=3)),
+        ("keep=0.25", Observe("keep", fraction=0.25)),
+        ("keep=1", Observe("keep", fraction=1.0)),
+    ],
+)
+def test_observe_parse(text, expected):
+    assert Observe.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "none", "all=1", "single=0", "single=-1", "single=x", "keep", "keep=", "keep=0", "keep=1.5", "keep=nan"],
+)
+def test_observe_parse_refuses(text):
+    with pytest.raises(UserError, match="--observe"):
+        Observe.parse(text)
+
+
+# What each encoding means, entry by entry.
+MEANING = {
+    "spml": {1.0: 1, 0.0: -1, -1.0: 0},
+    "openimages": {1.0: 1, 0.0: 0, -1.0: -1},
+    "nan": {1.0: 1, 0.0: 0, float("nan"): -1},
+}
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.sampled_from(sorted(MEANING)),
+    hnp.arrays(np.int64, st.tuples(st.integers(0, 9), st.integers(1, 7)), elements=st.integers(0, 2)),
+    st.sampled_from([np.float64, np.float32, np.float16, np.int64, np.int8]),
+)
+def test_importers_give_the_named_meaning(fmt, choice, dtype):
+    values, codes = (np.array(list(part)) for part in (MEANING[fmt].keys(), MEANING[fmt].values()))
+    if fmt == "nan" and not np.issubdtype(dtype, np.floating):
+        choice = np.minimum(choice, 1)
+    with np.errstate(invalid="ignore"):
+        array = values[choice].astype(dtype)
+    imported = import_labels(array, fmt)
+    assert np.array_equal(imported.labels.rows(range(len(array))), codes[choice].astype(np.int8))
+    assert imported.soft is None and imported.labels.default == -1
+
+
+def test_the_two_encodings_swap_zero_and_minus_one():
+    array = np.array([[1, 0, -1]])
+    assert import_labels(array, "spml").labels.rows([0]).tolist() == [[1, -1, 0]]
+    assert import_labels(array, "openimages").labels.rows([0]).tolist() == [[1, 0, -1]]
+
+
+def test_bool_and_unsigned_arrays():
+    array = np.array([[True, False]])
+    assert import_labels(array, "spml").labels.rows([0]).tolist() == [[1, -1]]
+    assert import_labels(array, "openimages").labels.rows([0]).tolist() == [[1, 0]]
+    with pytest.raises(UserError, match="row 0, column 1 holds 255"):
+        import_labels(np.array([[1, 255]], np.uint8), "spml")
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    hnp.arrays(np.float64, st.tuples(st.integers(1, 8), st.integers(1, 6)), elements=st.floats(0.01, 0.99)), st.data()
+)
+def test_soft_importer_keeps_values_beside_codes(array, data):
+    kind = data.draw(hnp.arrays(np.int64, array.shape, elements=st.integers(0, 2)))
+    values = np.choose(kind, [np.zeros_like(array), np.ones_like(array), -array])
+    imported = import_labels(values, "soft")
+    labels = imported.labels
+    assert np.array_equal(labels.rows(range(len(array))), np.where(kind == 1, 1, -1))
+    assert imported.soft is not None and len(imported.soft) == len(labels.codes) == int((kind > 0).sum())
+    soft = np.full(array.shape, np.nan, np.float32)
+    soft[labels.entry_rows(), labels.classes] = imported.soft
+    assert np.array_equal(soft, np.where(kind == 2, array, np.nan).astype(np.float32), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "value"),
+    [
+        ("spml", 2.0),
+        ("spml", 0.5),
+        ("spml", float("nan")),
+        ("openimages", float("nan")),
+        ("openimages", -2.0),
+        ("openimages", float("inf")),
+        ("nan", -1.0),
+        ("nan", 0.5),
+        ("soft", 0.5),
+        ("soft", -1.0),
+        ("soft", -1.5),
+        ("soft", float("nan")),
+    ],
+)
+def test_importers_refuse_values_of_other_formats(fmt, value):
+    array = np.array([[0.0, 1.0], [1.0, value]])
+    with pytest.raises(UserError, match=r"labels_obs\.npy: row 1, column 1 holds .*which the format " + fmt):
+        import_labels(array, fmt, source="labels_obs.npy")
+
+
+def test_importers_point_to_the_row_of_a_later_block(monkeypatch):
+    monkeypatch.setattr(observe_module, "_CHUNK_ENTRIES", 4)
+    array = np.zeros((11, 2))
+    array[9, 1] = 7
+    with pytest.raises(UserError, match="row 9, column 1 holds 7"):
+        import_labels(array, "spml")
+
+
+@pytest.mark.parametrize(
+    ("array", "fmt", "classes", "message"),
+    [
+        (np.zeros(3), "spml", None, "two dimensions"),
+        (np.zeros((2, 3, 4)), "nan", None, "two dimensions"),
+        (np.zeros((2, 3)), "nan", 4, "3 columns, but there are 4"),
+        (np.zeros((2, 0)), "nan", None, "no class"),
+        (np.array([["1", "0"]]), "spml", None, "dtype"),
+        (np.zeros((2, 3)), "guess", None, "does not exist"),
+    ],
+)
+def test_importers_check_shape_dtype_and_name(array, fmt, classes, message):
+    with pytest.raises(UserError, match=message):
+        import_labels(array, fmt, classes)

@@ -1,0 +1,142 @@
+"""The loader that this program does not have: Pillow and torchvision, for tests and as the rival in benchmarks.
+
+It follows the same decisions of `spml_fast.data.sampler`, so that a view can be compared with the one from DALI.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode, RandAugment
+from torchvision.transforms import functional as F
+from torchvision.transforms.autoaugment import _apply_op
+
+from spml_fast.core.config import DataConfig
+from spml_fast.data import sampler
+from spml_fast.data.labels import SparseLabels
+from spml_fast.data.manifest import ManifestWriter, Split
+from tests.support.paths import find_data
+
+# Pillow's name of what shows a picture with that EXIF orientation upright, as PIL.ImageOps.exif_transpose does it.
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def coco_mini() -> Path | None:
+    """Folder of real photographs; None when there is none."""
+    return find_data("coco_mini", "images")
+
+
+def photo(seed: int, width: int = 160, height: int = 120) -> Image.Image:
+    """A noisy picture with the spectrum of a photograph."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3), np.float32)
+    for octave in range(1, 7):
+        small = rng.integers(0, 256, (2**octave, 2**octave, 3), dtype=np.uint8)
+        total += np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC), np.float32) / (
+            1.6**octave
+        )
+    total += rng.normal(0, 6, total.shape)
+    low, high = total.min(), total.max()
+    span = rng.integers(150, 250)
+    return Image.fromarray(((total - low) * (span / (high - low)) + rng.integers(0, 255 - span)).astype(np.uint8))
+
+
+def make_split(
+    folder: Path,
+    root: Path,
+    names: list[str],
+    orientation: list[int] | None = None,
+    sizes: list[tuple[int, int]] | None = None,
+) -> Split:
+    """A Manifest of the pictures `names` in `root`, with one class that all of them have."""
+    turned = orientation or [1] * len(names)
+    if sizes is None:
+        sizes = []
+        for name, turn in zip(names, turned, strict=True):
+            with Image.open(os.path.join(root, name)) as picture:
+                sizes.append(picture.size if turn < 5 else picture.size[::-1])
+    writer = ManifestWriter(folder, "pictures", ["thing"], image_root=root)
+    writer.add_split(
+        "train",
+        known=SparseLabels.from_positives([[0]] * len(names), 1, 0),
+        width=[s[0] for s in sizes],
+        height=[s[1] for s in sizes],
+        orientation=turned,
+        paths=names,
+    )
+    return writer.finish({}).split("train")
+
+
+class ReferenceViews(Dataset[dict[str, Any]]):
+    """Views of single samples, {"index": int, view: float32 [3, S, S]}, by Pillow and torchvision.
+
+    Args:
+        split, config, views, seed, mean, std: as in `spml_fast.data.loader.TrainLoader`; "eval" is a view too.
+        epoch: whose augmentation.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        config: DataConfig,
+        views: tuple[str, ...],
+        seed: int = 0,
+        epoch: int = 0,
+        mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+        std: tuple[float, ...] = (1.0, 1.0, 1.0),
+    ) -> None:
+        self.split, self.config, self.views, self.seed, self.epoch = split, config, views, seed, epoch
+        self.mean, self.std = list(mean), list(std)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def picture(self, index: int) -> Image.Image:
+        """The picture as shown."""
+        with Image.open(self.split.path(index)) as stored:
+            picture = stored.convert("RGB")
+        turn = TRANSPOSE.get(int(self.split.orientation[index]))
+        return picture if turn is None else picture.transpose(turn)
+
+    def _randaugment(self, picture: Image.Image, index: int) -> Image.Image:
+        ops, signs = sampler.randaugment_choice(self.seed, self.epoch, [index], self.config.randaugment_ops)
+        space = RandAugment()._augmentation_space(31, (picture.height, picture.width))
+        for op, sign in zip(ops[0], signs[0], strict=True):
+            name = sampler.RANDAUGMENT_OPS[op]
+            magnitudes, _ = space[name]
+            value = float(magnitudes[self.config.randaugment_magnitude]) if magnitudes.ndim > 0 else 0.0
+            picture = _apply_op(picture, name, value * int(sign), InterpolationMode.NEAREST, None)
+        return picture
+
+    def view(self, picture: Image.Image, name: str, index: int) -> torch.Tensor:
+        """One view of a picture as shown."""
+        side = self.config.image_size
+        if name == "strong":
+            picture = self._randaugment(picture, index)
+        if name != "eval" and self.config.train_crop == "random_resized":
+            box = sampler.crop_boxes(
+                self.seed, self.epoch, [index], [picture.width], [picture.height], self.config.crop_scale
+            )
+            picture = F.crop(picture, *box[0].tolist())
+        picture = picture.resize((side, side), Image.Resampling.BILINEAR)
+        if name != "eval" and sampler.flips(self.seed, self.epoch, [index], name, self.config.hflip)[0]:
+            picture = F.hflip(picture)
+        return F.normalize(F.to_tensor(picture), self.mean, self.std)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        picture = self.picture(index)
+        return {"index": index, **{name: self.view(picture, name, index) for name in self.views}}
