@@ -11,7 +11,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(".", include=["spml_fast", "spml_fast.*"]) + find_packages("kernels"),
     package_dir={"spml_fast": "spml_fast", "spml_kernels": "kernels/spml_kernels"},
-    package_data={"spml_fast": ["py.typed", "analysis/report.html"], "spml_kernels": ["py.typed"]},
+    package_data={"spml_fast": ["py.typed", "analysis/report/*.html"], "spml_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",

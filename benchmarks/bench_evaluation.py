@@ -35,7 +35,7 @@ import numpy as np
 import sklearn
 from sklearn.metrics import average_precision_score
 
-from spml_fast.evaluation import metrics
+from spml_fast.evaluation import average_precision, entries, metrics
 
 TOLERANCE = 1e-12
 MEMORY = ("held_bytes", "extra_bytes", "dense_bytes")
@@ -103,13 +103,13 @@ def dense_case(name: str, num_rows: int, num_classes: int, mean_positives: float
     scores = rng.standard_normal(codes.shape, dtype=np.float32) + 2 * codes - np.float32(3)
     columns = [(codes[:, c], scores[:, c]) for c in range(num_classes)]
     groups = np.arange(num_classes) % 5
-    ours = metrics.average_precision(scores, codes)
+    ours = average_precision.average_precision(scores, codes)
     row = {"case": name, "rows": num_rows, "classes": num_classes, "entries": codes.size}
     row["worst_difference"] = gate(name, ours.ap, loop(columns))
     row["sklearn_s"] = seconds(lambda: loop(columns), min(repeats, 3))
-    row["ours_s"] = seconds(lambda: metrics.average_precision(scores, codes), repeats)
-    row["ours_rank_s"] = seconds(lambda: metrics.average_precision(scores, codes, "rank"), repeats)
-    row["ours_voc_s"] = seconds(lambda: metrics.average_precision(scores, codes, "voc"), repeats)
+    row["ours_s"] = seconds(lambda: average_precision.average_precision(scores, codes), repeats)
+    row["ours_rank_s"] = seconds(lambda: average_precision.average_precision(scores, codes, "rank"), repeats)
+    row["ours_voc_s"] = seconds(lambda: average_precision.average_precision(scores, codes, "voc"), repeats)
     row["all_metrics_s"] = seconds(lambda: metrics.evaluate_scores(scores, codes, groups=groups), repeats)
     row["held_bytes"], row["dense_bytes"] = 2 * scores.nbytes, 2 * scores.nbytes
     row["extra_bytes"] = extra_memory(lambda: metrics.evaluate_scores(scores, codes, groups=groups))
@@ -140,8 +140,8 @@ def sparse_case(name: str, num_rows: int, num_classes: int, num_pairs: int, repe
     bounds = np.searchsorted(classes[order], np.arange(1, num_classes))
     columns = list(zip(np.split(codes[order], bounds), np.split(scores[order], bounds), strict=True))
 
-    def ours(definition: metrics.Definition = "sklearn") -> metrics.ClassAP:
-        return metrics.average_precision_pairs(classes, scores, codes, num_classes, definition, row=rows)
+    def ours(definition: entries.Definition = "sklearn") -> average_precision.ClassAP:
+        return average_precision.average_precision_pairs(classes, scores, codes, num_classes, definition, row=rows)
 
     def everything() -> dict[str, Any]:
         return metrics.evaluate_pairs(classes, scores, codes, num_classes, row=rows, in_top_k=in_top_k, groups=groups)

@@ -232,7 +232,7 @@ def ahead_of_time(ops: list[str], quick: bool) -> list[Row]:
 def launched(launch: CamPoolLaunch) -> Iterator[None]:
     """cam_pool with these block sizes, whatever the shape."""
     with contextlib.ExitStack() as stack:
-        for name in ("cam_pool", "cam_pool_backward"):
+        for name in ("cam_pool.forward", "cam_pool.backward"):
             # By module name: the package's attribute of that name is the function.
             module = importlib.import_module(f"spml_kernels.{name}")
             stack.enter_context(mock.patch.object(module, "launch_of", lambda *_: launch))

@@ -37,19 +37,13 @@ from benchmarks.bench_input import machine, pictures
 from spml_fast.core.batch import Batch
 from spml_fast.core.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError, run_command
+from spml_fast.core.precision import autocast_dtype, choose_algorithms
 from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.data.loader import TrainLoader
 from spml_fast.data.manifest import Split
 from spml_fast.methods import Method, Progress, get_method, method_names
 from spml_fast.models.classifier import Classifier
-from spml_fast.train.engine import (
-    Engine,
-    autocast_dtype,
-    choose_algorithms,
-    deepspeed_config,
-    init_distributed,
-    leave_distributed,
-)
+from spml_fast.train.engine import Engine, deepspeed_config, init_distributed, leave_distributed
 from spml_fast.train.optim import make_optimizer, make_schedule, parameter_groups
 from spml_fast.train.trainer import TrainingModule
 from tests.support.pil import ReferenceViews

@@ -73,9 +73,9 @@ def main() -> None:
     device = init_distributed()
     from spml_fast.analysis.diagnostics import look_at_maps, plot, summarise
     from spml_fast.core import distributed
-    from spml_fast.evaluation.evaluate import input_normalisation, load_run, make_eval_loader
-    from spml_fast.reproduction.reproduce import read_epochs
-    from spml_fast.train.checkpoint import write_json
+    from spml_fast.core.io import write_json
+    from spml_fast.runs.open import input_normalisation, load_run, make_eval_loader
+    from spml_fast.runs.read import read_epochs
     from spml_fast.train.logs import print_table
 
     config, manifest, classifier, _ = load_run(args.run, device)

@@ -34,8 +34,9 @@ def main() -> None:
 
     device = init_distributed()
     from spml_fast.core import distributed
-    from spml_fast.evaluation.evaluate import class_groups, evaluate_split, load_run, make_eval_loader, table_rows
-    from spml_fast.train.checkpoint import write_json
+    from spml_fast.core.io import write_json
+    from spml_fast.evaluation.evaluate import class_groups, evaluate_split, table_rows
+    from spml_fast.runs.open import load_run, make_eval_loader
     from spml_fast.train.logs import print_table
 
     config, manifest, classifier, _ = load_run(args.run, device)

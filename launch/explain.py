@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from spml_fast.analysis.explain import Choice
-    from spml_fast.analysis.predict import PictureFiles
     from spml_fast.core.config import Config
+    from spml_fast.data.image_files import PictureFiles
     from spml_fast.data.manifest import Manifest, Split
     from spml_fast.models.classifier import Classifier
 
@@ -117,13 +117,14 @@ def given_pictures(args: argparse.Namespace) -> tuple[PictureFiles, list[float],
     """The pictures of the command line that can be read, width through height of each, and how many were left out."""
     import numpy as np
 
-    from spml_fast.analysis import predict as on
+    from spml_fast.analysis import predict
     from spml_fast.data.image_check import choose_level, verify_pictures
+    from spml_fast.data.image_files import PictureFiles, find_pictures
 
-    paths = on.find_pictures(args.pictures, lambda text: say(f"note: {text}"))
+    paths = find_pictures(args.pictures, lambda text: say(f"note: {text}"))
     verified = verify_pictures(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False)
     for index, why in verified.rejected.items():
-        say(on.left_out(paths[index], *why))
+        say(predict.left_out(paths[index], *why))
     usable = np.flatnonzero(verified.ok)
     if not len(usable):
         raise UserError(f"none of the {len(paths)} pictures can be used; the reasons stand above")
@@ -131,7 +132,7 @@ def given_pictures(args: argparse.Namespace) -> tuple[PictureFiles, list[float],
     aspects = verified.width[usable] / np.maximum(verified.height[usable], 1)
     # Orientations from 5 on swap the sides.
     aspects = np.where(orientation >= 5, 1 / aspects, aspects)
-    return on.PictureFiles([paths[i] for i in usable], orientation), aspects.tolist(), len(paths) - len(usable)
+    return PictureFiles([paths[i] for i in usable], orientation), aspects.tolist(), len(paths) - len(usable)
 
 
 def chosen_samples(
@@ -145,9 +146,9 @@ def chosen_samples(
     """The split without pictures on the command line, and the samples of it that are worth a look."""
     from spml_fast.analysis.explain import PREDICTED, choose_samples
     from spml_fast.analysis.suggest import find_suggestions
-    from spml_fast.data.image_check import show_progress
+    from spml_fast.core.progress import show_progress
     from spml_fast.data.labels import NEGATIVE, POSITIVE
-    from spml_fast.evaluation.evaluate import make_eval_loader
+    from spml_fast.runs.open import make_eval_loader
 
     split = manifest.split(args.split or config.data.test_split or config.data.train_split)
     if len(split) == 0:
@@ -173,7 +174,7 @@ def sample_files(split: Split, choices: list[Choice], stack: contextlib.ExitStac
     """The chosen samples as picture files, and width through height of each; unpacked for a while from tar shards."""
     import numpy as np
 
-    from spml_fast.analysis.predict import PictureFiles
+    from spml_fast.data.image_files import PictureFiles
 
     index = np.array([c.index for c in choices])
     paths = [split.path(i) for i in index.tolist()]
@@ -202,9 +203,10 @@ def main(argv: list[str] | None = None) -> int:
     check(args)
     import torch
 
-    from spml_fast.analysis import explain as on
-    from spml_fast.analysis.predict import left_out, run_classes
-    from spml_fast.evaluation.evaluate import check_alphas, load_classifier, load_run_config, open_data
+    from spml_fast.analysis import explain, explain_page
+    from spml_fast.analysis.predict import left_out
+    from spml_fast.evaluation.evaluate import check_alphas
+    from spml_fast.runs.open import load_classifier, load_run_config, open_data, run_classes
 
     out: Path = args.out if args.out is not None else args.run / "explain.png"
     one_page = out.suffix.lower() == ".png" and not out.is_dir()
@@ -213,18 +215,18 @@ def main(argv: list[str] | None = None) -> int:
     classes = run_classes(args.run, config) if manifest is None else manifest.classes
     named = None if args.classes is None else class_ids(args.classes, classes)
     top = args.top or TOP if named is None else len(named)
-    if args.count > on.MAX_PICTURES and one_page and manifest is not None:
+    if args.count > explain.MAX_PICTURES and one_page and manifest is not None:
         raise UserError(
-            f"--count is {args.count}; a page holds {on.MAX_PICTURES} at most, and --out DIR makes a page each"
+            f"--count is {args.count}; a page holds {explain.MAX_PICTURES} at most, and --out DIR makes a page each"
         )
     missing = 0
     # Processes are forked to check pictures, so the GPU is touched after that.
     files, aspects = None, list[float]()
     if manifest is None:
         files, aspects, missing = given_pictures(args)
-        if one_page and len(files) > on.MAX_PICTURES:
+        if one_page and len(files) > explain.MAX_PICTURES:
             raise UserError(
-                f"{len(files)} pictures are too many for one page, which holds {on.MAX_PICTURES}; "
+                f"{len(files)} pictures are too many for one page, which holds {explain.MAX_PICTURES}; "
                 "--out DIR makes a page each"
             )
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -247,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = None
         if args.maps is not None:
             about = {"run": str(args.run), "alpha": alpha, "image_size": config.data.image_size}
-            folder = stack.enter_context(on.MapFolder(args.maps, about))
+            folder = stack.enter_context(explain_page.MapFolder(args.maps, about))
         try:
             (out.parent if one_page else out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -255,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         where = "" if split is None else f", {split.name} split"
         title = f"{args.run}{where}, {config.data.image_size} px, alpha {alpha:g}"
         pages, lost = [], 0
-        found_pictures = on.explain(
+        found_pictures = explain.explain(
             classifier,
             config,
             files,
@@ -274,18 +276,18 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             shown += 1
             if split is not None and choices is not None:
-                found = on.with_labels(found, split, choices[place], classes)
+                found = explain.with_labels(found, split, choices[place], classes)
             if folder is not None:
                 folder.add(found, classes)
             if one_page:
                 pages.append(found)
                 continue
             name = out / page_name(place, found.path)
-            lost = max(lost, on.draw(name, [found], classes, title, alpha, classifier.head.boosts))
+            lost = max(lost, explain_page.draw(name, [found], classes, title, alpha, classifier.head.boosts))
         if not shown:
             raise UserError("none of the pictures can be used; the reasons stand above")
         if one_page:
-            lost = on.draw(out, pages, classes, title, alpha, classifier.head.boosts)
+            lost = explain_page.draw(out, pages, classes, title, alpha, classifier.head.boosts)
     if lost:
         say(
             f"note: no font of this machine has the characters of {lost} class names, which stand as their ids; "

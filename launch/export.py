@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         export.need_onnx()
     import torch
 
-    from spml_fast.analysis.predict import run_classes
-    from spml_fast.evaluation.evaluate import check_alphas, load_classifier, load_run_config
+    from spml_fast.evaluation.evaluate import check_alphas
+    from spml_fast.runs.open import load_classifier, load_run_config, run_classes
 
     config = load_run_config(args.run)
     classes = run_classes(args.run, config)

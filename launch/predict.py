@@ -84,35 +84,38 @@ def main(argv: list[str] | None = None) -> int:
     import numpy as np
     import torch
 
-    from spml_fast.analysis import predict as on
-    from spml_fast.data.image_check import choose_level, show_progress, verify_pictures
-    from spml_fast.evaluation.evaluate import check_alphas, load_classifier, load_run_config
+    from spml_fast.analysis import predict
+    from spml_fast.core.progress import show_progress
+    from spml_fast.data.image_check import choose_level, verify_pictures
+    from spml_fast.data.image_files import PictureFiles, find_pictures
+    from spml_fast.evaluation.evaluate import check_alphas
+    from spml_fast.runs.open import load_classifier, load_run_config, run_classes
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A class name that the terminal's encoding lacks ends nothing.
         sys.stdout.reconfigure(errors="backslashreplace")
     config = load_run_config(args.run)
-    classes = on.run_classes(args.run, config)
-    paths = on.find_pictures(args.pictures, lambda text: say(f"note: {text}"))
+    classes = run_classes(args.run, config)
+    paths = find_pictures(args.pictures, lambda text: say(f"note: {text}"))
     classifier, _ = load_classifier(args.run, config, len(classes), torch.device("cpu"))
     alpha = classifier.alpha_eval if args.alpha is None else args.alpha
     check_alphas([alpha], classifier, config)
     top = TOP if args.top is None and args.threshold is None else args.top
     threshold = args.threshold or 0.0
     with contextlib.ExitStack() as stack:
-        table = stack.enter_context(on.PredictionTable(args.csv, classes)) if args.csv is not None else None
+        table = stack.enter_context(predict.PredictionTable(args.csv, classes)) if args.csv is not None else None
         # Processes are forked to check pictures, so the GPU is touched after that.
         progress = len(paths) >= PROGRESS_FROM
         verified = verify_pictures(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress)
         for index, why in verified.rejected.items():
-            say(on.left_out(paths[index], *why))
+            say(predict.left_out(paths[index], *why))
         usable = np.flatnonzero(verified.ok)
         orientation = verified.orientation[usable] if args.orientation == "exif" else np.ones(len(usable), np.uint8)
-        files = on.PictureFiles([paths[i] for i in usable], orientation)
+        files = PictureFiles([paths[i] for i in usable], orientation)
         config.eval.batch_size = max(1, min(args.batch_size or config.eval.batch_size, len(files)))
-        width = on.path_width(files.paths) if len(files) else 0
+        width = predict.path_width(files.paths) if len(files) else 0
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        predictions = on.predict(
+        predictions = predict.predict(
             classifier.to(device),
             config,
             files,
@@ -127,13 +130,13 @@ def main(argv: list[str] | None = None) -> int:
         for found in predictions:
             advance(1)
             if found.reason is not None:
-                say(on.left_out(found.path, found.reason))
+                say(predict.left_out(found.path, found.reason))
                 continue
             done += 1
             if table is not None:
                 table.add(found)
             else:
-                print(on.prediction_line(found, classes, threshold, width), flush=True)
+                print(predict.prediction_line(found, classes, threshold, width), flush=True)
         if done == 0:
             raise UserError(f"none of the {len(paths)} pictures can be used; the reasons stand above")
     missing = len(paths) - done

@@ -10,8 +10,9 @@ import argparse
 
 from spml_fast.core.errors import run_command
 from spml_fast.prepare import pack
+from spml_fast.prepare.build import summary
 from spml_fast.prepare.datasets import load_all
-from spml_fast.prepare.datasets.base import add_common_options, summary
+from spml_fast.prepare.datasets.base import add_common_options
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {args.out} must be named .html")
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a directory; give the name of a file")
-    from spml_fast.analysis.report import make_page
+    from spml_fast.analysis.report.page import make_page
 
     page = make_page(args.runs)
     partial = args.out.with_name(args.out.name + ".partial")

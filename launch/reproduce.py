@@ -60,7 +60,6 @@ def main() -> None:
     args, more = parse()
     from rich.console import Console
 
-    from spml_fast.cli.parse import load_config
     from spml_fast.reproduction.presets import choose_entries, get_preset
     from spml_fast.reproduction.reproduce import (
         as_json,
@@ -73,6 +72,7 @@ def main() -> None:
         plot,
         write_csv,
     )
+    from spml_fast.runs.recipe import load_config
 
     if args.seeds < 1:
         raise UserError(f"--seeds is {args.seeds}; it must be at least 1")

@@ -82,10 +82,11 @@ def main(argv: list[str] | None = None) -> None:
 
     device = init_distributed()
     from spml_fast.analysis import suggest
-    from spml_fast.analysis.predict import printable
     from spml_fast.core import distributed
-    from spml_fast.data.image_check import show_progress
-    from spml_fast.evaluation.evaluate import check_alphas, load_run, make_eval_loader
+    from spml_fast.core.io import printable
+    from spml_fast.core.progress import show_progress
+    from spml_fast.evaluation.evaluate import check_alphas
+    from spml_fast.runs.open import load_run, make_eval_loader
     from spml_fast.train.logs import print_table
 
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -18,7 +18,8 @@ DEFAULT_RECIPE = Path(__file__).parent / "configs" / "digits.yaml"
 
 def main() -> None:
     """Parse, join the other ranks, train."""
-    from spml_fast.train.engine import init_distributed, leave_distributed, set_environment
+    from spml_fast.train.cluster import set_environment
+    from spml_fast.train.engine import init_distributed, leave_distributed
 
     set_environment()
     from spml_fast.cli.parse import parse_config

@@ -57,7 +57,7 @@ def check_decode() -> str:
     from spml_fast.core.config import DataConfig
     from spml_fast.data.labels import SparseLabels
     from spml_fast.data.loader import EvalLoader, TrainLoader
-    from spml_fast.data.manifest import ManifestWriter
+    from spml_fast.prepare.manifest_writer import ManifestWriter
 
     folder = Path(tempfile.mkdtemp())
     pictures = folder / "pictures"

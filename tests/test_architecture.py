@@ -1,4 +1,4 @@
-"""Which package may import which (docs and design: the direction of imports)."""
+"""The rules of the house (docs/architecture.md): who imports whom, and who owns what."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ import pytest
 
 from tests.support.paths import ROOT
 
-OURS = sorted((ROOT / "spml_fast").rglob("*.py"))
+PACKAGE = ROOT / "spml_fast"
+OURS = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "spml_kernels").rglob("*.py"))
 PROGRAMS = sorted(p for folder in ("launch", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
+
+# A row per folder, from the bottom up: a folder imports only from rows above its own (and from itself).
+FLOORS = [
+    {"core"},
+    {"data", "models"},
+    {"methods", "prepare", "evaluation"},
+    {"runs"},
+    {"train", "analysis", "reproduction"},
+    {"cli"},
+]
 
 
 def module_name(path: Path) -> str:
@@ -68,14 +79,60 @@ def relative(paths: list[Path]) -> set[str]:
     return {str(p.relative_to(ROOT)) for p in paths}
 
 
+def floor(module: str) -> int | None:
+    """Place of `spml_fast.<folder>...` in FLOORS; None outside of the package's folders."""
+    parts = module.split(".")
+    if parts[0] != "spml_fast" or len(parts) < 2:
+        return None
+    return next((i for i, row in enumerate(FLOORS) if parts[1] in row), None)
+
+
 def test_there_is_something_to_look_at():
     assert len(OURS) > 20 and len(KERNELS) > 8 and len(PROGRAMS) >= 3
-    assert uses(ROOT / "spml_fast" / "classifier.py", "timm")
-    assert uses(ROOT / "spml_fast" / "engine.py", "deepspeed"), "an import within a function counts"
-    assert not uses(ROOT / "spml_fast" / "methods" / "base.py", "spml_fast.models.classifier"), (
-        "one for types alone does not"
-    )
+    assert uses(PACKAGE / "models" / "classifier.py", "timm")
+    assert uses(PACKAGE / "train" / "engine.py", "deepspeed"), "an import within a function counts"
+    base = PACKAGE / "methods" / "base.py"
+    assert not uses(base, "spml_fast.models.classifier"), "one for types alone does not"
     assert module_name(KERNELS[0]).startswith("spml_kernels")
+
+
+def test_every_folder_has_a_floor_and_nothing_lies_about():
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == set().union(*FLOORS)
+    files = {p.name for p in PACKAGE.iterdir() if p.is_file()}
+    assert files <= {"__init__.py", "__main__.py", "py.typed"}
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    module = module_name(path)
+    own = floor(module)
+    for name in imported(path):
+        place = floor(name)
+        if own is None or place is None or name.split(".")[1] == module.split(".")[1]:
+            continue
+        assert place < own, f"{module} imports {name}"
+
+
+def test_no_import_circle():
+    graph = {module_name(p): p for p in OURS}
+    done: set[str] = set()
+
+    def walk(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module in done:
+            return
+        top = ast.parse(graph[module].read_text(encoding="utf-8")).body
+        for node in top:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                wanted = {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+                # A package's own __init__ imports its parts, which is no circle unless they import it back.
+                for name in sorted(wanted & graph.keys() - {module}):
+                    walk(name, (*trail, module))
+        done.add(module)
+
+    for module in sorted(graph):
+        walk(module, ())
 
 
 def test_kernels_need_torch_and_triton_only():
@@ -88,61 +145,23 @@ def test_kernels_need_torch_and_triton_only():
 @pytest.mark.parametrize(
     ("package", "owners"),
     [
-        ("nvidia.dali", {"spml_fast/data/loader.py"}),
+        ("nvidia.dali", {"spml_fast/data/dali_graph.py", "spml_fast/data/dali_stream.py"}),
         ("deepspeed", {"spml_fast/train/engine.py"}),
-        ("timm.models", {"spml_fast/models/classifier.py"}),
-        ("jsonargparse", {"spml_fast/cli/parse.py"}),
+        ("timm.models", {"spml_fast/models/backbone.py"}),
+        ("jsonargparse", {"spml_fast/runs/recipe.py"}),
     ],
 )
 def test_a_library_has_one_owner(package, owners):
     assert relative([p for p in OURS if uses(p, package)]) <= owners
 
 
-def test_timm_makes_models_in_one_file():
+def test_timm_makes_models_in_one_folder():
     """The trainer may use timm's helpers for moving averages and BatchNorm; nothing else touches timm."""
     users = {str(p.relative_to(ROOT)): imported(p) for p in OURS if uses(p, "timm")}
-    assert set(users) <= {"spml_fast/models/classifier.py", "spml_fast/train/trainer.py"}
-    helpers = {n for n in users.get("spml_fast/train/trainer.py", set()) if n.split(".")[0] == "timm"}
+    others = {name for name in users if not name.startswith("spml_fast/models/")}
+    assert others <= {"spml_fast/train/trainer.py"}
+    helpers = {n for name in others for n in users[name] if n.split(".")[0] == "timm"}
     assert all(n.startswith(("timm.utils", "timm.layers")) for n in helpers)
-
-
-# Each layer may import from itself and from those before it.
-LAYERS = [
-    ["errors", "config", "distributed", "batch", "verify"],
-    ["labels", "manifest", "metrics", "observe", "order", "shards"],
-    ["datasets", "foreign_tars", "pack", "pipeline", "heads", "classifier", "methods"],
-    ["cli", "engine", "optim", "checkpoint", "logs"],
-    ["trainer", "evaluate", "explain", "report", "export", "predict", "suggest"],
-]
-
-
-def layer(name: str) -> int | None:
-    """Place of `spml_fast.<part>...` in LAYERS; None for parts that are in no layer."""
-    parts = name.split(".")
-    if parts[0] != "spml_fast" or len(parts) < 2:
-        return None
-    return next((i for i, names in enumerate(LAYERS) if parts[1] in names), None)
-
-
-@pytest.mark.parametrize("path", OURS, ids=lambda p: str(p.relative_to(ROOT / "spml_fast")))
-def test_imports_point_down(path):
-    own = layer(module_name(path))
-    if own is None:
-        return
-    for name in imported(path):
-        place = layer(name)
-        assert place is None or place <= own, f"{module_name(path)} imports {name}"
-
-
-@pytest.mark.parametrize(
-    "part", ["datasets", "pipeline", "classifier", "heads", "methods", "labels", "metrics", "order"]
-)
-def test_building_blocks_know_nothing_of_the_trainer(part):
-    paths = [p for p in OURS if module_name(p).split(".")[1:2] == [part]]
-    assert paths
-    for path in paths:
-        for above in ("trainer", "evaluate", "engine", "cli", "explain", "report"):
-            assert not uses(path, f"spml_fast.{above}"), f"{path.relative_to(ROOT)} imports {above}"
 
 
 def test_libraries_import_no_programs_and_no_tests():

@@ -23,11 +23,11 @@ from scipy.stats import rankdata
 
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
+from spml_fast.core.precision import autocast_dtype
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
 from spml_fast.models.classifier import Classifier
-from spml_fast.train.engine import autocast_dtype
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

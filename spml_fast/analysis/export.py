@@ -29,8 +29,9 @@ from spml_fast import __version__
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
-from spml_fast.evaluation.evaluate import DIGITS_DIR, input_normalisation, make_eval_loader
-from spml_fast.models.classifier import Classifier, create_whole_model, needs_fixed_size
+from spml_fast.models.backbone import create_whole_model, needs_fixed_size
+from spml_fast.models.classifier import Classifier
+from spml_fast.runs.open import DIGITS_DIR, input_normalisation, make_eval_loader
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 OPSET = 20
@@ -139,9 +140,6 @@ def difference(found: Tensor, expected: Tensor, bias: Tensor | None = None) -> t
     return apart, apart <= ALLOWED * size
 
 
-# --- ONNX ----------------------------------------------------------------------------------------------------------
-
-
 def need_onnx() -> None:
     """Raise `UserError` unless everything that an ONNX export takes is installed."""
     lacking = [p for p in ONNX_PACKAGES if importlib.util.find_spec(p) is None]
@@ -236,9 +234,6 @@ def export_onnx(
     finally:
         partial.unlink(missing_ok=True)
     return apart, which
-
-
-# --- timm ----------------------------------------------------------------------------------------------------------
 
 
 def timm_options(config: Config) -> dict[str, Any]:

@@ -14,6 +14,7 @@ extra labels of a user), the suggestions are held against it.
 from __future__ import annotations
 
 import csv
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,12 +29,12 @@ from torch import Tensor
 from spml_fast.analysis.predict import check_numbers
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
+from spml_fast.core.precision import autocast_dtype
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
-from spml_fast.evaluation.metrics import logit_threshold
+from spml_fast.evaluation.thresholds import logit_threshold
 from spml_fast.models.classifier import Classifier
-from spml_fast.train.engine import autocast_dtype
 
 COLUMNS = ("path", "class", "known", "probability", "suggestion")
 NAMES = {UNKNOWN: "unknown", POSITIVE: "positive", NEGATIVE: "negative"}
@@ -136,6 +137,10 @@ class Suggestions:
 
 
 @torch.no_grad()
+def _place_of(split: Split, index: Tensor, row: int) -> str:
+    return split.place(int(index[row]))
+
+
 def find_suggestions(
     classifier: Classifier,
     loader: EvalLoader,
@@ -184,7 +189,7 @@ def find_suggestions(
         if batch.real == 0:
             continue
         index, logits = batch.index[: batch.real], output.at_alpha(alpha)[: batch.real].float()
-        check_numbers(logits, classes, lambda row, index=index: loader.split.place(int(index[row])))
+        check_numbers(logits, classes, functools.partial(_place_of, loader.split, index))
         known = store.rows(index)
         for code, pairs in best.items():
             scores = -logits if code == POSITIVE else logits
@@ -198,9 +203,6 @@ def find_suggestions(
         probability = torch.sigmoid(torch.from_numpy(logit)).numpy()
         found.append(Suggestions(code, key // labels.num_classes, key % labels.num_classes, probability, seen))
     return found if distributed.is_main() else None
-
-
-# --- Against the truth ---------------------------------------------------------------------------------------------
 
 
 def codes_of(
@@ -263,9 +265,6 @@ def truth_rows(found: Suggestions, split: Split) -> list[tuple[str, str]]:
             share = int((right & judged).sum())
             rows.append(("hidden positives found", f"{100 * share / hidden:.1f}% ({share} of {hidden})"))
     return rows
-
-
-# --- Words and tables ----------------------------------------------------------------------------------------------
 
 
 def write_suggestions(out: Path, lists: Sequence[Suggestions], split: Split, classes: Sequence[str]) -> int:

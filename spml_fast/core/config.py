@@ -237,3 +237,13 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     deepspeed: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "deepspeed": EngineConfig,
+    "run": RunConfig,
+}

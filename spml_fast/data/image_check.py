@@ -13,21 +13,16 @@ This module imports neither torch nor DALI, and its workers are light.
 
 from __future__ import annotations
 
-import ctypes
 import io
-import multiprocessing
 import os
-import signal
 import struct
-import sys
 import time
 import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -36,18 +31,28 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.progress import show_progress
+from spml_fast.core.workers import worker_pool
 
 Level = Literal["decode", "header", "none"]
 
 DECODE_LIMIT = 200_000
+
 LOADER_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"})
+
 _EXIF_ORIENTATION = 0x0112
+
 _TIFF_BITS_PER_SAMPLE = 258
+
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP")
+
 # Restart markers, start and end of image, and markers without a segment; none belongs before the first scan.
 _JPEG_NO_SEGMENT = frozenset(bytes([m]) for m in (0x00, 0x01, *range(0xD0, 0xDA)))
+
 _JPEG_UNUSUAL_FRAMES = frozenset(bytes([m]) for m in (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
+
 _CHUNK = 128
+
 # Below this, starting processes takes longer than looking at the pictures.
 _POOL_FROM = 64
 
@@ -276,26 +281,6 @@ def _exif_orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-_PR_SET_PDEATHSIG = 1
-
-
-def _end_with(parent: int) -> None:
-    """Have the kernel end this process when its parent, process number `parent`, is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that end with this one, even if it is killed.
-
-    Without that they would wait for work for ever, and hold the locks and files that they have inherited.
-    """
-    # Forked workers start at once and inherit the imports; nothing here has touched a GPU.
-    context = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),))
-
-
 def _check_chunk(paths: list[str], level: Literal["decode", "header"]) -> list[Checked]:
     return [check_picture(path, level) for path in paths]
 
@@ -379,40 +364,3 @@ def _checked_chunks(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-@contextmanager
-def show_progress(total: int, description: str, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on a terminal; elsewhere a plain line every ten seconds."""
-    if not enabled:
-        yield lambda _: None
-        return
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-        from rich.text import Text
-
-        class Rate(ProgressColumn):
-            def render(self, task: Task) -> Text:
-                speed = task.finished_speed or task.speed
-                return Text(f"{speed:,.0f}/s" if speed else "")
-
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(description, total=total)
-            yield lambda n: bar.advance(task, n)
-        return
-    started = last = time.monotonic()
-    done = 0
-
-    def advance(n: int) -> None:
-        nonlocal last, done
-        done += n
-        now = time.monotonic()
-        if now - last >= 10:
-            last = now
-            rate = done / (now - started)
-            left = (total - done) / rate
-            print(f"{description}: {done:,} of {total:,}, {rate:,.0f} a second, {left:,.0f} s left", file=sys.stderr)
-
-    yield advance

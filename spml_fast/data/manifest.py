@@ -20,13 +20,9 @@ a Manifest of nine million pictures opens without being read.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-import shutil
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,8 +35,9 @@ from spml_fast.data.labels import SparseLabels
 from spml_fast.data.shards import SHARDS_FILE, Shards
 
 FORMAT = 1
+
 # In the folder of a Manifest that is being written: its writer holds a lock on it.
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 class Split:
@@ -213,180 +210,3 @@ class Manifest:
         if name not in self.splits:
             raise UserError(f"{self.folder} has no split {name!r}; it has {', '.join(sorted(self.splits)) or 'none'}")
         return self.splits[name]
-
-
-class ManifestWriter:
-    """Writes a Manifest beside its final place and moves it there when it is whole.
-
-    Args:
-        folder: the Manifest directory to make. `UserError` if it exists and is not an empty folder, unless `overwrite`
-            and it is a Manifest, or if another process is writing it.
-        name: name of the data set.
-        classes: class names in class-id order.
-        image_root: folder that the pictures' paths are relative to. A folder inside `staging` is stored relative.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        name: str,
-        classes: Sequence[str],
-        image_root: str | Path | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        self.folder = Path(os.path.abspath(folder))
-        self.overwrite = overwrite
-        self.check_target(self.folder, overwrite)
-        for line, class_name in enumerate(classes, 1):
-            if "\n" in class_name or "\r" in class_name or not class_name:
-                raise UserError(f"class {line} has an unusable name: {class_name!r}")
-        seen: set[str] = set()
-        for class_name in classes:
-            if class_name in seen:
-                raise UserError(f"class {class_name!r} is listed twice")
-            seen.add(class_name)
-        self.name, self.classes = name, list(classes)
-        self.staging = self.folder.with_name(self.folder.name + ".partial")
-        try:
-            if (self.staging / _LOCK).exists():
-                # Of a writer that is at work, or of one that was killed.
-                weakref.finalize(self, os.close, self._lock())
-            if self.staging.exists():
-                shutil.rmtree(self.staging)
-            self.staging.mkdir(parents=True)
-            weakref.finalize(self, os.close, self._lock())
-        except OSError as error:
-            raise UserError(f"{self.staging} cannot be written ({error.strerror})") from error
-        self.image_root = Path(image_root).resolve() if image_root is not None else None
-        if self.image_root is not None and self.image_root.is_relative_to(self.folder.resolve()):
-            # Replacing the folder would delete the pictures.
-            shutil.rmtree(self.staging)
-            raise UserError(f"the pictures lie inside {self.folder}; choose an --out outside {self.image_root}")
-        self.splits: dict[str, dict[str, Any]] = {}
-
-    def _lock(self) -> int:
-        """Lock `staging` against other processes; the lock ends with the file returned, or with this process."""
-        # Not flock, which worker processes would inherit.
-        file = os.open(self.staging / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Anything else means a file system without locks, which must do without.
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                os.close(file)
-                raise UserError(
-                    f"another command is writing {self.folder}; wait for it, or choose another --out"
-                ) from error
-        return file
-
-    @staticmethod
-    def check_target(folder: str | Path, overwrite: bool) -> None:
-        """Raise `UserError` when a Manifest must not be written to `folder`."""
-        folder = Path(folder)
-        try:
-            if not folder.exists():
-                return
-            if not folder.is_dir():
-                raise UserError(f"{folder} is a file; choose another --out")
-            if not any(folder.iterdir()):
-                return
-            is_manifest = (folder / "manifest.json").is_file()
-        except OSError as error:
-            raise UserError(f"{folder} cannot be used ({error.strerror}); choose another --out") from error
-        if not is_manifest:
-            raise UserError(f"{folder} exists and is not a Manifest; choose another --out")
-        if not overwrite:
-            raise UserError(f"{folder} already holds a Manifest; choose another --out or pass --overwrite")
-
-    def add_split(
-        self,
-        name: str,
-        *,
-        known: SparseLabels,
-        width: npt.ArrayLike,
-        height: npt.ArrayLike,
-        orientation: npt.ArrayLike | None = None,
-        paths: Iterable[str] | None = None,
-        ids: npt.ArrayLike | None = None,
-        template: str | Sequence[str] | None = None,
-        template_of: npt.NDArray[np.integer] | None = None,
-        observed: SparseLabels | None = None,
-        hides_labels: bool | None = None,
-        boxes: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
-    ) -> None:
-        """Write one split.
-
-        Give `paths` (relative to the image root), or `ids` with a `template` such as `{split}/{id:016x}.jpg`. With
-        several templates, `template_of` [N] holds the number of each picture's. `observed` None means that training
-        sees everything that is known. `hides_labels` says whether `observed` leaves out labels that are known
-        (default: if it is given).
-        """
-        size = len(known)
-        if (paths is None) == (ids is None or template is None):
-            raise ValueError("give either paths, or ids with a template")
-        templates = [template] if isinstance(template, str) else list(template or [])
-        if len(templates) > 1 and template_of is None:
-            raise ValueError("with several templates, say which one each picture has")
-        folder = self.staging / name
-        folder.mkdir()
-        constant: dict[str, int] = {}
-        for key, values, dtype in (
-            ("width", width, np.int32),
-            ("height", height, np.int32),
-            ("orientation", np.ones(size, np.uint8) if orientation is None else orientation, np.uint8),
-        ):
-            column = np.asarray(values, dtype=dtype)
-            if size and len(column) == size and column.min() == column.max():
-                constant[key] = int(column[0])
-            else:
-                self._save(folder / f"{key}.npy", column, size)
-        if paths is not None:
-            encoded = [p.encode("utf-8", "surrogateescape") for p in paths]
-            offsets = np.zeros(len(encoded) + 1, np.int64)
-            np.cumsum([len(e) for e in encoded], out=offsets[1:])
-            (folder / "paths.bin").write_bytes(b"".join(encoded))
-            self._save(folder / "paths.npy", offsets, size + 1)
-        else:
-            self._save(folder / "ids.npy", np.asarray(ids, dtype=np.uint64), size)
-            if len(templates) > 1:
-                assert template_of is not None
-                number_type = np.uint16 if len(templates) <= 1 << 16 else np.uint32
-                self._save(folder / "template.npy", np.asarray(template_of, dtype=number_type), size)
-        known.save(folder / "known")
-        if observed is not None:
-            if len(observed) != size:
-                raise ValueError(f"split {name}: {len(observed)} rows of observed labels for {size} samples")
-            observed.save(folder / "observed")
-        if boxes is not None:
-            self._save(folder / "boxes_indptr.npy", np.asarray(boxes[0], np.int64), size + 1)
-            np.save(folder / "boxes.npy", np.asarray(boxes[1], np.float32))
-        info: dict[str, Any] = {"size": size, "template": templates[0] if len(templates) == 1 else templates or None}
-        if constant:
-            info["constant"] = constant
-        if observed is not None and hides_labels is not None:
-            info["hides_labels"] = hides_labels
-        self.splits[name] = info
-
-    @staticmethod
-    def _save(path: Path, values: npt.NDArray[Any], size: int) -> None:
-        if len(values) != size:
-            raise ValueError(f"{path.name}: {len(values)} values, {size} expected")
-        np.save(path, values)
-
-    def finish(self, report: dict[str, Any]) -> Manifest:
-        """Write classes, report and manifest.json, then move the folder to its place."""
-        (self.staging / "classes.txt").write_text("".join(f"{c}\n" for c in self.classes), encoding="utf-8")
-        (self.staging / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-        root = "."
-        if self.image_root is not None:
-            staging = self.staging.resolve()
-            inside = self.image_root.is_relative_to(staging)
-            root = str(self.image_root.relative_to(staging) if inside else self.image_root)
-        meta = {"format": FORMAT, "name": self.name, "image_root": root, "splits": self.splits}
-        (self.staging / "manifest.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-        (self.staging / _LOCK).unlink()
-        if self.folder.exists():
-            # Only an empty folder or, with overwrite, an older Manifest reaches this point.
-            shutil.rmtree(self.folder)
-        os.replace(self.staging, self.folder)
-        return Manifest(self.folder)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,22 +19,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spml_fast.cli.parse import load_config
 from spml_fast.core import distributed
 from spml_fast.core.config import Config, EvalConfig
 from spml_fast.core.errors import UserError
+from spml_fast.core.precision import autocast_dtype, untimed_algorithms
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Manifest, Split
-from spml_fast.evaluation.metrics import evaluate_pairs, evaluate_scores, groups_by_count, logit_threshold
+from spml_fast.evaluation.metrics import evaluate_pairs, evaluate_scores, groups_by_count
+from spml_fast.evaluation.thresholds import logit_threshold
 from spml_fast.models.classifier import Classifier, boosted, check_alpha
-from spml_fast.prepare.datasets.digits import prepare_digits
-from spml_fast.train.checkpoint import load_weights
-from spml_fast.train.engine import autocast_dtype, untimed_algorithms
 
 TOP_K = 3
+
 GROUPS = 5
-DIGITS_DIR = "data/digits"
 
 
 @dataclass
@@ -304,57 +301,3 @@ def evaluate_split(
     for i, alpha in enumerate(alphas):
         results[alpha]["map"] = float(maps[i])
     return results
-
-
-def open_data(config: Config) -> Manifest:
-    """The Manifest of a run; builds the embedded digit scenes on first use (one process builds, others wait)."""
-    if config.data.dir is not None:
-        return Manifest(config.data.dir, config.data.image_root)
-    return prepare_digits(Path(DIGITS_DIR))
-
-
-def input_normalisation(config: Config, classifier: Classifier) -> tuple[list[float], list[float]]:
-    """Channel mean and standard deviation: as configured, or the backbone's."""
-    mean, std = classifier.input_normalisation()
-    return config.data.mean or mean, config.data.std or std
-
-
-def make_eval_loader(config: Config, split: Split, classifier: Classifier, device: torch.device) -> EvalLoader:
-    """The loader that training and stand-alone evaluation share."""
-    mean, std = input_normalisation(config, classifier)
-    return EvalLoader(split, config.data, batch_size=config.eval.batch_size, device=device, mean=mean, std=std)
-
-
-def load_run_config(run: Path) -> Config:
-    """The resolved recipe of a run. `UserError` if the folder is not a run directory."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run directory (no config.yaml in it)")
-    return load_config(run / "config.yaml")
-
-
-def load_classifier(
-    run: Path, config: Config, num_classes: int, device: torch.device
-) -> tuple[Classifier, dict[str, str]]:
-    """A run's classifier with its best weights, in eval mode on `device`, and the weights' metadata.
-
-    Raises:
-        UserError: no weights yet, or they belong to a model with other classes.
-    """
-    # The weights come from the run; nothing is downloaded to use it.
-    config.model.pretrained, config.model.weights = False, None
-    classifier = Classifier(config.model, num_classes, config.data.image_size)
-    metadata = load_weights(run / "model.safetensors", classifier)
-    classifier.to(device).to(memory_format=torch.channels_last).eval()
-    return classifier, metadata
-
-
-def load_run(run: Path, device: torch.device) -> tuple[Config, Manifest, Classifier, dict[str, str]]:
-    """Config, data, classifier with the best weights, and the weights' metadata of a finished or running run.
-
-    Raises:
-        UserError: not a run directory, no weights yet, or the data have other classes than the run.
-    """
-    config = load_run_config(run)
-    manifest = open_data(config)
-    classifier, metadata = load_classifier(run, config, manifest.num_classes, device)
-    return config, manifest, classifier, metadata

@@ -49,7 +49,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.labels import POSITIVE, LabelStore
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
 from spml_fast.methods.state.gap_histogram import GapHistogram
-from spml_fast.models.classifier import BnMode, bn_behaviour
+from spml_fast.models.batchnorm import BnMode, bn_behaviour
 from spml_fast.models.heads import MaskOptions
 
 if TYPE_CHECKING:

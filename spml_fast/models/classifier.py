@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import timm
 import torch
@@ -16,12 +12,12 @@ from torch import Tensor, nn
 
 from spml_fast.core.config import ModelConfig
 from spml_fast.core.errors import UserError
+from spml_fast.models.backbone import create_backbone, frozen_parameters, needs_fixed_size
+from spml_fast.models.batchnorm import BATCH_NORMS
 from spml_fast.models.heads import Head, MaskOptions, make_head
 
 # Its long lists of weights that a file lacks are replaced by the check in `load_backbone`.
 logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass
@@ -65,30 +61,6 @@ def check_alpha(alpha: float, name: str) -> None:
     """Raise `UserError` unless alpha is positive."""
     if not alpha > 0:
         raise UserError(f"{name} is {alpha}; BoostLU's alpha must be greater than 0 (1 turns boosting off)")
-
-
-BnMode = Literal["update", "no_update", "eval"]
-
-
-@contextlib.contextmanager
-def bn_behaviour(module: nn.Module, mode: BnMode) -> Iterator[None]:
-    """Inside, BatchNorm of a module in training mode behaves as said.
-
-    Args:
-        mode: `update` as always; `no_update` normalises by the batch without moving the running statistics; `eval`
-            normalises by the running statistics.
-    """
-    norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.training] if mode != "update" else []
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        norm.training = mode == "no_update"
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.training = True
 
 
 class Classifier(nn.Module):
@@ -242,103 +214,3 @@ def prior_logits(
     whole = positives + negatives if kind == "labels" else torch.full_like(positives, pictures)
     share = positives.double() / whole.clamp(min=1)
     return torch.logit(share.clamp(floor, 1 - floor)).float()
-
-
-def needs_fixed_size(name: str) -> bool:
-    """Whether a timm model takes pictures of the size it was made for alone."""
-    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    return bool(cfg is not None and getattr(cfg, "fixed_input_size", False))
-
-
-def frozen_parameters(backbone: nn.Module, patterns: list[str]) -> list[nn.Parameter]:
-    """Parameters whose names match one of the shell patterns. `UserError` for a pattern that matches none."""
-    named = dict(backbone.named_parameters())
-    for pattern in patterns:
-        if not fnmatch.filter(named, pattern):
-            some = ", ".join(list(named)[:3])
-            raise UserError(f"model.freeze: {pattern!r} matches no parameter of the backbone; it has {some}, ...")
-    return [p for name, p in named.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def create_backbone(config: ModelConfig, image_size: int) -> Any:
-    """The timm model without its own pooling and classifier.
-
-    Raises:
-        UserError: see `Classifier`.
-    """
-    if not timm.is_model(config.backbone):
-        close = timm.list_models(f"*{config.backbone.split('.')[0]}*")[:5]
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise UserError(f"timm has no model {config.backbone!r}{hint}")
-    options: dict[str, Any] = {"num_classes": 0, "global_pool": ""}
-    if config.output_stride is not None:
-        options["output_stride"] = config.output_stride
-    if config.drop_path is not None:
-        options["drop_path_rate"] = config.drop_path
-    if needs_fixed_size(config.backbone):
-        options["img_size"] = image_size
-    if config.weights is not None:
-        if not Path(config.weights).is_file():
-            raise UserError(f"model.weights: {config.weights} does not exist")
-        options["pretrained_cfg_overlay"] = {"file": config.weights}
-    loads = config.pretrained or config.weights is not None
-    # Made without weights first: what is wrong with the options is then told apart from what is wrong with the weights.
-    try:
-        with torch.random.fork_rng(devices=[], enabled=loads):
-            model = timm.create_model(config.backbone, pretrained=False, **options)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
-        given = ", ".join(f"{k} {options[k]}" for k in ("output_stride", "drop_path_rate", "img_size") if k in options)
-        reason = f"{type(error).__name__} {error}".strip()
-        raise UserError(
-            f"backbone {config.backbone} cannot be made with {given or 'its defaults'}: {reason}"
-        ) from error
-    if loads:
-        model = load_backbone(model, config, options)
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    return model
-
-
-def create_whole_model(name: str, num_classes: int, options: dict[str, Any]) -> Any:
-    """timm's own model of that name with its pooling and classifier, as its users make it; random weights.
-
-    Args:
-        name: of a backbone that `create_backbone` takes.
-        num_classes: outputs of timm's classifier.
-        options: further arguments of `timm.create_model`.
-    """
-    return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
-
-
-def load_backbone(fresh: nn.Module, config: ModelConfig, options: dict[str, Any]) -> nn.Module:
-    """The backbone with weights from `config.weights`, or by timm's own means.
-
-    Args:
-        fresh: the same model, made with random weights from the generator's present state.
-        options: what it was made with.
-
-    Raises:
-        UserError: the weights cannot be read or had, or belong to another model.
-    """
-    try:
-        model = timm.create_model(config.backbone, pretrained=True, **options)
-    except Exception as error:
-        # Reading somebody's weight file, or fetching one, may raise anything.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
-        reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        if config.weights is not None:
-            raise UserError(f"{config.weights} cannot be loaded into backbone {config.backbone} ({reason})") from error
-        raise UserError(
-            f"the pretrained weights of {config.backbone} cannot be had ({reason}); give a local file with "
-            "--model.weights FILE, or start from random weights with --model.pretrained false"
-        ) from error
-    if config.weights is not None:
-        # timm passes over weights that a file lacks; those still equal the fresh model's, made from the same seed.
-        initial = {k: v for k, v in fresh.named_parameters() if v.ndim > 1}
-        lacking = [k for k, v in model.named_parameters() if k in initial and torch.equal(v, initial[k])]
-        if lacking:
-            raise UserError(
-                f"{config.weights} has no weights for {len(lacking)} of {len(initial)} tensors of backbone "
-                f"{config.backbone}, for example {lacking[0]}; it belongs to another model"
-            )
-    return model

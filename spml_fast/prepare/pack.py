@@ -35,11 +35,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.image_check import Level, check_bytes, choose_level, show_progress, worker_pool
+from spml_fast.core.progress import show_progress
+from spml_fast.core.workers import worker_pool
+from spml_fast.data.image_check import Level, check_bytes, choose_level
 from spml_fast.data.labels import POSITIVE
-from spml_fast.data.manifest import Manifest, ManifestWriter, Split
+from spml_fast.data.manifest import Manifest, Split
 from spml_fast.data.shards import INDEX_FILE, SHARDS_FILE, ShardFile, check_shards, file_sha256
-from spml_fast.prepare.datasets.base import RawSplit, count_labels
+from spml_fast.prepare.build import count_labels
+from spml_fast.prepare.manifest_writer import ManifestWriter
+from spml_fast.prepare.raw import RawSplit
 from spml_fast.prepare.tar_source import Names, find_tars, member_bytes, member_path, read_members
 
 IntArray = npt.NDArray[np.int64]
@@ -103,9 +107,6 @@ class PackOptions:
     overwrite: bool = False
     workers: int | None = None
     progress: bool = True
-
-
-# --- Pictures --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,6 @@ def _read(split: Split, row: int) -> bytes:
         raise _Bad("missing file", "") from error
     except OSError as error:
         raise _Bad("unreadable file", error.strerror or str(error)) from error
-
-
-# --- Plan ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -330,9 +328,6 @@ def _scan_tar(tar: int) -> tuple[int, IntArray, IntArray, Counter[str]]:
         ids.append(sample)
         sizes.append(member.size)
     return tar, np.array(ids, np.int64), np.array(sizes, np.int64), ignored
-
-
-# --- Writing ---------------------------------------------------------------------------------------------------------
 
 
 class _HashingFile:
@@ -510,9 +505,6 @@ def _pack_tar(tar: int) -> int:
         for writer in writers.values():
             writer.close()
     return sum(len(context.plan[i].rows) for i in wanted)
-
-
-# --- The command -----------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -18,8 +18,9 @@ from typing import Any
 from rich.table import Table
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import write_json
 from spml_fast.reproduction.presets import Entry, Preset
-from spml_fast.train.checkpoint import write_json
+from spml_fast.runs.read import read_epochs
 
 # In a run's folder: the options that it was begun with.
 OPTIONS_FILE = "options.json"
@@ -44,24 +45,6 @@ class Row:
     def std(self) -> float:
         """Sample standard deviation; 0 for one seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
-
-
-def read_epochs(run: Path) -> list[dict[str, Any]]:
-    """The epoch lines of a run's metrics.jsonl; the last one of an epoch that was repeated after an interruption.
-
-    Raises:
-        UserError: a line is damaged.
-    """
-    path = run / "metrics.jsonl"
-    epochs: dict[tuple[Any, Any], dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            if entry["kind"] == "epoch":
-                epochs[entry.get("phase"), entry["epoch"]] = entry
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} line {number} is damaged; delete that line") from error
-    return list(epochs.values())
 
 
 def check_options(run: Path, words: Sequence[str]) -> None:

@@ -11,23 +11,18 @@ RUN/model.safetensors             the best weights, whole, for evaluation and ex
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
 import shutil
-import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import write_json
 
 TAG = re.compile(r"[a-z]+-e\d{4,}-u\d{6,}-w\d+")
 
@@ -54,24 +49,6 @@ class Mark:
     def tag(self) -> str:
         """Name of the checkpoint's folder."""
         return f"{self.phase}-e{self.epoch:04d}-u{self.update:06d}-w{self.world_size}"
-
-
-def finite(value: Any) -> Any:
-    """A JSON value with null in the place of numbers that are not finite, which strict readers refuse."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return value
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(finite(values), indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def read_mark(path: Path) -> Mark | None:
@@ -172,46 +149,3 @@ def load_shards(folder: Path, world_size: int) -> list[dict[str, Tensor]]:
 
 def _shard_path(folder: Path, rank: int) -> Path:
     return folder / f"method_shard_{rank:05d}.pt"
-
-
-def save_weights(path: Path, module: nn.Module, metadata: dict[str, str]) -> None:
-    """Write a module's weights as safetensors, whole or not at all (rank 0 only; parameters must be whole)."""
-    if not distributed.is_main():
-        return
-    state = {k: v.detach().to("cpu").contiguous() for k, v in module.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata=metadata)
-    os.replace(partial, path)
-
-
-def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
-    """Load `save_weights`' file into a module of the same shape; returns the metadata.
-
-    Raises:
-        UserError: the file is missing, damaged, or belongs to another model.
-    """
-    try:
-        state = load_file(path)
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); has the run finished an epoch?") from error
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        # The last line may list every tensor of a large model.
-        reason = textwrap.shorten(str(error).splitlines()[-1], 300)
-        raise UserError(f"{path} does not fit the model: {reason}") from error
-    return metadata
-
-
-def rng_seed(seed: int, *place: int) -> int:
-    """A 63-bit seed that is a pure function of the run's seed and a place in training (phase, update, rank).
-
-    Seeding every update from it makes dropout reproducible after a resume without saving any generator's state.
-    """
-    value = 0x9E3779B97F4A7C15
-    for word in (seed, *place):
-        value = ((value ^ word) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
-        value ^= value >> 31
-    return value >> 1

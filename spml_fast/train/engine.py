@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ from torch import Tensor, nn
 from spml_fast.core import distributed
 from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
+from spml_fast.core.precision import autocast_dtype
+from spml_fast.train.cluster import free_port, set_environment
 from spml_fast.train.optim import restore_schedule_options, schedule_options
 
 OWNED_KEYS = (
@@ -33,48 +33,6 @@ OWNED_KEYS = (
     "optimizer",
     "scheduler",
 )
-
-
-def set_environment() -> None:
-    """Environment that DeepSpeed reads when it is imported; call before anything imports it.
-
-    Its compiled extensions go to a folder of our own, so that a lock left by another program's killed build cannot
-    hang this one; without a GPU its CPU accelerator is chosen by name.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    if not os.access(cache if cache.exists() else Path.home(), os.W_OK):
-        cache = Path(tempfile.gettempdir())
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "spml_fast" / "torch_extensions"))
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    adopt_slurm()
-    if "LOCAL_SIZE" in os.environ:
-        # DeepSpeed's launcher has its own name for what torchrun calls LOCAL_WORLD_SIZE.
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
-
-
-def adopt_slurm() -> None:
-    """Fill in the variables of torch.distributed from SLURM's where `srun` started us and nothing else set them."""
-    env = os.environ
-    if "RANK" in env or "SLURM_PROCID" not in env or "SLURM_STEP_NUM_TASKS" not in env:
-        return
-    if env.get("SLURM_STEP_NUM_TASKS") == "1" and "MASTER_ADDR" not in env:
-        return
-    env["RANK"] = env["SLURM_PROCID"]
-    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-    env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
-    env.setdefault(
-        "LOCAL_WORLD_SIZE", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"]).split("(")[0].split(",")[0]
-    )
-    env.setdefault("MASTER_ADDR", first_slurm_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
-    # One port per job, so that jobs sharing a machine do not meet.
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
-
-
-def first_slurm_host(nodelist: str) -> str:
-    """First host of SLURM's compressed list: `rack[1-2]n[003-007,012]-ib,login1` -> `rack1n003-ib`."""
-    head = re.match(r"(\[[^\]]*\]|[^,\[])*", nodelist)
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", head[0] if head else nodelist)
 
 
 def _deepspeed() -> Any:
@@ -117,66 +75,11 @@ def init_distributed() -> torch.device:
     return device
 
 
-def free_port() -> int:
-    """A TCP port that is free now."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def leave_distributed() -> None:
     """Leave the process group, so that no rank is killed while another still talks."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def gains_from_bf16(device: torch.device) -> bool:
-    """Whether bf16 is the faster choice: GPUs from sm_80, CPUs with AMX.
-
-    CPUs with AVX512-BF16 alone have the instructions too, but autocast costs more than they save: a ResNet-50 step took
-    1.2 to 1.3 times as long as in fp32, measured on such a machine. `train.precision bf16` is there for them.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
-def choose_algorithms(device: torch.device, deterministic: bool) -> None:
-    """How PyTorch chooses among algorithms that differ in speed and rounding; for the whole process.
-
-    Args:
-        device: where training runs; nothing is changed for a CPU, whose runs repeat bit for bit.
-        deterministic: take those that repeat bit for bit, with a warning where there is none (`run.deterministic`);
-            else cuDNN times its convolutions at each new shape, of which a run has few.
-    """
-    if device.type != "cuda":
-        return
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    if deterministic:
-        # Read when cuBLAS is first used; without it two streams may share a workspace.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-@contextlib.contextmanager
-def untimed_algorithms() -> Iterator[None]:
-    """Inside, cuDNN chooses convolutions without timing, so that figures do not depend on which process makes them."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Autocast dtype for `train.precision`; None for fp32. Parameters and BatchNorm statistics stay fp32 always."""
-    if precision == "bf16" or (precision == "auto" and gains_from_bf16(device)):
-        return torch.bfloat16
-    return None
 
 
 def micro_batch_size(train: TrainConfig, world_size: int) -> int:

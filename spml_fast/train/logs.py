@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from spml_fast.core import distributed
-from spml_fast.train.checkpoint import finite
+from spml_fast.core.io import finite
 
 
 class Meter:

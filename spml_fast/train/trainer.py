@@ -18,33 +18,28 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 from spml_fast import __version__
-from spml_fast.cli.parse import to_yaml
 from spml_fast.core import distributed
 from spml_fast.core.batch import Batch, Views
 from spml_fast.core.config import Config, ModelConfig
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import write_json
+from spml_fast.core.precision import autocast_dtype, choose_algorithms
+from spml_fast.core.seeds import rng_seed
 from spml_fast.data.labels import NEGATIVE, POSITIVE, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader, TrainLoader
 from spml_fast.data.manifest import Split
 from spml_fast.data.repeat_factor import RepeatFactorOrder, repeat_factors
 from spml_fast.data.sampler import TrainOrder
-from spml_fast.evaluation.evaluate import class_groups, evaluate_split, input_normalisation, make_eval_loader, open_data
+from spml_fast.evaluation.evaluate import class_groups, evaluate_split
 from spml_fast.evaluation.metrics import selection_quality
 from spml_fast.methods import Method, Progress, get_method
-from spml_fast.models.classifier import Classifier, bn_behaviour
-from spml_fast.train.checkpoint import (
-    Mark,
-    clear_unfinished,
-    find_resume,
-    load_shards,
-    load_weights,
-    publish,
-    rng_seed,
-    save_shard,
-    save_weights,
-    write_json,
-)
-from spml_fast.train.engine import Engine, autocast_dtype, choose_algorithms, deepspeed_config
+from spml_fast.models.batchnorm import bn_behaviour
+from spml_fast.models.classifier import Classifier
+from spml_fast.models.weights import load_weights, save_weights
+from spml_fast.runs.open import input_normalisation, make_eval_loader, open_data
+from spml_fast.runs.recipe import to_yaml
+from spml_fast.train.checkpoint import Mark, clear_unfinished, find_resume, load_shards, publish, save_shard
+from spml_fast.train.engine import Engine, deepspeed_config
 from spml_fast.train.logs import Meter, RunLog, memory_gib, print_table
 from spml_fast.train.optim import make_optimizer, make_schedule, parameter_groups
 

@@ -15,19 +15,23 @@ from hypothesis import strategies as st
 from matplotlib import font_manager
 from PIL import Image
 
-from spml_fast.analysis import explain as on
-from spml_fast.analysis.explain import Choice, MapFolder, choose_classes, choose_samples, shown_names, tint, with_labels
-from spml_fast.analysis.predict import PictureFiles
+from spml_fast.analysis import explain, explain_page
+from spml_fast.analysis.explain import Choice, choose_classes, choose_samples, with_labels
+from spml_fast.analysis.explain_page import MapFolder, shown_names, tint
 from spml_fast.analysis.suggest import Suggestions
-from spml_fast.cli.parse import parse_config, to_yaml
+from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import printable
 from spml_fast.data import image_check
+from spml_fast.data.image_files import PictureFiles
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.manifest import Manifest
-from spml_fast.evaluation.evaluate import load_run, make_eval_loader, score_split
+from spml_fast.evaluation.evaluate import score_split
 from spml_fast.models.classifier import Classifier
+from spml_fast.models.weights import save_weights
 from spml_fast.prepare.pack import PackOptions, pack
-from spml_fast.train.checkpoint import save_weights
+from spml_fast.runs.open import load_run, make_eval_loader
+from spml_fast.runs.recipe import to_yaml
 from tests.support.paths import ROOT
 
 _spec = importlib.util.spec_from_file_location("explain_script", ROOT / "launch" / "explain.py")
@@ -91,7 +95,9 @@ class TestMaps:
         assert scores is not None
         files = PictureFiles([split.path(i) for i in range(len(split))], np.ones(len(split), np.uint8))
         first = [[i % 10] for i in range(len(split))]
-        found = list(on.explain(classifier, config, files, CPU, alpha=5, classes=manifest.classes, top=3, first=first))
+        found = list(
+            explain.explain(classifier, config, files, CPU, alpha=5, classes=manifest.classes, top=3, first=first)
+        )
         assert len(found) == len(split) and found[0].maps.shape[0] == 3
         for i, one in enumerate(found):
             boosted, plain = scores.at_alpha(5)[i], scores.at_alpha(1)[i]
@@ -122,7 +128,7 @@ class TestMaps:
             classifier.head.bias[3] = float("nan")
         files = PictureFiles([str(picture)], np.ones(1, np.uint8))
         with pytest.raises(UserError, match=r"score of class 3 is not a number for .*jpg"):
-            list(on.explain(classifier, config, files, CPU, alpha=1, classes=manifest.classes, top=2))
+            list(explain.explain(classifier, config, files, CPU, alpha=1, classes=manifest.classes, top=2))
 
 
 class TestChoice:
@@ -148,7 +154,7 @@ class TestChoice:
         known, seen = split.known.rows(range(20)), split.observed.rows(range(20))
         index = int(np.flatnonzero((known == POSITIVE).sum(1) > 1)[0])
         files = PictureFiles([split.path(index)], np.ones(1, np.uint8))
-        (found,) = on.explain(classifier, config, files, CPU, alpha=5, classes=manifest.classes, top=10)
+        (found,) = explain.explain(classifier, config, files, CPU, alpha=5, classes=manifest.classes, top=10)
         told = with_labels(found, split, Choice(index, "missed positive", 3), manifest.classes)
         assert told.reason == "missed positive: 3" and told.path == split.relative_path(index)
         assert told.labels is not None and told.known is not None
@@ -170,7 +176,7 @@ class TestDrawing:
 
     def test_overlay_follows_the_map(self) -> None:
         cells = np.array([[4, 0], [0, -4]], np.float32)
-        out = on.overlay(np.full((40, 40, 3), 128, np.uint8), cells, 4)
+        out = explain_page.overlay(np.full((40, 40, 3), 128, np.uint8), cells, 4)
         assert out.shape == (40, 40, 3) and out.min() >= 0 and out.max() <= 1
         assert out[0, 0, 0] > out[0, 0, 2] and out[-1, -1, 0] < out[-1, -1, 2]
         np.testing.assert_allclose(out, np.transpose(out, (1, 0, 2)), atol=1e-6)
@@ -179,10 +185,10 @@ class TestDrawing:
     @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=90), st.sampled_from([0.0, 0.7, 1.0]))
     @pytest.mark.filterwarnings("ignore:Glyph")
     def test_text_keeps_within_its_room(self, words: str, keep: float) -> None:
-        page = on._Page(5, 2, ["DejaVu Sans"])
-        page.text(0.1, 0.1, on.printable(words) + "W" * 30, 1.5, keep=keep)
+        page = explain_page._Page(5, 2, ["DejaVu Sans"])
+        page.text(0.1, 0.1, printable(words) + "W" * 30, 1.5, keep=keep)
         (artist,) = page.figure.texts
-        assert artist.get_window_extent(page._renderer).width / on._DPI <= 1.5
+        assert artist.get_window_extent(page._renderer).width / explain_page._DPI <= 1.5
         assert not artist.get_parse_math()
         assert "\u2026" in artist.get_text()
 
@@ -195,7 +201,7 @@ class TestDrawing:
 
     @pytest.mark.parametrize(("count", "width"), [(1, 3.0), (9, 8.4), (40, 8.4), (100, 30.0)])
     def test_pages_are_no_ribbons(self, count: int, width: float) -> None:
-        across = on._across(count, width, 2.6)
+        across = explain_page._across(count, width, 2.6)
         assert 1 <= across <= count and (across == 1 or across * width <= 26)
         assert width > 26 or 0.4 < across * width / (-(-count // across) * 2.6) < 4
 
@@ -204,15 +210,15 @@ class TestCommand:
     """From the command line to files."""
 
     def test_sheet_of_the_run(self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-        drawn: list[on.Explained] = []
-        plain = on.draw
+        drawn: list[explain.Explained] = []
+        plain = explain_page.draw
 
-        def watch(out: Path, pictures: list[on.Explained], *rest: object) -> int:
+        def watch(out: Path, pictures: list[explain.Explained], *rest: object) -> int:
             drawn.extend(pictures)
             return plain(out, pictures, *rest)  # type: ignore[arg-type]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(on, "draw", watch)
+            patch.setattr(explain_page, "draw", watch)
             assert call("--run", run, "--count", 7, "--out", tmp_path / "a.png", "--split", "train") == 0
         assert capsys.readouterr().out == f"{tmp_path / 'a.png'}: 7 pictures\n"
         assert [d.reason.split(":")[0] for d in drawn].count("at random") == 3

@@ -19,13 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spml_fast.analysis import export
-from spml_fast.analysis.predict import PictureFiles, predict
-from spml_fast.cli.parse import parse_config, to_yaml
+from spml_fast.analysis.predict import predict
+from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
+from spml_fast.data.image_files import PictureFiles
 from spml_fast.data.manifest import Manifest
-from spml_fast.evaluation.evaluate import load_classifier, load_run_config, make_eval_loader
 from spml_fast.models.classifier import Classifier
-from spml_fast.train.checkpoint import save_weights
+from spml_fast.models.weights import save_weights
+from spml_fast.runs.open import load_classifier, load_run_config, make_eval_loader
+from spml_fast.runs.recipe import to_yaml
 from tests.support.paths import ROOT
 
 _spec = importlib.util.spec_from_file_location("export_script", ROOT / "launch" / "export.py")

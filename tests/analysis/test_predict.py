@@ -19,14 +19,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from spml_fast.analysis import predict
-from spml_fast.analysis.predict import Prediction, PredictionTable, find_pictures, prediction_line
-from spml_fast.cli.parse import parse_config, to_yaml
+from spml_fast.analysis.predict import Prediction, PredictionTable, prediction_line
+from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
-from spml_fast.data import image_check
+from spml_fast.data import image_check, image_files
+from spml_fast.data.image_files import find_pictures
 from spml_fast.data.manifest import Manifest
-from spml_fast.evaluation.evaluate import load_run, make_eval_loader, score_split
+from spml_fast.evaluation.evaluate import score_split
 from spml_fast.models.classifier import Classifier
-from spml_fast.train.checkpoint import save_weights
+from spml_fast.models.weights import save_weights
+from spml_fast.runs.open import load_run, make_eval_loader, run_classes
+from spml_fast.runs.recipe import to_yaml
 from tests.support.paths import ROOT
 from tests.support.runs import command, environment
 
@@ -222,7 +225,7 @@ class TestPictures:
         def refuse(path: str) -> None:
             raise PermissionError(13, "Permission denied", path)
 
-        monkeypatch.setattr(predict.os, "scandir", refuse)
+        monkeypatch.setattr(image_files.os, "scandir", refuse)
         with pytest.raises(UserError, match=r"directory .*photos cannot be read: Permission denied"):
             find_pictures([str(folder)], print)
 
@@ -265,7 +268,7 @@ class TestOutput:
 
         views = iter([(0, torch.zeros(1, 3, 2, 2))])
         config = parse_config(["--data.dir", "x", "--train.precision", "fp32"])
-        files = predict.PictureFiles(["a.jpg"], np.ones(1, np.uint8))
+        files = image_files.PictureFiles(["a.jpg"], np.ones(1, np.uint8))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(predict, "load_pictures", lambda *_: views)
             (found,) = predict.predict(Fixed(), config, files, CPU, alpha=1, classes=["a", "b", "c"])  # type: ignore[arg-type]
@@ -330,14 +333,14 @@ class TestRuns:
         self, trained: Path, run: Path, small_digits: Path, tmp_path: Path
     ) -> None:
         config, manifest, _, _ = load_run(trained, CPU)
-        assert predict.run_classes(tmp_path, config) == manifest.classes
+        assert run_classes(tmp_path, config) == manifest.classes
         config.data.dir = str(tmp_path / "gone")
-        assert predict.run_classes(run, config) == manifest.classes
+        assert run_classes(run, config) == manifest.classes
         with pytest.raises(UserError, match=r"has no classes\.txt, and its data set .*gone is not there either; copy"):
-            predict.run_classes(tmp_path, config)
+            run_classes(tmp_path, config)
         (tmp_path / "classes.txt").touch()
         with pytest.raises(UserError, match=r"classes\.txt is empty"):
-            predict.run_classes(tmp_path, config)
+            run_classes(tmp_path, config)
 
     def test_diverged_weights_are_no_predictions(self, run: Path, picture: Path, tmp_path: Path) -> None:
         broken = tmp_path / "run"

@@ -12,25 +12,23 @@ from typing import Any
 
 import pytest
 
-from spml_fast.analysis.report import (
-    Run,
-    _plotted,
+from spml_fast.analysis.report.health import health
+from spml_fast.analysis.report.page import make_page
+from spml_fast.analysis.report.plots import _plotted
+from spml_fast.analysis.report.tables import (
     differing,
-    flatten,
     group_runs,
-    health,
-    make_page,
     mean_text,
     option_table,
-    read_run,
     setup,
     summary,
     training_counts,
 )
-from spml_fast.cli.parse import parse_config, to_yaml
+from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
-from spml_fast.reproduction.reproduce import read_epochs
+from spml_fast.runs.read import Run, flatten, read_epochs, read_run
+from spml_fast.runs.recipe import to_yaml
 from spml_fast.train.logs import RunLog
 from tests.support.paths import ROOT
 

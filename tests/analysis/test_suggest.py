@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 
 from spml_fast.analysis import suggest
 from spml_fast.analysis.suggest import BestPairs, codes_of, hidden_positives, precision_at
-from spml_fast.cli.parse import parse_config, to_yaml
+from spml_fast.cli.parse import parse_config
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
-from spml_fast.evaluation.evaluate import load_run, make_eval_loader, score_split
+from spml_fast.evaluation.evaluate import score_split
 from spml_fast.models.classifier import Classifier
+from spml_fast.models.weights import save_weights
 from spml_fast.prepare.datasets.csv_table import read_table
-from spml_fast.train.checkpoint import save_weights
+from spml_fast.runs.open import load_run, make_eval_loader
+from spml_fast.runs.recipe import to_yaml
 from tests.support.paths import ROOT
 
 _spec = importlib.util.spec_from_file_location("suggest_script", ROOT / "launch" / "suggest.py")

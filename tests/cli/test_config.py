@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from spml_fast.cli.parse import SECTIONS, build_parser, check_keys, load_config, parse_config, to_yaml, validate
-from spml_fast.core.config import Config, DataConfig, EvalConfig, TrainConfig
+from spml_fast.cli.parse import parse_config
+from spml_fast.core.config import SECTIONS, Config, DataConfig, EvalConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.methods import get_method, method_names
+from spml_fast.runs.recipe import build_parser, check_keys, load_config, to_yaml, validate
 from tests.support.paths import ROOT
 
 RECIPES = sorted((ROOT / "launch" / "configs").glob("*.yaml"))

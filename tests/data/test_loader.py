@@ -17,8 +17,8 @@ from torch import Tensor
 from spml_fast.core.batch import Views
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError
-from spml_fast.data import loader as pipeline
-from spml_fast.data import sampler
+from spml_fast.data import augment, dali_graph, dali_stream, sampler
+from spml_fast.data import loader as loaders
 from spml_fast.data.loader import EvalLoader, TrainLoader
 from spml_fast.data.manifest import Split
 from tests.support.paths import need_data
@@ -111,13 +111,13 @@ def test_training_views_are_torchvisions(crop, photos):
 
 def _use_gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the expressions that are meant for the GPU on the CPU."""
-    randaugment = pipeline._randaugment
+    randaugment = dali_graph._randaugment
 
     def forced(picture, step, gpu):
         return randaugment(picture, step, True)
 
-    monkeypatch.setattr(pipeline, "_randaugment", forced)
-    monkeypatch.setattr(pipeline, "_placed", lambda value, gpu: value)
+    monkeypatch.setattr(dali_graph, "_randaugment", forced)
+    monkeypatch.setattr(dali_graph, "_placed", lambda value, gpu: value)
 
 
 def _one_op(split: Split, config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -129,7 +129,7 @@ def _one_op(split: Split, config: DataConfig, monkeypatch: pytest.MonkeyPatch) -
         signed = (ops >= 1) & (ops <= 9)
         return ops, np.where(signed & (index[:, None] >= 14), -1, 1).astype(np.int32)
 
-    monkeypatch.setattr(sampler, "randaugment_choice", choice)
+    monkeypatch.setattr(augment, "randaugment_choice", choice)
     strong = _by_index(_flat(_train(split, config).epoch(0)), "strong")
     return _distance(strong, _reference(split, config), "strong")
 
@@ -147,7 +147,7 @@ def test_every_randaugment_operation_is_torchvisions(magnitude, arithmetic, tmp_
     distance = _one_op(split, config, monkeypatch)
     # A rotation by an angle that no float holds exactly moves single pixels of the nearest-pixel rule.
     allowed = torch.tensor([0.6 if i % 14 in (5, 9) else 0.35 if i % 14 == 13 else 0.1 for i in range(28)])
-    assert (distance <= allowed).all(), list(zip(sampler.RANDAUGMENT_OPS * 2, distance.tolist(), strict=True))
+    assert (distance <= allowed).all(), list(zip(augment.RANDAUGMENT_OPS * 2, distance.tolist(), strict=True))
 
 
 def test_randaugment_of_other_shapes(tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_flips(hflip, photos):
 def test_both_views_without_operations_differ_by_their_flips(photos):
     batches = _flat(_train(photos, _config(randaugment_ops=0)).epoch(3))
     weak, strong = _by_index(batches, "weak"), _by_index(batches, "strong")
-    flips = [sampler.flips(5, 3, np.arange(len(photos)), view, 0.5) for view in ("weak", "strong")]
+    flips = [augment.flips(5, 3, np.arange(len(photos)), view, 0.5) for view in ("weak", "strong")]
     assert (flips[0] != flips[1]).any() and (flips[0] == flips[1]).any()
     for i in weak:
         assert torch.equal(weak[i], strong[i].flip(-1) if flips[0][i] != flips[1][i] else strong[i])
@@ -232,7 +232,7 @@ def test_all_orientations(tmp_path):
     plain = make_split(tmp_path / "plain", tmp_path, names)
     raw = _by_index(_eval(plain), "eval")
     assert (raw[7] - ours[7]).abs().mean() > 5
-    assert not pipeline._is_oriented(plain) and pipeline._is_oriented(split)
+    assert not loaders._is_oriented(plain) and loaders._is_oriented(split)
 
 
 def test_normalisation_and_memory_layout(photos):
@@ -344,10 +344,10 @@ def test_gpu_makes_the_same_views(crop, photos):
 @pytest.mark.parametrize("full", [False, True])
 def test_gpu_graph_holds_together(full):
     """Declared without a GPU: every operator exists there, pictures stay there, and its numbers come from the CPU."""
-    plan = pipeline._Plan(("weak", "strong"), SIDE, (0.5,) * 3, (0.2,) * 3, gpu=True)
+    plan = dali_graph.Plan(("weak", "strong"), SIDE, (0.5,) * 3, (0.2,) * 3, gpu=True)
     if full:
         plan = dataclasses.replace(plan, sharded=True, oriented=True, flipped=True, cropped=True, randaugment_ops=2)
-    graph = pipeline._graph(plan, batch_size=4, num_threads=1, device_id=0)
+    graph = dali_graph.graph(plan, batch_size=4, num_threads=1, device_id=0)
     graph._build_graph()
     known = {
         "cpu": backend.RegisteredCPUOps(),
@@ -508,11 +508,11 @@ def test_sizes_that_preparation_did_not_read(photos):
 
 def test_threads_are_shared_by_the_ranks_of_a_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    assert pipeline._threads(DataConfig(threads=3)) == 3
-    assert pipeline._threads(DataConfig()) == 12
+    assert dali_stream._threads(DataConfig(threads=3)) == 3
+    assert dali_stream._threads(DataConfig()) == 12
     for ranks, threads in (("4", 3), ("8", 1), ("16", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert pipeline._threads(DataConfig()) == threads
+        assert dali_stream._threads(DataConfig()) == threads
 
 
 def test_unknown_views_are_refused(photos):

@@ -10,7 +10,8 @@ import pytest
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
-from spml_fast.data.manifest import Manifest, ManifestWriter
+from spml_fast.data.manifest import Manifest
+from spml_fast.prepare.manifest_writer import ManifestWriter
 
 PATHS = ["a.jpg", "sub folder/ünï.jpg", "日本/🦊.png", "not\udcffutf8.jpg", ""]
 

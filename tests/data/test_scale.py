@@ -15,20 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from spml_fast.cli.parse import parse_config, validate
+from spml_fast.cli.parse import parse_config
 from spml_fast.core.batch import Batch, Views
 from spml_fast.core.config import Config, ModelConfig
 from spml_fast.core.errors import UserError
 from spml_fast.data import labels as labels_module
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import TrainLoader
-from spml_fast.data.manifest import Manifest, ManifestWriter
+from spml_fast.data.manifest import Manifest
 from spml_fast.data.repeat_factor import RepeatFactorOrder, repeat_factors
 from spml_fast.data.sampler import TrainOrder, Windows
 from spml_fast.evaluation.evaluate import class_groups, evaluate_split, score_split, table_rows, top_k_rows
-from spml_fast.evaluation.metrics import evaluate_scores, groups_by_count, top_k_mask
+from spml_fast.evaluation.metrics import evaluate_scores, groups_by_count
+from spml_fast.evaluation.thresholds import top_k_mask
 from spml_fast.methods import Progress, get_method
-from spml_fast.models.classifier import Classifier, HeadOutput, bn_behaviour, prior_logits
+from spml_fast.models.batchnorm import bn_behaviour
+from spml_fast.models.classifier import Classifier, HeadOutput, prior_logits
+from spml_fast.prepare.manifest_writer import ManifestWriter
+from spml_fast.runs.recipe import validate
 from spml_fast.train.optim import make_optimizer, parameter_groups
 from spml_fast.train.trainer import Trainer, TrainingModule
 from tests.support.paths import ROOT

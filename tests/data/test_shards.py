@@ -28,8 +28,9 @@ from spml_fast.core.errors import UserError
 from spml_fast.data import shards as reading
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.loader import EvalLoader, TrainLoader
-from spml_fast.data.manifest import Manifest, ManifestWriter, Split
+from spml_fast.data.manifest import Manifest, Split
 from spml_fast.prepare import pack as packing
+from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.pack import PackOptions, pack
 from tests.support.paths import ROOT
 from tests.support.pil import make_split, photo

@@ -14,21 +14,17 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
 from spml_fast.core.errors import UserError
-from spml_fast.evaluation import metrics
+from spml_fast.evaluation import average_precision as average_precision_module
+from spml_fast.evaluation import entries
+from spml_fast.evaluation.average_precision import ClassAP, average_precision, average_precision_pairs
 from spml_fast.evaluation.metrics import (
-    ClassAP,
-    average_precision,
-    average_precision_pairs,
-    count_at_threshold,
-    count_at_threshold_pairs,
     evaluate_pairs,
     evaluate_scores,
     group_means,
     groups_by_count,
-    logit_threshold,
     selection_quality,
-    top_k_mask,
 )
+from spml_fast.evaluation.thresholds import count_at_threshold, count_at_threshold_pairs, logit_threshold, top_k_mask
 
 DEFINITIONS = ("sklearn", "rank", "voc")
 INF = np.float32(np.inf)
@@ -91,7 +87,8 @@ def problems(draw):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few entries, so that small arrays go through many of them."""
-    monkeypatch.setattr(metrics, "_BLOCK_ENTRIES", 7)
+    for module in (entries, average_precision_module):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", 7)
 
 
 # --- golden values ---------------------------------------------------------------------------------------------------
@@ -520,7 +517,8 @@ def test_bad_pairs_and_choices():
 
 @pytest.mark.parametrize("known", [1.0, 0.01])
 def test_memory_stays_bounded(known, monkeypatch):
-    monkeypatch.setattr(metrics, "_BLOCK_ENTRIES", 1 << 16)
+    for module in (entries, average_precision_module):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", 1 << 16)
     rng = np.random.default_rng(6)
     scores = rng.standard_normal((8192, 256), dtype=np.float32)
     codes = np.where(rng.random(scores.shape) < known, (scores > 1).astype(np.int8), np.int8(-1))

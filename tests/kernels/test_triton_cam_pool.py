@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 
 import pytest
 import torch
@@ -201,8 +202,9 @@ def test_without_boost_there_is_no_map(device):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_in_chunks_of_classes(dtype, device, monkeypatch):
-    monkeypatch.setattr("spml_kernels.cam_pool.chunked.CACHE_BYTES", 1)
-    monkeypatch.setattr("spml_kernels.cam_pool.chunked.chunk_size", lambda *a: 64)
+    chunked = importlib.import_module("spml_kernels.cam_pool.chunked")
+    monkeypatch.setattr(chunked, "CACHE_BYTES", 1)
+    monkeypatch.setattr(chunked, "chunk_size", lambda *a: 64)
     inputs = draw((5, 7, 7, 40, 150), dtype, device)
     for name, a, b in zip(("mean", "relu", "x", "w", "b"), run(cam_pool_chunked, inputs), exact(inputs), strict=True):
         # The map itself is rounded to half precision here.

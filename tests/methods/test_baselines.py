@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spml_fast.cli.parse import build_parser, load_config, parse_config, to_yaml
+from spml_fast.cli.parse import parse_config
 from spml_fast.core import distributed
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
@@ -31,6 +31,7 @@ from spml_fast.methods.p_asl import p_asl_point
 from spml_fast.methods.splc import splc_point
 from spml_fast.methods.state import sample_rows
 from spml_fast.methods.wan import wan_point
+from spml_fast.runs.recipe import build_parser, load_config, to_yaml
 
 NEEDS_K = {"epr", "role"}
 BASELINES = (

@@ -21,7 +21,8 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.methods import Progress
 from spml_fast.methods.ignore import PRESETS, Ignore, IgnoreOptions
-from spml_fast.models.classifier import Classifier, bn_behaviour
+from spml_fast.models.batchnorm import bn_behaviour
+from spml_fast.models.classifier import Classifier
 from tests.support.methods import Rig, at
 from tests.support.paths import ROOT
 from tests.support.runs import Run, read_metrics

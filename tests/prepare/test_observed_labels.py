@@ -12,8 +12,9 @@ from hypothesis.extra import numpy as hnp
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
-from spml_fast.prepare import observed_labels as observe_module
-from spml_fast.prepare.observed_labels import Observe, draw_fraction, draw_published, import_labels, published_split
+from spml_fast.prepare import label_encodings, observed_labels
+from spml_fast.prepare.label_encodings import import_labels
+from spml_fast.prepare.observed_labels import Observe, draw_fraction, draw_published, published_split
 
 # spec/protocol.md 1.1: rows, sum(train), sum(val), sha256 heads, first rows of both.
 SPLITS = {
@@ -148,7 +149,8 @@ def test_fraction_keeps_both_signs_alike(fraction, default, monkeypatch):
     assert not np.array_equal(observed, draw_fraction(known, fraction, 4).rows(range(3000)))
     assert not np.array_equal(observed, draw_fraction(known, fraction, 3, "test").rows(range(3000)))
     # The size of the blocks that it works in is no part of the result.
-    monkeypatch.setattr(observe_module, "_CHUNK_ENTRIES", 512)
+    for module in (observed_labels, label_encodings):
+        monkeypatch.setattr(module, "CHUNK_ENTRIES", 512)
     assert np.array_equal(observed, draw_fraction(known, fraction, 3).rows(range(3000)))
 
 
@@ -260,7 +262,8 @@ def test_importers_refuse_values_of_other_formats(fmt, value):
 
 
 def test_importers_point_to_the_row_of_a_later_block(monkeypatch):
-    monkeypatch.setattr(observe_module, "_CHUNK_ENTRIES", 4)
+    for module in (observed_labels, label_encodings):
+        monkeypatch.setattr(module, "CHUNK_ENTRIES", 4)
     array = np.zeros((11, 2))
     array[9, 1] = 7
     with pytest.raises(UserError, match="row 9, column 1 holds 7"):

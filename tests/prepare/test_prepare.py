@@ -21,11 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from spml_fast.core import workers
 from spml_fast.core.errors import UserError
-from spml_fast.data import image_check
 from spml_fast.data.image_check import check_picture, choose_level, verify_pictures
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import Manifest
+from spml_fast.prepare import build, raw
 from spml_fast.prepare.datasets import base, csv_table, digits, load_all
 from spml_fast.prepare.observed_labels import draw_published, published_split
 from tests.support import data as make
@@ -123,11 +124,11 @@ def test_verify_pictures_in_processes(tmp_path):
 
 
 def test_processes_that_die_at_once_are_one_sentence(monkeypatch):
-    class Broken(image_check.ProcessPoolExecutor):
+    class Broken(workers.ProcessPoolExecutor):
         def submit(self, *_: object, **__: object):
             raise BrokenProcessPool
 
-    monkeypatch.setattr(image_check, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Broken)
     with pytest.raises(UserError, match=r"a process that was checking pictures died near 0\.jpg"):
         verify_pictures(100, lambda i: f"{i}.jpg", "header", workers=2, progress=False)
 
@@ -136,7 +137,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     path = tmp_path / "lock"
 
     def parent():
-        with path.open("w") as file, image_check.worker_pool(2) as pool:
+        with path.open("w") as file, workers.worker_pool(2) as pool:
             fcntl.flock(file, fcntl.LOCK_EX)
             pool.submit(os.getpid).result()
             (tmp_path / "ready").touch()
@@ -178,7 +179,7 @@ def test_boxes_turn_with_the_picture():
         rows, columns = np.nonzero(shown)
         height, width = shown.shape
         seen = [columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height]
-        turned = base.turn_boxes(box, np.array([orientation], np.uint8))
+        turned = build.turn_boxes(box, np.array([orientation], np.uint8))
         assert np.allclose(turned[0], [3, *seen]), orientation
 
 
@@ -762,8 +763,8 @@ def test_a_new_data_set_is_one_class(tmp_path, monkeypatch):
 
         def read(self, options):
             known = SparseLabels.from_positives([[i % 2] for i in range(10)], 2, -1)
-            split = base.RawSplit("train", known, ids=np.arange(10), template="pictures/{id:x}.jpg")
-            return base.RawDataset("numbered", ["even", "odd"], tmp_path, [split], carve=("train", "val"))
+            split = raw.RawSplit("train", known, ids=np.arange(10), template="pictures/{id:x}.jpg")
+            return raw.RawDataset("numbered", ["even", "odd"], tmp_path, [split], carve=("train", "val"))
 
     import argparse
 

@@ -12,7 +12,8 @@ from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.models.heads import get_head
 from spml_fast.reproduction.presets import PRESETS, Entry, choose_entries, get_preset
-from spml_fast.reproduction.reproduce import Row, as_json, check_options, judge, note_options, plot, read_epochs
+from spml_fast.reproduction.reproduce import Row, as_json, check_options, judge, note_options, plot
+from spml_fast.runs.read import read_epochs
 from tests.support.paths import ROOT
 from tests.support.runs import Run
 

@@ -18,9 +18,10 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
 from spml_fast.core.config import DataConfig
-from spml_fast.data import sampler
+from spml_fast.data import augment
 from spml_fast.data.labels import SparseLabels
-from spml_fast.data.manifest import ManifestWriter, Split
+from spml_fast.data.manifest import Split
+from spml_fast.prepare.manifest_writer import ManifestWriter
 from tests.support.paths import find_data
 
 # Pillow's name of what shows a picture with that EXIF orientation upright, as PIL.ImageOps.exif_transpose does it.
@@ -113,10 +114,10 @@ class ReferenceViews(Dataset[dict[str, Any]]):
         return picture if turn is None else picture.transpose(turn)
 
     def _randaugment(self, picture: Image.Image, index: int) -> Image.Image:
-        ops, signs = sampler.randaugment_choice(self.seed, self.epoch, [index], self.config.randaugment_ops)
+        ops, signs = augment.randaugment_choice(self.seed, self.epoch, [index], self.config.randaugment_ops)
         space = RandAugment()._augmentation_space(31, (picture.height, picture.width))
         for op, sign in zip(ops[0], signs[0], strict=True):
-            name = sampler.RANDAUGMENT_OPS[op]
+            name = augment.RANDAUGMENT_OPS[op]
             magnitudes, _ = space[name]
             value = float(magnitudes[self.config.randaugment_magnitude]) if magnitudes.ndim > 0 else 0.0
             picture = _apply_op(picture, name, value * int(sign), InterpolationMode.NEAREST, None)
@@ -128,12 +129,12 @@ class ReferenceViews(Dataset[dict[str, Any]]):
         if name == "strong":
             picture = self._randaugment(picture, index)
         if name != "eval" and self.config.train_crop == "random_resized":
-            box = sampler.crop_boxes(
+            box = augment.crop_boxes(
                 self.seed, self.epoch, [index], [picture.width], [picture.height], self.config.crop_scale
             )
             picture = F.crop(picture, *box[0].tolist())
         picture = picture.resize((side, side), Image.Resampling.BILINEAR)
-        if name != "eval" and sampler.flips(self.seed, self.epoch, [index], name, self.config.hflip)[0]:
+        if name != "eval" and augment.flips(self.seed, self.epoch, [index], name, self.config.hflip)[0]:
             picture = F.hflip(picture)
         return F.normalize(F.to_tensor(picture), self.mean, self.std)
 

@@ -12,17 +12,10 @@ import torch
 from torch import nn
 
 from spml_fast.core.errors import UserError
-from spml_fast.train.checkpoint import (
-    Mark,
-    clear_unfinished,
-    find_resume,
-    load_weights,
-    publish,
-    read_mark,
-    rng_seed,
-    save_weights,
-    write_json,
-)
+from spml_fast.core.io import write_json
+from spml_fast.core.seeds import rng_seed
+from spml_fast.models.weights import load_weights, save_weights
+from spml_fast.train.checkpoint import Mark, clear_unfinished, find_resume, publish, read_mark
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from spml_fast.core import precision
 from spml_fast.core.config import EngineConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.models.classifier import Classifier
-from spml_fast.train import engine, optim
-from spml_fast.train.engine import OWNED_KEYS, adopt_slurm, deepspeed_config, first_slurm_host, micro_batch_size
+from spml_fast.train import optim
+from spml_fast.train.cluster import adopt_slurm, first_slurm_host
+from spml_fast.train.engine import OWNED_KEYS, deepspeed_config, micro_batch_size
 
 CPU = torch.device("cpu")
 
@@ -53,15 +55,15 @@ def test_clipping_is_always_written():
 
 
 def test_precision_never_turns_parameters_into_bf16():
-    for precision, on in (("fp32", False), ("bf16", True)):
-        config = configured({"precision": precision})
+    for name, on in (("fp32", False), ("bf16", True)):
+        config = configured({"precision": name})
         assert config["torch_autocast"]["enabled"] is on
         assert not {"bf16", "fp16", "amp", "optimizer", "scheduler"} & set(config)
 
 
 @pytest.mark.parametrize("able", [True, False])
 def test_automatic_precision_asks_the_hardware(monkeypatch, able):
-    monkeypatch.setattr(engine, "gains_from_bf16", lambda device: able)
+    monkeypatch.setattr(precision, "gains_from_bf16", lambda device: able)
     assert configured({"precision": "auto"})["torch_autocast"]["enabled"] is able
 
 
@@ -157,14 +159,14 @@ def algorithms(monkeypatch):
 
 
 def test_algorithms_are_timed_on_gpus_unless_they_must_repeat(algorithms):
-    engine.choose_algorithms(torch.device("cpu"), True)
+    precision.choose_algorithms(torch.device("cpu"), True)
     assert algorithms() == (False, False)
-    engine.choose_algorithms(torch.device("cuda"), False)
+    precision.choose_algorithms(torch.device("cuda"), False)
     assert algorithms() == (True, False)
-    with engine.untimed_algorithms():
+    with precision.untimed_algorithms():
         assert algorithms() == (False, False)
     assert algorithms() == (True, False) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    engine.choose_algorithms(torch.device("cuda"), True)
+    precision.choose_algorithms(torch.device("cuda"), True)
     assert algorithms() == (False, True) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spml_fast.analysis.report import make_page
+from spml_fast.analysis.report.page import make_page
 from tests.support.paths import ROOT
 from tests.support.runs import Run, command, environment, free_port, read_metrics
 

@@ -30,8 +30,8 @@ class PointLoss:
     Attributes:
         name: the method's name, for messages and benchmarks.
         reference: (logits, int8 codes, *params) -> element-wise loss of the logits' shape, in PyTorch.
-        kernel: a `spml_kernels.common.jit.jit` function (fp32 logit, code, *params) -> (loss, derivative in the logit) with
-            the same meaning, for the fused kernel; without one the reference runs on every device.
+        kernel: a `spml_kernels.common.jit.jit` function (fp32 logit, code, *params) -> (loss, derivative in the
+            logit) with the same meaning, for the fused kernel; without one the reference runs on every device.
         key: name of the kernel among all point functions; empty without one.
     """
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from spml_fast.prepare.datasets.base import DATASETS, Dataset, RawDataset, RawSplit, register
+from spml_fast.prepare.datasets.base import DATASETS, Dataset, register
+from spml_fast.prepare.raw import RawDataset, RawSplit
 
 __all__ = ["DATASETS", "Dataset", "RawDataset", "RawSplit", "load_all", "register"]
 

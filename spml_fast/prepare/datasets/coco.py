@@ -17,7 +17,8 @@ import numpy as np
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, SparseLabels
-from spml_fast.prepare.datasets.base import Dataset, RawDataset, RawSplit, add_val_fraction, register
+from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
+from spml_fast.prepare.raw import RawDataset, RawSplit
 
 
 def read_instances(path: Path) -> dict[str, Any]:

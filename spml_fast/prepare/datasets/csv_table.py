@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
-from spml_fast.prepare.datasets.base import Dataset, Orientation, RawDataset, RawSplit, register
+from spml_fast.prepare.datasets.base import Dataset, register
+from spml_fast.prepare.raw import Orientation, RawDataset, RawSplit
 
 COLUMNS = {"path", "positives", "negatives", "unknowns", "split"}
 LABEL_COLUMNS = {"positives": POSITIVE, "negatives": NEGATIVE, "unknowns": UNKNOWN}

@@ -23,8 +23,10 @@ from PIL import Image
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, SparseLabels
 from spml_fast.data.manifest import Manifest
-from spml_fast.prepare.datasets.base import CommonOptions, Dataset, RawDataset, RawSplit, build, register
+from spml_fast.prepare.build import build
+from spml_fast.prepare.datasets.base import Dataset, register
 from spml_fast.prepare.observed_labels import PUBLISHED_SEED, Observe
+from spml_fast.prepare.raw import CommonOptions, RawDataset, RawSplit
 
 CLASSES = [str(digit) for digit in range(10)]
 SIZES: dict[str, int] = {"train": 4000, "val": 500, "test": 1500}

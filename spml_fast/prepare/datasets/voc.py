@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, SparseLabels
-from spml_fast.prepare.datasets.base import Dataset, RawDataset, RawSplit, add_val_fraction, register
+from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
+from spml_fast.prepare.raw import RawDataset, RawSplit
 
 NUM_CLASSES = 20
 Boxes = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]

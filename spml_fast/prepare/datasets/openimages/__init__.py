@@ -25,7 +25,7 @@ import numpy.typing as npt
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.data.manifest import Manifest
-from spml_fast.prepare.datasets.base import Dataset, RawDataset, RawSplit, register
+from spml_fast.prepare.datasets.base import Dataset, register
 from spml_fast.prepare.datasets.openimages.csv import (
     ABSENT,
     MACHINE,
@@ -38,6 +38,7 @@ from spml_fast.prepare.datasets.openimages.csv import (
     read_labels,
     read_rotations,
 )
+from spml_fast.prepare.raw import RawDataset, RawSplit
 
 Conflicts = Literal["positive", "negative", "last", "drop"]
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
@@ -194,9 +195,6 @@ def _without(labels: SparseLabels, kept: npt.NDArray[np.bool_]) -> SparseLabels:
     return SparseLabels(indptr, labels.classes, labels.codes, labels.num_classes, labels.default)
 
 
-# --- which file belongs to which split ------------------------------------------------------------------------------
-
-
 def split_files(words: Sequence[str], splits: Sequence[str] | None, option: str) -> dict[str, list[Path]]:
     """Split name (train, val, test) -> its files.
 
@@ -242,9 +240,6 @@ def class_names(ids: Sequence[str], descriptions: dict[str, str]) -> list[str]:
     names = [descriptions.get(class_id) or class_id for class_id in ids]
     shared = {name for name, count in Counter(names).items() if count > 1}
     return [f"{name} ({i})" if name in shared else name for name, i in zip(names, ids, strict=True)]
-
-
-# --- the data set ---------------------------------------------------------------------------------------------------
 
 
 @register("openimages")

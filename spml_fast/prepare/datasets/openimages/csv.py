@@ -31,7 +31,7 @@ import pyarrow.compute
 import pyarrow.csv
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.image_check import show_progress
+from spml_fast.core.progress import show_progress
 
 LABEL_COLUMNS = ("ImageID", "Source", "LabelName", "Confidence")
 HUMAN_SOURCES = frozenset({b"verification", b"crowdsource-verification"})
@@ -69,9 +69,6 @@ def ids_from_hex(text: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint64], n
     valid: npt.NDArray[np.bool_] = nibbles.max(1, initial=0) < 16
     values = np.ascontiguousarray(nibbles[:, 0::2] << 4 | nibbles[:, 1::2] & 15)
     return values.view(">u8")[:, 0].astype(np.uint64), valid
-
-
-# --- label files ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -277,9 +274,6 @@ class _LabelParser:
         return ""
 
 
-# --- blocks of a file -----------------------------------------------------------------------------------------------
-
-
 def _megabytes(path: Path) -> int:
     try:
         return max(1, path.stat().st_size >> 20)
@@ -381,9 +375,6 @@ def _line_at(path: Path, offset: int) -> int:
     return line
 
 
-# --- image lists ----------------------------------------------------------------------------------------------------
-
-
 def read_rotations(path: Path) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]]:
     """Ids, uint64 [n], and EXIF orientations, uint8 [n] with 0 for unknown, of an image list, some at a time.
 
@@ -441,9 +432,6 @@ def read_rotations(path: Path) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDA
             raise failed(str(error)) from error
 
 
-# --- class files ----------------------------------------------------------------------------------------------------
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -489,9 +477,6 @@ def read_descriptions(path: Path) -> dict[str, str]:
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from error
     return names
-
-
-# --- pictures -------------------------------------------------------------------------------------------------------
 
 
 @dataclass

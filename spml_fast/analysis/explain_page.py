@@ -1,0 +1,330 @@
+"""Sheets of images with their maps."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+
+from spml_fast.analysis.explain import Explained
+from spml_fast.analysis.suggest import NAMES
+from spml_fast.core.errors import UserError
+from spml_fast.core.io import printable, write_json
+
+
+def _fonts(text: str) -> tuple[list[str], set[str]]:
+    """Font families that together have the characters of `text`, and the characters that none of them has."""
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
+    families = ["DejaVu Sans"]
+    # It comes with matplotlib.
+    default = FT2Font(font_manager.findfont(families[0]))
+    missing = {c for c in set(text) if not default.get_char_index(ord(c))}
+    for entry in font_manager.fontManager.ttflist if missing else ():
+        if "lastresort" in entry.name.lower().replace(" ", ""):
+            # Its glyphs are boxes.
+            continue
+        try:
+            font = FT2Font(entry.fname)
+            here = {c for c in missing if font.get_char_index(ord(c))}
+        except (OSError, RuntimeError):
+            # A font file that is gone or damaged helps nobody.
+            continue
+        if here:
+            families.append(entry.name)
+            missing -= here
+        if not missing:
+            break
+    return families, missing
+
+
+def shown_names(classes: Sequence[str], ids: set[int]) -> tuple[dict[int, str], list[str], int]:
+    """Class names as the fonts of this machine can show them.
+
+    Returns:
+        id -> name, or "class ID" where no font has its characters; the font families; how many names cannot be shown.
+    """
+    # Composed, as fonts have more of such characters.
+    names = {i: printable(unicodedata.normalize("NFC", classes[i])) for i in sorted(ids)}
+    families, missing = _fonts("".join(names.values()))
+    lost = {i for i, name in names.items() if missing & set(name)}
+    return {i: f"class {i}" if i in lost else name for i, name in names.items()}, families, len(lost)
+
+
+# Inches.
+_PANEL, _GAP, _CAPTION, _BLOCK_GAP, _MARGIN, _HEADER = 1.9, 0.12, 0.62, 0.3, 0.2, 0.72
+
+# Red and blue that stay apart for colour-blind eyes.
+_FOR, _AGAINST = np.array([0.78, 0.05, 0.13]), np.array([0.05, 0.28, 0.75])
+
+_LINE = 0.135
+
+_DPI = 110
+
+_CONTRADICTED = "#e08a00"
+
+
+def colour_scale(pictures: Sequence[Explained]) -> float:
+    """The end of the colour scale: 99 per cent of all cells of the maps lie within plus and minus this."""
+    cells = np.concatenate([np.abs(p.maps).ravel() for p in pictures])
+    end = float(np.percentile(cells, 99))
+    return end if end > 0 else 1.0
+
+
+def tint(grey: npt.NDArray[np.float64], value: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Grey pixels coloured by the map there, float64 [..., 3] in 0..1.
+
+    Args:
+        grey: [...] in 0..1.
+        value: [...] in -1..1; 0 leaves the pixel grey, the ends are full red and full blue.
+    """
+    colour = np.where(value[..., None] > 0, _FOR, _AGAINST)
+    # A colour that begins at once: weak evidence against a class is seen too.
+    weight = 0.85 * np.abs(value)[..., None] ** 0.7
+    out: npt.NDArray[np.float64] = grey[..., None] * (1 - weight) + colour * weight
+    return out
+
+
+def overlay(picture: npt.NDArray[np.uint8], cells: npt.NDArray[np.float32], scale: float) -> npt.NDArray[np.float64]:
+    """A map over the greyed picture, float64 [S, S, 3] in 0..1.
+
+    Args:
+        picture: uint8 [S, S, 3].
+        cells: float32 [h, w], upsampled bilinearly.
+        scale: where colours are full.
+    """
+    size = picture.shape[:2]
+    large = F.interpolate(torch.from_numpy(cells)[None, None], size=size, mode="bilinear", align_corners=False)
+    value = np.clip(large[0, 0].double().numpy() / scale, -1, 1)
+    # Lightened, so that colours show over black. The weights are those of luma.
+    return tint(0.35 + 0.6 * (picture @ np.array([0.299, 0.587, 0.114]) / 255), value)
+
+
+def _across(count: int, width: float, height: float) -> int:
+    """How many blocks of that size stand side by side on a page of `count`: near 4 : 3 and at most 26 inches wide."""
+    usable = [n for n in range(1, count + 1) if n == 1 or n * width <= 26]
+    return min(usable, key=lambda n: abs(math.log(n * width / (math.ceil(count / n) * height) / (4 / 3))))
+
+
+class _Page:
+    """A figure on which text is put in inches from the upper left corner, cut to the width that it has."""
+
+    def __init__(self, width: float, height: float, families: list[str]) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.width, self.height, self.families = width, height, families
+        self.figure = Figure(figsize=(width, height), dpi=_DPI)
+        self._renderer = FigureCanvasAgg(self.figure).get_renderer()
+
+    def text(
+        self, x: float, y: float, words: str, room: float, size: float = 7.5, keep: float = 0.7, **style: Any
+    ) -> None:
+        """A line of text with its top left corner at (x, y).
+
+        Args:
+            room: width that it may take; of a longer one something is left out.
+            keep: share of what is kept that comes from its beginning.
+        """
+        artist = self.figure.text(
+            x / self.width,
+            1 - y / self.height,
+            words,
+            fontsize=size,
+            fontfamily=self.families,
+            va="top",
+            parse_math=False,
+            **style,
+        )
+        kept = len(words)
+        while kept > 1 and (wide := artist.get_window_extent(self._renderer).width / _DPI) > room:
+            kept = min(kept - 1, int(kept * room / wide))
+            head = int(kept * keep)
+            artist.set_text(words[:head] + "\u2026" + words[len(words) - max(0, kept - head - 1) :])
+
+    def picture(self, x: float, y: float, pixels: npt.NDArray[Any], aspect: float, frame: str | None) -> None:
+        """A picture in the panel at (x, y), on its floor beside the caption, in the aspect ratio of its original."""
+        wide, high = _PANEL * min(1, aspect), _PANEL * min(1, 1 / aspect)
+        left, top = x, y + _PANEL - high
+        axes = self.figure.add_axes(
+            (left / self.width, 1 - (top + high) / self.height, wide / self.width, high / self.height)
+        )
+        axes.imshow(pixels, aspect="auto", interpolation="bilinear")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set(color=frame or "#999999", linewidth=3 if frame else 0.6)
+
+    def scale(self, x: float, y: float, end: float) -> None:
+        """The colour scale at (x, y)."""
+        width, high = 1.3, 0.12
+        axes = self.figure.add_axes(
+            (x / self.width, 1 - (y + high) / self.height, width / self.width, high / self.height)
+        )
+        axes.imshow(tint(np.full((1, 256), 0.75), np.linspace(-1, 1, 256)[None]), aspect="auto", extent=(-1, 1, 0, 1))
+        axes.set_yticks([])
+        axes.set_xticks([-1, 0, 1], [f"\u2212{end:.2g}", "0", f"+{end:.2g}"], fontsize=7)
+        axes.tick_params(length=2, pad=1)
+
+
+def _caption(found: Explained, names: dict[int, str]) -> list[str]:
+    """The lines below a picture."""
+    lines = [printable(found.path)]
+    if found.reason:
+        lines.append(found.reason)
+    if found.labels is not None:
+        seen, hidden = ([names[c] for c in ids] for ids in found.labels)
+        text = "positive: " + (", ".join(seen) or "none")
+        lines.append(text + (f"; hidden: {', '.join(hidden)}" if hidden else ""))
+    lines.append("predicted: " + (", ".join(names[c] for c in found.predicted) or "none"))
+    return lines
+
+
+def _map_caption(found: Explained, place: int, names: dict[int, str], alpha: float, signed: bool) -> list[str]:
+    """The lines below a map; the first is the class. Attention has no sign worth counting."""
+    label = "" if found.known is None else f", label {NAMES[int(found.known[place])]}"
+    logit = f"logit {found.logit[place]:.2f}"
+    if alpha != 1:
+        logit = f"logit {found.plain[place]:.2f}, at alpha {alpha:g} {found.logit[place]:.2f}"
+    lines = [names[int(found.classes[place])], f"probability {found.probability[place]:.3f}{label}", logit]
+    return lines + ([f"{100 * found.positive_share[place]:.0f}% of cells positive"] if signed else [])
+
+
+def draw(
+    out: Path, pictures: Sequence[Explained], classes: Sequence[str], title: str, alpha: float, signed: bool
+) -> int:
+    """Draw pictures with their maps on one page and move it to its place when it is whole.
+
+    Args:
+        out: PNG file; an older one is replaced.
+        pictures: at least one, with the same number of maps each.
+        classes: class names in class-id order; shown literally.
+        title: first line of the page.
+        alpha: of the probabilities.
+        signed: whether the maps are evidence whose mean is the logit (CAM), else attention.
+
+    Returns:
+        How many class names no font of this machine can show; they stand as "class ID".
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    ids = {int(c) for p in pictures for group in (p.classes, p.predicted, *(p.labels or ())) for c in group}
+    names, families, lost = shown_names(classes, ids)
+    width = (len(pictures[0].classes) + 1) * (_PANEL + _GAP) + _BLOCK_GAP
+    height = _PANEL + _CAPTION + _GAP
+    across = _across(len(pictures), width, height)
+    page = _Page(
+        max(6.5, 2 * _MARGIN + across * width - _BLOCK_GAP),
+        2 * _MARGIN + _HEADER + math.ceil(len(pictures) / across) * height,
+        families,
+    )
+    end = colour_scale(pictures)
+    page.text(_MARGIN, _MARGIN, printable(title), page.width - 2 * _MARGIN, 10, fontweight="bold")
+    page.scale(_MARGIN + 0.15, _MARGIN + 0.28, end)
+    meaning = (
+        "cell of the map: red for the class, blue against it" if signed else "attention of the class query x features"
+    )
+    page.text(_MARGIN + 1.75, _MARGIN + 0.25, meaning, page.width - 2.1)
+    if any(p.known is not None for p in pictures):
+        words = "thick frame: the prediction contradicts the label"
+        page.text(_MARGIN + 1.75, _MARGIN + 0.25 + _LINE, words, page.width - 2.1, color=_CONTRADICTED)
+    with warnings.catch_warnings():
+        # A path may have characters that no font has; boxes stand for them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for place, found in enumerate(pictures):
+            x = _MARGIN + place % across * width
+            y = _MARGIN + _HEADER + place // across * height
+            page.picture(x, y, found.picture, found.aspect, None)
+            captions = [_caption(found, names)]
+            for k, cells in enumerate(found.maps):
+                frame = _CONTRADICTED if found.wrong(k) else None
+                page.picture(x + (k + 1) * (_PANEL + _GAP), y, overlay(found.picture, cells, end), found.aspect, frame)
+                captions.append(_map_caption(found, k, names, alpha, signed))
+            for k, lines in enumerate(captions):
+                for row, line in enumerate(lines):
+                    left, top = x + k * (_PANEL + _GAP), y + _PANEL + 0.05 + row * _LINE
+                    # The end of a path says more than its beginning.
+                    keep, weight = (0.7, "bold" if row == 0 else "normal") if k else (1.0 if row else 0.0, "normal")
+                    page.text(left, top, line, _PANEL, keep=keep, fontweight=weight)
+        partial = out.with_name(out.name + ".partial")
+        try:
+            page.figure.savefig(partial, format="png", dpi=_DPI)
+            os.replace(partial, out)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}") from error
+    return lost
+
+
+class MapFolder:
+    """Writes maps as float32 [h, w] .npy files with `maps.json` beside them; the folder appears when all is written.
+
+    Args:
+        out: folder to make; it must not exist, or be empty.
+        about: what `maps.json` says beside its list (run, alpha, ...).
+
+    Raises:
+        UserError: the folder is in use or cannot be written.
+    """
+
+    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+        self.out, self.about = out, about
+        self.entries: list[dict[str, Any]] = []
+        self._staging = out.with_name(out.name + ".partial")
+        self._pictures = 0
+        try:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UserError(f"{out} exists and is not an empty folder; choose another --maps")
+            self._staging.mkdir(parents=True)
+        except FileExistsError as error:
+            raise UserError(f"{self._staging} is left from a run that was cut off; delete it") from error
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}") from error
+
+    def add(self, found: Explained, classes: Sequence[str]) -> None:
+        """Write the maps of one picture."""
+        for k, class_id in enumerate(found.classes.tolist()):
+            name = f"{self._pictures:06d}-{class_id}.npy"
+            try:
+                np.save(self._staging / name, found.maps[k])
+            except OSError as error:
+                raise UserError(f"{self._staging / name} cannot be written: {error.strerror}") from error
+            self.entries.append(
+                {
+                    "file": name,
+                    # Escaped where the file name's bytes are no UTF-8, which JSON could not hold.
+                    "path": found.path.encode("utf-8", "backslashreplace").decode(),
+                    "class": classes[class_id],
+                    "class_id": class_id,
+                    "probability": float(found.probability[k]),
+                    "logit": float(found.logit[k]),
+                    "logit_alpha_1": float(found.plain[k]),
+                    "positive_share": float(found.positive_share[k]),
+                }
+            )
+        self._pictures += 1
+
+    def __enter__(self) -> MapFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:
+            shutil.rmtree(self._staging)
+            return
+        try:
+            write_json(self._staging / "maps.json", {**self.about, "maps": self.entries})
+            os.replace(self._staging, self.out)
+        except OSError as problem:
+            raise UserError(f"{self.out} cannot be written: {problem.strerror}") from problem

@@ -1,0 +1,286 @@
+"""Groups of runs, and the tables of the report."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import POSITIVE
+from spml_fast.data.manifest import Manifest
+
+if TYPE_CHECKING:
+    pass
+from spml_fast.runs.read import Run, number
+
+# Okabe and Ito's colours, which most colour-blind people tell apart; the ninth group starts again with dashes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#8F7C00")
+
+DASHES = ("-", "--", ":", "-.")
+
+# Options that say where and from which random numbers a run was made, not what it is.
+PLACE = ("run.dir", "run.seed", "run.resume", "run.keep", "run.save_updates")
+
+# Longer values of options are cut in the names of groups.
+LABEL_VALUE = 24
+
+# Rows of the tables of classes.
+SHOWN = 10
+
+
+@dataclass
+class Group:
+    """Runs of one configuration that differ in seed and place only.
+
+    Attributes:
+        label: for people, different for every group.
+        colour, dash: of its curves.
+    """
+
+    runs: list[Run]
+    label: str = ""
+    colour: str = COLOURS[0]
+    dash: str = DASHES[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the runs have in common."""
+        return {k: v for k, v in self.runs[0].options.items() if k not in PLACE}
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Groups in the order of their first runs, labelled by what tells them apart."""
+    found: dict[str, Group] = {}
+    for run in runs:
+        key = json.dumps({k: v for k, v in run.options.items() if k not in PLACE}, sort_keys=True, default=str)
+        found.setdefault(key, Group([])).runs.append(run)
+    groups = list(found.values())
+    for place, group in enumerate(groups):
+        group.colour = COLOURS[place % len(COLOURS)]
+        group.dash = DASHES[place // len(COLOURS) % len(DASHES)]
+        group.label = _label(group, groups)
+    for more in (lambda g: g.runs[0].folder.name, lambda g: str(groups.index(g) + 1)):
+        labels = [g.label for g in groups]
+        for group in groups:
+            if labels.count(group.label) > 1:
+                group.label += f" ({more(group)})"
+    return groups
+
+
+def _label(group: Group, groups: list[Group]) -> str:
+    """The method's name, and up to three options by which groups of the same method differ."""
+    method = str(group.options.get("method.name", "run"))
+    rivals = [g for g in groups if g.options.get("method.name") == group.options.get("method.name")]
+    apart = [k for k in differing([g.options for g in rivals]) if k != "method.name"]
+    return ", ".join([method, *(f"{k.split('.')[-1]} {_short(shown(group.options.get(k)))}" for k in apart[:3])])
+
+
+def _short(text: str) -> str:
+    """The end of a long text, which says more of a path than its beginning."""
+    return text if len(text) <= LABEL_VALUE else "…" + text[1 - LABEL_VALUE :]
+
+
+def differing(options: Sequence[dict[str, Any]]) -> list[str]:
+    """Options whose values are not the same everywhere, in the order in which they come."""
+    keys = dict.fromkeys(k for o in options for k in o)
+    return [k for k in keys if len({json.dumps(o.get(k, "-"), default=str) for o in options}) > 1]
+
+
+def option_table(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """Options that differ between groups. Those of a method alone say nothing beside another method's."""
+    rows = []
+    for key in differing([g.options for g in groups]):
+        having = [g for g in groups if key in g.options]
+        if (
+            key.startswith("method.")
+            and key != "method.name"
+            and not differing([{key: g.options[key]} for g in having])
+        ):
+            continue
+        rows.append((key, [shown(g.options[key]) if key in g.options else "-" for g in groups]))
+    return rows
+
+
+def shown(value: Any) -> str:
+    """An option's value for people."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(map(shown, value)) or "-"
+    return str(value)
+
+
+def setup(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What was trained on what, with what: (name, value) rows; values that differ stand beside each other."""
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        o = {k: shown(v) for k, v in run.options.items()}
+        results = run.results or {}
+        pretrained = "pretrained" if run.options.get("model.pretrained") else "not pretrained"
+        autocast = run.engine.get("torch_autocast") or {}
+        precision = o["train.precision"]
+        if "enabled" in autocast:
+            precision = "bf16 under autocast" if autocast["enabled"] else "fp32"
+        ranks = f" over {results['ranks']} rank(s)" if "ranks" in results else ""
+        steps = run.options["train.accumulation"]
+        linear = run.options["train.linear_epochs"]
+        texts = {
+            "data set": f"{Path(o['data.dir']).name}, {len(run.classes or [])} classes, {o['data.image_size']} px",
+            "method": str(run.options.get("method.name", "-")),
+            "backbone": f"{o['model.backbone']}, {pretrained}",
+            "head": o["model.head"],
+            "alpha in training / evaluation": f"{o['model.alpha_train']} / {o['model.alpha_eval']}",
+            "epochs": o["train.epochs"] + (f" after {linear} of the head alone" if linear else ""),
+            "batch": o["train.batch_size"] + (f" in {steps} steps" if steps != 1 else "") + ranks,
+            "optimizer": f"{o['train.optimizer']}, learning rate {o['train.lr']}, {o['train.schedule']}",
+            "precision": precision,
+            "device": str(results.get("device", "-")),
+            "seed": o["run.seed"],
+        }
+        for name, text in texts.items():
+            rows.setdefault(name, []).append(text)
+    return [(name, "; ".join(dict.fromkeys(texts))) for name, texts in rows.items()]
+
+
+def mean_text(values: Iterable[float | None], form: str = ".2f") -> str:
+    """Mean, with the sample deviation where there are several; a dash where there is nothing."""
+    known = [v for value in values if (v := number(value)) is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):{form}}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):{form}}"
+
+
+def summary(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table that comes first, a row a group."""
+    alphas = sorted({a for g in groups for r in g.runs for a in r.alphas}, key=float)
+    head = ["", "runs", *(f"test mAP, alpha {a}" for a in alphas), "OF1", "CF1", "best validation mAP", "epochs"]
+    head += ["images/s", "waiting for data", "training time", "peak memory"]
+    rows = []
+    for group in groups:
+        figures = [r.figures for r in group.runs]
+        headline = [r.alphas.get(r.headline or "", {}) for r in group.runs]
+        row = [group.label, str(len(group.runs))]
+        row += [mean_text(r.alphas.get(a, {}).get("map") for r in group.runs) for a in alphas]
+        row += [mean_text(m.get(name) for m in headline) for name in ("OF1", "CF1")]
+        row.append(mean_text(f.get("best_val_map") for f in figures))
+        planned = group.runs[0].planned_epochs
+        row.append("/".join(dict.fromkeys(str(len(r.epochs)) for r in group.runs)) + f" of {planned}")
+        units = (
+            ("images_per_second", 1, ".0f", ""),
+            ("data_wait", 100, ".1f", "%"),
+            ("train_seconds", 1, ".0f", " s"),
+            ("memory_gib", 1, ".1f", " GiB"),
+        )
+        for name, factor, form, unit in units:
+            values = [factor * v for f in figures if (v := number(f.get(name))) is not None]
+            row.append(mean_text(values, form) + (unit if values else ""))
+        rows.append(row)
+    return head, rows
+
+
+CONVENTIONS = {
+    "map_zero": "classes without a positive count 0",
+    "map_skip_unlabelled": "classes without a label left out",
+    "map_skipping": "classes without a positive left out",
+    "map_skip_one_sided": "classes without a positive or a negative left out",
+    "map_weighted": "weighted by positives",
+}
+
+
+def conventions(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]] | None:
+    """The same mAP in every convention, where they are not all one number."""
+    rows, apart = [], False
+    for group in groups:
+        for alpha in sorted({a for r in group.runs for a in r.alphas}, key=float):
+            metrics = [r.alphas.get(alpha, {}) for r in group.runs]
+            values = [[m.get(name) for m in metrics] for name in CONVENTIONS]
+            apart |= any(v != values[0] for v in values[:-1])
+            rows.append([f"{group.label}, alpha {alpha}", *(mean_text(v) for v in values)])
+    return (["", *CONVENTIONS.values()], rows) if apart else None
+
+
+def class_groups(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]] | None:
+    """mAP of groups of classes, rarest first, where the runs were measured with any."""
+    rows, number = [], 0
+    for group in groups:
+        found = [r.alphas.get(r.headline or "", {}).get("groups") or [] for r in group.runs]
+        count = max(map(len, found))
+        if count:
+            number = max(number, count)
+            maps = ([f[i]["map"] for f in found if i < len(f)] for i in range(count))
+            rows.append([group.label, *(mean_text(m) for m in maps)])
+    if not rows:
+        return None
+    head = ["", *("rarest" if i == 0 else "most frequent" if i == number - 1 else str(i + 1) for i in range(number))]
+    return head, [row + ["-"] * (len(head) - len(row)) for row in rows]
+
+
+def class_ap(group: Group) -> np.ndarray | None:
+    """AP of every class in per cent, mean over the runs, NaN where it is not defined; None without test figures."""
+    found = [r.alphas.get(r.headline or "", {}).get("per_class_ap") for r in group.runs]
+    lists = [np.array(f, np.float64) for f in found if f]
+    if not lists or len({len(x) for x in lists}) > 1:
+        return None
+    return np.asarray(np.mean(lists, axis=0))
+
+
+def training_counts(groups: Sequence[Group]) -> list[np.ndarray | None]:
+    """Observed positives of every class in each group's training split, int64 [C]; None where it is not there."""
+    found: dict[tuple[str, ...], np.ndarray | None] = {}
+    keys = []
+    for run in (g.runs[0] for g in groups):
+        keys.append(tuple(str(run.options.get(f"data.{name}")) for name in ("dir", "image_root", "train_split")))
+        if keys[-1] not in found:
+            found[keys[-1]] = _counts(run)
+    return [found[key] for key in keys]
+
+
+def _counts(run: Run) -> np.ndarray | None:
+    folder = run.options.get("data.dir")
+    if folder is None or not Path(folder, "manifest.json").is_file():
+        return None
+    try:
+        manifest = Manifest(folder, run.options.get("data.image_root"))
+        name = str(run.options.get("data.train_split", "train"))
+        return np.asarray(manifest.split(name).observed.class_counts(POSITIVE))
+    except UserError as error:
+        run.notes.append(f"labels of the training split are not shown: {error}")
+        return None
+
+
+ClassRow = tuple[str, list[str]]
+
+
+def class_tables(groups: Sequence[Group], names: Sequence[str]) -> list[tuple[str, list[str], list[ClassRow]]]:
+    """Tables of a few classes: the best and the worst of a group, or where the first and the last group differ most."""
+    having = [(g, ap) for g in groups if (ap := class_ap(g)) is not None and len(ap) == len(names)]
+    if not having:
+        return []
+    first, last = having[0][1], having[-1][1]
+    score = last - first if len(having) > 1 else first
+    order = [int(i) for i in np.argsort(-score, kind="stable") if not np.isnan(score[i])]
+    head = [g.label for g, _ in having]
+    if len(having) == 1:
+        titles = ("Best classes", "Worst classes")
+    else:
+        titles = (f"{head[-1]} against {head[0]}: where it does best", "Where it does worst")
+
+    def rows(chosen: Iterable[int]) -> list[ClassRow]:
+        return [(names[c], ["-" if np.isnan(ap[c]) else f"{ap[c]:.1f}" for _, ap in having]) for c in chosen]
+
+    count = min(SHOWN, (len(order) + 1) // 2)
+    tables = [(titles[0], head, rows(order[:count]))]
+    if len(order) > count:
+        tables.append((titles[1], head, rows(order[: -count - 1 : -1][: len(order) - count])))
+    return tables

@@ -1,0 +1,187 @@
+"""The DALI graphs: decode, resize, flip, RandAugment, normalise; on the CPU or the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nvidia.dali import fn, math, pipeline_def, types
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pipeline is built for."""
+
+    views: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    gpu: bool
+    sharded: bool = False
+    oriented: bool = False
+    flipped: bool = False
+    cropped: bool = False
+    randaugment_ops: int = 0
+
+
+def _scalar(name: str, dtype: Any = types.INT32) -> Any:
+    return fn.external_source(name=name, dtype=dtype, ndim=0)
+
+
+# RandAugment. Pillow's blends cut fractions off while DALI rounds, so half a grey level (less a little, so that whole
+# values stay whole) is taken off first. Every operation has a branch for the CPU where named arguments may come from
+# the picture itself, which is faster; on the GPU they may not, and plain arithmetic does the same.
+_CUT = 0.4999
+
+# From this many pixels a step on, Pillow's whole-number step changes no value by more than a grey level.
+_FINE_STEP = 255.0
+
+
+def _white() -> Any:
+    return types.Constant(255, dtype=types.UINT8)
+
+
+def _placed(value: Any, gpu: bool) -> Any:
+    """A number of the sample where arithmetic with the picture needs it."""
+    return value.gpu() if gpu else value
+
+
+def _grey(picture: Any) -> Any:
+    return fn.color_space_conversion(picture, image_type=types.RGB, output_type=types.GRAY)
+
+
+def _contrast(picture: Any, factor: Any, gpu: bool) -> Any:
+    centre = math.floor(fn.reductions.mean(_grey(picture)) + 0.5)
+    if gpu:
+        scale = _placed(factor, gpu)
+        return fn.cast(picture * scale + (centre * (1.0 - scale) - _CUT), dtype=types.UINT8)
+    return fn.brightness_contrast(
+        picture, contrast=factor, contrast_center=centre, brightness_shift=-_CUT / 255.0, dtype=types.UINT8
+    )
+
+
+def _color(picture: Any, factor: Any, gpu: bool) -> Any:
+    grey = fn.color_space_conversion(_grey(picture), image_type=types.GRAY, output_type=types.RGB)
+    scale = _placed(factor, gpu)
+    return fn.cast(picture * scale + (grey * (1.0 - scale) - _CUT), dtype=types.UINT8)
+
+
+def _auto_contrast(picture: Any, gpu: bool) -> Any:
+    low = fn.reductions.min(picture, axes=[0, 1], keep_dims=True)
+    width = fn.reductions.max(picture, axes=[0, 1], keep_dims=True) - low
+    # A channel with one value only stays as it is.
+    varied = width > 0
+    start = fn.cast(varied * low, dtype=types.FLOAT)
+    unit = varied * (width / 255.0) + (varied ^ True) * 1.0
+    if gpu:
+        return fn.cast((picture - start) / unit - _CUT, dtype=types.UINT8)
+    return fn.normalize(picture, mean=start, stddev=unit, shift=-_CUT, dtype=types.UINT8, axes=[0, 1])
+
+
+def _equalize(picture: Any, gpu: bool) -> Any:
+    """Pillow's equalize by OpenCV's.
+
+    Pillow counts the pixels below a value, OpenCV those up to it: the same thing on the negative. What is left is that
+    Pillow divides by a whole number of pixels a step, which is put right where it shows.
+    """
+    even = fn.equalize(picture ^ _white()) ^ _white()
+    high = fn.reductions.max(picture, axes=[0, 1], keep_dims=True)
+    below = fn.reductions.sum(fn.cast(picture < high, dtype=types.FLOAT), axes=[0, 1], keep_dims=True)
+    step = math.floor(below / 255.0)
+    if gpu:
+        return _whole_step(picture, even, below, step)
+    if fn.reductions.min(step) < _FINE_STEP:
+        even = _whole_step(picture, even, below, step)
+    return even
+
+
+def _whole_step(picture: Any, even: Any, below: Any, step: Any) -> Any:
+    """Scale an equalized picture to Pillow's whole step; a channel with fewer than 255 pixels to share out is kept."""
+    usable = step > 0
+    scale = usable * (below / (255.0 * math.max(step, types.Constant(1.0))))
+    return fn.cast(even * scale + picture * (usable ^ True), dtype=types.UINT8)
+
+
+def _randaugment(picture: Any, step: int, gpu: bool) -> Any:
+    """Apply the `step`-th operation that order.py chose for each picture."""
+    op = _scalar(f"op{step}")
+    factor = _scalar(f"factor{step}", types.FLOAT)
+    matrix = fn.external_source(name=f"matrix{step}", dtype=types.FLOAT, ndim=2)
+    kernel = fn.external_source(name=f"kernel{step}", dtype=types.FLOAT, ndim=2)
+    mask, threshold = _scalar(f"mask{step}", types.UINT8), _scalar(f"threshold{step}", types.UINT8)
+    # Comparisons with numbers, because this function is rewritten into a graph; the ids are those of RANDAUGMENT_OPS.
+    if op > 0:
+        if op <= 5:
+            picture = fn.warp_affine(
+                picture, matrix=matrix, inverse_map=True, interp_type=types.INTERP_NN, fill_value=0
+            )
+        elif op == 6:
+            picture = fn.brightness_contrast(picture, brightness=factor, brightness_shift=-_CUT / 255.0)
+        elif op == 7:
+            picture = _color(picture, factor, gpu)
+        elif op == 8:
+            picture = _contrast(picture, factor, gpu)
+        elif op == 9:
+            # Rounded where Pillow cuts off, and mirrored at the border where Pillow leaves one row of pixels alone.
+            picture = fn.filter(picture, _placed(kernel, gpu))
+        elif op == 10:
+            picture = picture & _placed(mask, gpu)
+        elif op == 11:
+            picture = picture ^ (_white() * (picture >= _placed(threshold, gpu)))
+        elif op == 12:
+            picture = _auto_contrast(picture, gpu)
+        else:
+            picture = _equalize(picture, gpu)
+    return picture
+
+
+@pipeline_def(enable_conditionals=True)
+def graph(plan: Plan) -> Any:
+    """Declare the pipeline; its inputs are those that the loaders' `_inputs` make, its outputs the views in order."""
+    if plan.sharded:
+        # `Stream` keeps the arrays until a batch is handed out. On a GPU it may not be finished then, so DALI copies.
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not plan.gpu)
+    else:
+        encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
+    picture = fn.decoders.image(
+        encoded, device="mixed" if plan.gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+    )
+    if plan.oriented:
+        # Only pictures that need it pay for it.
+        turn = _scalar("turn")
+        if turn > 0:
+            if turn == 2:
+                picture = fn.transpose(picture, perm=[1, 0, 2], transpose_layout=False)
+            picture = fn.flip(picture, horizontal=_scalar("turn_horizontal"), vertical=_scalar("turn_vertical"))
+    if plan.cropped:
+        crop_start = fn.external_source(name="crop_start", dtype=types.INT32, ndim=1)
+        crop_shape = fn.external_source(name="crop_shape", dtype=types.INT32, ndim=1)
+    outputs = []
+    for view in plan.views:
+        out = picture
+        if view == "strong":
+            for step in range(plan.randaugment_ops):
+                out = _randaugment(out, step, plan.gpu)
+        if plan.cropped:
+            out = fn.slice(out, start=crop_start, shape=crop_shape, axes=[0, 1])
+        out = fn.resize(
+            out, size=[plan.image_size, plan.image_size], interp_type=types.INTERP_TRIANGULAR, antialias=True
+        )
+        outputs.append(
+            # The mirror is free here, and the output is written once, in the layout that channels_last needs.
+            fn.crop_mirror_normalize(
+                out,
+                mirror=_scalar(f"flip_{view}") if plan.flipped else 0,
+                mean=[255.0 * m for m in plan.mean],
+                std=[255.0 * s for s in plan.std],
+                output_layout="HWC",
+                dtype=types.FLOAT,
+            )
+        )
+    return tuple(outputs)
+
+
+@pipeline_def
+def decode_graph() -> Any:
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)

@@ -1,0 +1,116 @@
+"""Images that are named on a command line: found in folders, read like a split."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from spml_fast.core.errors import UserError
+from spml_fast.core.io import printable
+from spml_fast.data.image_check import LOADER_FORMATS
+from spml_fast.data.manifest import Split
+
+
+def picture_suffixes() -> frozenset[str]:
+    """Suffixes (lower case, with the dot) of the formats that the loader reads, as Pillow knows them."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in LOADER_FORMATS)
+
+
+def find_pictures(sources: Sequence[str], note: Callable[[str], None]) -> list[str]:
+    """Paths of all pictures in `sources`, each once: files as they are, directories searched with all below them.
+
+    Args:
+        sources: files, whatever they are called, and directories, of which files with `picture_suffixes` are taken,
+            sorted by path. Links are followed; a directory that is reached twice is searched once.
+        note: called with a sentence about each directory that adds nothing.
+
+    Raises:
+        UserError: nothing given or found, a path that does not exist or is neither file nor directory, or a directory
+            that cannot be read.
+    """
+    if not sources:
+        raise UserError("no picture given; name picture files, or directories to search for them")
+    suffixes = picture_suffixes()
+    found: dict[tuple[str, str], str] = {}
+    searched: set[str] = set()
+    for source in sources:
+        try:
+            mode = os.stat(source).st_mode
+        except OSError as error:
+            raise UserError(f"{printable(source)} cannot be read: {error.strerror}") from error
+        if stat.S_ISDIR(mode):
+            before = len(searched)
+            paths = _search(source, suffixes, searched)
+            if not paths and len(searched) > before:
+                note(f"no picture in {printable(source)}")
+        elif stat.S_ISREG(mode):
+            paths = [source]
+        else:
+            raise UserError(f"{printable(source)} is neither a file nor a directory")
+        for path in paths:
+            folder, name = os.path.split(path)
+            # A link to a picture is a picture of its own name; a link to a directory adds none.
+            found.setdefault((os.path.realpath(folder), name), path)
+    if not found:
+        raise UserError(f"there is no picture to look at; files are taken that end in {' '.join(sorted(suffixes))}")
+    return list(found.values())
+
+
+def _search(top: str, suffixes: frozenset[str], searched: set[str]) -> list[str]:
+    """Pictures in a directory and below it, sorted; directories in `searched` are passed over, new ones added to it."""
+    found: list[str] = []
+    # Linked directories come last, so that pictures keep the path without a link where there is one.
+    plain, linked = [top], list[str]()
+    while plain or linked:
+        folder = plain.pop() if plain else linked.pop()
+        real = os.path.realpath(folder)
+        if real in searched:
+            continue
+        searched.add(real)
+        try:
+            with os.scandir(folder) as opened:
+                entries = sorted(opened, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise UserError(f"directory {printable(folder)} cannot be read: {error.strerror}") from error
+        for entry in entries:
+            link = entry.is_symlink()
+            if os.path.isdir(entry.path) if link else entry.is_dir():
+                (linked if link else plain).append(entry.path)
+            # A link to nothing is kept: it is named when it is checked. Pipes and devices are no pictures.
+            elif os.path.splitext(entry.name)[1].lower() in suffixes and (link or entry.is_file()):
+                found.append(entry.path)
+    return sorted(found)
+
+
+class PictureFiles(Split):
+    """Picture files that belong to no Manifest, as the loaders take them: no labels, no sizes, everything in memory.
+
+    Args:
+        paths: of the pictures.
+        orientation: uint8 [N], EXIF orientation 1..8 that the loader applies.
+    """
+
+    def __init__(self, paths: Sequence[str], orientation: npt.NDArray[np.uint8]) -> None:
+        super().__init__(Path("pictures"), Path(), {"size": len(paths)})
+        self.paths = paths
+        self.orientation = orientation
+        self.width = self.height = np.broadcast_to(np.int32(0), len(paths))
+        self.shards = None
+
+    def relative_path(self, index: int) -> str:
+        """The path as it was given."""
+        return self.paths[index]
+
+    def path(self, index: int) -> str:
+        """The path as it was given."""
+        return self.paths[index]
+
+    def part(self, start: int, stop: int) -> PictureFiles:
+        """Pictures start..stop - 1."""
+        return PictureFiles(self.paths[start:stop], self.orientation[start:stop])

@@ -1,0 +1,319 @@
+"""Average precision per class, over dense scores or over annotated pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from spml_fast.evaluation.entries import (
+    BLOCK_ENTRIES,
+    BoolArray,
+    Definition,
+    EmptyClasses,
+    FloatArray,
+    IntArray,
+    as_dense,
+    as_pairs,
+    check_choice,
+    dense_label_counts,
+    row_chunks,
+)
+
+
+@dataclass(frozen=True)
+class ClassAP:
+    """Average precision of every class, with what is needed to average it honestly.
+
+    Attributes:
+        ap: float64 [C], fractions 0..1; NaN for a class without a known positive, where AP is not defined.
+        positives: int64 [C], known positives of each class.
+        negatives: int64 [C], known negatives of each class.
+        definition: which of the three definitions `ap` follows.
+    """
+
+    ap: FloatArray
+    positives: IntArray
+    negatives: IntArray
+    definition: Definition
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.ap)
+
+    @property
+    def defined(self) -> BoolArray:
+        """bool [C]: the class has a known positive, so that `ap` holds a number."""
+        return self.positives > 0
+
+    @property
+    def labelled(self) -> BoolArray:
+        """bool [C]: the class has a known label, positive or negative."""
+        return (self.positives + self.negatives) > 0
+
+    def included(self, empty_classes: EmptyClasses = "zero") -> BoolArray:
+        """The classes that are in the mean, bool [C].
+
+        Args:
+            empty_classes: what becomes of classes whose AP is not defined:
+                `"zero"`: they count 0 and stay (protocol of the single-positive papers; IMCL on OpenImages);
+                `"skip_unlabelled"`: those without any known label are left out, those with negatives alone count 0
+                and stay (Large Loss and BoostLU on OpenImages V3);
+                `"skip"`: all of them are left out (mlcpl);
+                `"skip_one_sided"`: classes lacking a positive or a negative are left out (CSL on OpenImages V6).
+
+        Raises:
+            UserError: unknown convention.
+        """
+        check_choice("empty_classes", empty_classes, get_args(EmptyClasses))
+        if empty_classes == "zero":
+            return np.ones(self.num_classes, dtype=np.bool_)
+        if empty_classes == "skip_unlabelled":
+            return self.labelled
+        return self.defined if empty_classes == "skip" else self.defined & (self.negatives > 0)
+
+    def mean(self, empty_classes: EmptyClasses = "zero", subset: npt.NDArray[Any] | None = None) -> float:
+        """Mean AP, a fraction; NaN when no class is left to average.
+
+        Args:
+            empty_classes: see `included`.
+            subset: bool [C] or class ids; the mean is taken over these classes only.
+        """
+        values, included = np.where(self.defined, self.ap, 0.0), self.included(empty_classes)
+        if subset is not None:
+            values, included = values[subset], included[subset]
+        return float(values[included].mean()) if included.any() else math.nan
+
+    def weighted_mean(self) -> float:
+        """Mean AP weighted by the number of known positives (CSL), a fraction; NaN without any positive."""
+        total = int(self.positives.sum())
+        return float(np.where(self.defined, self.ap, 0.0) @ self.positives / total) if total else math.nan
+
+
+def average_precision(
+    scores: npt.ArrayLike,
+    codes: npt.ArrayLike,
+    definition: Definition = "sklearn",
+    *,
+    class_names: Sequence[str] | None = None,
+) -> ClassAP:
+    """Average precision of every class from dense scores, over known entries.
+
+    Extra memory: some tens of bytes for each of about 2^20 known entries (or of N, where N is larger), never an
+    array of N x C.
+
+    Args:
+        scores: floating [N, C], logits (any increasing function of the probability ranks alike). fp16 and fp32 are
+            ranked by their own bits; float64 is ranked exactly too, more slowly. Infinities are allowed.
+        codes: int8, any integer, or bool [N, C]: 1 positive, 0 negative, -1 unknown.
+        definition: with tp and n the positives and the entries seen down to a rank,
+            `"sklearn"`: sum (R_n - R_{n-1}) P_n over distinct scores, ties grouped, equal to
+            `sklearn.metrics.average_precision_score`;
+            `"rank"`: mean over positives of tp / n at the positive's own rank, ties in row order;
+            `"voc"`: all-points interpolation of VOC 2010 and later, mean over positives of the largest precision at
+            this or any later rank, ties in row order.
+        class_names: names for error messages.
+
+    Returns:
+        `ClassAP` over C classes.
+
+    Raises:
+        UserError: a NaN score, a code outside {1, 0, -1}, or an unknown definition.
+        ValueError: wrong shape or dtype.
+
+    Source: protocol.md, 3.1.
+    """
+    check_choice("definition", definition, get_args(Definition))
+    scores_a, codes_a = as_dense(scores, codes)
+    positives, known = dense_label_counts(scores_a, codes_a, class_names)
+    ap = np.full(scores_a.shape[1], np.nan)
+    for low, high in _class_blocks(known):
+        ap[low:high] = _block_ap(scores_a[:, low:high], codes_a[:, low:high], known[low:high], definition)
+    return ClassAP(ap, positives, known - positives, definition)
+
+
+def average_precision_pairs(
+    class_id: npt.ArrayLike,
+    score: npt.ArrayLike,
+    code: npt.ArrayLike,
+    num_classes: int,
+    definition: Definition = "sklearn",
+    *,
+    row: npt.ArrayLike | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ClassAP:
+    """Average precision of every class from annotated pairs in any order; equal to the dense form, bit for bit.
+
+    A (row, class) given twice counts twice: the caller drops what a sampler repeated.
+
+    Args:
+        class_id: integer [M], 0..C-1.
+        score: floating [M], as in `average_precision`.
+        code: integer or bool [M]: 1 positive, 0 negative; entries with -1 are dropped.
+        num_classes: C.
+        definition: see `average_precision`.
+        row: non-negative integer [M], which sample a pair belongs to; read by `"rank"` and `"voc"` only, to order
+            ties. Without it the order of the input decides.
+        class_names: names for error messages.
+
+    Returns:
+        `ClassAP` over C classes.
+
+    Raises:
+        UserError: a NaN score, a code outside {1, 0, -1}, a class outside 0..C-1, or an unknown definition.
+        ValueError: wrong shape or dtype.
+    """
+    check_choice("definition", definition, get_args(Definition))
+    class_a, score_a, code_a, row_a = as_pairs(class_id, score, code, num_classes, row, class_names)
+    known_entries = code_a >= 0
+    if not known_entries.all():
+        class_a, score_a, code_a = class_a[known_entries], score_a[known_entries], code_a[known_entries]
+        row_a = None if row_a is None else row_a[known_entries]
+    known = np.bincount(class_a, minlength=num_classes)
+    keys = _sorted_keys(class_a, score_a, code_a, row_a, num_classes, stable=definition != "sklearn")
+    ap, positives = _segment_ap(keys, known, definition)
+    return ClassAP(ap, positives, known - positives, definition)
+
+
+def _class_blocks(known: IntArray) -> Iterator[tuple[int, int]]:
+    """Cut the classes into runs [low, high) of at most `BLOCK_ENTRIES` known entries, or of one class."""
+    low, held = 0, 0
+    for c, count in enumerate(known.tolist()):
+        if c > low and held + count > BLOCK_ENTRIES:
+            yield low, c
+            low, held = c, 0
+        held += count
+    yield low, len(known)
+
+
+def _block_ap(
+    scores: npt.NDArray[np.floating], codes: npt.NDArray[np.integer], known: IntArray, definition: Definition
+) -> FloatArray:
+    """AP float64 [b] of a block of classes, scores and codes [N, b], known int64 [b]."""
+    num_rows, width = scores.shape
+    total = int(known.sum())
+    stable = definition != "sklearn"
+    class_id = np.empty(total, np.uint32)
+    score = np.empty(total, scores.dtype)
+    code = np.empty(total, np.int8)
+    row = np.empty(total, np.int64) if stable else None
+    ids = np.arange(width, dtype=np.uint32)
+    filled = 0
+    # A block of rarely annotated classes is wide, so it is gathered a few rows at a time.
+    for start, stop in row_chunks(num_rows, width):
+        code_chunk = codes[start:stop]
+        mask = code_chunk >= 0
+        if mask.all():
+            out = slice(filled, filled + mask.size)
+            class_id[out].reshape(mask.shape)[:] = ids
+            score[out].reshape(mask.shape)[:] = scores[start:stop]
+            code[out].reshape(mask.shape)[:] = code_chunk
+            if row is not None:
+                row[out].reshape(mask.shape)[:] = np.arange(start, stop)[:, None]
+        else:
+            rows, columns = np.nonzero(mask)
+            out = slice(filled, filled + len(rows))
+            class_id[out] = columns
+            score[out] = scores[start:stop][rows, columns]
+            code[out] = code_chunk[rows, columns]
+            if row is not None:
+                np.add(rows, start, out=row[out])
+        filled = out.stop
+    return _segment_ap(_sorted_keys(class_id, score, code, row, width, stable), known, definition)[0]
+
+
+def _descending_bits(score: npt.NDArray[np.floating]) -> npt.NDArray[np.uint32]:
+    """uint32 codes that ascend where the scores descend; equal exactly where the scores are equal."""
+    if score.dtype == np.float64:
+        # No room for 64 bits of score beside the class id: the place among the distinct values orders as exactly.
+        values, place = np.unique(score, return_inverse=True)
+        return (len(values) - 1 - place).astype(np.uint32)
+    # Adding zero makes -0.0 the same as 0.0, which compares equal and so must tie.
+    bits = np.add(score, np.float32(0), dtype=np.float32).view(np.int32)
+    # The bits of non-negative floats ascend with the value: turn them round below the sign. Those of negative floats
+    # descend already, and their sign bit puts them after.
+    bits ^= ~(bits >> 31) & np.int32(0x7FFFFFFF)
+    return bits.view(np.uint32)
+
+
+def _sorted_keys(
+    class_id: npt.NDArray[np.integer],
+    score: npt.NDArray[np.floating],
+    code: npt.NDArray[np.integer],
+    row: npt.NDArray[np.integer] | None,
+    num_classes: int,
+    stable: bool,
+) -> npt.NDArray[np.uint64]:
+    """Known entries in ranking order, uint64 [M]: class id, descending score, (row,) label from high bits to low.
+
+    Bit 0 is the label, so that the negatives of a tie come before its positives when there is no row in between.
+    """
+    keys = class_id.astype(np.uint64)
+    keys <<= 32
+    keys |= _descending_bits(score)
+    label = code.astype(np.uint8)
+    if stable:
+        row_bits = 64 if row is None or not len(row) else int(row.max()).bit_length()
+        if (num_classes - 1).bit_length() + 32 + row_bits + 1 > 64:
+            order = np.argsort(keys, kind="stable") if row is None else np.lexsort((row, keys))
+            keys, label = keys[order], label[order]
+            keys <<= 1
+            keys |= label
+            return keys
+        assert row is not None
+        keys <<= row_bits
+        keys |= row.astype(np.uint64)
+    keys <<= 1
+    keys |= label
+    keys.sort()
+    return keys
+
+
+def _segment_ap(keys: npt.NDArray[np.uint64], known: IntArray, definition: Definition) -> tuple[FloatArray, IntArray]:
+    """AP float64 [C] (NaN without positives) and positives int64 [C] of sorted keys uint64 [M].
+
+    `known` int64 [C] is the number of keys of each class. Precision changes its weight in AP at positives only, so
+    all arithmetic is on them.
+    """
+    positions = np.flatnonzero(keys & np.uint64(1))
+    starts = np.concatenate([[0], np.cumsum(known)])
+    bounds = np.searchsorted(positions, starts)
+    positives = np.diff(bounds)
+    first = bounds[:-1]
+    ap = np.full(len(known), np.nan)
+    has = np.flatnonzero(positives)
+    if not len(has):
+        return ap, positives
+    tp = np.arange(1, len(positions) + 1) - np.repeat(first, positives)
+    seen = positions + 1 - np.repeat(starts[:-1], positives)
+    if definition == "sklearn":
+        # The negatives of a tie lie before its positives, so the last positive of a tie is the end of the tie.
+        tie = keys[positions] >> np.uint64(1)
+        last = np.flatnonzero(np.append(tie[1:] != tie[:-1], True))
+        terms = np.diff(last, prepend=-1) * (tp[last] / seen[last])
+        segments = np.searchsorted(last, first[has])
+    else:
+        terms, segments = tp / seen, first[has]
+        if definition == "voc":
+            terms = _precision_envelope(terms, positives)
+    ap[has] = np.add.reduceat(terms, segments) / positives[has]
+    return ap, positives
+
+
+def _precision_envelope(precision: FloatArray, positives: IntArray) -> FloatArray:
+    """Largest precision at this or a later positive of the same class, float64 [P].
+
+    Between two positives precision only falls, so later positives are the only ranks to look at.
+    """
+    # A running maximum that starts anew with each class, exact: the place of a value among the distinct values, made
+    # larger by a whole range for each class that is passed (on the way from the last class to the first).
+    values, place = np.unique(precision, return_inverse=True)
+    class_id = np.repeat(np.arange(len(positives)), positives)
+    levels = (len(positives) - 1 - class_id) * len(values) + place
+    running = np.maximum.accumulate(levels[::-1])[::-1]
+    return values[running % len(values)]

@@ -1,0 +1,309 @@
+"""From a raw data set to a Manifest: draw observed labels, cut off validation, check images, write."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.image_check import Verified, choose_level, verify_pictures
+from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
+from spml_fast.data.manifest import Manifest
+from spml_fast.prepare.manifest_writer import ManifestWriter
+from spml_fast.prepare.observed_labels import published_split
+from spml_fast.prepare.raw import CommonOptions, Orientation, RawDataset, RawSplit
+
+# At most this many left-out pictures are named one by one in report.json.
+_MAX_LISTED = 100_000
+
+
+def build(raw: RawDataset, common: CommonOptions) -> Manifest:
+    """Draw, cut, look, drop, write. Nothing is left at `common.out` when this raises.
+
+    Raises:
+        UserError: the output folder cannot be used, a split is empty, training has no positive, every picture of a
+            split is bad.
+    """
+    for split in raw.splits:
+        if not len(split):
+            raise UserError(f"split {split.name!r} of {raw.name} is empty; check the annotation files")
+    writer = ManifestWriter(common.out, raw.name, raw.classes, raw.image_root, common.overwrite)
+    try:
+        return _build(raw, common, writer)
+    except OSError as error:
+        shutil.rmtree(writer.staging, ignore_errors=True)
+        raise UserError(f"writing {writer.staging} failed: {error.strerror or error}") from error
+    except BaseException:
+        shutil.rmtree(writer.staging, ignore_errors=True)
+        raise
+
+
+def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Manifest:
+    root = raw.image_root
+    if raw.make_pictures is not None:
+        root = writer.staging / "images"
+        root.mkdir()
+        raw.make_pictures(root)
+        writer.image_root = root.resolve()
+    if raw.labels_alone:
+        root = Path()
+    if root is None:
+        raise ValueError("a data set needs an image root, or a way to make its pictures")
+
+    looked_at = [np.arange(len(s)) if s.present is None else np.flatnonzero(s.present) for s in raw.splits]
+    level = "none" if raw.labels_alone else choose_level(common.verify, sum(len(rows) for rows in looked_at))
+    report_splits: dict[str, Any] = {}
+    left_out: list[dict[str, str]] = []
+    reasons: Counter[str] = Counter()
+    notes = list(raw.notes)
+    if level == "none" and common.orientation == "exif":
+        notes.append(
+            "no picture was looked at, so --orientation exif turns none; leave out --verify none to turn pictures as "
+            "their EXIF data say"
+            if not raw.labels_alone
+            else "there are no pictures to look at, so --orientation exif turns none"
+        )
+    for official, present in zip(raw.splits, looked_at, strict=True):
+        observed = common.observe.draw(official.known, common.seed, official.name)
+        hides_labels = observed is not None
+        if official.extra is not None:
+            observed = merge_labels(official.known if observed is None else observed, official.extra)
+        if level == "none":
+            checked = verify_pictures(len(present), str, "none")
+        else:
+            label = f"{official.name} pictures"
+            path_of = _full_path(official, root, present)
+            checked = verify_pictures(len(present), path_of, level, common.workers, label, common.progress)
+        if official.present is not None:
+            checked = checked.among(present, len(official))
+        for index, (reason, detail) in checked.rejected.items():
+            reasons[reason] += 1
+            if len(left_out) < _MAX_LISTED:
+                path = official.relative_path(index)
+                left_out.append({"split": official.name, "path": path, "reason": reason, "detail": detail})
+        if not checked.ok.any():
+            if not len(present):
+                raise UserError(f"there is no picture for any of the {len(official)} rows of split {official.name!r}")
+            first, (reason, detail) = next(iter(checked.rejected.items()))
+            raise UserError(
+                f"none of the {len(present)} pictures of split {official.name!r} can be used; the first is "
+                f"{os.path.join(root, official.relative_path(first))}: {reason}{f' ({detail})' if detail else ''}"
+            )
+        everything = np.arange(len(official))
+        parts = [(official.name, everything)]
+        if raw.carve is not None and raw.carve[0] == official.name:
+            kept, cut = published_split(len(official))
+            parts = [(official.name, kept), (raw.carve[1], cut)]
+        for name, rows in parts:
+            official_rows = len(rows)
+            rows = rows[checked.ok[rows]]
+            if not len(rows):
+                raise UserError(f"split {name!r} is empty ({len(official)} rows in the official {official.name!r})")
+            part = official.select(rows, name)
+            seen = None if observed is None else observed.select(rows)
+            entry = _write(part, seen, hides_labels, checked, rows, common.orientation, writer, notes)
+            entry["left_out"] = official_rows - len(rows)
+            report_splits[name] = entry
+
+    if not report_splits[raw.splits[0].name]["known"]["positive"]:
+        raise UserError(f"split {raw.splits[0].name!r} has no positive label at all; check classes and annotations")
+    return writer.finish(
+        {
+            "name": raw.name,
+            "classes": len(raw.classes),
+            "observe": {
+                "kind": common.observe.kind,
+                "positives": common.observe.positives,
+                "fraction": common.observe.fraction,
+                "seed": common.seed,
+            },
+            "verify": level,
+            "labels_alone": raw.labels_alone,
+            "orientation": common.orientation,
+            "settings": raw.settings,
+            "coverage": raw.coverage,
+            "notes": notes,
+            "splits": report_splits,
+            "left_out": {"total": sum(reasons.values()), "reasons": dict(reasons.most_common()), "pictures": left_out},
+        }
+    )
+
+
+def _full_path(split: RawSplit, root: Path, rows: npt.NDArray[np.int64]) -> Callable[[int], str]:
+    return lambda index: os.path.join(root, split.relative_path(int(rows[index])))
+
+
+def merge_labels(first: SparseLabels, second: SparseLabels) -> SparseLabels:
+    """The labels of both, of the same rows; partly annotated, and no (row, class) may be in both."""
+    keys = np.empty(len(first.codes) + len(second.codes), np.int64)
+    for part, out in ((first, keys[: len(first.codes)]), (second, keys[len(first.codes) :])):
+        np.multiply(part.entry_rows(), first.num_classes, out=out)
+        out += part.classes
+        out <<= 1
+        out |= np.asarray(part.codes == POSITIVE)
+    # Sorting the values themselves needs no memory and a fraction of the time of sorting their places.
+    keys.sort()
+    codes = (keys & 1).astype(np.int8)
+    keys >>= 1
+    classes = (keys % first.num_classes).astype(class_dtype(first.num_classes))
+    return SparseLabels(first.indptr + second.indptr, classes, codes, first.num_classes, UNKNOWN)
+
+
+def _write(
+    part: RawSplit,
+    observed: SparseLabels | None,
+    hides_labels: bool,
+    checked: Verified,
+    rows: npt.NDArray[np.int64],
+    orientation: Orientation,
+    writer: ManifestWriter,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Write one final split and return its entry in the report."""
+    size = len(part)
+    annotated_width = np.zeros(size, np.int32) if part.width is None else np.asarray(part.width, np.int32)
+    annotated_height = np.zeros(size, np.int32) if part.height is None else np.asarray(part.height, np.int32)
+    width, height = checked.width[rows], checked.height[rows]
+    opened = width > 0
+    applied = checked.orientation[rows] if orientation == "exif" else np.ones(size, np.uint8)
+    listed = np.zeros(size, np.bool_) if part.orientation is None else part.orientation > 0
+    if part.orientation is not None:
+        applied = np.where(listed, part.orientation, applied)
+    differ = opened & (annotated_width > 0) & ((width != annotated_width) | (height != annotated_height))
+    if differ.any():
+        notes.append(
+            f"{part.name}: another size than the annotation says: {int(differ.sum()):,} pictures "
+            f"(first: {part.relative_path(int(np.argmax(differ)))}); the pictures' own sizes are kept"
+        )
+    width, height = np.where(opened, width, annotated_width), np.where(opened, height, annotated_height)
+    boxes = None
+    if part.boxes is not None:
+        frame_width = np.where(annotated_width > 0, annotated_width, width)
+        frame_height = np.where(annotated_height > 0, annotated_height, height)
+        if (frame_width > 0).all() and (frame_height > 0).all():
+            boxes = part.boxes[0], _fractions(part.boxes, frame_width, frame_height, applied)
+        else:
+            notes.append(f"{part.name}: boxes are left out, since some pictures' sizes are not known")
+    turned = applied >= 5
+    writer.add_split(
+        part.name,
+        known=part.known,
+        observed=observed,
+        width=np.where(turned, height, width),
+        height=np.where(turned, width, height),
+        orientation=applied,
+        paths=part.paths,
+        ids=part.ids,
+        template=part.template,
+        template_of=part.template_of,
+        hides_labels=hides_labels,
+        boxes=boxes,
+    )
+    seen = part.known if observed is None else observed
+    return {
+        "samples": size,
+        "known": count_labels(part.known),
+        "observed": count_labels(seen),
+        "without_positive": int((part.known.row_counts(POSITIVE) == 0).sum()),
+        "classes_without_positive": int((part.known.class_counts(POSITIVE) == 0).sum()),
+        "turned_by_exif": int(((applied != 1) & ~listed).sum()),
+        "turned_by_list": int(((applied != 1) & listed).sum()),
+    }
+
+
+def count_labels(labels: SparseLabels) -> dict[str, int]:
+    """Numbers of positive, negative and unknown (picture, class) pairs."""
+    listed = {code: int((np.asarray(labels.codes) == code).sum()) for code in (POSITIVE, NEGATIVE)}
+    total = len(labels) * labels.num_classes
+    if labels.default == NEGATIVE:
+        listed[NEGATIVE] += total - len(labels.codes)
+    known = listed[POSITIVE] + listed[NEGATIVE]
+    return {"positive": listed[POSITIVE], "negative": listed[NEGATIVE], "unknown": total - known}
+
+
+def _fractions(
+    boxes: tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]],
+    width: npt.NDArray[np.int32],
+    height: npt.NDArray[np.int32],
+    orientation: npt.NDArray[np.uint8],
+) -> npt.NDArray[np.float32]:
+    """Boxes [K, 5] in pixels of the stored picture -> fractions of the picture as shown, within 0..1."""
+    indptr, values = boxes
+    row = np.repeat(np.arange(len(width)), np.diff(indptr))
+    out = np.asarray(values, np.float64).copy()
+    scale = np.stack([width, height, width, height], 1)[row]
+    out[:, 1:] = np.clip(out[:, 1:] / scale, 0, 1)
+    return turn_boxes(out.astype(np.float32), orientation[row])
+
+
+def turn_boxes(boxes: npt.NDArray[np.float32], orientation: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Boxes [K, 5] as fractions of the stored picture -> of the picture that EXIF `orientation` [K] shows."""
+    out = boxes.copy()
+    x, y = boxes[:, [1, 3]], boxes[:, [2, 4]]
+    # Orientation o: (shown x, shown y) of a stored point (x, y); EXIF 2.3, tag 0x0112.
+    shown = {
+        2: (1 - x, y),
+        3: (1 - x, 1 - y),
+        4: (x, 1 - y),
+        5: (y, x),
+        6: (1 - y, x),
+        7: (1 - y, 1 - x),
+        8: (y, 1 - x),
+    }
+    for code, (new_x, new_y) in shown.items():
+        mask = orientation == code
+        out[mask, 1], out[mask, 3] = new_x[mask].min(1), new_x[mask].max(1)
+        out[mask, 2], out[mask, 4] = new_y[mask].min(1), new_y[mask].max(1)
+    return out
+
+
+def summary(manifest: Manifest, train_options: str = "") -> str:
+    """What preparation found, for the end of the command: counts, what was left out and why, the next command."""
+    report = cast(dict[str, Any], json.loads((manifest.folder / "report.json").read_text(encoding="utf-8")))
+    lines = [f"{report['name']}: {report['classes']} classes"]
+    header = ("split", "samples", "known +", "known -", "unknown", "observed +", "observed -", "unknown")
+    rows = [header]
+    for name, split in report["splits"].items():
+        counts = [split[kind][code] for kind in ("known", "observed") for code in ("positive", "negative", "unknown")]
+        rows.append((name, *(f"{value:,}" for value in (split["samples"], *counts))))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells))
+    for name, split in report["splits"].items():
+        if split["without_positive"]:
+            lines.append(
+                f"{name}: no positive label for {split['without_positive']:,} of {split['samples']:,} pictures"
+            )
+        if split["classes_without_positive"]:
+            missing = split["classes_without_positive"]
+            lines.append(f"{name}: no positive picture for {missing:,} of {report['classes']:,} classes")
+        if split["turned_by_exif"]:
+            lines.append(f"{name}: turned as their EXIF data say: {split['turned_by_exif']:,} pictures")
+        if split["turned_by_list"]:
+            lines.append(f"{name}: turned as the image lists say: {split['turned_by_list']:,} pictures")
+    lines += report["notes"]
+    left_out = report["left_out"]
+    if left_out["total"]:
+        lines.append(f"left out: {left_out['total']:,} pictures (each is named in {manifest.folder / 'report.json'})")
+        lines += [f"  {count:,}  {reason}" for reason, count in left_out["reasons"].items()]
+    elif report["verify"] == "none":
+        lines.append("no picture was looked at (--verify none)")
+    else:
+        how = "decoded" if report["verify"] == "decode" else "headers read"
+        lines.append(f"left out: no picture (all were checked: {how})")
+    lines.append(f"Manifest: {manifest.folder}")
+    words = f"{train_options} --data.dir {shlex.quote(str(manifest.folder))}".strip()
+    if report["labels_alone"]:
+        words += " --data.image_root FOLDER_OF_THE_PICTURES"
+    lines.append(f"next: deepspeed launch/train.py {words}")
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""Label arrays in the encodings of published code, converted to label codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
+from spml_fast.prepare.observed_labels import CHUNK_ENTRIES
+
+ImportFormat = Literal["spml", "openimages", "nan", "soft"]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Labels read from an array in somebody's encoding.
+
+    Attributes:
+        labels: the codes.
+        soft: for the format "soft", float32 [nnz] beside `labels.codes`: the frozen soft label of entries whose code
+            is unknown, nan elsewhere. Soft values are a method's state, so they are kept beside the codes.
+    """
+
+    labels: SparseLabels
+    soft: npt.NDArray[np.float32] | None = None
+
+
+_MEANING = {
+    "spml": "1 positive, 0 unobserved, -1 observed negative",
+    "openimages": "1 positive, 0 negative, -1 unobserved",
+    "nan": "1 positive, 0 negative, NaN unobserved",
+    "soft": "1 positive, 0 unobserved, -s a soft label s between 0 and 1",
+}
+
+
+def import_labels(
+    values: npt.NDArray[Any], fmt: ImportFormat, num_classes: int | None = None, source: str = "label array"
+) -> Imported:
+    """Read a dense label array [N, C] of bool, integers or floats in one of the four encodings in the wild.
+
+    The caller names the encoding; it is never guessed, since "spml" and "openimages" use the same values with 0 and
+    -1 swapped. The array may be memory-mapped; it is read in blocks of rows. Unobserved entries are not listed.
+
+    Args:
+        values: the array [N, C].
+        fmt: "spml", "openimages", "nan" or "soft".
+        num_classes: the C that is expected, when known.
+        source: name of the array in error messages, such as its file.
+
+    Raises:
+        UserError: unknown format, wrong shape or dtype, or a value that the format does not have; names the first
+            offending row and column.
+    """
+    if fmt not in get_args(ImportFormat):
+        raise UserError(f"label format {fmt!r} does not exist; choose {', '.join(get_args(ImportFormat))}")
+    if values.ndim != 2:
+        raise UserError(f"{source} has shape {values.shape}; labels need two dimensions, pictures x classes")
+    if values.dtype.kind not in "biuf":
+        raise UserError(f"{source} has dtype {values.dtype}; labels must be bool, integers or floats")
+    if values.shape[1] == 0:
+        raise UserError(f"{source} has no class (shape {values.shape})")
+    if num_classes is not None and values.shape[1] != num_classes:
+        raise UserError(f"{source} has {values.shape[1]} columns, but there are {num_classes} classes")
+
+    classes_type = class_dtype(values.shape[1])
+    row_counts = [np.zeros(1, np.int64)]
+    classes = [np.empty(0, classes_type)]
+    codes = [np.empty(0, np.int8)]
+    soft = [np.empty(0, np.float32)]
+    step = max(1, CHUNK_ENTRIES // values.shape[1])
+    for start in range(0, len(values), step):
+        block = np.asarray(values[start : start + step])
+        if block.dtype.kind in "bu":
+            # Unsigned values must not wrap when they are negated below.
+            block = block.astype(np.float64)
+        allowed, listed = _understand(block, fmt)
+        if not allowed.all():
+            row, column = (int(i) for i in np.argwhere(~allowed)[0])
+            value = block[row, column]
+            hint = ""
+            if fmt == "soft" and value == -1:
+                hint = "; -1 would be a soft label of exactly 1, so this may be an array in the format spml"
+            raise UserError(
+                f"{source}: row {start + row}, column {column} holds {value}, "
+                f"which the format {fmt} does not have ({_MEANING[fmt]}){hint}"
+            )
+        rows, columns = np.nonzero(listed)
+        entries = block[rows, columns]
+        row_counts.append(np.bincount(rows, minlength=len(block)))
+        classes.append(columns.astype(classes_type))
+        if fmt == "soft":
+            codes.append(np.where(entries == 1, POSITIVE, UNKNOWN).astype(np.int8))
+            soft.append(np.where(entries < 0, -entries, np.nan).astype(np.float32))
+        else:
+            codes.append(np.where(entries == 1, POSITIVE, NEGATIVE).astype(np.int8))
+    labels = SparseLabels(
+        np.cumsum(np.concatenate(row_counts), dtype=np.int64),
+        np.concatenate(classes),
+        np.concatenate(codes),
+        values.shape[1],
+        UNKNOWN,
+    )
+    return Imported(labels, np.concatenate(soft) if fmt == "soft" else None)
+
+
+def _understand(block: npt.NDArray[Any], fmt: ImportFormat) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """(entries whose value the format has, entries that are to be listed), bool of the block's shape."""
+    one, zero = block == 1, block == 0
+    if fmt == "spml":
+        negative = block == -1
+        return one | zero | negative, one | negative
+    if fmt == "openimages":
+        return one | zero | (block == -1), one | zero
+    if fmt == "nan":
+        return one | zero | np.isnan(block), one | zero
+    soft = (block < 0) & (block > -1)
+    return one | zero | soft, one | soft
