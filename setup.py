@@ -7,7 +7,7 @@ ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 setup(
     name="spml_fast",
     version="0.1.0",
-    description="Fast distributed training of multi-label image classifiers from partly labelled pictures",
+    description="Fast distributed training of multi-label image classifiers from partly labelled images",
     python_requires=">=3.11",
     packages=find_packages(".", include=["spml_fast", "spml_fast.*"]) + find_packages("kernels"),
     package_dir={"spml_fast": "spml_fast", "spml_kernels": "kernels/spml_kernels"},

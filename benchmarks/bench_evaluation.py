@@ -6,7 +6,7 @@ Three made-up evaluations of published size:
 
     voc         5,823 x 20 logits, fully labelled (VOC 2012 validation)
     coco        40,137 x 80 logits, fully labelled (COCO 2014 validation)
-    openimages  125,436 pictures x 9,668 classes, 2,003,748 annotated pairs (OpenImages V7 test), class sizes after
+    openimages  125,436 images x 9,668 classes, 2,003,748 annotated pairs (OpenImages V7 test), class sizes after
                 Zipf's law; only the pairs exist, nothing of N x C is ever made
 
 Each case first passes a gate: our AP equals scikit-learn's to 1e-12 on every class with a positive. Then both are timed

@@ -4,9 +4,9 @@
 
 Loaders, each with the same decoding threads (or workers) and the same work to do:
     spml_fast      spml_fast.pipeline: DALI fed with what order.py decides
-    shards         the same, with the pictures in tar shards
+    shards         the same, with the images in tar shards
     dali_readers   DALI with readers.file, random numbers and RandAugment of DALI's own
-    pil            torchvision transforms on Pillow pictures in a torch DataLoader with worker processes
+    pil            torchvision transforms on Pillow images in a torch DataLoader with worker processes
 First the views are compared with Pillow's and torchvision's; a pipeline that is fast and wrong is not timed.
 """
 
@@ -64,8 +64,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def pictures(folder: Path | None, count: int, scratch: Path) -> Split:
-    """The pictures to load: the first of a folder, or generated ones of 640 x 480."""
+def images(folder: Path | None, count: int, scratch: Path) -> Split:
+    """The images to load: the first of a folder, or generated ones of 640 x 480."""
     if folder is None:
         root, names = scratch, [f"{i}.jpg" for i in range(count)]
         for i, name in enumerate(names):
@@ -74,20 +74,20 @@ def pictures(folder: Path | None, count: int, scratch: Path) -> Split:
         root = folder.resolve()
         names = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
         if not names:
-            raise UserError(f"{folder} has no JPEG pictures; give another --images")
+            raise UserError(f"{folder} has no JPEG images; give another --images")
         names = names[:count]
     return make_split(scratch / "manifest", root, names)
 
 
 class Bench:
-    """One set of pictures and everything that loads them."""
+    """One set of images and everything that loads them."""
 
     def __init__(self, split: Split, config: DataConfig, batch_size: int, device: torch.device, packed: Split) -> None:
         self.split, self.config, self.batch_size, self.device = split, config, batch_size, device
         self.packed = packed
 
     def ours(self, mode: str) -> Callable[[int], Iterator[int]]:
-        """Returns a function that loads one epoch and yields the pictures of every batch; so do the others."""
+        """Returns a function that loads one epoch and yields the images of every batch; so do the others."""
         return self._ours(self.split, mode)
 
     def shards(self, mode: str) -> Callable[[int], Iterator[int]]:
@@ -116,10 +116,10 @@ class Bench:
             encoded, index = fn.readers.file(
                 files=files, labels=list(range(len(files))), shuffle_after_epoch=mode != "eval", name="reader"
             )
-            picture = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
+            image = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
             outputs = []
             for view in MODES[mode]:
-                out = picture
+                out = image
                 if view == "strong":
                     out = rand_augment.rand_augment(
                         out,
@@ -176,7 +176,7 @@ class Bench:
         return epoch
 
     def rate(self, batches: Iterator[int]) -> float:
-        """Pictures a second, from when the batches that may have been made ahead of the epoch are used up."""
+        """Images a second, from when the batches that may have been made ahead of the epoch are used up."""
         for _ in range(self.config.prefetch):
             next(batches)
         start = time.perf_counter()
@@ -186,7 +186,7 @@ class Bench:
         return count / (time.perf_counter() - start)
 
     def check(self, count: int = 24) -> dict[str, float]:
-        """Mean distance in grey levels of our views from Pillow's and torchvision's, over some pictures."""
+        """Mean distance in grey levels of our views from Pillow's and torchvision's, over some images."""
         distance: dict[str, list[float]] = {}
         options: dict[str, Any] = {"batch_size": self.batch_size, "device": self.device, "mean": MEAN, "std": STD}
         train = TrainLoader(self.split, self.config, views=("weak", "strong"), accumulation=1, seed=0, **options)
@@ -196,15 +196,15 @@ class Bench:
         for views in batches:
             for position in range(min(views.real, count)):
                 index = int(views.index[position])
-                picture = reference.picture(index)
+                image = reference.image(index)
                 for name, tensor in views.views.items():
-                    apart = (tensor[position].cpu() - reference.view(picture, name, index)) * scale
+                    apart = (tensor[position].cpu() - reference.view(image, name, index)) * scale
                     distance.setdefault(name, []).append(float(apart.abs().mean()))
         return {name: statistics.mean(values) for name, values in distance.items()}
 
 
 def slow_reads(bench: Bench, latency: float, rounds: int) -> dict[str, float]:
-    """Pictures a second of the weak view from shards on a mount where every read takes `latency` milliseconds more."""
+    """Images a second of the weak view from shards on a mount where every read takes `latency` milliseconds more."""
     preadv, config = os.preadv, bench.config
     found = {}
 
@@ -230,8 +230,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--images", type=Path, help="folder of JPEG pictures (default: generated, 640 x 480)")
-    parser.add_argument("--count", type=int, default=256, help="how many pictures")
+    parser.add_argument("--images", type=Path, help="folder of JPEG images (default: generated, 640 x 480)")
+    parser.add_argument("--count", type=int, default=256, help="how many images")
     parser.add_argument("--image-size", type=int, default=448)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0, help="threads or workers (default: all cores)")
@@ -252,16 +252,16 @@ def main() -> int:
     about = machine(device)
     result: dict[str, Any] = {"machine": about, "threads": threads, "image_size": args.image_size}
     with tempfile.TemporaryDirectory() as scratch:
-        split = pictures(args.images, args.count, Path(scratch))
+        split = images(args.images, args.count, Path(scratch))
         packing = PackOptions(
             split.folder.parent, Path(scratch) / "packed", shard_size=int(args.shard_size * 1e6), progress=False
         )
         bench = Bench(split, config, args.batch_size, device, pack(packing).split("train"))
         if len(bench.split) < (config.prefetch + 2) * args.batch_size:
-            raise UserError(f"{len(bench.split)} pictures are too few for batches of {args.batch_size}; give more")
+            raise UserError(f"{len(bench.split)} images are too few for batches of {args.batch_size}; give more")
         print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
         print(
-            f"{len(bench.split)} pictures of {args.images or 'generated noise, 640 x 480'}, to {args.image_size} px, "
+            f"{len(bench.split)} images of {args.images or 'generated noise, 640 x 480'}, to {args.image_size} px, "
             f"batches of {args.batch_size}, {threads} threads or workers"
         )
         apart = result["grey_levels_from_reference"] = bench.check()

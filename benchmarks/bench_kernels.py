@@ -25,7 +25,7 @@ op against fp64; where it fails the fused op is not timed and its row says why. 
 do_bench: launch gaps included, level-2 cache cold; `graph_p50` of do_bench_cudagraph: no gaps, cache warm. GB/s is the
 floor's bytes over p50, `copy` and `matmul` the shares of the copy and product rates measured on this card. `extra_mb`
 is peak memory beyond outputs and gradients. cam_pool runs with dense signs and with one positive cell in a hundred:
-half the cells of a fiftieth of a picture's classes, scattered. Every op runs in a process of its own, so that one that
+half the cells of a fiftieth of an image's classes, scattered. Every op runs in a process of its own, so that one that
 breaks the card's context costs its own rows. Rows go to benchmarks/results/<gpu>_kernels.csv after every shape, with
 GPU, torch, triton and commit, rows of the same key replaced; a plot lies beside it. Goals met and missed are in the
 rows (`goal`) and at the end. --seconds stops in time and says what is missing; a shape may take a minute

@@ -1,6 +1,6 @@
 """Time and bytes of the label store and of label corrections at OpenImages size.
 
-    python benchmarks/bench_labels.py [--json OUT] [--pictures 9011219] [--labels 58783034] [--classes 9668]
+    python benchmarks/bench_labels.py [--json OUT] [--images 9011219] [--labels 58783034] [--classes 9668]
                                       [--corrections 1000000] [--epochs 3] [--batch 512]
 
 Labels are made up (class ids evenly spread over a row, two in three positive); sizes default to the training set of
@@ -27,14 +27,14 @@ import torch
 from spml_fast.data.labels import UNKNOWN, LabelStore, SparseLabels, class_dtype
 
 
-def made_up(pictures: int, labels: int, classes: int) -> SparseLabels:
-    """Partly known labels of that size; every row has labels / pictures of them, give or take a factor of two."""
+def made_up(images: int, labels: int, classes: int) -> SparseLabels:
+    """Partly known labels of that size; every row has labels / images of them, give or take a factor of two."""
     rng = np.random.default_rng(0)
-    counts = rng.integers(1, max(2, 2 * labels // pictures), pictures)
-    indptr = np.zeros(pictures + 1, np.int64)
+    counts = rng.integers(1, max(2, 2 * labels // images), images)
+    indptr = np.zeros(images + 1, np.int64)
     np.cumsum(counts, out=indptr[1:])
     lane = np.arange(indptr[-1]) - np.repeat(indptr[:-1], counts)
-    step, first = classes // counts, rng.integers(0, classes // counts.max(), pictures)
+    step, first = classes // counts, rng.integers(0, classes // counts.max(), images)
     class_id = (np.repeat(first, counts) + lane * np.repeat(step, counts)).astype(class_dtype(classes))
     return SparseLabels(indptr, class_id, (rng.random(len(lane)) < 0.66).astype(np.int8), classes, UNKNOWN)
 
@@ -84,7 +84,7 @@ def epoch_of_corrections(store: LabelStore, number: int, batch: int, epoch: int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there as well")
-    parser.add_argument("--pictures", type=int, default=9_011_219)
+    parser.add_argument("--images", type=int, default=9_011_219)
     parser.add_argument("--labels", type=int, default=58_783_034)
     parser.add_argument("--classes", type=int, default=9668)
     parser.add_argument("--corrections", type=int, default=1_000_000, help="an epoch")
@@ -92,9 +92,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     args = parser.parse_args()
 
-    labels = made_up(args.pictures, args.labels, args.classes)
+    labels = made_up(args.images, args.labels, args.classes)
     out: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-    out["pictures"], out["classes"], out["labels"] = len(labels), args.classes, len(labels.codes)
+    out["images"], out["classes"], out["labels"] = len(labels), args.classes, len(labels.codes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         labels.save(folder / "known")
@@ -102,7 +102,7 @@ def main() -> None:
         out["open_s"], store = timed(lambda: LabelStore(SparseLabels.load(folder / "known")))
         out["store_bytes"], out["rows_s"] = store.nbytes, rows_seconds(store, args.batch)
         out["largest_row_s"], out["largest_row"] = timed(lambda: store.max_row_count(1))
-        print(f"{out['pictures']:,} pictures, {out['classes']:,} classes, {out['labels']:,} labels:", end=" ")
+        print(f"{out['images']:,} images, {out['classes']:,} classes, {out['labels']:,} labels:", end=" ")
         print(f"{out['store_bytes'] / 1e6:.0f} MB, opened in {out['open_s']:.2f} s,", end=" ")
         print(f"{args.batch} rows in {1e3 * out['rows_s']:.1f} ms", flush=True)
         print(f"{'epoch':>5}{'corrections':>13}{'collect s':>11}{'merge s':>9}{'save s':>8}{'load s':>8}", end="")

@@ -1,13 +1,13 @@
-"""Whole training steps: pictures a second, where the time goes, and the same training written the usual way.
+"""Whole training steps: images a second, where the time goes, and the same training written the usual way.
 
     python benchmarks/bench_step.py [--methods an ll_r ignore] [--backbone resnet50] [--image-size 224] [--json OUT]
 
-Ways to train, each with the same pictures, labels, weights, optimizer and threads:
+Ways to train, each with the same images, labels, weights, optimizer and threads:
     spml_fast   what launch/train.py does: DALI, DeepSpeed, channels_last, bf16 where it gains, kernels on a GPU
     reference   the same with the ops in plain PyTorch (on a GPU only; elsewhere they are what runs)
     plain       as the papers' released code trains: Pillow in a torch DataLoader with worker processes, contiguous
                 fp32, PyTorch's loop, the map of every class in memory, the loss read back after every step
-Before anything is timed, the loss of a step of the first and the last way must agree on the same pictures.
+Before anything is timed, the loss of a step of the first and the last way must agree on the same images.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_input import machine, pictures
+from benchmarks.bench_input import images, machine
 from spml_fast.core.batch import Batch
 from spml_fast.core.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError, run_command
@@ -52,7 +52,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARTS = ("data", "forward", "backward", "update")
 # Relative difference of the losses of the first step, by what the forward computes in.
 ALLOWED = {None: 1e-4, torch.bfloat16: 2e-2}
-# After every method's warm-up, where rejection and masked pictures cost time.
+# After every method's warm-up, where rejection and masked images cost time.
 EPOCH, EPOCHS = 6, 10
 
 
@@ -154,7 +154,7 @@ class Setup:
 
     Attributes:
         classifier: weights that all of them start from.
-        labels: one observed positive a picture.
+        labels: one observed positive an image.
     """
 
     split: Split
@@ -168,7 +168,7 @@ class Setup:
 
 
 def check(ways: list[Way]) -> float:
-    """Largest relative difference of the losses on the same pictures; `UserError` if it is too large to be rounding."""
+    """Largest relative difference of the losses on the same images; `UserError` if it is too large to be rounding."""
     views, index = next(ways[0].batches())
     losses = {}
     for way in ways:
@@ -204,7 +204,7 @@ class Clock:
         self.wait()
 
     def round(self) -> None:
-        """Pictures a second of one round, from when what was loaded ahead while others trained is used up."""
+        """Images a second of one round, from when what was loaded ahead while others trained is used up."""
         self.run(2)
         start = time.perf_counter()
         self.run(self.steps)
@@ -271,8 +271,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=method_names(), default=["an", "ll_r", "ignore"])
     parser.add_argument("--backbone", default="resnet50", help="a timm model, from random weights")
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--images", type=Path, help="folder of JPEG pictures (default: generated, 640 x 480)")
-    parser.add_argument("--count", type=int, default=96, help="how many pictures")
+    parser.add_argument("--images", type=Path, help="folder of JPEG images (default: generated, 640 x 480)")
+    parser.add_argument("--count", type=int, default=96, help="how many images")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=5.0, help="BoostLU's factor in training")
@@ -300,9 +300,9 @@ def main() -> int:
         f"{args.batch_size}; images/s, and the parts of a step in ms"
     )
     with tempfile.TemporaryDirectory() as scratch:
-        split = pictures(args.images, args.count, Path(scratch))
+        split = images(args.images, args.count, Path(scratch))
         if len(split) < args.batch_size:
-            raise UserError(f"{len(split)} pictures are too few for batches of {args.batch_size}; give more")
+            raise UserError(f"{len(split)} images are too few for batches of {args.batch_size}; give more")
         observed = np.random.default_rng(0).integers(args.classes, size=len(split))
         setup = Setup(
             split,

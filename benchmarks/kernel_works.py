@@ -44,7 +44,7 @@ class Work:
 
     Attributes:
         op, shape: names of the row.
-        specs: shape and type of every input; what has three channels second is a picture, channels innermost in memory.
+        specs: shape and type of every input; what has three channels second is an image, channels innermost in memory.
         draw: makes the inputs on a device.
         leaves: how many of the first inputs get gradients; 0 for an op without.
         providers: name -> function of the inputs. `eager` is what one would write in PyTorch, in the inputs' types;
@@ -174,7 +174,7 @@ def size(specs: Specs) -> int:
 def _cam_inputs(specs: Specs, sparse: bool, device: str) -> list[Tensor]:
     """Features (positive where they matter), weights and bias.
 
-    Sparse: all but a few classes of a picture are negative everywhere, and those are positive in half of their cells,
+    Sparse: all but a few classes of an image are negative everywhere, and those are positive in half of their cells,
     so that one cell in a hundred is positive. Dense: about half of them, in no order.
     """
     (shape, dtype), ((classes, channels), _), (_, bias_dtype) = specs
@@ -184,7 +184,7 @@ def _cam_inputs(specs: Specs, sparse: bool, device: str) -> list[Tensor]:
     weight = torch.randn(classes, channels, **draw) / channels**0.5
     bias = torch.zeros(classes, device=device)
     if sparse:
-        # One channel per group of classes switches them on in a fiftieth of the pictures.
+        # One channel per group of classes switches them on in a fiftieth of the images.
         bias -= 8.0
         groups = min(50, channels, classes)
         for group in range(groups):
@@ -227,7 +227,7 @@ def cam_work(batch: int, side: int, channels: int, classes: int, dtype: torch.dt
     launch = cam_pool_launch(batch, cells, classes, channels, half)
     touched = [(p * cells + cells - 1) // launch.forward.rows - p * cells // launch.forward.rows for p in range(batch)]
     slots = 8 * classes * sum(n + 1 for n in touched if n)
-    slotted = {"sums of pictures that lie in several tiles, written and read": 2.0 * slots}
+    slotted = {"sums of images that lie in several tiles, written and read": 2.0 * slots}
     share = 2.0 * batch * cdiv(classes, SKIP) * SKIP * dtype.itemsize
     beyond = {**slotted, "signs read again by the second product": signs}
     beyond["shares of cells, written and read by both products"] = 3 * share
@@ -241,7 +241,7 @@ def cam_work(batch: int, side: int, channels: int, classes: int, dtype: torch.dt
         rounded = dtype == torch.float16
         beyond["signs read again for the list of squares"] = signs
         beyond["weights read again for the mean part"] = weight + (8.0 * classes * channels if rounded else 0.0)
-        beyond["mean features and mean part of pictures, written and read"] = 16.0 * batch * channels
+        beyond["mean features and mean part of images, written and read"] = 16.0 * batch * channels
     return Work(
         op="cam_pool",
         shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} C {classes} {'sparse' if sparse else 'dense'}",
@@ -437,7 +437,7 @@ def label_rows_works(small: bool) -> Iterator[Work]:
 def cam_mask_work(
     batch: int, side: int, channels: int, classes: int, pixels: int, chosen: int, dtype: torch.dtype
 ) -> Work:
-    """Pictures of `pixels` x `pixels`, masked by the maps of `chosen` classes each."""
+    """Images of `pixels` x `pixels`, masked by the maps of `chosen` classes each."""
     specs: Specs = [
         ((batch, side, side, channels), dtype),
         ((classes, channels), dtype),
@@ -447,7 +447,7 @@ def cam_mask_work(
     ]
 
     def draw(device: str) -> list[Tensor]:
-        """Maps that fall off from a point of the picture, so that about a third of it is kept, in one piece."""
+        """Maps that fall off from a point of the image, so that about a third of it is kept, in one piece."""
         draw: dict[str, Any] = {"generator": torch.Generator(device=device).manual_seed(0), "device": device}
         place = torch.arange(side, device=device) / side
         centre = torch.rand(2, batch, 1, 1, **draw)
@@ -456,8 +456,8 @@ def cam_mask_work(
         features = torch.exp(-4 * far)[..., None] * direction + 0.02 * torch.randn(specs[0][0], **draw)
         weight = (direction + 0.1 * torch.randn(classes, channels, **draw)) / channels
         ids = (torch.randint(0, classes, (batch, 1), **draw) + torch.arange(chosen, device=device)) % classes
-        pictures = torch.randn(batch, 3, pixels, pixels, **draw).to(memory_format=torch.channels_last)
-        return [features.to(dtype), weight.to(dtype), torch.zeros(classes, device=device), ids, pictures]
+        images = torch.randn(batch, 3, pixels, pixels, **draw).to(memory_format=torch.channels_last)
+        return [features.to(dtype), weight.to(dtype), torch.zeros(classes, device=device), ids, images]
 
     def reference(*t: Tensor) -> tuple[Tensor, ...]:
         return (cam_mask_reference(*t, 0.5, "per_image", 16),)
@@ -477,7 +477,7 @@ def cam_mask_work(
             "fused": lambda *t: (cam_mask(*t, threshold=0.5),),
         },
         exact=reference,
-        # Every picture read and written; kernels may do with less where nothing is kept.
+        # Every image read and written; kernels may do with less where nothing is kept.
         floor={"fwd": head + 2 * size(specs[4:])},
         residuals={"fwd": {"maps written, normalised, and read": 4 * maps, "names of classes": 16.0 * batch * chosen}},
         # A pixel on the threshold may fall to either side.

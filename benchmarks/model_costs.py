@@ -1,11 +1,11 @@
 """Memory and work of a training step by formula, checked against PyTorch, and an estimate of hours an epoch.
 
-    python benchmarks/model_costs.py [--json OUT] [--no-check] [--pictures 9011219] [--classes 5000 9605]
+    python benchmarks/model_costs.py [--json OUT] [--no-check] [--images 9011219] [--classes 5000 9605]
 
 Prints the two tables of docs/operations.md: backbones at 224 and 448 px, and whole models with a CAM head over
 thousands of classes. No GPU is needed.
 
-Formulas, for one picture (K channels out of the backbone, h x w cells of the feature map, C classes):
+Formulas, for one image (K channels out of the backbone, h x w cells of the feature map, C classes):
     saved activations   the tensors that the backward needs, module by module, see `resnet`, `convnext`, `vit` below;
                         under bf16 autocast LayerNorm's input stays fp32 (4 bytes), all else has 2 (not measured)
     operations          2 a multiplication and addition; the backward is twice the forward
@@ -20,7 +20,7 @@ FlopCounterMode's. The program ends with status 1 when a formula is off by more 
 Hours are an ESTIMATE; nothing behind them was measured. A step takes the longer of its operations at COMPUTE of the
 peak and its memory traffic at BANDWIDTH of the peak, the traffic being TRAFFIC times the saved bytes (written, read,
 read again in the backward, gradient written and read, some over); several GPUs reach the share SCALING. Reading and
-decoding pictures is assumed to keep up; the last column says what that takes.
+decoding images is assumed to keep up; the last column says what that takes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TOLERANCE = 0.02
 
 @dataclass
 class Work:
-    """Cost of one picture in the backbone: bytes saved for the backward, and operations of the forward."""
+    """Cost of one image in the backbone: bytes saved for the backward, and operations of the forward."""
 
     saved: float = 0.0
     operations: float = 0.0
@@ -116,7 +116,7 @@ def vit(depth: int, d: int, size: int, low: int) -> Work:
 
 @dataclass(frozen=True)
 class Model:
-    """A backbone: timm's name, its formula (picture size, bytes of low precision), stride of its map, whether a ViT."""
+    """A backbone: timm's name, its formula (image size, bytes of low precision), stride of its map, whether a ViT."""
 
     name: str
     shown: str
@@ -142,7 +142,7 @@ def build(model: Model, size: int, device: str) -> torch.nn.Module:
 
 
 def measured(model: Model, size: int) -> tuple[float, float]:
-    """Saved bytes in fp32 and forward operations of one picture, as PyTorch counts them."""
+    """Saved bytes in fp32 and forward operations of one image, as PyTorch counts them."""
     device = "cpu" if model.is_vit else "meta"
     backbone = build(model, size, device)
     own = {t.untyped_storage()._cdata for t in [*backbone.parameters(), *backbone.buffers()]}
@@ -167,7 +167,7 @@ def measured(model: Model, size: int) -> tuple[float, float]:
 
 @dataclass
 class Backbone:
-    """A line of the first table; bytes and operations of one picture."""
+    """A line of the first table; bytes and operations of one image."""
 
     model: str
     size: int
@@ -193,7 +193,7 @@ class Whole:
     operations: float
     largest_batch: int
     hours: dict[int, float]
-    pictures_per_second: float
+    images_per_second: float
 
 
 def backbone_row(model: Model, size: int, check: bool) -> tuple[Backbone, int]:
@@ -214,7 +214,7 @@ def backbone_row(model: Model, size: int, check: bool) -> tuple[Backbone, int]:
     return row, int(meta.num_features)
 
 
-def whole_row(row: Backbone, model: Model, channels: int, classes: int, pictures: int) -> Whole:
+def whole_row(row: Backbone, model: Model, channels: int, classes: int, images: int) -> Whole:
     """The same with a head, and the estimate."""
     cells = (row.size // model.stride) ** 2
     parameters = row.parameters + classes * (channels + 1)
@@ -223,7 +223,7 @@ def whole_row(row: Backbone, model: Model, channels: int, classes: int, pictures
     operations = row.operations + 3 * 2 * cells * channels * classes
     saved = row.saved_bf16 + head
     seconds = max(operations / (COMPUTE * PEAK), TRAFFIC * saved / (BANDWIDTH * MEMORY_RATE))
-    hours = {gpus: pictures * seconds / gpus / share / 3600 for gpus, share in SCALING.items()}
+    hours = {gpus: images * seconds / gpus / share / 3600 for gpus, share in SCALING.items()}
     # A tenth is left to the allocator, collectives and DALI.
     largest = int((0.9 * MEMORY - state) // saved)
     return Whole(row.model, row.size, classes, parameters, state, saved, head, operations, largest, hours, 1 / seconds)
@@ -233,11 +233,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there as well")
     parser.add_argument("--no-check", action="store_true", help="formulas alone, without running the models")
-    parser.add_argument("--pictures", type=int, default=9_011_219, help="of an epoch")
+    parser.add_argument("--images", type=int, default=9_011_219, help="of an epoch")
     parser.add_argument("--classes", type=int, nargs="+", default=[5000, 9605])
     args = parser.parse_args()
 
-    print("| backbone | px | parameters | saved a picture, fp32 | bf16 | forward + backward | formula / measured |")
+    print("| backbone | px | parameters | saved an image, fp32 | bf16 | forward + backward | formula / measured |")
     print("|---|---|---|---|---|---|---|")
     backbones, wholes, worst = [], [], 0.0
     for model in MODELS:
@@ -249,16 +249,16 @@ def main() -> None:
             checked = ", ".join(f"{r:.3f}" for r in ratios) or "-"
             print(f"| {row.model} | {size} | {row.parameters / 1e6:.1f} M | {row.saved_fp32 / 1e6:.0f} MB", end=" ")
             print(f"| {row.saved_bf16 / 1e6:.0f} MB | {row.operations / 1e9:.0f} GFLOP | {checked} |", flush=True)
-            wholes += [whole_row(row, model, channels, classes, args.pictures) for classes in args.classes]
+            wholes += [whole_row(row, model, channels, classes, args.images) for classes in args.classes]
     print()
-    print("| model | px | classes | parameters | state | a picture | of it the head | forward + backward", end=" ")
-    print("| pictures in 80 GB | hours an epoch on " + " / ".join(map(str, SCALING)) + " GPUs | pictures/s a GPU |")
+    print("| model | px | classes | parameters | state | an image | of it the head | forward + backward", end=" ")
+    print("| images in 80 GB | hours an epoch on " + " / ".join(map(str, SCALING)) + " GPUs | images/s a GPU |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for w in wholes:
         print(f"| {w.model} | {w.size} | {w.classes} | {w.parameters / 1e6:.1f} M | {w.state / 1e9:.2f} GB", end=" ")
         print(f"| {w.saved / 1e6:.0f} MB | {w.head / 1e6:.2f} MB | {w.operations / 1e9:.0f} GFLOP", end=" ")
         print(f"| {w.largest_batch} | {' / '.join(f'{h:.2g}' for h in w.hours.values())}", end=" ")
-        print(f"| {w.pictures_per_second:.0f} |")
+        print(f"| {w.images_per_second:.0f} |")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         out = {"backbones": [asdict(r) for r in backbones], "models": [asdict(w) for w in wholes]}

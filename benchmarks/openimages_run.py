@@ -2,14 +2,14 @@
 """A whole OpenImages run on made-up data in the official formats: every stage's time, memory and bytes on disk.
 
     python benchmarks/openimages_run.py --out DIR [--json OUT]              labels of the whole V3 release
-    python benchmarks/openimages_run.py --out DIR --images 300 60 80 --classes 40 --pictures 1 --batch-size 64 ...
+    python benchmarks/openimages_run.py --out DIR --images 300 60 80 --classes 40 --images 1 --batch-size 64 ...
 
-Stages: make the release (label files of all pictures, and one per cent of the pictures as small JPEG files), prepare
-it, pack the pictures into shards, train LL-Cp with BoostLU with two ranks, kill every process of it in the middle, go
+Stages: make the release (label files of all images, and one per cent of the images as small JPEG files), prepare
+it, pack the images into shards, train LL-Cp with BoostLU with two ranks, kill every process of it in the middle, go
 on, evaluate with groups of classes. All of it through the commands that a user types. Memory is the largest sum over a
 stage's processes of the memory that is theirs alone and their part of what they share (PSS), sampled.
 
-The pictures are noise, so mAP means nothing here; what counts is that everything fits, ends, and goes on.
+The images are noise, so mAP means nothing here; what counts is that everything fits, ends, and goes on.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def simulate(options: argparse.Namespace) -> list[Stage]:
     if options.images is None:
         make.append("--full")
     else:
-        make += ["--images", *map(str, options.images), "--classes", str(options.classes)]
+        make += ["--images", *map(str, options.pictures), "--classes", str(options.classes)]
     stages = []
     stage, text = run_stage("make the release", make, out / "make.log", raw)
     stages.append(stage)
@@ -196,7 +196,7 @@ def simulate(options: argparse.Namespace) -> list[Stage]:
 
 def _splits(manifest: Path) -> str:
     meta = json.loads((manifest / "manifest.json").read_text(encoding="utf-8"))
-    return ", ".join(f"{name} {split['size']:,}" for name, split in meta["splits"].items()) + " pictures"
+    return ", ".join(f"{name} {split['size']:,}" for name, split in meta["splits"].items()) + " images"
 
 
 def _training(run: Path) -> str:
@@ -211,7 +211,7 @@ def _training(run: Path) -> str:
 def _evaluation(report: Path) -> str:
     found = json.loads(report.read_text(encoding="utf-8"))["alpha"]["1"]
     groups = " ".join("-" if g["map"] is None else f"{g['map']:.1f}" for g in found["groups"])
-    return f"mAP {found['map']:.2f} (the pictures are noise); groups {groups}"
+    return f"mAP {found['map']:.2f} (the images are noise); groups {groups}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -23,7 +23,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument("--against", type=Path, help="run directory of a model trained with full labels")
     parser.add_argument("--split", help="split to look at; default the run's test split")
-    parser.add_argument("--negatives", type=int, default=20, help="known negatives a picture (default: %(default)s)")
+    parser.add_argument("--negatives", type=int, default=20, help="known negatives an image (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of their draw (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw them to this PNG file")
@@ -87,7 +87,7 @@ def main() -> None:
             raise UserError(f"{args.against} was trained on other classes than {args.run}")
         same = other.data.image_size == config.data.image_size
         if not same or input_normalisation(other, full) != input_normalisation(config, classifier):
-            raise UserError(f"{args.against} takes pictures of another size or normalisation than {args.run}")
+            raise UserError(f"{args.against} takes images of another size or normalisation than {args.run}")
     table = look_at_maps(
         classifier,
         make_eval_loader(config, split, classifier, device),

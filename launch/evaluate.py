@@ -21,7 +21,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, nargs="+", help="BoostLU factors; default 1 and the run's alpha_eval")
     parser.add_argument("--split", help="split to evaluate; default the run's test split")
     parser.add_argument("--definition", choices=("sklearn", "rank", "voc"), help="average precision; default the run's")
-    parser.add_argument("--batch-size", type=int, help="pictures a forward; default the run's")
+    parser.add_argument("--batch-size", type=int, help="images a forward; default the run's")
     parser.add_argument("--json", type=Path, help="write all metrics to this file")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -48,14 +48,14 @@ def main() -> None:
         config.eval.batch_size = args.batch_size
     split = manifest.split(args.split or config.data.test_split or config.data.train_split)
     if len(split) == 0:
-        raise UserError(f"split {split.name!r} of {manifest.folder} has no pictures")
+        raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
     alphas = args.alpha or sorted({1.0, config.model.alpha_eval})
     loader = make_eval_loader(config, split, classifier, device)
     found = evaluate_split(classifier, loader, split, alphas, config, manifest.classes, class_groups(manifest, config))
     if distributed.is_main():
         # Shown first: a file that cannot be written takes no figure away.
         for alpha in alphas:
-            print_table(f"{split.name}, alpha {alpha:g}, {len(split)} pictures", table_rows(found[alpha]))
+            print_table(f"{split.name}, alpha {alpha:g}, {len(split)} images", table_rows(found[alpha]))
         report = {"split": split.name, "alpha": {f"{a:g}": found[a] for a in alphas}, "classes": manifest.classes}
         if args.json is not None:
             try:

@@ -1,8 +1,8 @@
 """See why a trained run gives a class: `python launch/explain.py --run RUN [IMAGE_OR_DIR ...] [--out FILE.png|DIR]`.
 
-Draws class activation maps over pictures: red where a map is evidence for the class, blue where it is against it.
-Without pictures it shows some of the run's test split with their labels: where the model is most wrong, and a few at
-random. Pictures that cannot be read are named on standard error and left out, and the exit status is then 1.
+Draws class activation maps over images: red where a map is evidence for the class, blue where it is against it.
+Without images it shows some of the run's test split with their labels: where the model is most wrong, and a few at
+random. Images that cannot be read are named on standard error and left out, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from spml_fast.analysis.explain import Choice
     from spml_fast.core.config import Config
-    from spml_fast.data.image_files import PictureFiles
+    from spml_fast.data.image_files import ImageFiles
     from spml_fast.data.manifest import Manifest, Split
     from spml_fast.models.classifier import Classifier
 
@@ -30,7 +30,7 @@ except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
 TOP = 3
-PICTURES = 9
+IMAGES = 9
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -38,10 +38,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="run directory; its best weights are used")
     parser.add_argument(
-        "pictures", nargs="*", metavar="IMAGE_OR_DIR", help="picture files, and directories to search with all below"
+        "images", nargs="*", metavar="IMAGE_OR_DIR", help="image files, and directories to search with all below"
     )
-    parser.add_argument("--top", type=int, metavar="K", help=f"most probable classes a picture (default: {TOP})")
-    # One a time, or the pictures after it would be taken for classes.
+    parser.add_argument("--top", type=int, metavar="K", help=f"most probable classes an image (default: {TOP})")
+    # One a time, or the images after it would be taken for classes.
     parser.add_argument(
         "--classes", action="append", metavar="NAME", help="look at this class instead; may be given several times"
     )
@@ -49,29 +49,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FILE.png|DIR",
-        help="one page for all pictures, or a folder for a page each; default explain.png in the run directory",
+        help="one page for all images, or a folder for a page each; default explain.png in the run directory",
     )
     parser.add_argument("--maps", type=Path, metavar="DIR", help="write every map too: float32 .npy and maps.json")
     parser.add_argument(
         "--alpha", type=float, metavar="A", help="BoostLU factor, 1 for none; default the run's model.alpha_eval"
     )
-    parser.add_argument("--split", help="without pictures: the split to show; default the run's test split")
+    parser.add_argument("--split", help="without images: the split to show; default the run's test split")
     parser.add_argument(
-        "--count", type=int, default=PICTURES, metavar="N", help="without pictures: how many (default: %(default)s)"
+        "--count", type=int, default=IMAGES, metavar="N", help="without images: how many (default: %(default)s)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="without pictures: of those at random (default: %(default)s)"
-    )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures a forward; default the run's")
+    parser.add_argument("--seed", type=int, default=0, help="without images: of those at random (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a forward; default the run's")
     parser.add_argument(
         "--orientation",
         choices=("exif", "ignore"),
         default="exif",
-        help="of the pictures given. exif: turn them as their EXIF data say; ignore: take the pixels as they are "
+        help="of the images given. exif: turn them as their EXIF data say; ignore: take the pixels as they are "
         "stored (default: %(default)s)",
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    # Options may stand between the pictures.
+    # Options may stand between the images.
     return parser.parse_intermixed_args(argv)
 
 
@@ -89,8 +87,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("give --top or --classes, not both")
     if args.alpha is not None and not 0 < args.alpha < float("inf"):
         raise UserError(f"--alpha is {args.alpha:g}; it must be greater than 0 and finite (1 turns boosting off)")
-    if args.pictures and args.split is not None:
-        raise UserError("--split chooses among the run's own pictures; leave it out, or the pictures")
+    if args.images and args.split is not None:
+        raise UserError("--split chooses among the run's own images; leave it out, or the images")
     if args.out is not None and args.out.suffix and args.out.suffix.lower() != ".png" and not args.out.is_dir():
         raise UserError(f"--out {args.out} must be a file named .png, or a folder")
 
@@ -113,26 +111,26 @@ def class_ids(names: list[str], classes: list[str]) -> list[int]:
     return list(dict.fromkeys(place[name] for name in names))
 
 
-def given_pictures(args: argparse.Namespace) -> tuple[PictureFiles, list[float], int]:
-    """The pictures of the command line that can be read, width through height of each, and how many were left out."""
+def given_images(args: argparse.Namespace) -> tuple[ImageFiles, list[float], int]:
+    """The images of the command line that can be read, width through height of each, and how many were left out."""
     import numpy as np
 
     from spml_fast.analysis import predict
-    from spml_fast.data.image_check import choose_level, verify_pictures
-    from spml_fast.data.image_files import PictureFiles, find_pictures
+    from spml_fast.data.image_check import choose_level, verify_images
+    from spml_fast.data.image_files import ImageFiles, find_images
 
-    paths = find_pictures(args.pictures, lambda text: say(f"note: {text}"))
-    verified = verify_pictures(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False)
+    paths = find_images(args.images, lambda text: say(f"note: {text}"))
+    verified = verify_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False)
     for index, why in verified.rejected.items():
         say(predict.left_out(paths[index], *why))
     usable = np.flatnonzero(verified.ok)
     if not len(usable):
-        raise UserError(f"none of the {len(paths)} pictures can be used; the reasons stand above")
+        raise UserError(f"none of the {len(paths)} images can be used; the reasons stand above")
     orientation = verified.orientation[usable] if args.orientation == "exif" else np.ones(len(usable), np.uint8)
     aspects = verified.width[usable] / np.maximum(verified.height[usable], 1)
     # Orientations from 5 on swap the sides.
     aspects = np.where(orientation >= 5, 1 / aspects, aspects)
-    return PictureFiles([paths[i] for i in usable], orientation), aspects.tolist(), len(paths) - len(usable)
+    return ImageFiles([paths[i] for i in usable], orientation), aspects.tolist(), len(paths) - len(usable)
 
 
 def chosen_samples(
@@ -143,7 +141,7 @@ def chosen_samples(
     device: torch.device,
     alpha: float,
 ) -> tuple[Split, list[Choice]]:
-    """The split without pictures on the command line, and the samples of it that are worth a look."""
+    """The split without images on the command line, and the samples of it that are worth a look."""
     from spml_fast.analysis.explain import PREDICTED, choose_samples
     from spml_fast.analysis.suggest import find_suggestions
     from spml_fast.core.progress import show_progress
@@ -152,7 +150,7 @@ def chosen_samples(
 
     split = manifest.split(args.split or config.data.test_split or config.data.train_split)
     if len(split) == 0:
-        raise UserError(f"split {split.name!r} of {manifest.folder} has no pictures")
+        raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
     with show_progress(len(split), "looking for mistakes", True) as advance:
         mistakes = find_suggestions(
             classifier,
@@ -170,11 +168,11 @@ def chosen_samples(
     return split, choose_samples(mistakes, len(split), args.count, args.seed)
 
 
-def sample_files(split: Split, choices: list[Choice], stack: contextlib.ExitStack) -> tuple[PictureFiles, list[float]]:
-    """The chosen samples as picture files, and width through height of each; unpacked for a while from tar shards."""
+def sample_files(split: Split, choices: list[Choice], stack: contextlib.ExitStack) -> tuple[ImageFiles, list[float]]:
+    """The chosen samples as image files, and width through height of each; unpacked for a while from tar shards."""
     import numpy as np
 
-    from spml_fast.data.image_files import PictureFiles
+    from spml_fast.data.image_files import ImageFiles
 
     index = np.array([c.index for c in choices])
     paths = [split.path(i) for i in index.tolist()]
@@ -188,17 +186,17 @@ def sample_files(split: Split, choices: list[Choice], stack: contextlib.ExitStac
                 raise UserError(f"{split.place(i)} cannot be unpacked to {folder}: {error.strerror}") from error
     width, height = np.asarray(split.width)[index], np.asarray(split.height)[index]
     aspects = np.where((width > 0) & (height > 0), width / np.maximum(height, 1), 1.0)
-    return PictureFiles(paths, np.asarray(split.orientation)[index]), aspects.tolist()
+    return ImageFiles(paths, np.asarray(split.orientation)[index]), aspects.tolist()
 
 
 def page_name(place: int, path: str) -> str:
-    """File name of a picture's own page: its number, and its name in plain characters."""
+    """File name of an image's own page: its number, and its name in plain characters."""
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in Path(path).stem)
     return f"{place:04d}-{stem[:80]}.png"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look and draw; 1 if a picture was left out."""
+    """Look and draw; 1 if an image was left out."""
     args = parse(argv)
     check(args)
     import torch
@@ -211,22 +209,22 @@ def main(argv: list[str] | None = None) -> int:
     out: Path = args.out if args.out is not None else args.run / "explain.png"
     one_page = out.suffix.lower() == ".png" and not out.is_dir()
     config = load_run_config(args.run)
-    manifest = None if args.pictures else open_data(config)
+    manifest = None if args.images else open_data(config)
     classes = run_classes(args.run, config) if manifest is None else manifest.classes
     named = None if args.classes is None else class_ids(args.classes, classes)
     top = args.top or TOP if named is None else len(named)
-    if args.count > explain.MAX_PICTURES and one_page and manifest is not None:
+    if args.count > explain.MAX_IMAGES and one_page and manifest is not None:
         raise UserError(
-            f"--count is {args.count}; a page holds {explain.MAX_PICTURES} at most, and --out DIR makes a page each"
+            f"--count is {args.count}; a page holds {explain.MAX_IMAGES} at most, and --out DIR makes a page each"
         )
     missing = 0
-    # Processes are forked to check pictures, so the GPU is touched after that.
+    # Processes are forked to check images, so the GPU is touched after that.
     files, aspects = None, list[float]()
     if manifest is None:
-        files, aspects, missing = given_pictures(args)
-        if one_page and len(files) > explain.MAX_PICTURES:
+        files, aspects, missing = given_images(args)
+        if one_page and len(files) > explain.MAX_IMAGES:
             raise UserError(
-                f"{len(files)} pictures are too many for one page, which holds {explain.MAX_PICTURES}; "
+                f"{len(files)} images are too many for one page, which holds {explain.MAX_IMAGES}; "
                 "--out DIR makes a page each"
             )
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -257,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         where = "" if split is None else f", {split.name} split"
         title = f"{args.run}{where}, {config.data.image_size} px, alpha {alpha:g}"
         pages, lost = [], 0
-        found_pictures = explain.explain(
+        found_images = explain.explain(
             classifier,
             config,
             files,
@@ -269,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
             aspects=aspects,
         )
         shown = 0
-        for place, found in enumerate(found_pictures):
+        for place, found in enumerate(found_images):
             if found.refused is not None:
                 say(left_out(found.path, found.refused))
                 missing += 1
@@ -285,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
             name = out / page_name(place, found.path)
             lost = max(lost, explain_page.draw(name, [found], classes, title, alpha, classifier.head.boosts))
         if not shown:
-            raise UserError("none of the pictures can be used; the reasons stand above")
+            raise UserError("none of the images can be used; the reasons stand above")
         if one_page:
             lost = explain_page.draw(out, pages, classes, title, alpha, classifier.head.boosts)
     if lost:
@@ -293,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             f"note: no font of this machine has the characters of {lost} class names, which stand as their ids; "
             "install one that has, such as Noto Sans CJK"
         )
-    print(f"{out}: {shown} pictures" + (f"; {missing} left out, the reasons stand above" if missing else ""))
+    print(f"{out}: {shown} images" + (f"; {missing} left out, the reasons stand above" if missing else ""))
     return 1 if missing else 0
 
 

@@ -1,6 +1,6 @@
 """Hand a trained run on: `python launch/export.py --run RUN --format {safetensors,onnx} [--out FILE] [--alpha A]`.
 
-onnx: pictures in, logits and probabilities out; runs in ONNX Runtime and whatever else reads ONNX. safetensors: weights
+onnx: images in, logits and probabilities out; runs in ONNX Runtime and whatever else reads ONNX. safetensors: weights
 that timm takes by itself, where its model of that name is the same; else those of the backbone and of the head. What is
 written is compared with the run before it is kept.
 """
@@ -74,14 +74,14 @@ def main(argv: list[str] | None = None) -> None:
         alpha = classifier.alpha_eval if args.alpha is None else args.alpha
         check_alphas([alpha], classifier, config)
         apart, which = export.export_onnx(classifier, config, classes, alpha, out)
-        said = f"alpha {alpha:g}; logits of pictures ({which}) are within {apart:.1e} of the run's"
+        said = f"alpha {alpha:g}; logits of images ({which}) are within {apart:.1e} of the run's"
     else:
         layout, apart, which = export.export_safetensors(classifier, config, classes, out)
         if layout == "timm":
             words = "".join(f", {k}={v!r}" for k, v in export.timm_options(config).items())
             said = (
                 f"timm's names, for timm.create_model({config.model.backbone!r}, num_classes={len(classes)}{words}); "
-                f"its logits of pictures ({which}) are within {apart:.1e} of the run's at alpha 1"
+                f"its logits of images ({which}) are within {apart:.1e} of the run's at alpha 1"
             )
         else:
             said = f"backbone.* and head.*, since timm's {config.model.backbone} has no such head at alpha 1"

@@ -1,7 +1,7 @@
-"""Use a trained run on new pictures: `python launch/predict.py --run RUN IMAGE_OR_DIR ... [--top K] [--csv OUT]`.
+"""Use a trained run on new images: `python launch/predict.py --run RUN IMAGE_OR_DIR ... [--top K] [--csv OUT]`.
 
-Prints a line a picture: its most probable classes with their probabilities. The run directory is enough; its data set
-is not needed. Pictures that cannot be read are named on standard error and left out, and the exit status is then 1.
+Prints a line an image: its most probable classes with their probabilities. The run directory is enough; its data set
+is not needed. Images that cannot be read are named on standard error and left out, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ except ImportError as error:
     raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
 
 TOP = 5
-# Fewer pictures are checked before a progress bar could be read.
+# Fewer images are checked before a progress bar could be read.
 PROGRESS_FROM = 256
 
 
@@ -26,10 +26,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="run directory; its best weights are used")
     parser.add_argument(
-        "pictures", nargs="*", metavar="IMAGE_OR_DIR", help="picture files, and directories to search with all below"
+        "images", nargs="*", metavar="IMAGE_OR_DIR", help="image files, and directories to search with all below"
     )
     parser.add_argument(
-        "--top", type=int, metavar="K", help=f"classes a picture; default {TOP}, or all of them with --threshold"
+        "--top", type=int, metavar="K", help=f"classes an image; default {TOP}, or all of them with --threshold"
     )
     parser.add_argument(
         "--threshold", type=float, metavar="P", help="show classes of probability P (0 to 1) or more only"
@@ -40,23 +40,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--csv", type=Path, metavar="OUT", help="write path, class, probability and rank to this file, not the screen"
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures a forward; default the run's")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a forward; default the run's")
     parser.add_argument(
         "--orientation",
         choices=("exif", "ignore"),
         default="exif",
-        help="exif: turn pictures as their EXIF data say; ignore: take the pixels as they are stored "
+        help="exif: turn images as their EXIF data say; ignore: take the pixels as they are stored "
         "(default: %(default)s)",
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    # Options may stand between the pictures.
+    # Options may stand between the images.
     return parser.parse_intermixed_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise `UserError` for what makes no sense."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("predict.py works in one process; start it with python, with its own pictures for each process")
+        raise UserError("predict.py works in one process; start it with python, with its own images for each process")
     if args.top is not None and args.top < 1:
         raise UserError(f"--top is {args.top}; it must be at least 1")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
@@ -75,7 +75,7 @@ def say(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict and print, or write; 1 if a picture was left out."""
+    """Predict and print, or write; 1 if an image was left out."""
     args = parse(argv)
     check(args)
     import contextlib
@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from spml_fast.analysis import predict
     from spml_fast.core.progress import show_progress
-    from spml_fast.data.image_check import choose_level, verify_pictures
-    from spml_fast.data.image_files import PictureFiles, find_pictures
+    from spml_fast.data.image_check import choose_level, verify_images
+    from spml_fast.data.image_files import ImageFiles, find_images
     from spml_fast.evaluation.evaluate import check_alphas
     from spml_fast.runs.open import load_classifier, load_run_config, run_classes
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     config = load_run_config(args.run)
     classes = run_classes(args.run, config)
-    paths = find_pictures(args.pictures, lambda text: say(f"note: {text}"))
+    paths = find_images(args.images, lambda text: say(f"note: {text}"))
     classifier, _ = load_classifier(args.run, config, len(classes), torch.device("cpu"))
     alpha = classifier.alpha_eval if args.alpha is None else args.alpha
     check_alphas([alpha], classifier, config)
@@ -104,14 +104,14 @@ def main(argv: list[str] | None = None) -> int:
     threshold = args.threshold or 0.0
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(predict.PredictionTable(args.csv, classes)) if args.csv is not None else None
-        # Processes are forked to check pictures, so the GPU is touched after that.
+        # Processes are forked to check images, so the GPU is touched after that.
         progress = len(paths) >= PROGRESS_FROM
-        verified = verify_pictures(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress)
+        verified = verify_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress)
         for index, why in verified.rejected.items():
             say(predict.left_out(paths[index], *why))
         usable = np.flatnonzero(verified.ok)
         orientation = verified.orientation[usable] if args.orientation == "exif" else np.ones(len(usable), np.uint8)
-        files = PictureFiles([paths[i] for i in usable], orientation)
+        files = ImageFiles([paths[i] for i in usable], orientation)
         config.eval.batch_size = max(1, min(args.batch_size or config.eval.batch_size, len(files)))
         width = predict.path_width(files.paths) if len(files) else 0
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -138,11 +138,11 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 print(predict.prediction_line(found, classes, threshold, width), flush=True)
         if done == 0:
-            raise UserError(f"none of the {len(paths)} pictures can be used; the reasons stand above")
+            raise UserError(f"none of the {len(paths)} images can be used; the reasons stand above")
     missing = len(paths) - done
-    lost = f"{missing} of {len(paths)} pictures left out; the reasons stand above"
+    lost = f"{missing} of {len(paths)} images left out; the reasons stand above"
     if table is not None:
-        print(f"{table.out}: {table.rows} rows for {done} pictures" + (f"; {lost}" if missing else ""))
+        print(f"{table.out}: {table.rows} rows for {done} images" + (f"; {lost}" if missing else ""))
     elif missing:
         say(lost)
     return 1 if missing else 0

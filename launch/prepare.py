@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Turn raw data into a Manifest: `python launch/prepare.py DATASET --out DIR ...`.
 
-`python launch/prepare.py shard --manifest DIR --out DIR` packs the pictures of a Manifest into tar shards.
+`python launch/prepare.py shard --manifest DIR --out DIR` packs the images of a Manifest into tar shards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
         candidate.add_options(subparser)
         add_common_options(subparser, candidate)
-    text = "Pack the pictures of a Manifest into tar shards, or check shards."
+    text = "Pack the images of a Manifest into tar shards, or check shards."
     pack.add_options(subparsers.add_parser("shard", help=text, description=text, allow_abbrev=False))
     options = parser.parse_args(arguments)
     if options.dataset == "shard":

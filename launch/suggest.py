@@ -1,6 +1,6 @@
 """Which labels are probably missing or wrong: `python launch/suggest.py --run RUN [--split train] [--csv OUT]`.
 
-Ranks the unknown pairs (picture, class) of a split that the model is most sure are positive, and the observed labels
+Ranks the unknown pairs (image, class) of a split that the model is most sure are positive, and the observed labels
 that it contradicts most. Where the data set holds labels that training did not see, the precision of the suggestions
 is printed. Starts under `deepspeed` and `torchrun` as well; the lists do not depend on the number of ranks.
 """
@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="OUT",
         help=f"write path, class, known, probability, suggestion to this file; the screen then shows {SHOWN} a list",
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures a forward; default the run's")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a forward; default the run's")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -96,12 +96,12 @@ def main(argv: list[str] | None = None) -> None:
     config.eval.batch_size = args.batch_size or config.eval.batch_size
     split = manifest.split(args.split or config.data.train_split)
     if len(split) == 0:
-        raise UserError(f"split {split.name!r} of {manifest.folder} has no pictures")
+        raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
     alpha = classifier.alpha_eval if args.alpha is None else args.alpha
     check_alphas([alpha], classifier, config)
     loader = make_eval_loader(config, split, classifier, device)
     with contextlib.ExitStack() as stack:
-        # Of this rank's pictures.
+        # Of this rank's images.
         advance = stack.enter_context(
             show_progress(len(split) // distributed.world_size(), "looking", distributed.is_main())
         )

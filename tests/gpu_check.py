@@ -4,7 +4,7 @@ Checks, each with its time and outcome, written to a CSV with GPU, versions and 
   decode    mixed (nvJPEG) decoding and GPU views against the CPU pipeline, every training and evaluation view
   ops       cam_pool, large_loss and label_rows on the GPU against fp64 on the CPU, twice for bit-equality
   points    the same for label_loss with point functions of methods
-  ignore    the same for IGNORE's ops: masked pictures in all modes and layouts, statistics, losses, gradients
+  ignore    the same for IGNORE's ops: masked images in all modes and layouts, statistics, losses, gradients
   stages    a few DeepSpeed updates at ZeRO stages 0 to 3 in bf16, loss finite and falling
   sanitize  every op at small odd shapes under compute-sanitizer: accesses outside of tensors, races in shared memory
   sync      the training step under torch.cuda.set_sync_debug_mode("error"): no host-device synchronisation
@@ -49,7 +49,7 @@ def need(*modules: str) -> None:
 
 
 def check_decode() -> str:
-    """GPU views against CPU views on the digit scenes and on larger generated pictures."""
+    """GPU views against CPU views on the digit scenes and on larger generated images."""
     need("nvidia.dali")
     import numpy as np
     from PIL import Image
@@ -60,14 +60,14 @@ def check_decode() -> str:
     from spml_fast.prepare.manifest_writer import ManifestWriter
 
     folder = Path(tempfile.mkdtemp())
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     rng = np.random.default_rng(0)
     for i in range(16):
         coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(pictures / f"{i}.jpg", quality=92)
+        Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(images / f"{i}.jpg", quality=92)
     labels = SparseLabels.from_positives([[i % 3] for i in range(16)], 3, 0)
-    writer = ManifestWriter(folder / "data", "check", ["a", "b", "c"], pictures)
+    writer = ManifestWriter(folder / "data", "check", ["a", "b", "c"], images)
     size = {"width": [640] * 16, "height": [480] * 16}
     writer.add_split("train", known=labels, paths=[f"{i}.jpg" for i in range(16)], **size)
     split = writer.finish({}).split("train")
@@ -171,7 +171,7 @@ def check_points() -> str:
 
 
 def check_ignore() -> str:
-    """Masked pictures and IGNORE's two passes on the GPU against fp64 on the CPU, twice for bit-equality."""
+    """Masked images and IGNORE's two passes on the GPU against fp64 on the CPU, twice for bit-equality."""
     from spml_kernels import cam_mask, ignore_loss, ignore_statistics
 
     def exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -188,9 +188,9 @@ def check_ignore() -> str:
         weight, bias = torch.randn(80, channels).cuda() / channels**0.5, torch.randn(80).cuda()
         classes = torch.randint(-1, 80, (20, chosen)).cuda()
         for layout in (torch.channels_last, torch.contiguous_format):
-            pictures = torch.randn(20, 3, side, side, device="cuda").to(dtype).to(memory_format=layout)
+            images = torch.randn(20, 3, side, side, device="cuda").to(dtype).to(memory_format=layout)
             for norm in ("per_image", "batch_rawmax", "batch_minmax"):
-                inputs = (features, weight, bias, classes, pictures)
+                inputs = (features, weight, bias, classes, images)
                 one, two = (cam_mask(*inputs, 0.8, norm, 16) for _ in range(2))
                 assert torch.equal(one, two), f"cam_mask {norm}: two runs differ"
                 assert one.is_contiguous(memory_format=layout)
@@ -261,9 +261,9 @@ def small_calls(device: str) -> None:
     features, weight, bias = torch.randn(3, 5, 5, 33), torch.randn(9, 33), torch.randn(9)
     ids = torch.tensor([[3, -1], [-1, -1], [0, 8]])
     for layout in (torch.channels_last, torch.contiguous_format):
-        pictures = torch.randn(3, 3, 37, 37).to(memory_format=layout)
+        images = torch.randn(3, 3, 37, 37).to(memory_format=layout)
         for norm in ("per_image", "batch_rawmax", "batch_minmax"):
-            inputs = [t.to(device) for t in (features, weight, bias, ids, pictures)]
+            inputs = [t.to(device) for t in (features, weight, bias, ids, images)]
             cam_mask(*inputs, 0.5, norm, 2)  # type: ignore[arg-type]
 
 
@@ -322,7 +322,7 @@ def check_sync() -> str:
     store = LabelStore(SparseLabels.from_positives([[i % 10] for i in range(256)], 10, -1), "cuda")
     model = ModelConfig(backbone="resnet18", pretrained=False)
     classifier = Classifier(model, 10, 64).cuda().to(memory_format=torch.channels_last)
-    pictures = torch.randn(32, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    images = torch.randn(32, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
     index = torch.arange(32, device="cuda")
     progress = Progress(5, 10, 40, 10)
     names = ("an", "ll_r", "ll_ct", "ll_cp", "ignore")
@@ -331,7 +331,7 @@ def check_sync() -> str:
         method = cls(cls.Options(name=name), store).cuda()
 
         def step(method: torch.nn.Module = method) -> None:
-            batch = Batch({"weak": pictures, "strong": pictures}, store.rows(index), index, 32)
+            batch = Batch({"weak": images, "strong": images}, store.rows(index), index, 32)
             method(classifier, batch, progress).loss.backward()
 
         step()

@@ -1,6 +1,6 @@
 """What the papers show of class activation maps: do they look like a fully supervised model's, do they find the object?
 
-BoostLU (spec/boostlu_large_loss.md 2): Spearman's rank correlation, per (picture, positive class), of a model's map
+BoostLU (spec/boostlu_large_loss.md 2): Spearman's rank correlation, per (image, positive class), of a model's map
 with the map of a model trained with full labels, beside the correlation of a centred Gaussian with the latter; means of
 the highest and lowest five per cent of a map's cells, for positive and for negative labels.
 Large Loss (same place): the pointing game, whether a map's peak lies in a box of its class.
@@ -63,13 +63,13 @@ def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
 
 
 def centred_gaussian(height: int, width: int) -> FloatArray:
-    """A Gaussian at the picture's centre, float64 [h, w]. Its width does not matter to ranks."""
+    """A Gaussian at the image's centre, float64 [h, w]. Its width does not matter to ranks."""
     y, x = ((np.arange(n) + 0.5) / n - 0.5 for n in (height, width))
     return np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 0.125)
 
 
 def peaks(maps: npt.ArrayLike) -> FloatArray:
-    """Centre (x, y) of the highest cell of every map [n, h, w] as shares of the picture, float64 [n, 2]."""
+    """Centre (x, y) of the highest cell of every map [n, h, w] as shares of the image, float64 [n, 2]."""
     array = np.asarray(maps)
     height, width = array.shape[1:]
     at = array.reshape(len(array), -1).argmax(1)
@@ -77,7 +77,7 @@ def peaks(maps: npt.ArrayLike) -> FloatArray:
 
 
 def cells_in_boxes(boxes: npt.ArrayLike, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Which cell centres lie in any of the boxes [k, 4] (x0, y0, x1, y1 as shares of the picture), bool [h, w]."""
+    """Which cell centres lie in any of the boxes [k, 4] (x0, y0, x1, y1 as shares of the image), bool [h, w]."""
     x0, y0, x1, y1 = np.asarray(boxes, np.float64).T[:, :, None]
     y, x = ((np.arange(n) + 0.5) / n for n in (height, width))
     rows, columns = (y0 <= y) & (y <= y1), (x0 <= x) & (x <= x1)
@@ -85,7 +85,7 @@ def cells_in_boxes(boxes: npt.ArrayLike, height: int, width: int) -> npt.NDArray
 
 
 def chosen_classes(codes: npt.NDArray[np.int8], index: int, negatives: int, seed: int) -> IntArray:
-    """Classes of one picture to look at: its positives, and a fixed draw of at most `negatives` known negatives.
+    """Classes of one image to look at: its positives, and a fixed draw of at most `negatives` known negatives.
 
     Args:
         codes: known labels int8 [C].
@@ -99,7 +99,7 @@ def chosen_classes(codes: npt.NDArray[np.int8], index: int, negatives: int, seed
 
 @dataclass
 class MapTable:
-    """One row a (picture, class) pair that was looked at, in sample order; NaN where a figure does not apply.
+    """One row a (image, class) pair that was looked at, in sample order; NaN where a figure does not apply.
 
     Attributes:
         index: int64 [n] sample.
@@ -127,11 +127,11 @@ class MapTable:
 
 
 def _class_maps(
-    classifier: Classifier, pictures: torch.Tensor, classes: torch.Tensor, dtype: torch.dtype | None
+    classifier: Classifier, images: torch.Tensor, classes: torch.Tensor, dtype: torch.dtype | None
 ) -> npt.NDArray[np.float32]:
     """Maps fp32 [B, N, h, w] of the classes int64 [B, N]."""
-    with torch.autocast(pictures.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        maps = classifier(pictures, boost=False, classes=classes).maps
+    with torch.autocast(images.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        maps = classifier(images, boost=False, classes=classes).maps
     array: npt.NDArray[np.float32] = maps.float().cpu().numpy()
     return array
 
@@ -153,7 +153,7 @@ def look_at_maps(
         classifier: in evaluation mode.
         loader: this rank's batches of the split.
         full: a model trained with full labels on the same classes, for correlations.
-        negatives: known negatives of a picture that are looked at, at most.
+        negatives: known negatives of an image that are looked at, at most.
         seed: of their draw.
         precision: as `train.precision`.
 
@@ -176,14 +176,14 @@ def look_at_maps(
         for place, found in enumerate(chosen):
             classes[place, : len(found)] = found
         on_device = torch.from_numpy(classes).to(loader.device)
-        pictures = batch.views["eval"]
+        images = batch.views["eval"]
         row, column = np.nonzero(classes[: batch.real] >= 0)
-        maps = _class_maps(classifier, pictures, on_device, dtype)[row, column]
-        other = None if full is None else _class_maps(full, pictures, on_device, dtype)[row, column]
+        maps = _class_maps(classifier, images, on_device, dtype)[row, column]
+        other = None if full is None else _class_maps(full, images, on_device, dtype)[row, column]
         if other is not None and other.shape != maps.shape:
             raise UserError(
                 f"the maps of the two runs differ in size ({maps.shape[1]} x {maps.shape[2]} and "
-                f"{other.shape[1]} x {other.shape[2]} cells); compare runs with the same backbone and picture size"
+                f"{other.shape[1]} x {other.shape[2]} cells); compare runs with the same backbone and image size"
             )
         if len(row) == 0:
             continue
@@ -251,7 +251,7 @@ def summarise(table: MapTable) -> dict[str, Any]:
     """Figures for a report.
 
     Returns:
-        `pairs`: how many (picture, class) pairs by label; `top` and `bottom`: quartiles by label of the model's
+        `pairs`: how many (image, class) pairs by label; `top` and `bottom`: quartiles by label of the model's
         `model` and the fully supervised `full` maps; `correlation` and its `control`; `pointing`: `accuracy` over
         pairs and `class_mean` over classes in per cent, `chance` for a peak anywhere, `pairs`. Parts that need
         another model or boxes are None without them.
@@ -305,7 +305,7 @@ def plot(path: Path, table: MapTable, gaps: list[dict[str, Any]]) -> None:
             values = getattr(table, name)
             axis.hist(values[~np.isnan(values)], np.linspace(-1, 1, 41), density=True, histtype="step", label=label)
         axis.set_xlabel("rank correlation with the fully supervised map")
-        axis.set_ylabel("density over (picture, positive class)")
+        axis.set_ylabel("density over (image, positive class)")
         axis.legend(loc="upper left", frameon=False)
     axis = next(free)
     values, labels = [], []

@@ -1,4 +1,4 @@
-"""Class activation maps drawn over pictures: where a trained run sees evidence for a class, and where against it.
+"""Class activation maps drawn over images: where a trained run sees evidence for a class, and where against it.
 
 A CAM head's logit is the mean of its signed map (spec/boostlu_large_loss.md 1.1), so colours have the map's sign: red
 is evidence for the class, blue against it, and the scale is the same for all maps of a page, symmetric around 0. Maps
@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spml_fast.analysis.predict import check_numbers, load_pictures, place_of, why_refused
+from spml_fast.analysis.predict import check_numbers, load_images, place_of, why_refused
 from spml_fast.analysis.suggest import Suggestions
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast_dtype
-from spml_fast.data.image_files import PictureFiles
+from spml_fast.data.image_files import ImageFiles
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.manifest import Split
 from spml_fast.models.classifier import Classifier, boosted
@@ -33,17 +33,17 @@ from spml_fast.runs.open import input_normalisation
 # A class counts as predicted from here on.
 PREDICTED = 0.5
 
-# More pictures make a page that viewers refuse.
-MAX_PICTURES = 100
+# More images make a page that viewers refuse.
+MAX_IMAGES = 100
 
 
 @dataclass(frozen=True)
 class Explained:
-    """One picture with the maps of its chosen classes.
+    """One image with the maps of its chosen classes.
 
     Attributes:
         path: as it is shown.
-        picture: uint8 [S, S, 3] as the network saw it, normalisation undone.
+        image: uint8 [S, S, 3] as the network saw it, normalisation undone.
         aspect: width through height of the original, 1 when unknown.
         classes: int64 [k] class ids.
         probability: float64 [k], sigmoid of `logit`.
@@ -51,14 +51,14 @@ class Explained:
         plain: float32 [k], logit at alpha 1.
         maps: float32 [k, h, w], signed.
         predicted: class ids of probability `PREDICTED` or more, the most probable first.
-        known: int8 [k] label of each class, or None where nothing is known of the picture.
+        known: int8 [k] label of each class, or None where nothing is known of the image.
         labels: (observed positives, positives that training does not see), class ids; None as `known`.
-        reason: why the picture was chosen, or "".
-        refused: why the loader refused the picture, which then has no classes; None when it did not.
+        reason: why the image was chosen, or "".
+        refused: why the loader refused the image, which then has no classes; None when it did not.
     """
 
     path: str
-    picture: npt.NDArray[np.uint8]
+    image: npt.NDArray[np.uint8]
     aspect: float
     classes: npt.NDArray[np.int64]
     probability: npt.NDArray[np.float64]
@@ -84,12 +84,12 @@ class Explained:
 
 
 def choose_classes(logits: Tensor, top: int, first: Sequence[Sequence[int]] | None = None) -> Tensor:
-    """Classes of each picture to look at: those in `first`, then the most probable ones, `top` in all.
+    """Classes of each image to look at: those in `first`, then the most probable ones, `top` in all.
 
     Args:
         logits: [B, C].
-        top: classes a picture; C where there are fewer.
-        first: class ids of each picture that come first, or None.
+        top: classes an image; C where there are fewer.
+        first: class ids of each image that come first, or None.
 
     Returns:
         int64 [B, min(top, C)], no class twice; equal logits by class id.
@@ -110,7 +110,7 @@ def choose_classes(logits: Tensor, top: int, first: Sequence[Sequence[int]] | No
 def explain(
     classifier: Classifier,
     config: Config,
-    files: PictureFiles,
+    files: ImageFiles,
     device: torch.device,
     *,
     alpha: float,
@@ -119,20 +119,20 @@ def explain(
     first: Sequence[Sequence[int]] | None = None,
     aspects: Sequence[float] | None = None,
 ) -> Iterator[Explained]:
-    """Maps of each picture, in order, a batch at a time.
+    """Maps of each image, in order, a batch at a time.
 
-    A picture that passed its check and that the loader cannot decode all the same is reported with its reason, and the
+    An image that passed its check and that the loader cannot decode all the same is reported with its reason, and the
     others go on.
 
     Args:
         classifier: on `device`, in eval mode.
-        config: the run's; `eval.batch_size` pictures go through the network at once.
-        files: the pictures, at least one.
+        config: the run's; `eval.batch_size` images go through the network at once.
+        files: the images, at least one.
         device: where the views are made and the network runs.
         alpha: BoostLU's factor of the probabilities, 1 for heads that do not boost.
         classes: names for error messages.
-        top: classes a picture.
-        first: class ids of each picture that are looked at before the most probable ones, or None.
+        top: classes an image.
+        first: class ids of each image that are looked at before the most probable ones, or None.
         aspects: width through height of each original, or None.
 
     Raises:
@@ -140,12 +140,12 @@ def explain(
     """
     dtype = autocast_dtype(config.train.precision, device)
     mean, std = (torch.tensor(v, device=device)[:, None, None] * 255 for v in input_normalisation(config, classifier))
-    for start, views in load_pictures(classifier, config, files, device):
+    for start, views in load_images(classifier, config, files, device):
         if views is None:
             path, none = files.path(start), np.empty(0, np.float32)
             yield Explained(
                 path=path,
-                picture=np.empty((0, 0, 3), np.uint8),
+                image=np.empty((0, 0, 3), np.uint8),
                 aspect=1.0,
                 classes=np.empty(0, np.int64),
                 probability=np.empty(0, np.float64),
@@ -175,7 +175,7 @@ def explain(
         for row in range(number):
             yield Explained(
                 path=files.path(start + row),
-                picture=pixels[row],
+                image=pixels[row],
                 aspect=1.0 if aspects is None else aspects[start + row],
                 classes=ids[row],
                 probability=torch.sigmoid(torch.from_numpy(logit[row]).double()).numpy(),
@@ -199,7 +199,7 @@ def choose_samples(mistakes: Sequence[Suggestions], size: int, count: int, seed:
     """Samples for a sheet: a third where the model is most wrong in each direction, the rest at random.
 
     Args:
-        mistakes: ranked lists of labels that the model contradicts; a picture is taken once.
+        mistakes: ranked lists of labels that the model contradicts; an image is taken once.
         size: samples of the split.
         count: samples wanted; fewer where the split has fewer.
         seed: of the random ones.
@@ -221,7 +221,7 @@ def choose_samples(mistakes: Sequence[Suggestions], size: int, count: int, seed:
 
 
 def with_labels(found: Explained, split: Split, choice: Choice, classes: Sequence[str]) -> Explained:
-    """The picture with what is known of its labels."""
+    """The image with what is known of its labels."""
     known, observed = split.known.rows([choice.index])[0], split.observed.rows([choice.index])[0]
     seen = np.flatnonzero(observed == POSITIVE)
     hidden = np.flatnonzero((known == POSITIVE) & (observed != POSITIVE))

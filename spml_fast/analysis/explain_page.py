@@ -76,9 +76,9 @@ _DPI = 110
 _CONTRADICTED = "#e08a00"
 
 
-def colour_scale(pictures: Sequence[Explained]) -> float:
+def colour_scale(images: Sequence[Explained]) -> float:
     """The end of the colour scale: 99 per cent of all cells of the maps lie within plus and minus this."""
-    cells = np.concatenate([np.abs(p.maps).ravel() for p in pictures])
+    cells = np.concatenate([np.abs(p.maps).ravel() for p in images])
     end = float(np.percentile(cells, 99))
     return end if end > 0 else 1.0
 
@@ -97,19 +97,19 @@ def tint(grey: npt.NDArray[np.float64], value: npt.NDArray[np.float64]) -> npt.N
     return out
 
 
-def overlay(picture: npt.NDArray[np.uint8], cells: npt.NDArray[np.float32], scale: float) -> npt.NDArray[np.float64]:
-    """A map over the greyed picture, float64 [S, S, 3] in 0..1.
+def overlay(image: npt.NDArray[np.uint8], cells: npt.NDArray[np.float32], scale: float) -> npt.NDArray[np.float64]:
+    """A map over the greyed image, float64 [S, S, 3] in 0..1.
 
     Args:
-        picture: uint8 [S, S, 3].
+        image: uint8 [S, S, 3].
         cells: float32 [h, w], upsampled bilinearly.
         scale: where colours are full.
     """
-    size = picture.shape[:2]
+    size = image.shape[:2]
     large = F.interpolate(torch.from_numpy(cells)[None, None], size=size, mode="bilinear", align_corners=False)
     value = np.clip(large[0, 0].double().numpy() / scale, -1, 1)
     # Lightened, so that colours show over black. The weights are those of luma.
-    return tint(0.35 + 0.6 * (picture @ np.array([0.299, 0.587, 0.114]) / 255), value)
+    return tint(0.35 + 0.6 * (image @ np.array([0.299, 0.587, 0.114]) / 255), value)
 
 
 def _across(count: int, width: float, height: float) -> int:
@@ -154,8 +154,8 @@ class _Page:
             head = int(kept * keep)
             artist.set_text(words[:head] + "\u2026" + words[len(words) - max(0, kept - head - 1) :])
 
-    def picture(self, x: float, y: float, pixels: npt.NDArray[Any], aspect: float, frame: str | None) -> None:
-        """A picture in the panel at (x, y), on its floor beside the caption, in the aspect ratio of its original."""
+    def image(self, x: float, y: float, pixels: npt.NDArray[Any], aspect: float, frame: str | None) -> None:
+        """An image in the panel at (x, y), on its floor beside the caption, in the aspect ratio of its original."""
         wide, high = _PANEL * min(1, aspect), _PANEL * min(1, 1 / aspect)
         left, top = x, y + _PANEL - high
         axes = self.figure.add_axes(
@@ -180,7 +180,7 @@ class _Page:
 
 
 def _caption(found: Explained, names: dict[int, str]) -> list[str]:
-    """The lines below a picture."""
+    """The lines below an image."""
     lines = [printable(found.path)]
     if found.reason:
         lines.append(found.reason)
@@ -202,14 +202,12 @@ def _map_caption(found: Explained, place: int, names: dict[int, str], alpha: flo
     return lines + ([f"{100 * found.positive_share[place]:.0f}% of cells positive"] if signed else [])
 
 
-def draw(
-    out: Path, pictures: Sequence[Explained], classes: Sequence[str], title: str, alpha: float, signed: bool
-) -> int:
-    """Draw pictures with their maps on one page and move it to its place when it is whole.
+def draw(out: Path, images: Sequence[Explained], classes: Sequence[str], title: str, alpha: float, signed: bool) -> int:
+    """Draw images with their maps on one page and move it to its place when it is whole.
 
     Args:
         out: PNG file; an older one is replaced.
-        pictures: at least one, with the same number of maps each.
+        images: at least one, with the same number of maps each.
         classes: class names in class-id order; shown literally.
         title: first line of the page.
         alpha: of the probabilities.
@@ -221,37 +219,37 @@ def draw(
     Raises:
         UserError: the file cannot be written.
     """
-    ids = {int(c) for p in pictures for group in (p.classes, p.predicted, *(p.labels or ())) for c in group}
+    ids = {int(c) for p in images for group in (p.classes, p.predicted, *(p.labels or ())) for c in group}
     names, families, lost = shown_names(classes, ids)
-    width = (len(pictures[0].classes) + 1) * (_PANEL + _GAP) + _BLOCK_GAP
+    width = (len(images[0].classes) + 1) * (_PANEL + _GAP) + _BLOCK_GAP
     height = _PANEL + _CAPTION + _GAP
-    across = _across(len(pictures), width, height)
+    across = _across(len(images), width, height)
     page = _Page(
         max(6.5, 2 * _MARGIN + across * width - _BLOCK_GAP),
-        2 * _MARGIN + _HEADER + math.ceil(len(pictures) / across) * height,
+        2 * _MARGIN + _HEADER + math.ceil(len(images) / across) * height,
         families,
     )
-    end = colour_scale(pictures)
+    end = colour_scale(images)
     page.text(_MARGIN, _MARGIN, printable(title), page.width - 2 * _MARGIN, 10, fontweight="bold")
     page.scale(_MARGIN + 0.15, _MARGIN + 0.28, end)
     meaning = (
         "cell of the map: red for the class, blue against it" if signed else "attention of the class query x features"
     )
     page.text(_MARGIN + 1.75, _MARGIN + 0.25, meaning, page.width - 2.1)
-    if any(p.known is not None for p in pictures):
+    if any(p.known is not None for p in images):
         words = "thick frame: the prediction contradicts the label"
         page.text(_MARGIN + 1.75, _MARGIN + 0.25 + _LINE, words, page.width - 2.1, color=_CONTRADICTED)
     with warnings.catch_warnings():
         # A path may have characters that no font has; boxes stand for them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for place, found in enumerate(pictures):
+        for place, found in enumerate(images):
             x = _MARGIN + place % across * width
             y = _MARGIN + _HEADER + place // across * height
-            page.picture(x, y, found.picture, found.aspect, None)
+            page.image(x, y, found.image, found.aspect, None)
             captions = [_caption(found, names)]
             for k, cells in enumerate(found.maps):
                 frame = _CONTRADICTED if found.wrong(k) else None
-                page.picture(x + (k + 1) * (_PANEL + _GAP), y, overlay(found.picture, cells, end), found.aspect, frame)
+                page.image(x + (k + 1) * (_PANEL + _GAP), y, overlay(found.image, cells, end), found.aspect, frame)
                 captions.append(_map_caption(found, k, names, alpha, signed))
             for k, lines in enumerate(captions):
                 for row, line in enumerate(lines):
@@ -283,7 +281,7 @@ class MapFolder:
         self.out, self.about = out, about
         self.entries: list[dict[str, Any]] = []
         self._staging = out.with_name(out.name + ".partial")
-        self._pictures = 0
+        self._images = 0
         try:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise UserError(f"{out} exists and is not an empty folder; choose another --maps")
@@ -294,9 +292,9 @@ class MapFolder:
             raise UserError(f"{out} cannot be written: {error.strerror}") from error
 
     def add(self, found: Explained, classes: Sequence[str]) -> None:
-        """Write the maps of one picture."""
+        """Write the maps of one image."""
         for k, class_id in enumerate(found.classes.tolist()):
-            name = f"{self._pictures:06d}-{class_id}.npy"
+            name = f"{self._images:06d}-{class_id}.npy"
             try:
                 np.save(self._staging / name, found.maps[k])
             except OSError as error:
@@ -314,7 +312,7 @@ class MapFolder:
                     "positive_share": float(found.positive_share[k]),
                 }
             )
-        self._pictures += 1
+        self._images += 1
 
     def __enter__(self) -> MapFolder:
         return self

@@ -1,6 +1,6 @@
 """A trained run for those who have none of this program: an ONNX model, or weights for timm.
 
-ONNX: pictures in, logits and probabilities out, with normalisation and BoostLU inside the graph. Safetensors: where the
+ONNX: images in, logits and probabilities out, with normalisation and BoostLU inside the graph. Safetensors: where the
 model at alpha 1 is timm's own model of that name (global average pooling and a linear layer), weights under timm's
 names, which `timm.create_model` takes; else backbone and head beside each other, as the run has them. An ONNX model and
 a timm model are compared with the run's own classifier before the file gets its final name. What is needed to use a
@@ -35,7 +35,7 @@ from spml_fast.runs.open import DIGITS_DIR, input_normalisation, make_eval_loade
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 OPSET = 20
-# Pictures that an export is compared on.
+# Images that an export is compared on.
 CHECKED = 4
 # Largest difference of a logit, as a share of the largest (timm's model: bias left out). Other orders of summation in
 # fp32 give 1e-5; a model that pools or normalises in another way is apart by its whole size.
@@ -45,7 +45,7 @@ ONNX_LIMIT = 2**31 - 2**25
 RESIZE = "resize both sides to the size, bilinear with antialiasing (Pillow's BILINEAR), 8 bits a channel"
 
 
-class PictureModel(nn.Module):
+class ImageModel(nn.Module):
     """The classifier with normalisation in front and probabilities behind.
 
     Args:
@@ -60,10 +60,10 @@ class PictureModel(nn.Module):
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities [B, C] of RGB pictures [B, 3, S, S], fp32 with values 0..255."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities [B, C] of RGB images [B, 3, S, S], fp32 with values 0..255."""
         assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
-        logits = self.classifier((pictures - self.mean) / self.std, alpha=self.alpha).logits
+        logits = self.classifier((images - self.mean) / self.std, alpha=self.alpha).logits
         return logits, torch.sigmoid(logits)
 
 
@@ -99,8 +99,8 @@ def describe(config: Config, classifier: Classifier, classes: list[str], alpha: 
     }
 
 
-def sample_pictures(config: Config, classifier: Classifier) -> tuple[Tensor, str]:
-    """Pictures [n, 3, S, S], fp32 RGB 0..255, and what they are.
+def sample_images(config: Config, classifier: Classifier) -> tuple[Tensor, str]:
+    """Images [n, 3, S, S], fp32 RGB 0..255, and what they are.
 
     They are the first of the run's test split, or noise where its data set is not there.
     """
@@ -119,10 +119,10 @@ def sample_pictures(config: Config, classifier: Classifier) -> tuple[Tensor, str
         loader = make_eval_loader(config, split, classifier, torch.device("cpu"))
         batch = next(iter(loader))
     except UserError:
-        # The data set's table is there and its pictures are not.
+        # The data set's table is there and its images are not.
         return noise
-    pictures = ((batch.views["eval"][: batch.real] * std + mean) * 255).round().contiguous()
-    return pictures, f"{len(pictures)} of split {name}"
+    images = ((batch.views["eval"][: batch.real] * std + mean) * 255).round().contiguous()
+    return images, f"{len(images)} of split {name}"
 
 
 def check_finite(logits: Tensor) -> None:
@@ -132,7 +132,7 @@ def check_finite(logits: Tensor) -> None:
 
 
 def difference(found: Tensor, expected: Tensor, bias: Tensor | None = None) -> tuple[float, bool]:
-    """Largest difference of logits [B, C], and whether it is rounding; what the pictures add to `bias` [C] counts."""
+    """Largest difference of logits [B, C], and whether it is rounding; what the images add to `bias` [C] counts."""
     if found.shape != expected.shape:
         return float("inf"), False
     apart = float((found - expected).abs().max())
@@ -152,7 +152,7 @@ def export_onnx(
 ) -> tuple[float, str]:
     """Write an ONNX model.
 
-    Its input `pictures` is fp32 [batch, 3, S, S], RGB with values 0..255; its outputs `logits` and `probabilities` are
+    Its input `images` is fp32 [batch, 3, S, S], RGB with values 0..255; its outputs `logits` and `probabilities` are
     fp32 [batch, C]. The batch size is free. Metadata: `describe`.
 
     Args:
@@ -161,7 +161,7 @@ def export_onnx(
         out: the file; an older one is replaced once the new one has passed.
 
     Returns:
-        Largest difference of a logit between ONNX Runtime and the classifier, and on which pictures.
+        Largest difference of a logit between ONNX Runtime and the classifier, and on which images.
 
     Raises:
         UserError: a package is missing, the model cannot be exported or is too large, its logits differ, or the file
@@ -171,18 +171,18 @@ def export_onnx(
     import onnx
     import onnxruntime
 
-    model = PictureModel(classifier, alpha, *input_normalisation(config, classifier)).eval()
+    model = ImageModel(classifier, alpha, *input_normalisation(config, classifier)).eval()
     size = sum(t.nbytes for t in model.state_dict().values())
     if size >= ONNX_LIMIT:
         raise UserError(f"the weights take {size / 1e9:.1f} GB and an ONNX file holds 2.1; use --format safetensors")
-    pictures, which = sample_pictures(config, classifier)
-    # Of two pictures, since a batch of one would be taken for fixed.
-    example = pictures[:1].expand(2, -1, -1, -1).contiguous()
+    images, which = sample_images(config, classifier)
+    # Of two images, since a batch of one would be taken for fixed.
+    example = images[:1].expand(2, -1, -1, -1).contiguous()
     said, log = io.StringIO(), logging.getLogger("torch.onnx")
     level = log.level
     with _plain_ops(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = model(pictures)[0]
+        expected = model(images)[0]
         check_finite(expected)
         log.setLevel(logging.ERROR)
         try:
@@ -192,9 +192,9 @@ def export_onnx(
                     (example,),
                     dynamo=True,
                     opset_version=OPSET,
-                    input_names=["pictures"],
+                    input_names=["images"],
                     output_names=["logits", "probabilities"],
-                    dynamic_shapes={"pictures": {0: torch.export.Dim("batch")}},
+                    dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
                     verbose=False,
                 )
         except Exception as error:
@@ -211,14 +211,14 @@ def export_onnx(
         del written.metadata_props[:]
         side = config.data.image_size
         about = describe(config, classifier, classes, alpha)
-        about["input"] = f"pictures: float32 [batch, 3, {side}, {side}], RGB, values 0 to 255, not normalised"
+        about["input"] = f"images: float32 [batch, 3, {side}, {side}], RGB, values 0 to 255, not normalised"
         onnx.helper.set_model_props(written, about)
         written.producer_name, written.producer_version = "spml_fast", __version__
         onnx.save(written, str(partial))
         try:
             onnx.checker.check_model(str(partial), full_check=True)
             session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-            found = torch.from_numpy(session.run(["logits"], {"pictures": pictures.numpy()})[0])
+            found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         except Exception as error:
             # The classes of their errors are not public.
             text = " ".join(str(error).split())
@@ -277,16 +277,16 @@ def export_safetensors(classifier: Classifier, config: Config, classes: list[str
     Returns:
         The layout: `timm` for a state of timm's whole model, `parts` for `backbone.` and `head.` beside each other;
         the largest difference of a logit between timm's model and the run's classifier (0 for `parts`, which are the
-        run's own tensors), and on which pictures.
+        run's own tensors), and on which images.
 
     Raises:
         UserError: the run's logits are not finite, or the file cannot be written.
     """
-    pictures, which = sample_pictures(config, classifier)
+    images, which = sample_images(config, classifier)
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in input_normalisation(config, classifier))
     layout, apart, state = "parts", 0.0, classifier.state_dict()
     with torch.no_grad():
-        views = (pictures - mean) / std
+        views = (images - mean) / std
         expected = classifier(views).logits
         check_finite(expected)
         model = as_timm_model(classifier, config, len(classes))

@@ -1,7 +1,7 @@
-"""A trained run on new pictures: find them, check them, and give the classes of each with probabilities.
+"""A trained run on new images: find them, check them, and give the classes of each with probabilities.
 
-The pictures go through the same loader as evaluation's, and the logits are the same. A run directory is enough: its
-class names, picture size and normalisation are in it, and the data set may be gone. Of C classes a picture those that
+The images go through the same loader as evaluation's, and the logits are the same. A run directory is enough: its
+class names, image size and normalisation are in it, and the data set may be gone. Of C classes an image those that
 are asked for are kept, a batch at a time, so memory does not grow with what is written.
 """
 
@@ -24,8 +24,8 @@ from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import printable
 from spml_fast.core.precision import autocast_dtype
-from spml_fast.data.image_check import check_picture
-from spml_fast.data.image_files import PictureFiles
+from spml_fast.data.image_check import check_image
+from spml_fast.data.image_files import ImageFiles
 from spml_fast.models.classifier import Classifier
 from spml_fast.runs.open import make_eval_loader
 
@@ -37,13 +37,13 @@ _PATH_WIDTH = 60
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was found for one picture.
+    """What was found for one image.
 
     Attributes:
         path: as it was given.
         classes: int64 [k] class ids, the most probable first.
         probability: float64 [k], sigmoid of the fp32 logits; in fp32 all confident classes would be 1.
-        reason: why the loader refused the picture, which then has no classes; None when it did not.
+        reason: why the loader refused the image, which then has no classes; None when it did not.
     """
 
     path: str
@@ -56,7 +56,7 @@ class Prediction:
 def predict(
     classifier: Classifier,
     config: Config,
-    files: PictureFiles,
+    files: ImageFiles,
     device: torch.device,
     *,
     alpha: float,
@@ -64,15 +64,15 @@ def predict(
     top: int | None = None,
     threshold: float = 0.0,
 ) -> Iterator[Prediction]:
-    """Classes of each picture, in order, a batch at a time.
+    """Classes of each image, in order, a batch at a time.
 
-    A picture that passed its check and that the loader cannot decode all the same is reported with its reason, and the
+    An image that passed its check and that the loader cannot decode all the same is reported with its reason, and the
     others go on.
 
     Args:
         classifier: on `device`, in eval mode.
-        config: the run's; `eval.batch_size` pictures go through the network at once.
-        files: the pictures.
+        config: the run's; `eval.batch_size` images go through the network at once.
+        files: the images.
         device: where the views are made and the network runs.
         alpha: BoostLU's factor, 1 for heads without a map (`evaluate.check_alphas`).
         classes: names for error messages.
@@ -84,12 +84,12 @@ def predict(
     """
     dtype = autocast_dtype(config.train.precision, device)
     nothing = np.empty(0, np.int64), np.empty(0, np.float64)
-    for start, pictures in load_pictures(classifier, config, files, device):
-        if pictures is None:
+    for start, images in load_images(classifier, config, files, device):
+        if images is None:
             yield Prediction(files.path(start), *nothing, reason=why_refused(files.path(start)))
             continue
         with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            output = classifier(pictures, boost=alpha != 1)
+            output = classifier(images, boost=alpha != 1)
         logits = output.at_alpha(alpha)
         check_numbers(logits, classes, functools.partial(place_of, files, start))
         ordered = torch.sort(logits, dim=1, descending=True, stable=True)
@@ -100,13 +100,13 @@ def predict(
             yield Prediction(files.path(start + row), class_id[row][kept], probability[row][kept])
 
 
-def place_of(files: PictureFiles, start: int, row: int) -> str:
-    """Path, for people, of the picture in row `row` of a batch that begins with picture `start`."""
+def place_of(files: ImageFiles, start: int, row: int) -> str:
+    """Path, for people, of the image in row `row` of a batch that begins with image `start`."""
     return printable(files.path(start + row))
 
 
 def check_numbers(logits: Tensor, classes: Sequence[str], place: Callable[[int], str]) -> None:
-    """Raise `UserError` where a logit [B, C] is not a number; `place` gives the picture of a row for people."""
+    """Raise `UserError` where a logit [B, C] is not a number; `place` gives the image of a row for people."""
     wrong = torch.nonzero(logits.isnan())
     if len(wrong):
         row, column = wrong[0].tolist()
@@ -117,15 +117,15 @@ def check_numbers(logits: Tensor, classes: Sequence[str], place: Callable[[int],
 
 
 def why_refused(path: str) -> str:
-    """Why the loader refused a picture that had passed its check."""
-    checked = check_picture(path)
+    """Why the loader refused an image that had passed its check."""
+    checked = check_image(path)
     return _join(checked.reason or "not decoded by the loader; convert it to JPEG or 8-bit PNG", checked.detail)
 
 
-def load_pictures(
-    classifier: Classifier, config: Config, files: PictureFiles, device: torch.device
+def load_images(
+    classifier: Classifier, config: Config, files: ImageFiles, device: torch.device
 ) -> Iterator[tuple[int, Tensor | None]]:
-    """Yield (index of the first, views [b, 3, S, S]), or (index, None) for a picture that the loader refuses."""
+    """Yield (index of the first, views [b, 3, S, S]), or (index, None) for an image that the loader refuses."""
     start = single_until = 0
     while start < len(files):
         single = start < single_until
@@ -136,7 +136,7 @@ def load_pictures(
                 yield start, batch.views["eval"][: batch.real]
                 start += batch.real
         except UserError:
-            # The loader gives up on all batches in flight with one bad picture; the next ones come one by one.
+            # The loader gives up on all batches in flight with one bad image; the next ones come one by one.
             if single:
                 yield start, None
                 start += 1
@@ -149,7 +149,7 @@ def _join(reason: str, detail: str) -> str:
 
 
 def left_out(path: str, reason: str, detail: str = "") -> str:
-    """The line about a picture that cannot be used."""
+    """The line about an image that cannot be used."""
     return f"left out: {printable(path)}: {_join(reason, detail)}"
 
 
@@ -159,7 +159,7 @@ def path_width(paths: Sequence[str]) -> int:
 
 
 def prediction_line(found: Prediction, classes: Sequence[str], threshold: float, width: int) -> str:
-    """One picture on one line: path, then class and probability, the most probable first."""
+    """One image on one line: path, then class and probability, the most probable first."""
     pairs = zip(found.classes.tolist(), found.probability.tolist(), strict=True)
     text = ", ".join(f"{classes[c]} {p:.3f}" for c, p in pairs) or f"no class of probability {threshold:g} or more"
     return f"{printable(found.path):<{width}}  {text}"
@@ -194,7 +194,7 @@ class PredictionTable:
         self._plain.writerow(COLUMNS)
 
     def add(self, found: Prediction) -> None:
-        """Write the classes of one picture, a row each."""
+        """Write the classes of one image, a row each."""
         pairs = zip(found.classes.tolist(), found.probability.tolist(), strict=True)
         try:
             for rank, (class_id, probability) in enumerate(pairs, 1):

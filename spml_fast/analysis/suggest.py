@@ -1,7 +1,7 @@
 """Labels that are probably missing or wrong, as a trained run sees them.
 
-One pass over a split; of every batch's [B, C] logits those pairs (picture, class) are kept that a bounded list still
-has room for, so memory follows what is given out and the pictures of a batch, never pictures x classes. Three lists:
+One pass over a split; of every batch's [B, C] logits those pairs (image, class) are kept that a bounded list still
+has room for, so memory follows what is given out and the images of a batch, never images x classes. Three lists:
 
     missing          unknown pairs that the model is most sure are positive
     doubtful         observed positives that it is most sure are negative
@@ -44,7 +44,7 @@ DEPTHS = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
 class BestPairs:
-    """The `size` pairs of highest score over many batches; of equals the earlier picture, then the smaller class id.
+    """The `size` pairs of highest score over many batches; of equals the earlier image, then the smaller class id.
 
     Args:
         size: pairs that are kept, of each class or in all.
@@ -168,7 +168,7 @@ def find_suggestions(
         per_class: pairs of each list and class, or None for no such limit; one of the two must be given.
         min_probability: how sure the model must be of the label that it suggests.
         codes: lists that are wanted.
-        advance: called with the number of pictures of each batch.
+        advance: called with the number of images of each batch.
 
     Returns:
         A list for each of `codes` on rank 0, None elsewhere.

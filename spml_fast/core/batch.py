@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class Views:
-    """One micro-batch of pictures as the loader gives it.
+    """One micro-batch of images as the loader gives it.
 
     Attributes:
         views: name -> float32 [B, 3, S, S] in channels_last memory, normalised; "weak", "strong" or "eval".

@@ -11,19 +11,19 @@ from typing import Any, Literal
 
 @dataclass
 class DataConfig:
-    """Pictures and how they reach the model.
+    """Images and how they reach the model.
 
     Attributes:
         dir: Manifest directory made by launch/prepare.py; null builds and uses the embedded digit scenes.
-        image_root: picture folder, when it is not where it was at preparation.
+        image_root: image folder, when it is not where it was at preparation.
         image_size: side of the square model input in pixels.
         train_split: split to train on.
         val_split: split for model selection after every epoch; null for none.
         test_split: split for the final figures; null for none.
         train_crop: squash resizes to the square ignoring the aspect ratio (the papers' way); random_resized crops.
-        crop_scale: smallest share of the picture's area that random_resized keeps.
+        crop_scale: smallest share of the image's area that random_resized keeps.
         hflip: probability of a horizontal flip in training.
-        randaugment_ops: RandAugment operations a picture in the strong view.
+        randaugment_ops: RandAugment operations an image in the strong view.
         randaugment_magnitude: RandAugment magnitude, 0 to 30.
         mean: per-channel mean in 0..1; null takes the backbone's.
         std: per-channel standard deviation in 0..1; null takes the backbone's.
@@ -32,7 +32,7 @@ class DataConfig:
         shuffle: global draws every epoch's order from all samples; window reads shards a block at a time and shuffles
             within windows of blocks, for disks and mounts that are slow at random reads (docs/data.md).
         shuffle_window: samples of a window; shuffle_block times train.batch_size or more mixes batches well. Encoded
-            pictures of two windows are in memory, shared out over the ranks.
+            images of two windows are in memory, shared out over the ranks.
         shuffle_block: samples that follow each other in the shards and are read in one go.
         read_threads: threads a rank that read shards ahead.
     """
@@ -79,7 +79,7 @@ class ModelConfig:
         grad_checkpointing: recompute activations in the backward, to save memory.
         compile: torch.compile the backbone.
         prior_bias: start the head's biases at the logit of each class's positive share among its observed labels
-            (labels), or among all pictures (pictures: what assumed negative is headed for); none leaves them random.
+            (labels), or among all images (images: what assumed negative is headed for); none leaves them random.
         prior_floor: smallest share, and 1 minus the largest, that prior_bias takes.
     """
 
@@ -97,7 +97,7 @@ class ModelConfig:
     drop_path: float | None = None
     grad_checkpointing: bool = False
     compile: bool = False
-    prior_bias: Literal["none", "labels", "pictures"] = "none"
+    prior_bias: Literal["none", "labels", "images", "pictures"] = "none"
     prior_floor: float = 1e-3
 
 
@@ -128,9 +128,9 @@ class TrainConfig:
             AMX) and fp32 elsewhere.
         stop_after_drop: stop when validation mAP falls this many points below the best; 0 never stops.
         log_every: updates between two progress lines in metrics.jsonl.
-        sampling: uniform shows every picture once an epoch; repeat_factor shows pictures of rare classes more often
+        sampling: uniform shows every image once an epoch; repeat_factor shows images of rare classes more often
             (LVIS; spml_fast/data/repeat_factor.py has the formula), so that an epoch is longer.
-        repeat_threshold: repeat_factor repeats classes with a positive in a smaller share of the pictures than this.
+        repeat_threshold: repeat_factor repeats classes with a positive in a smaller share of the images than this.
     """
 
     epochs: int = 10
@@ -163,7 +163,7 @@ class EvalConfig:
 
     Attributes:
         alphas: BoostLU factors to report at the end; null reports 1 and model.alpha_eval. All come from one pass.
-        batch_size: pictures a rank and forward; every batch is padded to this size, so results do not depend on ranks.
+        batch_size: images a rank and forward; every batch is padded to this size, so results do not depend on ranks.
         definition: average precision as scikit-learn defines it, by rank, or VOC-interpolated.
         every: epochs between two validations.
         threshold: probability above which a class counts as predicted (OP, OR, OF1, CP, CR, CF1).

@@ -113,12 +113,12 @@ def randaugment_matrices(
     """Maps from output to input pixel coordinates of the geometric operations, float32 [n, 2, 3]; else the identity.
 
     The same maps as torchvision hands to Pillow: shears keep the top left corner, rotations the centre, translations
-    are whole pixels towards zero of a share of the picture's side.
+    are whole pixels towards zero of a share of the image's side.
 
     Args:
         ops, signs: int32 [n].
         magnitude: RandAugment magnitude 0..30.
-        width, height: of the pictures as shown, in pixels, [n].
+        width, height: of the images as shown, in pixels, [n].
     """
     widths, heights = np.asarray(width, np.float64), np.asarray(height, np.float64)
     sign = signs.astype(np.float64)
@@ -141,7 +141,7 @@ def randaugment_matrices(
 
 
 def randaugment_factor(magnitude: int, sign: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-    """Factor of Brightness, Color, Contrast and Sharpness, float32 [n] (1 leaves the picture as it is)."""
+    """Factor of Brightness, Color, Contrast and Sharpness, float32 [n] (1 leaves the image as it is)."""
     return (1.0 + float(_linspace(0.0, 0.9, magnitude)) * sign).astype(np.float32)
 
 
@@ -161,11 +161,11 @@ def crop_boxes(
 ) -> npt.NDArray[np.int32]:
     """Random-resized-crop boxes (top, left, height, width) in pixels, int32 [n, 4].
 
-    As torchvision.transforms.RandomResizedCrop: an area uniform in [scale, 1] of the picture's, an aspect ratio
+    As torchvision.transforms.RandomResizedCrop: an area uniform in [scale, 1] of the image's, an aspect ratio
     log-uniform in [3/4, 4/3], ten tries, and then the largest central box with an allowed ratio.
 
     Args:
-        width, height: of the pictures as shown, in pixels, [n].
+        width, height: of the images as shown, in pixels, [n].
         scale: smallest share of the area.
     """
     widths, heights = np.asarray(width, np.int64), np.asarray(height, np.int64)

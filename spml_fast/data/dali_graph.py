@@ -30,7 +30,7 @@ def _scalar(name: str, dtype: Any = types.INT32) -> Any:
 
 # RandAugment. Pillow's blends cut fractions off while DALI rounds, so half a grey level (less a little, so that whole
 # values stay whole) is taken off first. Every operation has a branch for the CPU where named arguments may come from
-# the picture itself, which is faster; on the GPU they may not, and plain arithmetic does the same.
+# the image itself, which is faster; on the GPU they may not, and plain arithmetic does the same.
 _CUT = 0.4999
 
 # From this many pixels a step on, Pillow's whole-number step changes no value by more than a grey level.
@@ -42,68 +42,68 @@ def _white() -> Any:
 
 
 def _placed(value: Any, gpu: bool) -> Any:
-    """A number of the sample where arithmetic with the picture needs it."""
+    """A number of the sample where arithmetic with the image needs it."""
     return value.gpu() if gpu else value
 
 
-def _grey(picture: Any) -> Any:
-    return fn.color_space_conversion(picture, image_type=types.RGB, output_type=types.GRAY)
+def _grey(image: Any) -> Any:
+    return fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
 
 
-def _contrast(picture: Any, factor: Any, gpu: bool) -> Any:
-    centre = math.floor(fn.reductions.mean(_grey(picture)) + 0.5)
+def _contrast(image: Any, factor: Any, gpu: bool) -> Any:
+    centre = math.floor(fn.reductions.mean(_grey(image)) + 0.5)
     if gpu:
         scale = _placed(factor, gpu)
-        return fn.cast(picture * scale + (centre * (1.0 - scale) - _CUT), dtype=types.UINT8)
+        return fn.cast(image * scale + (centre * (1.0 - scale) - _CUT), dtype=types.UINT8)
     return fn.brightness_contrast(
-        picture, contrast=factor, contrast_center=centre, brightness_shift=-_CUT / 255.0, dtype=types.UINT8
+        image, contrast=factor, contrast_center=centre, brightness_shift=-_CUT / 255.0, dtype=types.UINT8
     )
 
 
-def _color(picture: Any, factor: Any, gpu: bool) -> Any:
-    grey = fn.color_space_conversion(_grey(picture), image_type=types.GRAY, output_type=types.RGB)
+def _color(image: Any, factor: Any, gpu: bool) -> Any:
+    grey = fn.color_space_conversion(_grey(image), image_type=types.GRAY, output_type=types.RGB)
     scale = _placed(factor, gpu)
-    return fn.cast(picture * scale + (grey * (1.0 - scale) - _CUT), dtype=types.UINT8)
+    return fn.cast(image * scale + (grey * (1.0 - scale) - _CUT), dtype=types.UINT8)
 
 
-def _auto_contrast(picture: Any, gpu: bool) -> Any:
-    low = fn.reductions.min(picture, axes=[0, 1], keep_dims=True)
-    width = fn.reductions.max(picture, axes=[0, 1], keep_dims=True) - low
+def _auto_contrast(image: Any, gpu: bool) -> Any:
+    low = fn.reductions.min(image, axes=[0, 1], keep_dims=True)
+    width = fn.reductions.max(image, axes=[0, 1], keep_dims=True) - low
     # A channel with one value only stays as it is.
     varied = width > 0
     start = fn.cast(varied * low, dtype=types.FLOAT)
     unit = varied * (width / 255.0) + (varied ^ True) * 1.0
     if gpu:
-        return fn.cast((picture - start) / unit - _CUT, dtype=types.UINT8)
-    return fn.normalize(picture, mean=start, stddev=unit, shift=-_CUT, dtype=types.UINT8, axes=[0, 1])
+        return fn.cast((image - start) / unit - _CUT, dtype=types.UINT8)
+    return fn.normalize(image, mean=start, stddev=unit, shift=-_CUT, dtype=types.UINT8, axes=[0, 1])
 
 
-def _equalize(picture: Any, gpu: bool) -> Any:
+def _equalize(image: Any, gpu: bool) -> Any:
     """Pillow's equalize by OpenCV's.
 
     Pillow counts the pixels below a value, OpenCV those up to it: the same thing on the negative. What is left is that
     Pillow divides by a whole number of pixels a step, which is put right where it shows.
     """
-    even = fn.equalize(picture ^ _white()) ^ _white()
-    high = fn.reductions.max(picture, axes=[0, 1], keep_dims=True)
-    below = fn.reductions.sum(fn.cast(picture < high, dtype=types.FLOAT), axes=[0, 1], keep_dims=True)
+    even = fn.equalize(image ^ _white()) ^ _white()
+    high = fn.reductions.max(image, axes=[0, 1], keep_dims=True)
+    below = fn.reductions.sum(fn.cast(image < high, dtype=types.FLOAT), axes=[0, 1], keep_dims=True)
     step = math.floor(below / 255.0)
     if gpu:
-        return _whole_step(picture, even, below, step)
+        return _whole_step(image, even, below, step)
     if fn.reductions.min(step) < _FINE_STEP:
-        even = _whole_step(picture, even, below, step)
+        even = _whole_step(image, even, below, step)
     return even
 
 
-def _whole_step(picture: Any, even: Any, below: Any, step: Any) -> Any:
-    """Scale an equalized picture to Pillow's whole step; a channel with fewer than 255 pixels to share out is kept."""
+def _whole_step(image: Any, even: Any, below: Any, step: Any) -> Any:
+    """Scale an equalized image to Pillow's whole step; a channel with fewer than 255 pixels to share out is kept."""
     usable = step > 0
     scale = usable * (below / (255.0 * math.max(step, types.Constant(1.0))))
-    return fn.cast(even * scale + picture * (usable ^ True), dtype=types.UINT8)
+    return fn.cast(even * scale + image * (usable ^ True), dtype=types.UINT8)
 
 
-def _randaugment(picture: Any, step: int, gpu: bool) -> Any:
-    """Apply the `step`-th operation that order.py chose for each picture."""
+def _randaugment(image: Any, step: int, gpu: bool) -> Any:
+    """Apply the `step`-th operation that order.py chose for each image."""
     op = _scalar(f"op{step}")
     factor = _scalar(f"factor{step}", types.FLOAT)
     matrix = fn.external_source(name=f"matrix{step}", dtype=types.FLOAT, ndim=2)
@@ -112,27 +112,25 @@ def _randaugment(picture: Any, step: int, gpu: bool) -> Any:
     # Comparisons with numbers, because this function is rewritten into a graph; the ids are those of RANDAUGMENT_OPS.
     if op > 0:
         if op <= 5:
-            picture = fn.warp_affine(
-                picture, matrix=matrix, inverse_map=True, interp_type=types.INTERP_NN, fill_value=0
-            )
+            image = fn.warp_affine(image, matrix=matrix, inverse_map=True, interp_type=types.INTERP_NN, fill_value=0)
         elif op == 6:
-            picture = fn.brightness_contrast(picture, brightness=factor, brightness_shift=-_CUT / 255.0)
+            image = fn.brightness_contrast(image, brightness=factor, brightness_shift=-_CUT / 255.0)
         elif op == 7:
-            picture = _color(picture, factor, gpu)
+            image = _color(image, factor, gpu)
         elif op == 8:
-            picture = _contrast(picture, factor, gpu)
+            image = _contrast(image, factor, gpu)
         elif op == 9:
             # Rounded where Pillow cuts off, and mirrored at the border where Pillow leaves one row of pixels alone.
-            picture = fn.filter(picture, _placed(kernel, gpu))
+            image = fn.filter(image, _placed(kernel, gpu))
         elif op == 10:
-            picture = picture & _placed(mask, gpu)
+            image = image & _placed(mask, gpu)
         elif op == 11:
-            picture = picture ^ (_white() * (picture >= _placed(threshold, gpu)))
+            image = image ^ (_white() * (image >= _placed(threshold, gpu)))
         elif op == 12:
-            picture = _auto_contrast(picture, gpu)
+            image = _auto_contrast(image, gpu)
         else:
-            picture = _equalize(picture, gpu)
-    return picture
+            image = _equalize(image, gpu)
+    return image
 
 
 @pipeline_def(enable_conditionals=True)
@@ -143,22 +141,22 @@ def graph(plan: Plan) -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not plan.gpu)
     else:
         encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
-    picture = fn.decoders.image(
+    image = fn.decoders.image(
         encoded, device="mixed" if plan.gpu else "cpu", output_type=types.RGB, adjust_orientation=False
     )
     if plan.oriented:
-        # Only pictures that need it pay for it.
+        # Only images that need it pay for it.
         turn = _scalar("turn")
         if turn > 0:
             if turn == 2:
-                picture = fn.transpose(picture, perm=[1, 0, 2], transpose_layout=False)
-            picture = fn.flip(picture, horizontal=_scalar("turn_horizontal"), vertical=_scalar("turn_vertical"))
+                image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
+            image = fn.flip(image, horizontal=_scalar("turn_horizontal"), vertical=_scalar("turn_vertical"))
     if plan.cropped:
         crop_start = fn.external_source(name="crop_start", dtype=types.INT32, ndim=1)
         crop_shape = fn.external_source(name="crop_shape", dtype=types.INT32, ndim=1)
     outputs = []
     for view in plan.views:
-        out = picture
+        out = image
         if view == "strong":
             for step in range(plan.randaugment_ops):
                 out = _randaugment(out, step, plan.gpu)

@@ -56,7 +56,7 @@ class Request:
 
 
 class _Group:
-    """Requests whose pictures are read from shards together."""
+    """Requests whose images are read from shards together."""
 
     def __init__(self, requests: Sequence[Request], reader: ShardReader) -> None:
         self.requests = deque(requests)
@@ -64,17 +64,17 @@ class _Group:
         self._used = 0
 
     def take(self) -> tuple[Request, list[Encoded | None]]:
-        """Wait for the pictures, and take the next request with its own. `UserError` if one cannot be read."""
-        pictures = self.reading.result()
+        """Wait for the images, and take the next request with its own. `UserError` if one cannot be read."""
+        images = self.reading.result()
         request = self.requests.popleft()
         first, self._used = self._used, self._used + len(request.index)
-        taken = pictures[first : self._used]
+        taken = images[first : self._used]
         # Their memory is free as soon as the batch is done, not when the group is.
-        pictures[first : self._used] = [None] * len(taken)
+        images[first : self._used] = [None] * len(taken)
         return request, taken
 
 
-# Reading threads have this many pictures each ahead of DALI's queue, where pictures are read a batch at a time.
+# Reading threads have this many images each ahead of DALI's queue, where images are read a batch at a time.
 _AHEAD = 4
 
 
@@ -107,7 +107,7 @@ class Stream:
         }
         self._pipe: Any = None
         self._flight: deque[Request] = deque()
-        # Encoded pictures of the batches in flight, which DALI reads in place.
+        # Encoded images of the batches in flight, which DALI reads in place.
         self._held: deque[list[Encoded | None]] = deque()
         self._current: object = None
         self._reader = ShardReader(split.shards, config.read_threads) if split.shards is not None else None
@@ -124,7 +124,7 @@ class Stream:
     def _take(self, source: Iterator[list[Request]]) -> list[tuple[Request, Inputs]]:
         """The next requests that DALI's queue has room for, with what it is fed for them.
 
-        Pictures that are still being read are waited for only when there is nothing else to do.
+        Images that are still being read are waited for only when there is nothing else to do.
         """
         count = self._prefetch - len(self._flight)
         # A new pipeline must have its queue filled at once.
@@ -171,7 +171,7 @@ class Stream:
             self._fail(error)
 
     def _receive(self) -> tuple[Request, tuple[Tensor, ...]]:
-        """Wait for the oldest batch in flight. `UserError` if a picture in flight is missing or damaged."""
+        """Wait for the oldest batch in flight. `UserError` if an image in flight is missing or damaged."""
         try:
             if self._plan.gpu:
                 shared = self._pipe.share_outputs(cuda_stream=torch.cuda.current_stream(self._device))
@@ -186,14 +186,14 @@ class Stream:
         return self._flight.popleft(), views
 
     def _fail(self, error: RuntimeError) -> NoReturn:
-        """Throw the dead pipeline away and say which picture killed it; the error itself if none did."""
+        """Throw the dead pipeline away and say which image killed it; the error itself if none did."""
         flight, self._pipe = list(self._flight), None
         self._flight.clear()
         self._held.clear()
         self._stop_reading()
         index = list(dict.fromkeys(itertools.chain.from_iterable(request.index.tolist() for request in flight)))
         for sample in index:
-            _check_picture(self._split, sample)
+            _check_image(self._split, sample)
         _check_decoding(self._split, index)
         raise error
 
@@ -207,7 +207,7 @@ class Stream:
                 self._held.popleft()
                 self._flight.popleft()
         except RuntimeError:
-            # A bad picture in a batch that nobody asks for any more; it will be named if it is asked for again.
+            # A bad image in a batch that nobody asks for any more; it will be named if it is asked for again.
             self._pipe = None
             self._flight.clear()
             self._held.clear()
@@ -236,35 +236,35 @@ def _mend(split: Split) -> str:
 
 
 def read_size(split: Split, index: int, decode: bool = False) -> tuple[int, int]:
-    """Width and height as shown of a picture. `UserError` if it is missing, or (with `decode`) damaged."""
+    """Width and height as shown of an image. `UserError` if it is missing, or (with `decode`) damaged."""
     try:
         source = split.path(index) if split.shards is None else io.BytesIO(split.read(index))
         if (os.stat(source).st_size if isinstance(source, str) else len(source.getbuffer())) == 0:
-            raise UserError(f"picture {split.place(index)} is empty; {_mend(split)}")
-        with Image.open(source) as picture:
-            width, height = picture.size
+            raise UserError(f"image {split.place(index)} is empty; {_mend(split)}")
+        with Image.open(source) as image:
+            width, height = image.size
             if decode:
-                picture.load()
+                image.load()
     except FileNotFoundError as error:
-        raise UserError(f"picture {split.place(index)} is missing; {_mend(split)}") from error
+        raise UserError(f"image {split.place(index)} is missing; {_mend(split)}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {split.place(index)} cannot be read ({error}); {_mend(split)}") from error
+        raise UserError(f"image {split.place(index)} cannot be read ({error}); {_mend(split)}") from error
     return (width, height) if split.orientation[index] < 5 else (height, width)
 
 
-def _check_picture(split: Split, index: int) -> None:
-    """Raise `UserError` if a picture is missing, unreadable, damaged, or not the one that was prepared."""
+def _check_image(split: Split, index: int) -> None:
+    """Raise `UserError` if an image is missing, unreadable, damaged, or not the one that was prepared."""
     size = read_size(split, index, decode=True)
     known = int(split.width[index]), int(split.height[index])
     if all(known) and size != known:
         raise UserError(
-            f"picture {split.place(index)} is {size[0]} x {size[1]} pixels now and was {known[0]} x {known[1]} when "
+            f"image {split.place(index)} is {size[0]} x {size[1]} pixels now and was {known[0]} x {known[1]} when "
             f"the data were prepared; {_mend(split)}"
         )
 
 
 def _check_decoding(split: Split, index: Sequence[int]) -> None:
-    """Raise `UserError` naming the first of the pictures that Pillow may read but DALI does not."""
+    """Raise `UserError` naming the first of the images that Pillow may read but DALI does not."""
     pipe = decode_graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     pipe.build()
     for sample in index:
@@ -273,9 +273,9 @@ def _check_decoding(split: Split, index: Sequence[int]) -> None:
             pipe.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
             pipe.run()
         except RuntimeError as error:
-            with Image.open(io.BytesIO(encoded)) as picture:
-                kind = picture.format
+            with Image.open(io.BytesIO(encoded)) as image:
+                kind = image.format
             raise UserError(
-                f"picture {split.place(sample)} is a {kind} file that DALI does not decode; convert it to JPEG or PNG, "
+                f"image {split.place(sample)} is a {kind} file that DALI does not decode; convert it to JPEG or PNG, "
                 "or prepare the data again to leave it out"
             ) from error

@@ -1,10 +1,10 @@
-"""Looks at every picture once, so that a bad file is a line in a report and never a dead training run.
+"""Looks at every image once, so that a bad file is a line in a report and never a dead training run.
 
 The loader stops for good at the first file that it cannot decode. Which files those are was found by decoding a
 hundred kinds of file, whole and damaged, with DALI 2.4 on the CPU and with Pillow 13. The two agree on JPEG
 (progressive, grey, CMYK), PNG (grey, palette, RGBA, 16 bit), WebP, BMP, PNM, JPEG 2000 and most TIFF. DALI alone
 refuses GIF, AVIF, ICO, TGA, 32-bit TIFF, TIFF without BitsPerSample, two rare kinds of BMP, JPEG 2000 of grey with
-transparency, PNG whose checksums are wrong and JPEG with stray bytes between its segments; `check_picture` refuses
+transparency, PNG whose checksums are wrong and JPEG with stray bytes between its segments; `check_image` refuses
 those by name. Of 2,200 JPEG, PNG, WebP and BMP files spoiled at random, none that DALI refuses got past it; of 600
 TIFF, JPEG 2000 and PPM files, 9 did.
 
@@ -53,15 +53,15 @@ _JPEG_UNUSUAL_FRAMES = frozenset(bytes([m]) for m in (0xC3, 0xC5, 0xC6, 0xC7, 0x
 
 _CHUNK = 128
 
-# Below this, starting processes takes longer than looking at the pictures.
+# Below this, starting processes takes longer than looking at the images.
 _POOL_FROM = 64
 
 
 class Checked(NamedTuple):
-    """What one picture is like. `reason` None means that the loader can read it.
+    """What one image is like. `reason` None means that the loader can read it.
 
     Attributes:
-        reason: why the picture must be left out, worded alike for like pictures so that it can be counted.
+        reason: why the image must be left out, worded alike for like images so that it can be counted.
         detail: what the decoder said about this one.
         width: stored width in pixels, before orientation.
         height: stored height in pixels, before orientation.
@@ -77,14 +77,14 @@ class Checked(NamedTuple):
 
 @dataclass
 class Verified:
-    """What verification found over N pictures.
+    """What verification found over N images.
 
     Attributes:
         ok: bool [N].
-        width: int32 [N] stored widths, 0 when the picture was not opened.
+        width: int32 [N] stored widths, 0 when the image was not opened.
         height: int32 [N] stored heights.
         orientation: uint8 [N] EXIF orientation, 1 when not looked at.
-        rejected: index -> (reason, detail) of the pictures that are not ok.
+        rejected: index -> (reason, detail) of the images that are not ok.
         seconds: time taken.
     """
 
@@ -96,7 +96,7 @@ class Verified:
     seconds: float
 
     def among(self, rows: npt.NDArray[np.int64], size: int) -> Verified:
-        """The same over `size` pictures, of which only `rows` (int64 [N]) were looked at; the others are not ok."""
+        """The same over `size` images, of which only `rows` (int64 [N]) were looked at; the others are not ok."""
         out = Verified(
             np.zeros(size, np.bool_),
             np.zeros(size, np.int32),
@@ -110,15 +110,15 @@ class Verified:
         return out
 
 
-def choose_level(level: Level | None, num_pictures: int) -> Level:
-    """The level asked for, or the default: decode up to 200,000 pictures in all, else headers only."""
+def choose_level(level: Level | None, num_images: int) -> Level:
+    """The level asked for, or the default: decode up to 200,000 images in all, else headers only."""
     if level is not None:
         return level
-    return "decode" if num_pictures <= DECODE_LIMIT else "header"
+    return "decode" if num_images <= DECODE_LIMIT else "header"
 
 
-def check_picture(path: str, level: Literal["decode", "header"] = "decode") -> Checked:
-    """Look at one file as the loader will. Never raises for a bad picture.
+def check_image(path: str, level: Literal["decode", "header"] = "decode") -> Checked:
+    """Look at one file as the loader will. Never raises for a bad image.
 
     Args:
         path: full path.
@@ -145,7 +145,7 @@ def check_picture(path: str, level: Literal["decode", "header"] = "decode") -> C
 
 
 def check_bytes(data: bytes, level: Literal["decode", "header"] = "decode") -> Checked:
-    """Look at an encoded picture in memory as `check_picture` looks at a file."""
+    """Look at an encoded image in memory as `check_image` looks at a file."""
     return _check_stream(io.BytesIO(data), "", level) if data else Checked("empty file")
 
 
@@ -166,8 +166,8 @@ def _check_stream(stream: io.BytesIO | io.BufferedReader, path: str, level: str)
         except UnidentifiedImageError:
             stream.seek(0)
             if stream.read(16).startswith(_MAGIC):
-                return Checked("damaged or truncated", "it starts as a picture, but its header is damaged")
-            return Checked("not a picture", "no picture format fits the file's first bytes")
+                return Checked("damaged or truncated", "it starts as an image, but its header is damaged")
+            return Checked("not an image", "no image format fits the file's first bytes")
         except Image.DecompressionBombError as error:
             return Checked("too many pixels", str(error))
         except Exception as error:
@@ -176,7 +176,7 @@ def _check_stream(stream: io.BytesIO | io.BufferedReader, path: str, level: str)
 
 
 def _check_header(image: Image.Image, stream: io.BytesIO | io.BufferedReader) -> Checked:
-    """Format, pixel kind, stored size and orientation of an opened picture."""
+    """Format, pixel kind, stored size and orientation of an opened image."""
     fmt, mode = image.format or "unknown", image.mode
     if fmt not in LOADER_FORMATS:
         return Checked(f"format {fmt} is not read by the loader; convert it to JPEG or PNG")
@@ -269,9 +269,9 @@ def _png_damage(stream: io.BytesIO | io.BufferedReader) -> str:
 
 
 def _exif_orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8 of an opened picture; 1 when absent, damaged or senseless."""
+    """EXIF orientation 1..8 of an opened image; 1 when absent, damaged or senseless."""
     if image.format == "PNG" and "exif" not in image.info:
-        # Pillow would decode the whole picture to look for an EXIF chunk behind the pixels.
+        # Pillow would decode the whole image to look for an EXIF chunk behind the pixels.
         return 1
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
@@ -282,22 +282,22 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 def _check_chunk(paths: list[str], level: Literal["decode", "header"]) -> list[Checked]:
-    return [check_picture(path, level) for path in paths]
+    return [check_image(path, level) for path in paths]
 
 
-def verify_pictures(
+def verify_images(
     count: int,
     path_of: Callable[[int], str],
     level: Level,
     workers: int | None = None,
-    label: str = "pictures",
+    label: str = "images",
     progress: bool = True,
 ) -> Verified:
-    """Check `count` pictures on all cores.
+    """Check `count` images on all cores.
 
     Args:
-        count: number of pictures N.
-        path_of: index 0..N-1 -> full path; called in this process, in order, shortly before a picture's turn.
+        count: number of images N.
+        path_of: index 0..N-1 -> full path; called in this process, in order, shortly before an image's turn.
         level: "decode", "header" or "none" (nothing is opened).
         workers: processes; None takes one a core that this process may use.
         label: what is being checked, for the progress line.
@@ -358,8 +358,8 @@ def _checked_chunks(
                 yield first, future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"a process that was checking pictures died near {path_of(first)} (out of memory?); "
-                "prepare with --verify header to see which picture it is"
+                f"a process that was checking images died near {path_of(first)} (out of memory?); "
+                "prepare with --verify header to see which image it is"
             ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -17,16 +17,16 @@ from spml_fast.data.image_check import LOADER_FORMATS
 from spml_fast.data.manifest import Split
 
 
-def picture_suffixes() -> frozenset[str]:
+def image_suffixes() -> frozenset[str]:
     """Suffixes (lower case, with the dot) of the formats that the loader reads, as Pillow knows them."""
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in LOADER_FORMATS)
 
 
-def find_pictures(sources: Sequence[str], note: Callable[[str], None]) -> list[str]:
-    """Paths of all pictures in `sources`, each once: files as they are, directories searched with all below them.
+def find_images(sources: Sequence[str], note: Callable[[str], None]) -> list[str]:
+    """Paths of all images in `sources`, each once: files as they are, directories searched with all below them.
 
     Args:
-        sources: files, whatever they are called, and directories, of which files with `picture_suffixes` are taken,
+        sources: files, whatever they are called, and directories, of which files with `image_suffixes` are taken,
             sorted by path. Links are followed; a directory that is reached twice is searched once.
         note: called with a sentence about each directory that adds nothing.
 
@@ -35,8 +35,8 @@ def find_pictures(sources: Sequence[str], note: Callable[[str], None]) -> list[s
             that cannot be read.
     """
     if not sources:
-        raise UserError("no picture given; name picture files, or directories to search for them")
-    suffixes = picture_suffixes()
+        raise UserError("no image given; name image files, or directories to search for them")
+    suffixes = image_suffixes()
     found: dict[tuple[str, str], str] = {}
     searched: set[str] = set()
     for source in sources:
@@ -48,24 +48,24 @@ def find_pictures(sources: Sequence[str], note: Callable[[str], None]) -> list[s
             before = len(searched)
             paths = _search(source, suffixes, searched)
             if not paths and len(searched) > before:
-                note(f"no picture in {printable(source)}")
+                note(f"no image in {printable(source)}")
         elif stat.S_ISREG(mode):
             paths = [source]
         else:
             raise UserError(f"{printable(source)} is neither a file nor a directory")
         for path in paths:
             folder, name = os.path.split(path)
-            # A link to a picture is a picture of its own name; a link to a directory adds none.
+            # A link to an image is an image of its own name; a link to a directory adds none.
             found.setdefault((os.path.realpath(folder), name), path)
     if not found:
-        raise UserError(f"there is no picture to look at; files are taken that end in {' '.join(sorted(suffixes))}")
+        raise UserError(f"there is no image to look at; files are taken that end in {' '.join(sorted(suffixes))}")
     return list(found.values())
 
 
 def _search(top: str, suffixes: frozenset[str], searched: set[str]) -> list[str]:
-    """Pictures in a directory and below it, sorted; directories in `searched` are passed over, new ones added to it."""
+    """Images in a directory and below it, sorted; directories in `searched` are passed over, new ones added to it."""
     found: list[str] = []
-    # Linked directories come last, so that pictures keep the path without a link where there is one.
+    # Linked directories come last, so that images keep the path without a link where there is one.
     plain, linked = [top], list[str]()
     while plain or linked:
         folder = plain.pop() if plain else linked.pop()
@@ -82,22 +82,22 @@ def _search(top: str, suffixes: frozenset[str], searched: set[str]) -> list[str]
             link = entry.is_symlink()
             if os.path.isdir(entry.path) if link else entry.is_dir():
                 (linked if link else plain).append(entry.path)
-            # A link to nothing is kept: it is named when it is checked. Pipes and devices are no pictures.
+            # A link to nothing is kept: it is named when it is checked. Pipes and devices are no images.
             elif os.path.splitext(entry.name)[1].lower() in suffixes and (link or entry.is_file()):
                 found.append(entry.path)
     return sorted(found)
 
 
-class PictureFiles(Split):
-    """Picture files that belong to no Manifest, as the loaders take them: no labels, no sizes, everything in memory.
+class ImageFiles(Split):
+    """Image files that belong to no Manifest, as the loaders take them: no labels, no sizes, everything in memory.
 
     Args:
-        paths: of the pictures.
+        paths: of the images.
         orientation: uint8 [N], EXIF orientation 1..8 that the loader applies.
     """
 
     def __init__(self, paths: Sequence[str], orientation: npt.NDArray[np.uint8]) -> None:
-        super().__init__(Path("pictures"), Path(), {"size": len(paths)})
+        super().__init__(Path("images"), Path(), {"size": len(paths)})
         self.paths = paths
         self.orientation = orientation
         self.width = self.height = np.broadcast_to(np.int32(0), len(paths))
@@ -111,6 +111,6 @@ class PictureFiles(Split):
         """The path as it was given."""
         return self.paths[index]
 
-    def part(self, start: int, stop: int) -> PictureFiles:
-        """Pictures start..stop - 1."""
-        return PictureFiles(self.paths[start:stop], self.orientation[start:stop])
+    def part(self, start: int, stop: int) -> ImageFiles:
+        """Images start..stop - 1."""
+        return ImageFiles(self.paths[start:stop], self.orientation[start:stop])

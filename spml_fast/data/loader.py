@@ -1,18 +1,18 @@
-"""The input pipeline: pictures in, normalised views on the device out. The only file that imports nvidia.dali.
+"""The input pipeline: images in, normalised views on the device out. The only file that imports nvidia.dali.
 
-`order.py` decides which pictures a rank sees and how each is changed; this file hands those decisions to a DALI
+`order.py` decides which images a rank sees and how each is changed; this file hands those decisions to a DALI
 pipeline through `fn.external_source` and keeps `DataConfig.prefetch` batches in flight, also from one micro-step,
-update and epoch to the next. One decode serves all views of a picture. With a GPU, nvJPEG decodes and everything after
+update and epoch to the next. One decode serves all views of an image. With a GPU, nvJPEG decodes and everything after
 it runs on the GPU; without one the same pipeline runs on the CPU.
 
-Pictures that are files are read by DALI's threads. Pictures in tar shards are read ahead by threads of `shards.py`,
+Images that are files are read by DALI's threads. Images in tar shards are read ahead by threads of `shards.py`,
 and their bytes are handed to DALI as they are (without a copy on the CPU): the same bytes, so the same batches.
 
 Views, all float32 [B, 3, S, S] in channels_last memory, (value / 255 - mean) / std:
-    eval    the picture resized to S x S, aspect ratio ignored, antialiased triangular filter as Pillow's bilinear
+    eval    the image resized to S x S, aspect ratio ignored, antialiased triangular filter as Pillow's bilinear
     weak    crop (with `train_crop: random_resized`), resize, horizontal flip
-    strong  RandAugment on the picture in its own size, crop (the weak view's box), resize, a flip of its own
-RandAugment comes before the crop, as IGNORE's released code applies it to the whole picture, and both views show the
+    strong  RandAugment on the image in its own size, crop (the weak view's box), resize, a flip of its own
+RandAugment comes before the crop, as IGNORE's released code applies it to the whole image, and both views show the
 same box, so that what one view's prediction says about the other is about the same content.
 """
 
@@ -36,14 +36,14 @@ from spml_fast.data.manifest import Split
 
 
 def _paths(split: Split, index: npt.NDArray[np.int64]) -> Inputs:
-    """File names as DALI wants them: bytes, whatever they are. Nothing where `Stream` hands in the pictures."""
+    """File names as DALI wants them: bytes, whatever they are. Nothing where `Stream` hands in the images."""
     if split.shards is not None:
         return {}
     return {"path": [np.frombuffer(split.path(i).encode("utf-8", "surrogateescape"), np.uint8) for i in index.tolist()]}
 
 
 def _is_oriented(split: Split) -> bool:
-    """Whether any picture of the split has to be turned."""
+    """Whether any image of the split has to be turned."""
     return bool((split.orientation != 1).any())
 
 
@@ -62,7 +62,7 @@ def _turns(split: Split, index: npt.NDArray[np.int64]) -> Inputs:
 
 
 def _sharpness_kernels(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Filters that blend a picture with Pillow's smoothed one, float32 [n, 3, 3]."""
+    """Filters that blend an image with Pillow's smoothed one, float32 [n, 3, 3]."""
     smooth = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / np.float32(13)
     same = np.zeros((3, 3), np.float32)
     same[1, 1] = 1
@@ -70,7 +70,7 @@ def _sharpness_kernels(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
 
 
 def _sizes(split: Split, index: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Widths and heights as shown, int64 [n] each; data prepared without looking at the pictures are looked at here."""
+    """Widths and heights as shown, int64 [n] each; data prepared without looking at the images are looked at here."""
     width, height = split.width[index].astype(np.int64), split.height[index].astype(np.int64)
     for position in np.flatnonzero((width <= 0) | (height <= 0)).tolist():
         sample = int(index[position])
@@ -90,7 +90,7 @@ class TrainLoader:
     """The training views of one rank.
 
     Args:
-        split: the pictures.
+        split: the images.
         config: the `data` section of the run.
         views: ("weak",) or ("weak", "strong").
         batch_size: samples of one optimizer update over all ranks and accumulation steps.
@@ -106,7 +106,7 @@ class TrainLoader:
         updates_per_epoch: optimizer updates of one epoch.
 
     Raises:
-        UserError: the split is too small for the ranks, or (while iterating) a picture is missing or damaged.
+        UserError: the split is too small for the ranks, or (while iterating) an image is missing or damaged.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class EvalLoader:
         batch_size: samples of one batch of one rank.
 
     Raises:
-        UserError: the split is empty, or (while iterating) a picture is missing or damaged.
+        UserError: the split is empty, or (while iterating) an image is missing or damaged.
     """
 
     def __init__(

@@ -3,19 +3,19 @@
     MANIFEST/
       manifest.json      format, name, image root, split sizes; written last, so a folder without it is not a Manifest
       classes.txt        one class name a line, line number = class id
-      report.json        what preparation found: counts, pictures left out and why
+      report.json        what preparation found: counts, images left out and why
       SPLIT/             train, val, test, or any other name
         width.npy height.npy    int32 [N], as shown (after orientation)
         orientation.npy         uint8 [N], EXIF orientation 1..8 that the loader applies; 1 = as stored
         paths.bin + paths.npy   UTF-8 bytes of all relative paths and int64 [N + 1] offsets; or, with a path template,
         ids.npy                 uint64 [N] numeric ids, and with several templates
-        template.npy            number of each picture's template, uint16 or uint32 [N]
+        template.npy            number of each image's template, uint16 or uint32 [N]
         known/ observed/        SparseLabels: everything that is annotated, and what training may see
         boxes.npy + boxes_indptr.npy   optional, float32 [K, 5] (class, x0, y0, x1, y1 as fractions), int64 [N + 1]
-        shards.json + shard_index.npy  when the pictures lie in tar shards: see shards.py
+        shards.json + shard_index.npy  when the images lie in tar shards: see shards.py
 
 A column whose values are all alike has no file: manifest.json holds the one value. All arrays are opened memory-mapped:
-a Manifest of nine million pictures opens without being read.
+a Manifest of nine million images opens without being read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Split:
 
     Args:
         folder: where its arrays lie.
-        image_root: folder that pictures' paths are relative to.
+        image_root: folder that images' paths are relative to.
         info: its entry in manifest.json.
     """
 
@@ -73,19 +73,19 @@ class Split:
             raise UserError(f"{path} cannot be read ({error}); prepare the data again") from error
 
     def _column(self, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """A column that may be one value for all pictures; that takes no memory."""
+        """A column that may be one value for all images; that takes no memory."""
         if name in self._constant:
             return np.broadcast_to(np.asarray(self._constant[name], dtype), (self._size,))
         return self._array(name)
 
     @cached_property
     def width(self) -> npt.NDArray[np.int32]:
-        """Picture widths in pixels after orientation, int32 [N]; 0 where nobody looked."""
+        """Image widths in pixels after orientation, int32 [N]; 0 where nobody looked."""
         return self._column("width", np.int32)
 
     @cached_property
     def height(self) -> npt.NDArray[np.int32]:
-        """Picture heights in pixels after orientation, int32 [N]; 0 where nobody looked."""
+        """Image heights in pixels after orientation, int32 [N]; 0 where nobody looked."""
         return self._column("height", np.int32)
 
     @cached_property
@@ -109,11 +109,11 @@ class Split:
 
     @cached_property
     def template_of(self) -> npt.NDArray[np.unsignedinteger] | None:
-        """Number of each picture's template, [N], where there are several; None otherwise."""
+        """Number of each image's template, [N], where there are several; None otherwise."""
         return self._array("template") if len(self.templates) > 1 else None
 
     def relative_path(self, index: int) -> str:
-        """Path of a picture relative to the image root."""
+        """Path of an image relative to the image root."""
         if self.templates:
             assert self.ids is not None
             template = self.templates[0 if self.template_of is None else int(self.template_of[index])]
@@ -123,22 +123,22 @@ class Split:
 
     @cached_property
     def shards(self) -> Shards | None:
-        """The tar shards that hold the pictures; None when they are files of their own."""
+        """The tar shards that hold the images; None when they are files of their own."""
         return Shards(self.folder, self.image_root) if (self.folder / SHARDS_FILE).exists() else None
 
     def path(self, index: int) -> str:
-        """Full path of a picture; with `shards`, where it would lie as a file of its own (`read` finds it there)."""
+        """Full path of an image; with `shards`, where it would lie as a file of its own (`read` finds it there)."""
         return os.path.join(self.image_root, self.relative_path(index))
 
     def read(self, index: int) -> bytes:
-        """The encoded picture, from its file or its shard. Raises `OSError`, or `UserError` naming the shard."""
+        """The encoded image, from its file or its shard. Raises `OSError`, or `UserError` naming the shard."""
         if self.shards is not None:
             return self.shards.read(index)
         with open(self.path(index), "rb") as file:
             return file.read()
 
     def place(self, index: int) -> str:
-        """Where a picture lies, in words for a message: its path, or its name, shard and offset."""
+        """Where an image lies, in words for a message: its path, or its name, shard and offset."""
         if self.shards is not None:
             return f"{self.relative_path(index)} {self.shards.place(index)}"
         return self.path(index)
@@ -174,7 +174,7 @@ class Manifest:
 
     Args:
         folder: the Manifest directory.
-        image_root: use this picture folder instead of the one recorded at preparation.
+        image_root: use this image folder instead of the one recorded at preparation.
 
     Raises:
         UserError: the folder is not a (whole) Manifest.

@@ -1,15 +1,15 @@
-"""Class-balanced sampling: pictures of rare classes come more often.
+"""Class-balanced sampling: images of rare classes come more often.
 
 Repeat-factor sampling (Gupta, Dollar and Girshick, "LVIS: A Dataset for Large Vocabulary Instance Segmentation", CVPR
 2019):
 
-    f_c = share of the training pictures with an observed positive of class c
-    r_c = max(1, sqrt(t / f_c))            t: classes in fewer than this share of the pictures are repeated
-    r_i = max of r_c over the observed positives of picture i, 1 without any
+    f_c = share of the training images with an observed positive of class c
+    r_c = max(1, sqrt(t / f_c))            t: classes in fewer than this share of the images are repeated
+    r_i = max of r_c over the observed positives of image i, 1 without any
 
-A picture comes r_i times an epoch on average, at least once. Where the released code rounds every r_i at random by
+An image comes r_i times an epoch on average, at least once. Where the released code rounds every r_i at random by
 itself, so that epochs differ in length, here one random offset rounds the running sum (systematic sampling, Madow
-1949): every picture comes floor(r_i) or ceil(r_i) times with the same mean, and all epochs have the same number of
+1949): every image comes floor(r_i) or ceil(r_i) times with the same mean, and all epochs have the same number of
 samples, ceil(sum r_i), which schedules need. The r_i are stretched by less than one sample over the epoch to that end.
 """
 
@@ -31,7 +31,7 @@ _STREAM = np.uint64(1 << 63)
 
 
 def repeat_factors(labels: SparseLabels, threshold: float) -> npt.NDArray[np.float32]:
-    """r_i of every picture, see the top of this file.
+    """r_i of every image, see the top of this file.
 
     Args:
         labels: observed labels of the training split; unlisted entries are no positives.
@@ -44,7 +44,7 @@ def repeat_factors(labels: SparseLabels, threshold: float) -> npt.NDArray[np.flo
         UserError: t is no share.
     """
     if not 0 < threshold <= 1:
-        raise UserError(f"train.repeat_threshold is {threshold}; it is a share of the pictures, above 0 and at most 1")
+        raise UserError(f"train.repeat_threshold is {threshold}; it is a share of the images, above 0 and at most 1")
     share = labels.class_counts(POSITIVE) / max(len(labels), 1)
     by_class = np.maximum(1.0, np.sqrt(threshold / np.maximum(share, np.finfo(np.float64).tiny)))
     factors = np.ones(len(labels), np.float32)

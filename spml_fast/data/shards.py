@@ -1,10 +1,10 @@
-"""Tar shards: many pictures in a few big files, found by (shard, offset, size) and read ahead of their use.
+"""Tar shards: many images in a few big files, found by (shard, offset, size) and read ahead of their use.
 
     MANIFEST/SPLIT/shards.json       name, bytes, samples and SHA-256 of every shard, in order
-    MANIFEST/SPLIT/shard_index.npy   int64 [N, 3]: shard number, offset and size in bytes of every picture
-    IMAGE_ROOT/SPLIT-00000.tar ...   plain tar, one member a picture: 000000123.jpg; tar and webdataset readers take it
+    MANIFEST/SPLIT/shard_index.npy   int64 [N, 3]: shard number, offset and size in bytes of every image
+    IMAGE_ROOT/SPLIT-00000.tar ...   plain tar, one member an image: 000000123.jpg; tar and webdataset readers take it
 
-Pictures lie in the order of their sample indices, so samples that follow each other are read without seeking. `pack.py`
+Images lie in the order of their sample indices, so samples that follow each other are read without seeking. `pack.py`
 writes shards. This file reads them with `pread` and not through a memory map: a shard that is cut short, or a mount
 that fails, is then an error with a sentence and not a signal that kills the process.
 """
@@ -30,14 +30,14 @@ import numpy.typing as npt
 from spml_fast.core.errors import UserError
 
 SHARDS_FILE, INDEX_FILE = "shards.json", "shard_index.npy"
-MEND = "restore the shard, or pack the pictures again"
+MEND = "restore the shard, or pack the images again"
 
 # Open files are kept, but a data set may have more shards than a process may open files.
 _MAX_OPEN = 64
-# Bytes between two wanted pictures that are read and dropped, where moving a disk's head takes longer.
+# Bytes between two wanted images that are read and dropped, where moving a disk's head takes longer.
 _READ_THROUGH = 512 << 10
-# Bytes of one task of a reading thread. Linux takes at most 1,024 buffers a call, half of them pictures here.
-_TASK_BYTES, _TASK_PICTURES = 8 << 20, 500
+# Bytes of one task of a reading thread. Linux takes at most 1,024 buffers a call, half of them images here.
+_TASK_BYTES, _TASK_IMAGES = 8 << 20, 500
 
 Encoded = npt.NDArray[np.uint8]
 
@@ -47,9 +47,9 @@ class ShardFile:
     """One shard.
 
     Attributes:
-        name: file name within the picture folder.
+        name: file name within the image folder.
         size: bytes of the whole file.
-        samples: pictures in it.
+        samples: images in it.
         sha256: checksum of the whole file, hexadecimal.
     """
 
@@ -78,7 +78,7 @@ class Shards:
         root: folder that holds the shards.
 
     Attributes:
-        table: int64 [N, 3], memory-mapped: shard number, offset and size in bytes of every picture.
+        table: int64 [N, 3], memory-mapped: shard number, offset and size in bytes of every image.
         files: the shards, in order.
 
     Raises:
@@ -91,9 +91,9 @@ class Shards:
             self.files = [ShardFile(**entry) for entry in json.loads((folder / SHARDS_FILE).read_text("utf-8"))]
             self.table: npt.NDArray[np.int64] = np.load(folder / INDEX_FILE, mmap_mode="r")
         except (OSError, ValueError, TypeError, EOFError) as error:
-            raise UserError(f"the shard index in {folder} cannot be read ({error}); pack the pictures again") from error
+            raise UserError(f"the shard index in {folder} cannot be read ({error}); pack the images again") from error
         if self.table.ndim != 2 or self.table.shape[1] != 3 or self.table.dtype != np.int64:
-            raise UserError(f"{folder / INDEX_FILE} is not a table of shard, offset and size; pack the pictures again")
+            raise UserError(f"{folder / INDEX_FILE} is not a table of shard, offset and size; pack the images again")
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -105,7 +105,7 @@ class Shards:
         return os.path.join(self.root, self.files[number].name)
 
     def place(self, index: int) -> str:
-        """Where a picture lies, in words for a message."""
+        """Where an image lies, in words for a message."""
         shard, offset, _ = self.table[index].tolist()
         return f"at offset {offset} of shard {self.path(shard)} (sample {index} of split {self.folder.name!r})"
 
@@ -127,11 +127,11 @@ class Shards:
             self._open.pop(number, None)
 
     def read(self, index: int) -> bytes:
-        """The encoded picture of a sample. `UserError` names the shard if it is missing or too short."""
+        """The encoded image of a sample. `UserError` names the shard if it is missing or too short."""
         return self.read_many([index])[0].tobytes()
 
     def read_many(self, index: Sequence[int]) -> list[Encoded]:
-        """Encoded pictures, uint8 arrays of their own, in the order of `index`; read in the order of the disk."""
+        """Encoded images, uint8 arrays of their own, in the order of `index`; read in the order of the disk."""
         samples = np.asarray(index, np.int64)
         out: list[Encoded | None] = [None] * len(samples)
         rows = np.asarray(self.table[samples])
@@ -146,13 +146,13 @@ class Shards:
         spans: Sequence[npt.NDArray[np.int64]],
         out: list[Encoded | None],
     ) -> None:
-        """Read spans of pictures and put them into `out`.
+        """Read spans of images and put them into `out`.
 
         Args:
             samples: int64 [n] sample indices.
             rows: int64 [n, 3], their rows of `table`.
             spans: positions in `samples`, each in the order of the disk and within one shard.
-            out: n places for the pictures.
+            out: n places for the images.
 
         Raises:
             UserError: a shard is missing, cannot be read, or ends too early.
@@ -178,14 +178,14 @@ class Shards:
                 self.forget(shard)
                 reason = "the shard is missing" if isinstance(error, FileNotFoundError) else error.strerror
                 raise UserError(
-                    f"the picture {self.place(int(samples[span[0]]))} cannot be read ({reason}); {MEND}"
+                    f"the image {self.place(int(samples[span[0]]))} cannot be read ({reason}); {MEND}"
                 ) from error
             if reached < end:
                 self.forget(shard)
                 ends = rows[span, 1] + rows[span, 2]
                 first = int(span[np.argmax(ends > reached)])
                 raise UserError(
-                    f"the picture {self.place(int(samples[first]))} cannot be read (the shard ends at byte {length}); "
+                    f"the image {self.place(int(samples[first]))} cannot be read (the shard ends at byte {length}); "
                     f"{MEND}"
                 )
             for position, array in zip(span.tolist(), arrays, strict=True):
@@ -208,7 +208,7 @@ def _read_into(fd: int, buffers: list[memoryview], offset: int) -> int:
 
 
 def _tasks(rows: npt.NDArray[np.int64], threads: int) -> list[list[npt.NDArray[np.int64]]]:
-    """Cut pictures into spans that are read in one go, and share the spans out.
+    """Cut images into spans that are read in one go, and share the spans out.
 
     Args:
         rows: int64 [n, 3] shard, offset, size.
@@ -222,36 +222,36 @@ def _tasks(rows: npt.NDArray[np.int64], threads: int) -> list[list[npt.NDArray[n
     order = np.lexsort((rows[:, 1], rows[:, 0]))
     shard, offset, size = rows[order].T
     hole = offset[1:] - (offset[:-1] + size[:-1])
-    # What begins before the last one ends is the same picture, asked for twice.
+    # What begins before the last one ends is the same image, asked for twice.
     cut = (shard[1:] != shard[:-1]) | (hole < 0) | (hole > _READ_THROUGH)
     tasks: list[list[npt.NDArray[np.int64]]] = [[]]
-    filled = pictures = 0
+    filled = images = 0
     most = -(-len(rows) // threads)
     for span in np.split(order, np.flatnonzero(cut) + 1):
         ends = np.cumsum(rows[span, 2])
         while len(span):
-            # No more than fits into the task that is being filled; one picture at least.
+            # No more than fits into the task that is being filled; one image at least.
             room = int(np.searchsorted(ends, _TASK_BYTES - filled, "right"))
-            room = min(room, min(most, _TASK_PICTURES) - pictures)
+            room = min(room, min(most, _TASK_IMAGES) - images)
             if room < 1 and tasks[-1]:
                 tasks.append([])
-                filled = pictures = 0
+                filled = images = 0
                 continue
             room = max(1, room)
             tasks[-1].append(span[:room])
-            filled, pictures = filled + int(ends[room - 1]), pictures + room
+            filled, images = filled + int(ends[room - 1]), images + room
             span, ends = span[room:], ends[room:] - ends[room - 1]
     return tasks
 
 
 class Reading:
-    """Pictures on their way into memory."""
+    """Images on their way into memory."""
 
     def __init__(self, futures: list[Future[None]], out: list[Encoded | None]) -> None:
         self._futures, self._out = futures, out
 
     def result(self) -> list[Encoded | None]:
-        """Wait, and return the encoded pictures, uint8 each, in the order asked for. `UserError` if one is unreadable.
+        """Wait, and return the encoded images, uint8 each, in the order asked for. `UserError` if one is unreadable.
 
         The list is the caller's: what is taken out of it is freed when the caller drops it.
         """
@@ -282,11 +282,11 @@ def _work(jobs: SimpleQueue[_Job | None]) -> None:
         try:
             read()
         except Exception as error:
-            # It is raised where the pictures are asked for.
+            # It is raised where the images are asked for.
             future.set_exception(error)
         else:
             future.set_result(None)
-        # Not kept until the next job comes: it holds pictures.
+        # Not kept until the next job comes: it holds images.
         del job, future, read
 
 
@@ -296,7 +296,7 @@ def _dismiss(jobs: SimpleQueue[_Job | None], threads: int) -> None:
 
 
 class ShardReader:
-    """Reads pictures of a split on threads of its own, in the order of the disk.
+    """Reads images of a split on threads of its own, in the order of the disk.
 
     The threads are daemons, which those of a `ThreadPoolExecutor` are not: a program that ends, or is interrupted, does
     not wait until a window that nobody needs any more has been read.
@@ -337,7 +337,7 @@ def check_shards(shards: Shards, threads: int = 4) -> int:
     numbers = np.asarray(shards.table[:, 0])
     ends = np.asarray(shards.table[:, 1] + shards.table[:, 2])
     if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(shards.files)):
-        raise UserError(f"{shards.folder / INDEX_FILE} names a shard that does not exist; pack the pictures again")
+        raise UserError(f"{shards.folder / INDEX_FILE} names a shard that does not exist; pack the images again")
 
     def check(number: int) -> int:
         file, path = shards.files[number], shards.path(number)
@@ -348,7 +348,7 @@ def check_shards(shards: Shards, threads: int = 4) -> int:
             if size != file.size:
                 raise UserError(f"shard {path} ({held}) has {size} bytes instead of {file.size}; {MEND}")
             if len(rows) != file.samples or ends[rows].max(initial=0) > size:
-                raise UserError(f"{shards.folder / INDEX_FILE} does not fit shard {path}; pack the pictures again")
+                raise UserError(f"{shards.folder / INDEX_FILE} does not fit shard {path}; pack the images again")
             found = file_sha256(path)
         except OSError as error:
             raise UserError(f"shard {path} ({held}) cannot be read ({error.strerror}); {MEND}") from error

@@ -1,6 +1,6 @@
 """Evaluation: one pass over a split, any number of alphas, the same numbers for any number of ranks.
 
-Batches are cut and padded in the same way whatever the world size (order.EvalOrder), so a picture's logits do not
+Batches are cut and padded in the same way whatever the world size (order.EvalOrder), so an image's logits do not
 depend on how many ranks share the work; scores are brought together in sample order before anything is averaged.
 
 Where a split is partly annotated, what is kept of a batch's [B, C] logits are the annotated pairs: 13 bytes each (17
@@ -45,7 +45,7 @@ class Scores:
         index: int64 [N] sample of each row, or int32 [M] of each pair.
         class_id: int32 [M] for pairs, else None.
         code: int8 [M] for pairs, else None (the labels are then read from the split).
-        top: alpha -> bool [M], whether the pair's class is among its picture's TOP_K highest.
+        top: alpha -> bool [M], whether the pair's class is among its image's TOP_K highest.
     """
 
     mean: npt.NDArray[np.float32]

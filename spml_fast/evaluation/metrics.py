@@ -7,7 +7,7 @@ what remains is arithmetic on the positives alone; no Python loop runs over clas
 
 * dense, scores and codes [N, C] (VOC, COCO, NUS-WIDE, CUB), worked off in blocks of classes so that the extra memory
   stays at some tens of MB whatever N x C is;
-* pairs, one (class, score, code) for every annotated entry (OpenImages: two million pairs of 125 thousand pictures
+* pairs, one (class, score, code) for every annotated entry (OpenImages: two million pairs of 125 thousand images
   times ten thousand classes).
 
 Definitions, conventions and golden values: spec/protocol.md, sections 3 and 4.

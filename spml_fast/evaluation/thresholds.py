@@ -149,8 +149,8 @@ def count_at_threshold_pairs(
     """`count_at_threshold` from annotated pairs.
 
     Args:
-        in_top_k: bool [M], whether the pair's class was among the k highest of its picture over all classes, which
-            the pairs alone cannot tell (`top_k_mask` of the picture's whole row); None: no such condition.
+        in_top_k: bool [M], whether the pair's class was among the k highest of its image over all classes, which
+            the pairs alone cannot tell (`top_k_mask` of the image's whole row); None: no such condition.
         class_id, score, code, num_classes: as in `average_precision_pairs`.
         threshold, inclusive, class_names: as in `count_at_threshold`.
 

@@ -7,7 +7,7 @@ Where released code differs, and the option that gives its behaviour:
 - its training script detaches the focal weights, its loss class by default does not. focal_weight: attached.
 - the class's own default is g+ = 1, the training scripts set 0. gamma_positive: 1.
 - BCE and focal loss of the SPLC code are this with (g-, g+, m) = (0, 0, 0) and (2, 2, 0).
-- its pictures are not normalised beyond 0..1. data.mean: [0, 0, 0], data.std: [1, 1, 1].
+- its images are not normalised beyond 0..1. data.mean: [0, 0, 0], data.std: [1, 1, 1].
 Published recipe: Adam 1e-4, one-cycle with warmup_share 0.2, weight decay 1e-4, EMA 0.9997, batch 128, 448 px, Cutout
 and RandAugment, the one-cycle of 80 epochs stopped at 40. The authors advise to step BCE -> focal -> ASL.
 """

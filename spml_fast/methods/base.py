@@ -77,7 +77,7 @@ class Method(nn.Module):
         label_source: `observed`, what training may see, or `known`, everything annotated (the oracle).
         batch_statistics: whether the loss depends on statistics of the whole batch, so that `plan` matters.
         reads_truth: whether the loss reads `batch.truth` (oracles alone); `check_labels` then gets the known labels.
-        visits_once: whether a picture must not come twice in a micro-step, because the step writes its row.
+        visits_once: whether an image must not come twice in a micro-step, because the step writes its row.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions

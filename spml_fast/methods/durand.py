@@ -1,8 +1,8 @@
 """Partial BCE with Durand's normalisation (Durand et al., CVPR 2019; spec/baselines.md 2).
 
-L = 1/B sum_b g(r_b) / C sum over known c of cross-entropy, r_b = share of picture b's labels that is known,
-g(r) = a r^gamma + b with a = -4.45, b = 5.45, gamma = 1, so g(1) = 1 and a picture with few known labels weighs more a
-label, up to 5.45 times. A picture without known labels gives 0.
+L = 1/B sum_b g(r_b) / C sum over known c of cross-entropy, r_b = share of image b's labels that is known,
+g(r) = a r^gamma + b with a = -4.45, b = 5.45, gamma = 1, so g(1) = 1 and an image with few known labels weighs more a
+label, up to 5.45 times. An image without known labels gives 0.
 
 The authors' code is not public; three independent re-implementations agree on the numbers. CSL's variant of g,
 1 / (1 + number known) + 1, is the mode ignore_normalize_classes of p_asl.
@@ -28,7 +28,7 @@ class DurandOptions(MethodOptions):
 
     Attributes:
         name: the method.
-        a: slope of the weight a r^gamma + b of a picture of whose labels the share r is known.
+        a: slope of the weight a r^gamma + b of an image of whose labels the share r is known.
         b: its value at r = 0.
         gamma: its exponent.
         log_form: released guards the logarithms with 1e-5 (as the Cole line would); logits is exact cross-entropy.
@@ -43,7 +43,7 @@ class DurandOptions(MethodOptions):
 
 @register("durand")
 class DurandPartialBCE(Method):
-    """Cross-entropy on known labels, weighted by how few of a picture's labels are known."""
+    """Cross-entropy on known labels, weighted by how few of an image's labels are known."""
 
     Options: ClassVar[type[MethodOptions]] = DurandOptions
 

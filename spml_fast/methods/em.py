@@ -8,7 +8,7 @@ have no observed negatives; here they get -log(1 - p + 1e-5).
 alpha: VOC 0.2, COCO 0.1, NUS-WIDE 0.1, CUB 0.01. Learning rate 1e-5 (CUB 1e-4), batch 8 / 16 / 16 / 8, Adam, one
 learning rate for backbone and head (train.head_lr_multiplier 1). The authors count a class as predicted from p > 0.75
 on (eval.threshold 0.75).
-A picture without an observed positive, and a class that is never observed, only get the pull towards p = 0.5; that is
+An image without an observed positive, and a class that is never observed, only get the pull towards p = 0.5; that is
 the method. It is reported (`rows_without_positive_count`, `classes_without_positives`), not mended.
 """
 

@@ -1,7 +1,7 @@
 """EM + APL: entropy maximisation with asymmetric pseudo-labels (Zhou et al., "Acknowledging the Unknown", ECCV 2022;
 spec/baselines.md 2 and 3.2).
 
-EM (see em.py), and after every epoch from `warm_up` on a pass over the training pictures in evaluation mode: of every
+EM (see em.py), and after every epoch from `warm_up` on a pass over the training images in evaluation mode: of every
 class the floor(theta U_c / (T - warm_up)) unknown entries of lowest p that are not yet pseudo-labelled get the soft
 label s = p for good (U_c unknown entries of the class at the start, T epochs). Their loss is then
 beta [ s (-log(p + 1e-5)) + (1 - s) (-log(1 - p + 1e-5)) ] instead of the entropy. Pseudo-negatives only.

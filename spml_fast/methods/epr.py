@@ -2,7 +2,7 @@
 
 L = 1/(B C) sum over observed positives of -log(p + 1e-5)  +  lambda ( (1/B sum_b sum_c p) - k )^2 / C^2, lambda = 1.
 Unknown entries, and observed negatives too, act through the second term alone. k is the expected number of positives of
-a picture, a statistic of the fully labelled data that single-positive labels do not tell:
+an image, a statistic of the fully labelled data that single-positive labels do not tell:
     VOC 1.5, COCO 2.9 (2.5 in one revision), NUS-WIDE 1.9, CUB 31.4.
 
 The mean over b runs over the micro-step of all ranks (over the whole update with train.exact_accumulation).
@@ -47,7 +47,7 @@ def require_expected_positives(options: MethodOptions) -> None:
     k = getattr(options, "expected_positives", None)
     if k is None or not k > 0:
         raise UserError(
-            f"method {options.name} needs --method.expected_positives, the mean number of positives of a picture when "
+            f"method {options.name} needs --method.expected_positives, the mean number of positives of an image when "
             "all labels are known; published values: VOC 1.5, COCO 2.9, NUS-WIDE 1.9, CUB 31.4"
         )
 
@@ -70,7 +70,7 @@ class EPROptions(MethodOptions):
 
     Attributes:
         name: the method.
-        expected_positives: k, mean number of positives of a picture when all labels are known; must be given
+        expected_positives: k, mean number of positives of an image when all labels are known; must be given
             (VOC 1.5, COCO 2.9, NUS-WIDE 1.9, CUB 31.4).
         penalty: lambda, weight of the regularisation.
         log_form: released guards the logarithms with 1e-5; logits is exact cross-entropy.

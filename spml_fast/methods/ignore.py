@@ -1,16 +1,16 @@
 """IGNORE: ECCV 2024 (first released as CALR); spec/ignore.md 1.
 
-A label that nobody gave is probably a false negative when the picture loses its evidence together with everything but
+A label that nobody gave is probably a false negative when the image loses its evidence together with everything but
 the observed class. Three views go through one network in one step: weak z, strong z_s, and masked z_m, the weak
-picture kept only where the map of its observed class is high.
+image kept only where the map of its observed class is high.
     gap g = |z - z_m|
     T_gap <- l T_gap + (1 - l) mean of g over observed positives;   T_avg[c] <- l T_avg[c] + (1 - l) mean of z[:, c]
     rejected: g > T_gap and z > T_avg[c] and the label is unknown and epoch > warm_up
     L = w_spbc BCE(z, observed positives) + w_ign BCE(z_s, everything that is not rejected) + w_reg mean (z_s - z)^2
 Thresholds are updated first, then used; each term is divided by its own number of entries over all ranks.
 
-Rules for what the release crashes on: several observed positives of a picture give the union of their masks and all
-count for T_gap; known negatives are trained and never rejected; a picture without a positive is not masked; a step
+Rules for what the release crashes on: several observed positives of an image give the union of their masks and all
+count for T_gap; known negatives are trained and never rejected; an image without a positive is not masked; a step
 without any positive leaves the thresholds alone.
 
 The released code differs from the description, and from what scales; `preset` chooses, and every option can be set
@@ -21,7 +21,7 @@ cam_threshold    0.8                        0.8                             0.5
 loss_form        logits                     epsilon: -log(p + 1e-5)         epsilon
 debias           true                       false                           false
 masked_bn        no_update                  update                          update
-In all of them lambda holds for 16 pictures and is rescaled to the batch (l^(B/16), identical at the published batch);
+In all of them lambda holds for 16 images and is rescaled to the batch (l^(B/16), identical at the published batch);
 the masked view is made without gradient, which is exact; the head's alpha applies to all views, masks come from the
 unboosted map. CALR's linear head, whose maps lack the bias, is not imitated. Without `ignore` no masked view is made,
 so BatchNorm does not see it either; under exact accumulation the masked view belongs to the planning pass, which moves
@@ -91,8 +91,8 @@ class IgnoreOptions(MethodOptions):
         spbc_weight: weight of the positives' loss on the weak view.
         ign_weight: weight of the loss on the strong view without the rejected entries.
         reg_weight: weight of the squared difference of the two views' logits.
-        gap_lambda: decay of the gap threshold for 16 pictures.
-        avg_lambda: decay of the average thresholds for 16 pictures.
+        gap_lambda: decay of the gap threshold for 16 images.
+        avg_lambda: decay of the average thresholds for 16 images.
         strong_aug: switch; off takes the ign loss on the weak view.
         ignore: switch; off rejects nothing.
         spbc: switch; off drops the spbc loss.
@@ -100,16 +100,16 @@ class IgnoreOptions(MethodOptions):
         lat: switch; off drops the condition on the average logit.
         cam_threshold: a pixel is kept where the normalised map is greater; null takes the preset's.
         cam_norm: over what the map is normalised; null takes the preset's.
-        norm_group: pictures of a rank that are normalised together in the batch modes.
+        norm_group: images of a rank that are normalised together in the batch modes.
         loss_form: logits is exact binary cross-entropy, epsilon is -log(p + eps); null takes the preset's.
         eps: of the epsilon form.
         ema_rescale: rescale the decays to the batch size; off applies them once a step whatever its size.
-        ema_batch: pictures that the decays are meant for.
+        ema_batch: images that the decays are meant for.
         debias: divide the thresholds by the share of the mean that they have seen; null takes the preset's.
         masked_bn: BatchNorm in the masked view moves its running statistics, uses the batch without moving them, or
             uses the running ones; null takes the preset's.
         masked_every: steps between two masked views; other steps reject nothing. 1 is the method.
-        masked_scale: side of the masked view as a share of the picture's; 1 is the method.
+        masked_scale: side of the masked view as a share of the image's; 1 is the method.
         gap_histogram: write a histogram of the gaps by kind of label to metrics.jsonl every epoch; one more pass over
             the logits a step.
     """
@@ -151,7 +151,7 @@ class Plan(NamedTuple):
 
     Attributes:
         masked: [B, C] logits of the masked view, or None.
-        positives: observed positives of the update over all ranks, times this micro-step's share of its pictures.
+        positives: observed positives of the update over all ranks, times this micro-step's share of its images.
         kept: entries of the update that are not rejected, in the same way.
     """
 
@@ -192,7 +192,7 @@ class Ignore(Method):
         self.gap_average: Tensor
         self.logit_average: Tensor
         self.ema_steps: Tensor
-        # The averages before any debiasing, and how many batches of ema_batch pictures they have seen.
+        # The averages before any debiasing, and how many batches of ema_batch images they have seen.
         self.register_buffer("gap_average", torch.zeros((), device=store.device))
         self.register_buffer("logit_average", torch.zeros(store.num_classes, device=store.device))
         self.register_buffer("ema_steps", torch.zeros((), dtype=torch.float64, device=store.device))
@@ -200,16 +200,16 @@ class Ignore(Method):
 
     # ---- thresholds
 
-    def update_thresholds(self, statistics: Tensor, pictures: int, repeats: int = 1) -> None:
+    def update_thresholds(self, statistics: Tensor, images: int, repeats: int = 1) -> None:
         """Move both averages by one micro-step; nothing moves when it had no observed positive on any rank.
 
         Args:
             statistics: [C + 3] from `ignore_statistics`, summed over ranks.
-            pictures: of the micro-step over all ranks.
+            images: of the micro-step over all ranks.
             repeats: steps that this one stands for.
         """
         o = self.options
-        steps = repeats * (pictures / o.ema_batch if o.ema_rescale else 1.0)
+        steps = repeats * (images / o.ema_batch if o.ema_rescale else 1.0)
         gap_sum, positives, rows = statistics[0], statistics[1], statistics[2]
         seen = positives > 0
         gap_decay, avg_decay = o.gap_lambda**steps, o.avg_lambda**steps
@@ -236,37 +236,37 @@ class Ignore(Method):
         return bool(self.options.ignore) and progress.update % self.options.masked_every == 0
 
     def _weak(self, classifier: Classifier, batch: Batch, masking: bool) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, C] of the weak view and, on demand, the masked pictures."""
-        alpha, pictures = classifier.alpha_train, batch.views["weak"]
+        """Logits [B, C] of the weak view and, on demand, the masked images."""
+        alpha, images = classifier.alpha_train, batch.views["weak"]
         if not masking:
-            return classifier(pictures, alpha=alpha).logits, None
+            return classifier(images, alpha=alpha).logits, None
         classes = positive_classes(batch.labels, self.max_positives)
-        out = classifier(pictures, alpha=alpha, classes=classes, mask=self.mask)
+        out = classifier(images, alpha=alpha, classes=classes, mask=self.mask)
         return out.logits, out.masked
 
     @torch.no_grad()
-    def _masked(self, classifier: Classifier, pictures: Tensor) -> Tensor:
+    def _masked(self, classifier: Classifier, images: Tensor) -> Tensor:
         """Logits [B, C] of the masked view. Exact without gradient: they are constants of the loss."""
         scale = self.options.masked_scale
         if scale != 1:
             if not classifier.any_size:
-                raise UserError("method.masked_scale needs a backbone that takes pictures of any size; set it to 1")
-            side = max(round(pictures.shape[-1] * scale), 1)
-            pictures = F.interpolate(pictures, (side, side), mode="bilinear", align_corners=False, antialias=True)
+                raise UserError("method.masked_scale needs a backbone that takes images of any size; set it to 1")
+            side = max(round(images.shape[-1] * scale), 1)
+            images = F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=True)
         with bn_behaviour(classifier, self.masked_bn):
-            logits: Tensor = classifier(pictures, alpha=classifier.alpha_train).logits
+            logits: Tensor = classifier(images, alpha=classifier.alpha_train).logits
         return logits
 
     def forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> LossOutput:
         """All views of a micro-step, in the order weak, strong, masked."""
         o, plan = self.options, batch.plan
-        logits, masked_pictures = self._weak(classifier, batch, plan is None and self._masks_now(progress))
+        logits, masked_images = self._weak(classifier, batch, plan is None and self._masks_now(progress))
         strong = None
         if o.strong_aug or o.reg:
             strong = classifier(batch.views["strong"], alpha=classifier.alpha_train).logits
         masked = plan.masked if plan is not None else None
-        if masked_pictures is not None:
-            masked = self._masked(classifier, masked_pictures)
+        if masked_images is not None:
+            masked = self._masked(classifier, masked_images)
         with torch.autocast(logits.device.type, enabled=False):
             return self.combine(logits, strong, masked, batch, progress)
 
@@ -325,19 +325,19 @@ class Ignore(Method):
 
     def scout(self, classifier: Classifier, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor | None]:
         """Logits of the weak and the masked view; the step itself then needs no masked view any more."""
-        logits, pictures = self._weak(classifier, batch, self._masks_now(progress))
-        return logits, None if pictures is None else self._masked(classifier, pictures)
+        logits, images = self._weak(classifier, batch, self._masks_now(progress))
+        return logits, None if images is None else self._masked(classifier, images)
 
     def plan(self, logits: list[Any], batches: list[Batch], progress: Progress) -> list[Any]:
         """One update of the thresholds and one set of denominators for all micro-steps of an update."""
         o = self.options
         weak, labels = torch.cat([z for z, _ in logits]).float(), torch.cat([b.labels for b in batches])
         masked = torch.cat([m for _, m in logits]).float() if logits[0][1] is not None else None
-        pictures = sum(b.global_size for b in batches)
+        images = sum(b.global_size for b in batches)
         rejected = labels.new_zeros((), dtype=weak.dtype)
         if masked is not None:
             statistics = distributed.all_reduce_sum(ignore_statistics(weak, masked, labels))
-            self.update_thresholds(statistics, pictures, o.masked_every)
+            self.update_thresholds(statistics, images, o.masked_every)
             positives = statistics[1]
             if progress.epoch > o.warm_up:
                 gap, average = self.thresholds()
@@ -345,8 +345,8 @@ class Ignore(Method):
                 rejected = distributed.all_reduce_sum(terms.counts[0].to(weak.dtype))
         else:
             positives = distributed.all_reduce_sum((labels == POSITIVE).sum().to(weak.dtype))
-        kept = pictures * weak.shape[1] - rejected
-        shares = [b.global_size / pictures for b in batches]
+        kept = images * weak.shape[1] - rejected
+        shares = [b.global_size / images for b in batches]
         return [Plan(m, positives * s, kept * s) for (_, m), s in zip(logits, shares, strict=True)]
 
     def on_epoch_end(self, progress: Progress) -> dict[str, Any]:

@@ -71,8 +71,8 @@ class LargeLossOptions(MethodOptions):
         ties: exact selects exactly k; inclusive every entry equal to the threshold too (BoostLU's release);
             strict_flips also leaves entries equal to the threshold out of LL-Cp's permanent flips (LargeLoss's).
         batch_semantics: global takes the threshold over the micro-step of all ranks; paper over every paper_batch
-            pictures of a rank.
-        paper_batch: pictures that share a threshold under batch_semantics paper.
+            images of a rank.
+        paper_batch: images that share a threshold under batch_semantics paper.
     """
 
     name: str = "ll_r"
@@ -85,16 +85,16 @@ class LargeLossOptions(MethodOptions):
 
 
 class Group(NamedTuple):
-    """Pictures that share a threshold.
+    """Images that share a threshold.
 
     Attributes:
         rows: which of this rank's.
-        pictures: how many, over all ranks if `over_ranks`.
+        images: how many, over all ranks if `over_ranks`.
         over_ranks: whether all ranks' are meant.
     """
 
     rows: slice
-    pictures: int
+    images: int
     over_ranks: bool
 
 
@@ -144,7 +144,7 @@ class LargeLoss(Method):
 
     def _request(self, logits: Tensor, labels: Tensor, group: Group, progress: Progress) -> Request:
         """What is to be selected among the unknown entries of a group's `logits` and `labels`."""
-        k_max = self._size(group.pictures * logits.shape[1], progress)
+        k_max = self._size(group.images * logits.shape[1], progress)
         shared = group.over_ranks and distributed.world_size() > 1
         k = torch.full((), k_max, device=logits.device, dtype=torch.int64)
         if self.options.base == "unobserved" and k_max:
@@ -165,16 +165,16 @@ class LargeLoss(Method):
         """How many times delta_rel the rate of this epoch is."""
         return min(progress.epoch - 1, 1) if self.permanent else progress.epoch - 1
 
-    def _groups(self, logits: Tensor, pictures: int) -> list[Group]:
-        """Parts of a batch that have a threshold each; `pictures` counts the batch over all ranks."""
+    def _groups(self, logits: Tensor, images: int) -> list[Group]:
+        """Parts of a batch that have a threshold each; `images` counts the batch over all ranks."""
         if self.options.batch_semantics == "global":
-            return [Group(slice(None), pictures, True)]
+            return [Group(slice(None), images, True)]
         size, here = self.options.paper_batch, len(logits)
         return [Group(slice(s, s + size), min(size, here - s), False) for s in range(0, max(here, 1), size)]
 
-    def _idle(self, logits: Tensor, pictures: int, progress: Progress) -> bool:
+    def _idle(self, logits: Tensor, images: int, progress: Progress) -> bool:
         """Whether nothing is selected in this epoch."""
-        return self._size(pictures * logits.shape[1], progress) == 0
+        return self._size(images * logits.shape[1], progress) == 0
 
     def _list_length(self, request: Request, entries: int) -> int:
         """Room for every label that may flip for good; inclusive ties may pass k, then all entries bound them."""
@@ -183,7 +183,7 @@ class LargeLoss(Method):
         return entries if self.options.ties == "inclusive" else min(request.k_max, entries)
 
     def _flip(self, index: Tensor, rows: Tensor, classes: Tensor, valid: Tensor) -> None:
-        """Hand listed entries of the pictures `index` to the label store, as positives from the next epoch on."""
+        """Hand listed entries of the images `index` to the label store, as positives from the next epoch on."""
         self.store.correct(index[rows], classes, POSITIVE, valid)
 
     def plan(self, logits: list[Tensor], batches: list[Batch], progress: Progress) -> list[Any]:
@@ -192,13 +192,13 @@ class LargeLoss(Method):
         Positions order ties by (rank, micro-step, row) here, which matters only for exact ties across them.
         """
         sizes = [len(z) for z in logits]
-        pictures = sum(b.global_size for b in batches)
+        images = sum(b.global_size for b in batches)
         values, labels = torch.cat(logits), torch.cat([b.labels for b in batches])
-        if self._idle(values, pictures, progress):
+        if self._idle(values, images, progress):
             none = torch.zeros_like(labels, dtype=torch.bool)
             return [Plan(part, part, 0) for part in none.split(sizes)]
         selected, flips, length = [], [], 0
-        for group in self._groups(values, pictures):
+        for group in self._groups(values, images):
             z, codes = values[group.rows], labels[group.rows]
             request = self._request(z, codes, group, progress)
             part, threshold = select_large(z, codes, *request)

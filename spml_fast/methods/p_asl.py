@@ -4,19 +4,19 @@ Class-aware Selective Loss", CVPR 2022; spec/baselines.md 2 and 3.4).
 L = sum [ a+ (1 - p)^g+ l+ on observed positives, a- pm^g- l-(pm) on observed negatives, w au pm^gu l-(pm) on unknown ],
 pm = max(p - m, 0), focal weights without gradient, values clamped at 1e-8 before the logarithm; a sum over B C.
 w = 0 for unknown entries whose class has a prior above eta, and for the K B unknown entries of highest p in the whole
-batch of B pictures (of all ranks; chosen among all unknown entries, those dropped by the prior included); else w = 1.
+batch of B images (of all ranks; chosen among all unknown entries, those dropped by the prior included); else w = 1.
 K = 5, eta = 0.05 (0.5 in the COCO runs of the README), m = 0, a+ = a- = au = 1; (g+, g-, gu) = (0, 1, 4) for randomly
-kept labels (RPS), (0, 3, 4) where the labels of a class are kept or missing in all pictures (FPC), (0, 1, 2) in the
+kept labels (RPS), (0, 3, 4) where the labels of a class are kept or missing in all images (FPC), (0, 1, 2) in the
 class.
 
-The prior of a class is its mean sigmoid over the training pictures. The published way takes two runs: one with
+The prior of a class is its mean sigmoid over the training images. The published way takes two runs: one with
 mode ignore and prior_out FILE, then one with prior_file FILE. prior running uses the mean of this run's own training
 predictions over all earlier steps, kept in the checkpoint; without either nothing is dropped by prior.
 Modes: selective as above; ignore (w = 0 everywhere); negative (w = 1 everywhere); ignore_normalize_classes (w = 0, and
-known entries times 1 / (1 + number of known labels of the picture) + 1).
+known entries times 1 / (1 + number of known labels of the image) + 1).
 
 Where released code differs: its batch is that of one process. It trains Adam 2e-4, 30 epochs, batch 64, one-cycle with
-warmup_share 0.2, weight decay 1e-4, EMA 0.9997, 448 px, pictures in 0..1.
+warmup_share 0.2, weight decay 1e-4, EMA 0.9997, 448 px, images in 0..1.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class PASLOptions(MethodOptions):
     Attributes:
         name: the method.
         mode: selective leaves out unknown entries by prior and by score; ignore leaves out all of them; negative none;
-            ignore_normalize_classes all of them, and weighs pictures by their number of known labels.
-        top_k: K, unknown entries left out per picture, chosen by score over the whole batch.
+            ignore_normalize_classes all of them, and weighs images by their number of known labels.
+        top_k: K, unknown entries left out per image, chosen by score over the whole batch.
         eta: class prior above which unknown entries of the class are left out.
         prior_file: file with one prior a class, in class order (one number a line, or name,number); null for none.
         prior: running uses the mean of this run's own predictions where there is no prior_file; none does not.

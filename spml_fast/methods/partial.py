@@ -62,10 +62,10 @@ class PartialBCE(Method):
             )
 
     def plan(self, logits: list[Any], batches: list[Batch], progress: Progress) -> list[Any]:
-        """Known entries of the whole update, times each micro-step's share of its pictures."""
+        """Known entries of the whole update, times each micro-step's share of its images."""
         known = count_known(batches)
-        pictures = sum(b.global_size for b in batches)
-        return [known * (b.global_size / pictures) for b in batches]
+        images = sum(b.global_size for b in batches)
+        return [known * (b.global_size / images) for b in batches]
 
     def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
         """Mean over the known entries of the global micro-step."""

@@ -1,6 +1,6 @@
 """ROLE: regularised online label estimation (Cole et al., CVPR 2021; spec/baselines.md 2 and 3.1).
 
-Beside the network with predictions F there is a table of one free logit per training picture and class, with
+Beside the network with predictions F there is a table of one free logit per training image and class, with
 Y = sigmoid(table):
     L = 1/2 [ EPR(F; y) + CE(F | stop Y) ] + 1/2 [ EPR(Y; y) + CE(Y | stop F) ]
 CE(f | t) = 1/(B C) sum t (-log(f + 1e-5)) + (1 - t) (-log(1 - f + 1e-5)); EPR(f; y) as in epr.py, with its k.
@@ -10,8 +10,8 @@ After a linear phase the estimates go on, clamped to [1e-5, 1 - 1e-5], with a fr
 or 16, and drop the last incomplete batch.
 
 How the table is trained. The released code makes it a dense parameter under the network's Adam, which costs a gradient
-of N x C in every step, and moves every row in every step: a picture's row keeps its momentum after the one step of an
-epoch that shows the picture. That momentum is nine tenths of the movement, so an Adam that is simply
+of N x C in every step, and moves every row in every step: an image's row keeps its momentum after the one step of an
+epoch that shows the image. That momentum is nine tenths of the movement, so an Adam that is simply
 confined to the batch's rows trains another model. Here only the batch's rows are touched, and a row that is met first
 makes up, in closed form, for the steps without gradient since it was last met: values equal dense Adam's
 (betas 0.9 and 0.999, epsilon 1e-8, no weight decay) up to rounding. The rows of the whole micro-step are updated on
@@ -145,7 +145,7 @@ class ROLEOptions(EPROptions):
 
     Attributes:
         name: the method.
-        expected_positives: k, mean number of positives of a picture when all labels are known; must be given
+        expected_positives: k, mean number of positives of an image when all labels are known; must be given
             (VOC 1.5, COCO 2.9, NUS-WIDE 1.9, CUB 31.4).
         penalty: lambda, weight of the regularisation.
         log_form: released guards the logarithms with 1e-5; logits is exact cross-entropy.
@@ -176,7 +176,7 @@ def initial_table(store: LabelStore) -> Tensor:
 
 @register("role")
 class RegularisedLabelEstimation(Method):
-    """Network and label estimates teach each other, both held to k positives a picture."""
+    """Network and label estimates teach each other, both held to k positives an image."""
 
     Options: ClassVar[type[MethodOptions]] = ROLEOptions
     batch_statistics: ClassVar[bool] = True

@@ -8,7 +8,7 @@ labels are there), m = 1, g = 2; a sum over B C, the focal weight carries gradie
 focal margin loss of the same paper (change_epoch beyond the last one).
 
 Where released code differs: it knows no observed negatives; here they stay negatives whatever p is. It trains Adam
-1e-4, batch 128, the one-cycle of 80 epochs stopped after 31, EMA 0.9997, weight decay 1e-4, pictures in 0..1.
+1e-4, batch 128, the one-cycle of 80 epochs stopped after 31, EMA 0.9997, weight decay 1e-4, images in 0..1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """WAN: weak assume negative (Cole et al., CVPR 2021, after Mac Aodha et al., ICCV 2019; spec/baselines.md 2).
 
 L = 1/(B C) sum [ l+ on observed positives, gamma l- elsewhere ], gamma = 1 / (C - 1), so that the one observed positive
-weighs as much as all assumed negatives of its picture together. Logarithms guarded with 1e-5 as released.
+weighs as much as all assumed negatives of its image together. Logarithms guarded with 1e-5 as released.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from spml_fast.core.errors import UserError
 
 
 def needs_fixed_size(name: str) -> bool:
-    """Whether a timm model takes pictures of the size it was made for alone."""
+    """Whether a timm model takes images of the size it was made for alone."""
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     return bool(cfg is not None and getattr(cfg, "fixed_input_size", False))
 

@@ -29,7 +29,7 @@ class HeadOutput:
         mean_relu: mean(relu M) [B, C] fp32, or None when it was not asked for.
         logits: [B, C] fp32 at the alpha of the call.
         maps: [B, N, h, w] fp32 maps of the classes asked for, else None.
-        masked: [B, 3, S, S] pictures masked by those maps, when that was asked for, else None.
+        masked: [B, 3, S, S] images masked by those maps, when that was asked for, else None.
 
     Heads without a class activation map have their logits in `mean`, and alpha must be 1.
     """
@@ -97,13 +97,13 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def _probe(self, image_size: int, name: str) -> tuple[tuple[int, int], str]:
-        """Grid (h, w) and layout of the backbone's features, found by one forward of an empty picture."""
+        """Grid (h, w) and layout of the backbone's features, found by one forward of an empty image."""
         mode = self.backbone.training
         self.backbone.eval()
         try:
             out = self.backbone.forward_features(torch.zeros(1, 3, image_size, image_size))
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise UserError(f"backbone {name} does not take {image_size} px pictures: {error}") from error
+            raise UserError(f"backbone {name} does not take {image_size} px images: {error}") from error
         finally:
             self.backbone.train(mode)
         if not isinstance(out, Tensor) or out.ndim not in (3, 4) or self.channels not in out.shape[1:]:
@@ -138,10 +138,10 @@ class Classifier(nn.Module):
                     module.train(False)
         return self
 
-    def features(self, pictures: Tensor) -> Tensor:
-        """Feature map [B, h, w, K] of pictures [B, 3, S, S]; a view, contiguous for channels_last backbones."""
+    def features(self, images: Tensor) -> Tensor:
+        """Feature map [B, h, w, K] of images [B, 3, S, S]; a view, contiguous for channels_last backbones."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            out = self.backbone.forward_features(pictures)
+            out = self.backbone.forward_features(images)
         if self.layout == "NCHW":
             return out.permute(0, 2, 3, 1)
         if self.layout == "NHWC":
@@ -150,7 +150,7 @@ class Classifier(nn.Module):
 
     def forward(
         self,
-        pictures: Tensor,
+        images: Tensor,
         alpha: float = 1.0,
         boost: bool | None = None,
         classes: Tensor | None = None,
@@ -159,29 +159,29 @@ class Classifier(nn.Module):
         """Logits of a batch.
 
         Args:
-            pictures: [B, 3, S, S].
+            images: [B, 3, S, S].
             alpha: BoostLU's factor for `logits`.
             boost: compute mean(relu M) even for alpha 1, so that `HeadOutput.at_alpha` works for every alpha.
             classes: int64 [B, N] classes whose maps are wanted, padded with -1.
-            mask: give the pictures masked by these maps instead of the maps.
+            mask: give the images masked by these maps instead of the maps.
         """
         want = alpha != 1 if boost is None else boost
-        source = pictures if mask is not None else None
-        mean, mean_relu, maps, masked = self.head(self.features(pictures), want, classes, source, mask)
+        source = images if mask is not None else None
+        mean, mean_relu, maps, masked = self.head(self.features(images), want, classes, source, mask)
         return HeadOutput(mean, mean_relu, boosted(mean, mean_relu, alpha), maps, masked)
 
-    def set_prior(self, positives: Tensor, negatives: Tensor, pictures: int) -> None:
+    def set_prior(self, positives: Tensor, negatives: Tensor, images: int) -> None:
         """Start the head's biases as `model.prior_bias` says; nothing with `none`.
 
         Args:
             positives, negatives: int64 [C], observed labels of the training split.
-            pictures: training pictures.
+            images: training images.
 
         Raises:
             UserError: shares of labels were asked for and there is no observed negative, or the floor is no share.
         """
         if self.prior_bias != "none":
-            logits = prior_logits(positives, negatives, pictures, self.prior_bias, self.prior_floor)
+            logits = prior_logits(positives, negatives, images, self.prior_bias, self.prior_floor)
             self.head.set_bias(logits, self.alpha_train)
 
     def input_normalisation(self) -> tuple[list[float], list[float]]:
@@ -191,14 +191,14 @@ class Classifier(nn.Module):
 
 
 def prior_logits(
-    positives: Tensor, negatives: Tensor, pictures: int, kind: Literal["labels", "pictures"], floor: float
+    positives: Tensor, negatives: Tensor, images: int, kind: Literal["labels", "images", "pictures"], floor: float
 ) -> Tensor:
     """Logit of each class's share of positives, fp32 [C]; a class without a label gets the floor.
 
     Args:
         positives, negatives: int64 [C], observed labels.
-        pictures: training pictures.
-        kind: `labels` divides by positives and negatives, `pictures` by all pictures.
+        images: training images.
+        kind: `labels` divides by positives and negatives, `images` (0.1.0's `pictures`) by all images.
         floor: the share is kept within [floor, 1 - floor].
 
     Raises:
@@ -209,8 +209,8 @@ def prior_logits(
     if kind == "labels" and not int(negatives.sum()):
         raise UserError(
             "model.prior_bias labels takes the share of positives among positives and negatives, and the training "
-            "split has no observed negative; use pictures"
+            "split has no observed negative; use images"
         )
-    whole = positives + negatives if kind == "labels" else torch.full_like(positives, pictures)
+    whole = positives + negatives if kind == "labels" else torch.full_like(positives, images)
     share = positives.double() / whole.clamp(min=1)
     return torch.logit(share.clamp(floor, 1 - floor)).float()

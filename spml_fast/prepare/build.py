@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.image_check import Verified, choose_level, verify_pictures
+from spml_fast.data.image_check import Verified, choose_level, verify_images
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.observed_labels import published_split
 from spml_fast.prepare.raw import CommonOptions, Orientation, RawDataset, RawSplit
 
-# At most this many left-out pictures are named one by one in report.json.
+# At most this many left-out images are named one by one in report.json.
 _MAX_LISTED = 100_000
 
 
@@ -30,7 +30,7 @@ def build(raw: RawDataset, common: CommonOptions) -> Manifest:
     """Draw, cut, look, drop, write. Nothing is left at `common.out` when this raises.
 
     Raises:
-        UserError: the output folder cannot be used, a split is empty, training has no positive, every picture of a
+        UserError: the output folder cannot be used, a split is empty, training has no positive, every image of a
             split is bad.
     """
     for split in raw.splits:
@@ -49,15 +49,15 @@ def build(raw: RawDataset, common: CommonOptions) -> Manifest:
 
 def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Manifest:
     root = raw.image_root
-    if raw.make_pictures is not None:
+    if raw.make_images is not None:
         root = writer.staging / "images"
         root.mkdir()
-        raw.make_pictures(root)
+        raw.make_images(root)
         writer.image_root = root.resolve()
     if raw.labels_alone:
         root = Path()
     if root is None:
-        raise ValueError("a data set needs an image root, or a way to make its pictures")
+        raise ValueError("a data set needs an image root, or a way to make its images")
 
     looked_at = [np.arange(len(s)) if s.present is None else np.flatnonzero(s.present) for s in raw.splits]
     level = "none" if raw.labels_alone else choose_level(common.verify, sum(len(rows) for rows in looked_at))
@@ -67,10 +67,10 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
     notes = list(raw.notes)
     if level == "none" and common.orientation == "exif":
         notes.append(
-            "no picture was looked at, so --orientation exif turns none; leave out --verify none to turn pictures as "
+            "no image was looked at, so --orientation exif turns none; leave out --verify none to turn images as "
             "their EXIF data say"
             if not raw.labels_alone
-            else "there are no pictures to look at, so --orientation exif turns none"
+            else "there are no images to look at, so --orientation exif turns none"
         )
     for official, present in zip(raw.splits, looked_at, strict=True):
         observed = common.observe.draw(official.known, common.seed, official.name)
@@ -78,11 +78,11 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
         if official.extra is not None:
             observed = merge_labels(official.known if observed is None else observed, official.extra)
         if level == "none":
-            checked = verify_pictures(len(present), str, "none")
+            checked = verify_images(len(present), str, "none")
         else:
-            label = f"{official.name} pictures"
+            label = f"{official.name} images"
             path_of = _full_path(official, root, present)
-            checked = verify_pictures(len(present), path_of, level, common.workers, label, common.progress)
+            checked = verify_images(len(present), path_of, level, common.workers, label, common.progress)
         if official.present is not None:
             checked = checked.among(present, len(official))
         for index, (reason, detail) in checked.rejected.items():
@@ -92,10 +92,10 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
                 left_out.append({"split": official.name, "path": path, "reason": reason, "detail": detail})
         if not checked.ok.any():
             if not len(present):
-                raise UserError(f"there is no picture for any of the {len(official)} rows of split {official.name!r}")
+                raise UserError(f"there is no image for any of the {len(official)} rows of split {official.name!r}")
             first, (reason, detail) = next(iter(checked.rejected.items()))
             raise UserError(
-                f"none of the {len(present)} pictures of split {official.name!r} can be used; the first is "
+                f"none of the {len(present)} images of split {official.name!r} can be used; the first is "
                 f"{os.path.join(root, official.relative_path(first))}: {reason}{f' ({detail})' if detail else ''}"
             )
         everything = np.arange(len(official))
@@ -133,7 +133,7 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
             "coverage": raw.coverage,
             "notes": notes,
             "splits": report_splits,
-            "left_out": {"total": sum(reasons.values()), "reasons": dict(reasons.most_common()), "pictures": left_out},
+            "left_out": {"total": sum(reasons.values()), "reasons": dict(reasons.most_common()), "images": left_out},
         }
     )
 
@@ -181,8 +181,8 @@ def _write(
     differ = opened & (annotated_width > 0) & ((width != annotated_width) | (height != annotated_height))
     if differ.any():
         notes.append(
-            f"{part.name}: another size than the annotation says: {int(differ.sum()):,} pictures "
-            f"(first: {part.relative_path(int(np.argmax(differ)))}); the pictures' own sizes are kept"
+            f"{part.name}: another size than the annotation says: {int(differ.sum()):,} images "
+            f"(first: {part.relative_path(int(np.argmax(differ)))}); the images' own sizes are kept"
         )
     width, height = np.where(opened, width, annotated_width), np.where(opened, height, annotated_height)
     boxes = None
@@ -192,7 +192,7 @@ def _write(
         if (frame_width > 0).all() and (frame_height > 0).all():
             boxes = part.boxes[0], _fractions(part.boxes, frame_width, frame_height, applied)
         else:
-            notes.append(f"{part.name}: boxes are left out, since some pictures' sizes are not known")
+            notes.append(f"{part.name}: boxes are left out, since some images' sizes are not known")
     turned = applied >= 5
     writer.add_split(
         part.name,
@@ -221,7 +221,7 @@ def _write(
 
 
 def count_labels(labels: SparseLabels) -> dict[str, int]:
-    """Numbers of positive, negative and unknown (picture, class) pairs."""
+    """Numbers of positive, negative and unknown (image, class) pairs."""
     listed = {code: int((np.asarray(labels.codes) == code).sum()) for code in (POSITIVE, NEGATIVE)}
     total = len(labels) * labels.num_classes
     if labels.default == NEGATIVE:
@@ -236,7 +236,7 @@ def _fractions(
     height: npt.NDArray[np.int32],
     orientation: npt.NDArray[np.uint8],
 ) -> npt.NDArray[np.float32]:
-    """Boxes [K, 5] in pixels of the stored picture -> fractions of the picture as shown, within 0..1."""
+    """Boxes [K, 5] in pixels of the stored image -> fractions of the image as shown, within 0..1."""
     indptr, values = boxes
     row = np.repeat(np.arange(len(width)), np.diff(indptr))
     out = np.asarray(values, np.float64).copy()
@@ -246,7 +246,7 @@ def _fractions(
 
 
 def turn_boxes(boxes: npt.NDArray[np.float32], orientation: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Boxes [K, 5] as fractions of the stored picture -> of the picture that EXIF `orientation` [K] shows."""
+    """Boxes [K, 5] as fractions of the stored image -> of the image that EXIF `orientation` [K] shows."""
     out = boxes.copy()
     x, y = boxes[:, [1, 3]], boxes[:, [2, 4]]
     # Orientation o: (shown x, shown y) of a stored point (x, y); EXIF 2.3, tag 0x0112.
@@ -281,29 +281,27 @@ def summary(manifest: Manifest, train_options: str = "") -> str:
         lines.append("  " + "  ".join(cells))
     for name, split in report["splits"].items():
         if split["without_positive"]:
-            lines.append(
-                f"{name}: no positive label for {split['without_positive']:,} of {split['samples']:,} pictures"
-            )
+            lines.append(f"{name}: no positive label for {split['without_positive']:,} of {split['samples']:,} images")
         if split["classes_without_positive"]:
             missing = split["classes_without_positive"]
-            lines.append(f"{name}: no positive picture for {missing:,} of {report['classes']:,} classes")
+            lines.append(f"{name}: no positive image for {missing:,} of {report['classes']:,} classes")
         if split["turned_by_exif"]:
-            lines.append(f"{name}: turned as their EXIF data say: {split['turned_by_exif']:,} pictures")
+            lines.append(f"{name}: turned as their EXIF data say: {split['turned_by_exif']:,} images")
         if split["turned_by_list"]:
-            lines.append(f"{name}: turned as the image lists say: {split['turned_by_list']:,} pictures")
+            lines.append(f"{name}: turned as the image lists say: {split['turned_by_list']:,} images")
     lines += report["notes"]
     left_out = report["left_out"]
     if left_out["total"]:
-        lines.append(f"left out: {left_out['total']:,} pictures (each is named in {manifest.folder / 'report.json'})")
+        lines.append(f"left out: {left_out['total']:,} images (each is named in {manifest.folder / 'report.json'})")
         lines += [f"  {count:,}  {reason}" for reason, count in left_out["reasons"].items()]
     elif report["verify"] == "none":
-        lines.append("no picture was looked at (--verify none)")
+        lines.append("no image was looked at (--verify none)")
     else:
         how = "decoded" if report["verify"] == "decode" else "headers read"
-        lines.append(f"left out: no picture (all were checked: {how})")
+        lines.append(f"left out: no image (all were checked: {how})")
     lines.append(f"Manifest: {manifest.folder}")
     words = f"{train_options} --data.dir {shlex.quote(str(manifest.folder))}".strip()
     if report["labels_alone"]:
-        words += " --data.image_root FOLDER_OF_THE_PICTURES"
+        words += " --data.image_root FOLDER_OF_THE_IMAGES"
     lines.append(f"next: deepspeed launch/train.py {words}")
     return "\n".join(lines)

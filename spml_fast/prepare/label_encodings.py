@@ -58,7 +58,7 @@ def import_labels(
     if fmt not in get_args(ImportFormat):
         raise UserError(f"label format {fmt!r} does not exist; choose {', '.join(get_args(ImportFormat))}")
     if values.ndim != 2:
-        raise UserError(f"{source} has shape {values.shape}; labels need two dimensions, pictures x classes")
+        raise UserError(f"{source} has shape {values.shape}; labels need two dimensions, images x classes")
     if values.dtype.kind not in "biuf":
         raise UserError(f"{source} has dtype {values.dtype}; labels must be bool, integers or floats")
     if values.shape[1] == 0:

@@ -28,7 +28,7 @@ class ManifestWriter:
             and it is a Manifest, or if another process is writing it.
         name: name of the data set.
         classes: class names in class-id order.
-        image_root: folder that the pictures' paths are relative to. A folder inside `staging` is stored relative.
+        image_root: folder that the images' paths are relative to. A folder inside `staging` is stored relative.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class ManifestWriter:
             raise UserError(f"{self.staging} cannot be written ({error.strerror})") from error
         self.image_root = Path(image_root).resolve() if image_root is not None else None
         if self.image_root is not None and self.image_root.is_relative_to(self.folder.resolve()):
-            # Replacing the folder would delete the pictures.
+            # Replacing the folder would delete the images.
             shutil.rmtree(self.staging)
-            raise UserError(f"the pictures lie inside {self.folder}; choose an --out outside {self.image_root}")
+            raise UserError(f"the images lie inside {self.folder}; choose an --out outside {self.image_root}")
         self.splits: dict[str, dict[str, Any]] = {}
 
     def _lock(self) -> int:
@@ -122,7 +122,7 @@ class ManifestWriter:
         """Write one split.
 
         Give `paths` (relative to the image root), or `ids` with a `template` such as `{split}/{id:016x}.jpg`. With
-        several templates, `template_of` [N] holds the number of each picture's. `observed` None means that training
+        several templates, `template_of` [N] holds the number of each image's. `observed` None means that training
         sees everything that is known. `hides_labels` says whether `observed` leaves out labels that are known
         (default: if it is given).
         """
@@ -131,7 +131,7 @@ class ManifestWriter:
             raise ValueError("give either paths, or ids with a template")
         templates = [template] if isinstance(template, str) else list(template or [])
         if len(templates) > 1 and template_of is None:
-            raise ValueError("with several templates, say which one each picture has")
+            raise ValueError("with several templates, say which one each image has")
         folder = self.staging / name
         folder.mkdir()
         constant: dict[str, int] = {}

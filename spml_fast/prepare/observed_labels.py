@@ -2,7 +2,7 @@
 
 All generators take known labels (`SparseLabels`) and give observed labels (`SparseLabels`) of the same rows; what is
 not observed becomes unknown. They run over *all* official rows in file order, before a validation split is cut off
-and before unreadable pictures are dropped, so that neither changes the labels of any other picture.
+and before unreadable images are dropped, so that neither changes the labels of any other image.
 Sources: spec/protocol.md 1.1, 1.2 and 2.3, spec/ignore.md 1.8, spec/README.md "Importers".
 """
 

@@ -1,4 +1,4 @@
-"""Packs the pictures of a Manifest into tar shards: `python launch/prepare.py shard`. `shards.py` reads them.
+"""Packs the images of a Manifest into tar shards: `python launch/prepare.py shard`. `shards.py` reads them.
 
 Work goes on in `OUT.packing` beside the final place, shard by shard:
 
@@ -6,8 +6,8 @@ Work goes on in `OUT.packing` beside the final place, shard by shard:
     shards/NAME.tar      under its final name only when it is whole
     NAME.npz             its record (index, sizes, checksum), written after it: a shard without a record does not count
 
-A shard's content depends on the pictures and the options alone, never on the number of processes or on how often the
-work was cut off. `foreign_tars.py` reads pictures out of other people's tar files.
+A shard's content depends on the images and the options alone, never on the number of processes or on how often the
+work was cut off. `foreign_tars.py` reads images out of other people's tar files.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from spml_fast.prepare.tar_source import Names, find_tars, member_bytes, member_
 IntArray = npt.NDArray[np.int64]
 
 _BLOCK = tarfile.BLOCKSIZE
-# About what a JPEG of quality 90 has, 4:2:0; it only decides how many pictures share a shard.
+# About what a JPEG of quality 90 has, 4:2:0; it only decides how many images share a shard.
 _BYTES_A_PIXEL = 0.25
 _MAX_LISTED = 100_000
-# What shows a picture with that EXIF orientation upright.
+# What shows an image with that EXIF orientation upright.
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -80,15 +80,15 @@ class PackOptions:
     """What to pack and how.
 
     Attributes:
-        manifest: Manifest whose pictures are packed.
+        manifest: Manifest whose images are packed.
         out: Manifest to write; the shards lie in its folder `shards`.
-        image_root: picture folder, when it is not where it was at preparation.
-        tars: folder of tar files that hold the pictures; None reads the Manifest's own files (or shards).
-        short_side: pictures with a longer short side are shrunk to it, in pixels; None copies every byte.
-        quality: JPEG quality of pictures that are shrunk, 1 to 95.
+        image_root: image folder, when it is not where it was at preparation.
+        tars: folder of tar files that hold the images; None reads the Manifest's own files (or shards).
+        short_side: images with a longer short side are shrunk to it, in pixels; None copies every byte.
+        quality: JPEG quality of images that are shrunk, 1 to 95.
         shard_size: bytes that a shard should not exceed.
-        leave_out: go on without pictures that are missing or damaged.
-        verify: how closely pictures are looked at; None reads headers of pictures that preparation has checked, and
+        leave_out: go on without images that are missing or damaged.
+        verify: how closely images are looked at; None reads headers of images that preparation has checked, and
             decides by their number for others.
         overwrite: replace an older Manifest at `out`.
         workers: processes; None for all cores.
@@ -110,8 +110,8 @@ class PackOptions:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A picture as it goes into a shard: bytes, ending, size as shown, and the orientation left to the loader."""
+class _Image:
+    """An image as it goes into a shard: bytes, ending, size as shown, and the orientation left to the loader."""
 
     data: bytes
     ending: str
@@ -121,7 +121,7 @@ class _Picture:
 
 
 class _Bad(Exception):
-    """A picture that cannot be packed: (reason, detail), the reason worded alike for like pictures."""
+    """An image that cannot be packed: (reason, detail), the reason worded alike for like images."""
 
 
 def _ending(data: bytes, path: str) -> str:
@@ -136,9 +136,9 @@ def _ending(data: bytes, path: str) -> str:
 
 
 def _shrink(data: bytes, orientation: int, short_side: int, quality: int) -> tuple[bytes, int, int] | None:
-    """A JPEG of the picture as shown with that short side, and its width and height; None when it stays as it is.
+    """A JPEG of the image as shown with that short side, and its width and height; None when it stays as it is.
 
-    A shrunk picture is stored upright and without EXIF data. TIFF with an orientation of its own stays as it is,
+    A shrunk image is stored upright and without EXIF data. TIFF with an orientation of its own stays as it is,
     because Pillow turns it where the loader does not.
     """
     with Image.open(io.BytesIO(data)) as stored:
@@ -153,20 +153,20 @@ def _shrink(data: bytes, orientation: int, short_side: int, quality: int) -> tup
         if stored.mode.startswith("I"):
             # Sixteen bits; Pillow would clip them where the loader takes the high byte.
             grey = Image.fromarray((np.asarray(stored).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            picture: Image.Image = grey.convert("RGB")
+            image: Image.Image = grey.convert("RGB")
         else:
-            picture = stored.convert("RGB")
-    picture = picture.resize((scaled[0], scaled[1]), Image.Resampling.LANCZOS)
+            image = stored.convert("RGB")
+    image = image.resize((scaled[0], scaled[1]), Image.Resampling.LANCZOS)
     turn = _TRANSPOSE.get(orientation)
     if turn is not None:
-        picture = picture.transpose(turn)
+        image = image.transpose(turn)
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=quality, subsampling="4:2:0")
-    return out.getvalue(), picture.width, picture.height
+    image.save(out, "JPEG", quality=quality, subsampling="4:2:0")
+    return out.getvalue(), image.width, image.height
 
 
-def _make_picture(data: bytes, split: Split, row: int, options: PackOptions, level: Level) -> _Picture:
-    """Check a picture and shrink it if asked to. Raises `_Bad`."""
+def _make_image(data: bytes, split: Split, row: int, options: PackOptions, level: Level) -> _Image:
+    """Check an image and shrink it if asked to. Raises `_Bad`."""
     orientation = int(split.orientation[row])
     width, height = int(split.width[row]), int(split.height[row])
     if level != "none" or options.short_side is not None:
@@ -187,16 +187,16 @@ def _make_picture(data: bytes, split: Split, row: int, options: PackOptions, lev
             # Decoders of damaged bytes raise anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
             raise _Bad("damaged or truncated", f"{type(error).__name__}: {error}") from error
         if shrunk is not None:
-            return _Picture(shrunk[0], "jpg", shrunk[1], shrunk[2], 1)
+            return _Image(shrunk[0], "jpg", shrunk[1], shrunk[2], 1)
     if level == "decode":
         checked = check_bytes(data, "decode")
         if checked.reason is not None:
             raise _Bad(checked.reason, checked.detail)
-    return _Picture(data, _ending(data, split.relative_path(row)), width, height, orientation)
+    return _Image(data, _ending(data, split.relative_path(row)), width, height, orientation)
 
 
 def _read(split: Split, row: int) -> bytes:
-    """The stored bytes of a picture. Raises `_Bad`."""
+    """The stored bytes of an image. Raises `_Bad`."""
     try:
         return split.read(row)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -216,7 +216,7 @@ class _Planned:
 
 
 def _cut(sizes: IntArray, limit: int) -> list[slice]:
-    """Cut pictures into runs that fit a shard; each has one picture at least."""
+    """Cut images into runs that fit a shard; each has one image at least."""
     stored = _BLOCK + -(-sizes // _BLOCK) * _BLOCK
     ends = np.cumsum(stored)
     runs, first = [], 0
@@ -229,7 +229,7 @@ def _cut(sizes: IntArray, limit: int) -> list[slice]:
 
 
 def _sizes(split: Split, options: PackOptions) -> IntArray:
-    """About how many bytes each picture will have; 0 for a missing one."""
+    """About how many bytes each image will have; 0 for a missing one."""
     if split.shards is not None:
         sizes = np.array(split.shards.table[:, 2])
     else:
@@ -282,7 +282,7 @@ def _plan_tars(context: _Context) -> list[_Planned]:
         where = [str(context.tars[tar]) for tar in range(len(context.tars)) if (found[tar][0] == twice).any()]
         split, row = context.names.locate(twice)
         raise UserError(
-            f"the picture {split.relative_path(row)} is more than once in {' and '.join(where)}; keep one of them"
+            f"the image {split.relative_path(row)} is more than once in {' and '.join(where)}; keep one of them"
         )
     for number, split in enumerate(splits.values()):
         here = int(np.count_nonzero((present >= starts[number]) & (present < starts[number + 1])))
@@ -293,7 +293,7 @@ def _plan_tars(context: _Context) -> list[_Planned]:
             first = split.relative_path(int(np.argmax(mask)))
             if not options.leave_out:
                 raise UserError(
-                    f"{missing:,} of the {len(split):,} pictures of split {split.name!r} are in no tar file of "
+                    f"{missing:,} of the {len(split):,} images of split {split.name!r} are in no tar file of "
                     f"{options.tars} (first: {first}); add the file that has them, or pass --leave-out to go on "
                     "without them"
                 )
@@ -368,18 +368,18 @@ class _ShardWriter:
         self._left_out: list[tuple[int, str, str]] = []
         self.seen = 0
 
-    def add(self, row: int, picture: _Picture) -> None:
-        """Append a picture under its sample index as the key."""
-        # Owner, time and mode are the same always, so equal pictures make equal shards.
-        info = tarfile.TarInfo(f"{row:09d}.{picture.ending}")
-        info.size = len(picture.data)
+    def add(self, row: int, image: _Image) -> None:
+        """Append an image under its sample index as the key."""
+        # Owner, time and mode are the same always, so equal images make equal shards.
+        info = tarfile.TarInfo(f"{row:09d}.{image.ending}")
+        info.size = len(image.data)
         offset = self._file.tell() + _BLOCK
-        self._tar.addfile(info, io.BytesIO(picture.data))
-        self._table.append((row, offset, info.size, picture.width, picture.height, picture.orientation))
+        self._tar.addfile(info, io.BytesIO(image.data))
+        self._table.append((row, offset, info.size, image.width, image.height, image.orientation))
         self.seen += 1
 
     def leave_out(self, row: int, reason: str, detail: str) -> None:
-        """Note a picture that is not packed."""
+        """Note an image that is not packed."""
         self._left_out.append((row, reason, detail))
         self.seen += 1
 
@@ -447,23 +447,23 @@ def _checked(number: int) -> tuple[int, bool]:
 
 
 def _add(writer: _ShardWriter, split: Split, row: int, read: Callable[[], bytes]) -> None:
-    """Pack one picture, or leave it out if that is allowed."""
+    """Pack one image, or leave it out if that is allowed."""
     context = _context()
     try:
-        writer.add(row, _make_picture(read(), split, row, context.options, context.level))
+        writer.add(row, _make_image(read(), split, row, context.options, context.level))
     except _Bad as bad:
         reason, detail = bad.args
         if not context.options.leave_out:
             words = f"{reason} ({detail})" if detail else reason
             raise UserError(
-                f"picture {split.place(row)} of split {split.name!r} cannot be packed: {words}; put it right, or pass "
-                "--leave-out to go on without such pictures"
+                f"image {split.place(row)} of split {split.name!r} cannot be packed: {words}; put it right, or pass "
+                "--leave-out to go on without such images"
             ) from bad
         writer.leave_out(row, reason, detail)
 
 
 def _pack_files(number: int) -> int:
-    """Write one shard from pictures that can be read in any order. Returns the number of samples."""
+    """Write one shard from images that can be read in any order. Returns the number of samples."""
     context = _context()
     planned = context.plan[number]
     split = context.manifest.splits[planned.split]
@@ -546,7 +546,7 @@ def _run(function: Callable[[int], Any], jobs: Sequence[int] | range, context: _
                     yield future.result()
             except BrokenProcessPool as error:
                 raise UserError(
-                    "a process that was packing pictures died (out of memory?); repeat the command with fewer "
+                    "a process that was packing images died (out of memory?); repeat the command with fewer "
                     "--workers to go on from the shards that are whole"
                 ) from error
             except BaseException:
@@ -557,16 +557,16 @@ def _run(function: Callable[[int], Any], jobs: Sequence[int] | range, context: _
 
 
 def pack(options: PackOptions) -> Manifest:
-    """Pack the pictures of a Manifest into shards and write a Manifest of them.
+    """Pack the images of a Manifest into shards and write a Manifest of them.
 
     A run that was cut off goes on with the shards that are whole when it is repeated.
 
     Returns:
-        The new Manifest: the same classes, splits, labels, boxes and ids; pictures that were shrunk have their new
+        The new Manifest: the same classes, splits, labels, boxes and ids; images that were shrunk have their new
         sizes. Samples keep their order, except with `tars`, where they have the order of the tar files.
 
     Raises:
-        UserError: the Manifest or its pictures cannot be used, or there is no room.
+        UserError: the Manifest or its images cannot be used, or there is no room.
     """
     if options.short_side is not None and options.short_side < 1:
         raise UserError(f"--short-side is {options.short_side}; it must be 1 or more")
@@ -632,7 +632,7 @@ def _pack(options: PackOptions, manifest: Manifest, out: Path, work: Path) -> Ma
     kept = total - sum(len(context.plan[i].rows) for i in context.missing)
     if kept:
         context.notes.append(f"kept from a run that was cut off: {len(context.plan) - len(context.missing):,} shards")
-    with show_progress(total, "packing pictures", options.progress) as advance:
+    with show_progress(total, "packing images", options.progress) as advance:
         advance(kept)
         if options.tars is None:
             jobs = _run(_pack_files, context.missing, context)
@@ -665,7 +665,7 @@ def _settle_plan(context: _Context) -> None:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             begun = found.pop("settings")
-            # Whole shards have no bad picture, so to leave such out may be decided on the way; not the reverse.
+            # Whole shards have no bad image, so to leave such out may be decided on the way; not the reverse.
             if begun == settings or begun == {**settings, "leave_out": False}:
                 with np.load(work / "plan.npz") as arrays:
                     parts = np.split(arrays["rows"], arrays["bounds"][1:-1])
@@ -679,7 +679,7 @@ def _settle_plan(context: _Context) -> None:
         except (ValueError, KeyError, EOFError) as error:
             raise UserError(f"{path} is damaged ({error}); delete {work}, and repeat the command") from error
         raise UserError(
-            f"{work} holds shards of another command, or its pictures have changed since; repeat that command, or "
+            f"{work} holds shards of another command, or its images have changed since; repeat that command, or "
             f"delete {work}"
         )
     context.plan = _plan_files(context.manifest, options) if options.tars is None else _plan_tars(context)
@@ -721,9 +721,9 @@ def _finish(context: _Context, report: dict[str, Any]) -> Manifest:
                 listed.append({"split": name, "path": split.relative_path(row), "reason": reason, "detail": detail})
         table = np.concatenate([record.table for record in records] or [np.empty((0, 6), np.int64)])
         if not len(table):
-            raise UserError(f"no picture of split {name!r} can be packed; delete {work}, and mend the pictures")
+            raise UserError(f"no image of split {name!r} can be packed; delete {work}, and mend the images")
         counts = [len(record.table) for record in records]
-        # A shard of which every picture was left out is an empty tar.
+        # A shard of which every image was left out is an empty tar.
         used = [number for number, count in enumerate(counts) if count]
         numbers = np.repeat(np.arange(len(used)), [counts[number] for number in used])
         files = [ShardFile(f"{planned[i].name}.tar", records[i].size, counts[i], records[i].sha256) for i in used]
@@ -741,7 +741,7 @@ def _finish(context: _Context, report: dict[str, Any]) -> Manifest:
             "classes_without_positive": int((known.class_counts(POSITIVE) == 0).sum()),
             "shards": len(files),
         }
-    before = report.get("left_out", {"total": 0, "reasons": {}, "pictures": []})
+    before = report.get("left_out", {"total": 0, "reasons": {}})
     made = {
         **report,
         "notes": [*report.get("notes", []), *context.notes],
@@ -749,7 +749,8 @@ def _finish(context: _Context, report: dict[str, Any]) -> Manifest:
         "left_out": {
             "total": before["total"] + sum(reasons.values()),
             "reasons": dict((Counter(before["reasons"]) + reasons).most_common()),
-            "pictures": [*before["pictures"], *listed][:_MAX_LISTED],
+            # Version 0.1.0 called the list `pictures`.
+            "images": [*before.get("images", before.get("pictures", [])), *listed][:_MAX_LISTED],
         },
         "shards": {
             "manifest": str(manifest.folder.resolve()),
@@ -799,30 +800,28 @@ def _write_split(writer: ManifestWriter, split: Split, table: IntArray) -> tuple
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `launch/prepare.py shard`."""
-    parser.add_argument("--manifest", type=Path, help="Manifest whose pictures are packed")
+    parser.add_argument("--manifest", type=Path, help="Manifest whose images are packed")
     parser.add_argument("--out", type=Path, help="Manifest to write; the shards lie in its folder shards")
     parser.add_argument(
         "--check", type=Path, metavar="DIR", help="compare the shards of this Manifest with their checksums instead"
     )
-    parser.add_argument("--image-root", type=Path, help="picture folder, when it is not where it was at preparation")
+    parser.add_argument("--image-root", type=Path, help="image folder, when it is not where it was at preparation")
     parser.add_argument(
-        "--tars", type=Path, metavar="DIR", help="the pictures are in the tar files (also compressed) of this folder"
+        "--tars", type=Path, metavar="DIR", help="the images are in the tar files (also compressed) of this folder"
     )
     parser.add_argument(
-        "--short-side", type=int, metavar="N", help="shrink pictures to N pixels on their short side (default: copy)"
+        "--short-side", type=int, metavar="N", help="shrink images to N pixels on their short side (default: copy)"
     )
-    parser.add_argument(
-        "--quality", type=int, default=90, help="JPEG quality of shrunk pictures (default: %(default)s)"
-    )
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of shrunk images (default: %(default)s)")
     parser.add_argument(
         "--shard-size", type=float, default=256, metavar="MB", help="size of a shard in 10^6 bytes (%(default)s)"
     )
-    parser.add_argument("--leave-out", action="store_true", help="go on without pictures that are missing or damaged")
+    parser.add_argument("--leave-out", action="store_true", help="go on without images that are missing or damaged")
     parser.add_argument(
         "--verify",
         choices=["decode", "header", "none"],
-        help="look at every picture: decode all of it, its header, or not at all (default: header if preparation has "
-        "looked at the pictures, else decode up to 200,000)",
+        help="look at every image: decode all of it, its header, or not at all (default: header if preparation has "
+        "looked at the images, else decode up to 200,000)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the Manifest that is already at --out")
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
@@ -835,7 +834,7 @@ def command(options: argparse.Namespace) -> str:
     if options.check is not None:
         return _check(Manifest(options.check, options.image_root))
     if options.manifest is None or options.out is None:
-        raise UserError("give --manifest and --out to pack pictures, or --check DIR to check shards")
+        raise UserError("give --manifest and --out to pack images, or --check DIR to check shards")
     names = ("manifest", "out", "image_root", "tars", "short_side", "quality", "leave_out", "verify", "overwrite")
     chosen = {name: getattr(options, name) for name in names}
     packed = pack(PackOptions(**chosen, shard_size=int(options.shard_size * 1e6), workers=options.workers))
@@ -846,7 +845,7 @@ def _check(manifest: Manifest) -> str:
     total, files = 0, 0
     for split in manifest.splits.values():
         if split.shards is None:
-            raise UserError(f"the pictures of {split.folder} are not in shards; there is nothing to check")
+            raise UserError(f"the images of {split.folder} are not in shards; there is nothing to check")
         total += check_shards(split.shards)
         files += len(split.shards.files)
     return f"{files:,} shards, {total:,} bytes: every checksum is right"
@@ -858,10 +857,10 @@ def _summary(manifest: Manifest) -> str:
     lines = [f"{manifest.name}: {made['bytes']:,} bytes in shards"]
     for name, split in report["splits"].items():
         plural = "s" if split["shards"] != 1 else ""
-        lines.append(f"  {name}: {split['samples']:,} pictures in {split['shards']:,} shard{plural}")
+        lines.append(f"  {name}: {split['samples']:,} images in {split['shards']:,} shard{plural}")
     lines += report["notes"]
     if made["left_out"]:
-        lines.append(f"left out: {made['left_out']:,} pictures (see {manifest.folder / 'report.json'})")
+        lines.append(f"left out: {made['left_out']:,} images (see {manifest.folder / 'report.json'})")
     lines.append(f"Manifest: {manifest.folder}")
     lines.append(f"check it later: python launch/prepare.py shard --check {manifest.folder}")
     return "\n".join(lines)

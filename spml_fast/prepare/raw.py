@@ -27,16 +27,16 @@ class RawSplit:
         paths: N paths relative to the data set's image root (or absolute); or None with `ids` and `template`.
         ids: numeric ids, N.
         template: path from an id, such as `{split}/{id:016x}.jpg`; or several of them, with `template_of`.
-        template_of: number of each picture's template, N.
-        present: bool [N], False for annotated pictures that are not there; None when nobody has looked. Labels are
-            drawn for all rows, so that those of a picture do not depend on which others are there.
+        template_of: number of each image's template, N.
+        present: bool [N], False for annotated images that are not there; None when nobody has looked. Labels are
+            drawn for all rows, so that those of an image do not depend on which others are there.
         extra: labels of the same rows that training sees besides the observed ones, and that are not part of the truth;
-            they name no (picture, class) that `known` does.
-        orientation: annotated EXIF orientation 1..8, uint8 [N], 0 where unknown; it is applied whatever the pictures'
+            they name no (image, class) that `known` does.
+        orientation: annotated EXIF orientation 1..8, uint8 [N], 0 where unknown; it is applied whatever the images'
             own EXIF data say.
         width: annotated stored widths in pixels, int [N], 0 where unknown; None when the annotations have none.
         height: annotated stored heights.
-        boxes: (indptr int64 [N + 1], float [K, 5] of class, x0, y0, x1, y1 in pixels of the stored picture).
+        boxes: (indptr int64 [N + 1], float [K, 5] of class, x0, y0, x1, y1 in pixels of the stored image).
     """
 
     name: str
@@ -72,7 +72,7 @@ class RawSplit:
 
     def select(self, index: npt.NDArray[np.int64], name: str | None = None) -> RawSplit:
         """The rows `index`, in that order, under another name if one is given."""
-        # The official split's name stays in the pictures' paths.
+        # The official split's name stays in the images' paths.
         if isinstance(self.template, str):
             template: str | Sequence[str] | None = self.template.replace("{split}", self.name)
         else:
@@ -109,15 +109,15 @@ class RawDataset:
     Attributes:
         name: name of the data set.
         classes: class names in class-id order.
-        image_root: folder that paths are relative to; None when `make_pictures` makes them inside the Manifest, or with
+        image_root: folder that paths are relative to; None when `make_images` makes them inside the Manifest, or with
             `labels_alone`.
         splits: the official splits.
         carve: (from, to): cut the published fifth off split `from` as the new split `to`; None for no cut.
         notes: sentences for the summary, such as how unlisted classes were read.
         settings: what determined the content, kept in report.json.
-        make_pictures: called with an empty folder; writes the pictures there.
-        labels_alone: there are no pictures to look at (yet).
-        coverage: which annotated pictures are there, kept in report.json.
+        make_images: called with an empty folder; writes the images there.
+        labels_alone: there are no images to look at (yet).
+        coverage: which annotated images are there, kept in report.json.
     """
 
     name: str
@@ -127,7 +127,7 @@ class RawDataset:
     carve: tuple[str, str] | None = None
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
-    make_pictures: Callable[[Path], None] | None = None
+    make_images: Callable[[Path], None] | None = None
     labels_alone: bool = False
     coverage: dict[str, Any] = field(default_factory=dict)
 
@@ -140,10 +140,10 @@ class CommonOptions:
         out: Manifest directory to write.
         observe: how observed labels are drawn.
         seed: seed of that draw; 1200 is the published one.
-        verify: how closely pictures are looked at; None decides by their number.
-        orientation: whether the loader turns pictures as their EXIF data say.
+        verify: how closely images are looked at; None decides by their number.
+        orientation: whether the loader turns images as their EXIF data say.
         overwrite: replace an older Manifest.
-        workers: processes that check pictures; None for all cores.
+        workers: processes that check images; None for all cores.
         progress: show progress.
     """
 

@@ -1,4 +1,4 @@
-"""Tar files that others made, such as OpenImages' train_0.tar.gz, as a source of pictures.
+"""Tar files that others made, such as OpenImages' train_0.tar.gz, as a source of images.
 
 They are read as streams from their start to their end, since compressed ones have no other way. Nothing is unpacked:
 names are only compared with those of a Manifest, so no name, link or device in them can lead anywhere.
@@ -18,13 +18,13 @@ from spml_fast.data.manifest import Split
 
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 # No photograph has so many bytes; a forged header may ask for any number.
-_MAX_PICTURE = 256 << 20
+_MAX_IMAGE = 256 << 20
 
 
 class Names:
     """Finds the sample of a file name among all splits, in eight bytes a sample.
 
-    Names are compared without their folders where every picture has a file name of its own, else with them.
+    Names are compared without their folders where every image has a file name of its own, else with them.
 
     Raises:
         UserError: two samples have the same path.
@@ -42,7 +42,7 @@ class Names:
             if twice is not None:
                 split, row = self.locate(twice)
                 raise UserError(
-                    f"{split.relative_path(row)} is the picture of two samples; --tars needs one picture a sample"
+                    f"{split.relative_path(row)} is the image of two samples; --tars needs one image a sample"
                 )
 
     def _name(self, path: str) -> str:
@@ -99,7 +99,7 @@ def read_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo,
         with tarfile.open(path, "r|*", errorlevel=2) as archive:
             for member in archive:
                 last = repr(member.name)
-                # A stream keeps every member it has met otherwise: gigabytes over millions of pictures.
+                # A stream keeps every member it has met otherwise: gigabytes over millions of images.
                 archive.members = []  # type: ignore[attr-defined]
                 if not member.isdir():
                     yield archive, member, _ignored(member)
@@ -124,8 +124,8 @@ def _ignored(member: tarfile.TarInfo) -> str:
         return "links"
     if not member.isreg() or member.issparse():
         return "devices and other special files"
-    if member.size > _MAX_PICTURE:
-        return f"larger than {_MAX_PICTURE >> 20} MiB"
+    if member.size > _MAX_IMAGE:
+        return f"larger than {_MAX_IMAGE >> 20} MiB"
     return ""
 
 

@@ -49,7 +49,7 @@ def build_parser(method: str = DEFAULT_METHOD, prog: str | None = None) -> RunPa
     parser = RunParser(
         prog=prog,
         allow_abbrev=False,
-        description="Train a multi-label image classifier from partly labelled pictures.",
+        description="Train a multi-label image classifier from partly labelled images.",
         epilog="--method X is short for --method.name X; --help shows the options of that method.",
     )
     parser.add_argument("--config", action="config", help="YAML recipe; later options and files win over earlier ones")

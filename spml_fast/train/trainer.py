@@ -102,12 +102,10 @@ class Trainer:
         self.test_split = self._optional_split(config.data.test_split, "test")
         for split in (self.train_split, self.val_split, self.test_split):
             if split is not None and len(split) == 0:
-                raise UserError(f"split {split.name!r} of {self.manifest.folder} has no pictures")
+                raise UserError(f"split {split.name!r} of {self.manifest.folder} has no images")
         labels = self.train_split.observed if method_class.label_source == "observed" else self.train_split.known
         if not (labels.codes == 1).any():
-            raise UserError(
-                f"no picture of split {self.train_split.name!r} has a positive label; nothing to learn from"
-            )
+            raise UserError(f"no image of split {self.train_split.name!r} has a positive label; nothing to learn from")
         method_class.check_labels(self.train_split.known if method_class.reads_truth else labels, config.method)
         self.run_dir = self._make_run_dir()
         torch.manual_seed(config.run.seed)
@@ -146,13 +144,13 @@ class Trainer:
     # ---- set-up
 
     def _make_order(self, labels: SparseLabels) -> Callable[..., TrainOrder]:
-        """How often pictures come (`train.sampling`), from the labels that training sees."""
+        """How often images come (`train.sampling`), from the labels that training sees."""
         train = self.config.train
         if train.sampling == "uniform":
             return TrainOrder
         if self.method_class.visits_once:
             raise UserError(
-                f"method {self.config.method.name} keeps a row for every picture, which must not come twice in a step; "
+                f"method {self.config.method.name} keeps a row for every image, which must not come twice in a step; "
                 f"it does not go with train.sampling {train.sampling}"
             )
         return functools.partial(RepeatFactorOrder, repeat_factors(labels, train.repeat_threshold))
@@ -262,7 +260,7 @@ class Trainer:
         size = sum(p.numel() for p in self.classifier.parameters()) / 1e6
         where = f"{self.world} x {self.device.type}" + (f" ({'bf16' if dtype else 'fp32'})")
         return (
-            f"{self.manifest.name}: {len(self.train_split)} training pictures, {self.manifest.num_classes} classes | "
+            f"{self.manifest.name}: {len(self.train_split)} training images, {self.manifest.num_classes} classes | "
             f"{self.config.method.name}, alpha {model.alpha_train:g} in training, {model.alpha_eval:g} in evaluation | "
             f"{model.backbone} ({size:.1f} M), {self.config.data.image_size} px | {where} | {self.run_dir}"
         )

@@ -88,11 +88,11 @@ class Perfect(nn.Module):
         super().__init__()
         self.split, self.order, self.cells = manifest.split("test"), iter(order), cells
 
-    def forward(self, pictures: torch.Tensor, boost: bool, classes: torch.Tensor) -> object:
+    def forward(self, images: torch.Tensor, boost: bool, classes: torch.Tensor) -> object:
         maps = torch.zeros(*classes.shape, self.cells, self.cells)
         assert self.split.boxes is not None
         indptr, boxes = self.split.boxes
-        for row in range(len(pictures)):
+        for row in range(len(images)):
             sample = next(self.order, None)
             if sample is None:
                 break

@@ -1,4 +1,4 @@
-"""Maps over pictures: the figures of the head, what is chosen, what is drawn and written, and what users get wrong."""
+"""Maps over images: the figures of the head, what is chosen, what is drawn and written, and what users get wrong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import printable
 from spml_fast.data import image_check
-from spml_fast.data.image_files import PictureFiles
+from spml_fast.data.image_files import ImageFiles
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.manifest import Manifest
 from spml_fast.evaluation.evaluate import score_split
@@ -80,7 +80,7 @@ def run(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def picture(small_digits: Path) -> Path:
+def image_path(small_digits: Path) -> Path:
     """A digit scene."""
     return Path(Manifest(small_digits).split("test").path(0))
 
@@ -93,7 +93,7 @@ class TestMaps:
         split = manifest.split("val")
         scores = score_split(classifier, make_eval_loader(config, split, classifier, CPU), split.known, [1, 5], None)
         assert scores is not None
-        files = PictureFiles([split.path(i) for i in range(len(split))], np.ones(len(split), np.uint8))
+        files = ImageFiles([split.path(i) for i in range(len(split))], np.ones(len(split), np.uint8))
         first = [[i % 10] for i in range(len(split))]
         found = list(
             explain.explain(classifier, config, files, CPU, alpha=5, classes=manifest.classes, top=3, first=first)
@@ -113,7 +113,7 @@ class TestMaps:
             np.testing.assert_array_equal(one.positive_share, (cells > 0).mean((1, 2)))
         with Image.open(split.path(7)) as image:
             # JPEG decoders differ by a few levels.
-            assert np.abs(found[7].picture.astype(int) - np.asarray(image.convert("RGB"), int)).mean() < 3
+            assert np.abs(found[7].image.astype(int) - np.asarray(image.convert("RGB"), int)).mean() < 3
 
     def test_choose_classes(self) -> None:
         logits = torch.tensor([[0.0, 3, 3, 1], [4, 0, 1, 2]])
@@ -122,19 +122,19 @@ class TestMaps:
         assert choose_classes(logits, 3, [[0, 3], []]).tolist() == [[0, 3, 1], [0, 3, 2]]
         assert choose_classes(logits, 1, [[2], [1]]).tolist() == [[2], [1]]
 
-    def test_diverged_run_is_named(self, run: Path, picture: Path) -> None:
+    def test_diverged_run_is_named(self, run: Path, image_path: Path) -> None:
         config, manifest, classifier, _ = load_run(run, CPU)
         with torch.no_grad():
             classifier.head.bias[3] = float("nan")
-        files = PictureFiles([str(picture)], np.ones(1, np.uint8))
+        files = ImageFiles([str(image_path)], np.ones(1, np.uint8))
         with pytest.raises(UserError, match=r"score of class 3 is not a number for .*jpg"):
             list(explain.explain(classifier, config, files, CPU, alpha=1, classes=manifest.classes, top=2))
 
 
 class TestChoice:
-    """Pictures of a split."""
+    """Images of a split."""
 
-    def test_a_third_each_and_every_picture_once(self) -> None:
+    def test_a_third_each_and_every_image_once(self) -> None:
         def ranked(code: int, index: list[int]) -> Suggestions:
             ids = np.arange(len(index))
             return Suggestions(code, np.array(index), ids, np.full(len(index), 0.5), len(index))
@@ -153,7 +153,7 @@ class TestChoice:
         split = manifest.split("train")
         known, seen = split.known.rows(range(20)), split.observed.rows(range(20))
         index = int(np.flatnonzero((known == POSITIVE).sum(1) > 1)[0])
-        files = PictureFiles([split.path(index)], np.ones(1, np.uint8))
+        files = ImageFiles([split.path(index)], np.ones(1, np.uint8))
         (found,) = explain.explain(classifier, config, files, CPU, alpha=5, classes=manifest.classes, top=10)
         told = with_labels(found, split, Choice(index, "missed positive", 3), manifest.classes)
         assert told.reason == "missed positive: 3" and told.path == split.relative_path(index)
@@ -213,14 +213,14 @@ class TestCommand:
         drawn: list[explain.Explained] = []
         plain = explain_page.draw
 
-        def watch(out: Path, pictures: list[explain.Explained], *rest: object) -> int:
-            drawn.extend(pictures)
-            return plain(out, pictures, *rest)  # type: ignore[arg-type]
+        def watch(out: Path, images: list[explain.Explained], *rest: object) -> int:
+            drawn.extend(images)
+            return plain(out, images, *rest)  # type: ignore[arg-type]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(explain_page, "draw", watch)
             assert call("--run", run, "--count", 7, "--out", tmp_path / "a.png", "--split", "train") == 0
-        assert capsys.readouterr().out == f"{tmp_path / 'a.png'}: 7 pictures\n"
+        assert capsys.readouterr().out == f"{tmp_path / 'a.png'}: 7 images\n"
         assert [d.reason.split(":")[0] for d in drawn].count("at random") == 3
         _, manifest, _, _ = load_run(run, CPU)
         for found in drawn:
@@ -232,17 +232,17 @@ class TestCommand:
             )
         assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
-    def test_pictures_maps_and_broken_files(
-        self, run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    def test_images_maps_and_broken_files(
+        self, run: Path, image_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ) -> None:
         photos = tmp_path / "photos"
         photos.mkdir()
-        shutil.copy(picture, photos / "a $1$.jpg")
-        with Image.open(picture) as image:
+        shutil.copy(image_path, photos / "a $1$.jpg")
+        with Image.open(image_path) as image:
             exif = Image.Exif()
             exif[0x0112] = 6
             image.resize((90, 30)).save(photos / "b.png", exif=exif)
-        (photos / "cut.jpg").write_bytes(picture.read_bytes()[:900])
+        (photos / "cut.jpg").write_bytes(image_path.read_bytes()[:900])
         options = ("--classes", "y", "--classes", NAMES[2], "--maps", tmp_path / "maps", "--out", tmp_path / "pages")
         assert call("--run", run, photos, *options) == 1
         said = capsys.readouterr()
@@ -258,30 +258,35 @@ class TestCommand:
         assert len(list((tmp_path / "maps").iterdir())) == 5
 
     def test_what_the_loader_alone_refuses_is_left_out(
-        self, run: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+        self,
+        run: Path,
+        image_path: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture,
     ) -> None:
-        # Headers alone are looked at, so the picture that is cut off gets as far as the decoder.
+        # Headers alone are looked at, so the image that is cut off gets as far as the decoder.
         monkeypatch.setattr(image_check, "DECODE_LIMIT", 0)
         for name, size in (("a.jpg", None), ("b.jpg", 900), ("c.jpg", None)):
-            (tmp_path / name).write_bytes(picture.read_bytes()[:size])
+            (tmp_path / name).write_bytes(image_path.read_bytes()[:size])
         page = tmp_path / "page.png"
         assert call("--run", run, tmp_path, "--out", page, "--maps", tmp_path / "maps", "--top", 1) == 1
         said = capsys.readouterr()
         assert said.err.count("left out: ") == 1 and f"left out: {tmp_path / 'b.jpg'}: damaged" in said.err
-        assert "2 pictures; 1 left out" in said.out and page.is_file()
+        assert "2 images; 1 left out" in said.out and page.is_file()
         about = json.loads((tmp_path / "maps" / "maps.json").read_text(encoding="utf-8"))
         assert [Path(m["path"]).name for m in about["maps"]] == ["a.jpg", "c.jpg"]
-        with pytest.raises(UserError, match="none of the pictures can be used"):
+        with pytest.raises(UserError, match="none of the images can be used"):
             call("--run", run, tmp_path / "b.jpg", "--out", tmp_path / "other.png")
         assert not (tmp_path / "other.png").exists()
 
-    def test_aspect_follows_the_orientation(self, tmp_path: Path, picture: Path) -> None:
+    def test_aspect_follows_the_orientation(self, tmp_path: Path, image_path: Path) -> None:
         exif = Image.Exif()
         exif[0x0112] = 6
         Image.new("RGB", (90, 30)).save(tmp_path / "b.png", exif=exif)
         for orientation, aspect in (("exif", 1 / 3), ("ignore", 3)):
             words = ["--run", "x", "--orientation", orientation, str(tmp_path / "b.png")]
-            files, aspects, missing = _script.given_pictures(_script.parse(words))
+            files, aspects, missing = _script.given_images(_script.parse(words))
             assert aspects == [pytest.approx(aspect)] and missing == 0 and len(files) == 1
 
     def test_sharded_split(self, run: Path, small_digits: Path, tmp_path: Path) -> None:
@@ -293,15 +298,15 @@ class TestCommand:
         assert [(m["path"], m["class"]) for m in one] == [(m["path"], m["class"]) for m in two]
         assert [m["logit"] for m in one] == pytest.approx([m["logit"] for m in two], abs=1e-4)
 
-    def test_query2label(self, small_digits: Path, picture: Path, tmp_path: Path) -> None:
+    def test_query2label(self, small_digits: Path, image_path: Path, tmp_path: Path) -> None:
         q2l = make_run(tmp_path / "run", small_digits, "digits_q2l.yaml", 1)
-        assert call("--run", q2l, picture, "--maps", tmp_path / "maps", "--top", 2) == 0
+        assert call("--run", q2l, image_path, "--maps", tmp_path / "maps", "--top", 2) == 0
         with Image.open(q2l / "explain.png") as page:
             assert page.width > 400
         maps = json.loads((tmp_path / "maps" / "maps.json").read_text())["maps"]
         assert len(maps) == 2 and maps[0]["logit"] == maps[0]["logit_alpha_1"] >= maps[1]["logit"]
         with pytest.raises(UserError, match="alpha 5 has no meaning for head query2label"):
-            call("--run", q2l, "--alpha", 5, picture)
+            call("--run", q2l, "--alpha", 5, image_path)
 
     def test_maps_are_whole_or_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt), MapFolder(tmp_path / "maps", {}):
@@ -321,27 +326,27 @@ class TestCommand:
         ("--run RUN --count 0", "--count is 0"),
         ("--run RUN --count 101", "--count is 101; a page holds 100 at most"),
         ("--run RUN --seed -1", "--seed is -1; it must not be negative"),
-        ("--run RUN --alpha inf PICTURE", "--alpha is inf"),
-        ("--run RUN --classes trafic_light PICTURE", "no class 'trafic_light'; did you mean traffic light"),
-        ("--run RUN --classes x --top 2 PICTURE", "give --top or --classes, not both"),
-        ("--run RUN --split test PICTURE", "--split chooses among the run's own pictures"),
-        ("--run RUN --out TMP/a.jpg PICTURE", "a.jpg must be a file named .png, or a folder"),
-        ("--run RUN --out TMP/file/a.png PICTURE", "a.png cannot be written: "),
+        ("--run RUN --alpha inf IMAGE", "--alpha is inf"),
+        ("--run RUN --classes trafic_light IMAGE", "no class 'trafic_light'; did you mean traffic light"),
+        ("--run RUN --classes x --top 2 IMAGE", "give --top or --classes, not both"),
+        ("--run RUN --split test IMAGE", "--split chooses among the run's own images"),
+        ("--run RUN --out TMP/a.jpg IMAGE", "a.jpg must be a file named .png, or a folder"),
+        ("--run RUN --out TMP/file/a.png IMAGE", "a.png cannot be written: "),
         ("--run RUN TMP/gone.jpg", "gone.jpg cannot be read: No such file"),
-        ("--run RUN TMP/file", "none of the 1 pictures can be used"),
+        ("--run RUN TMP/file", "none of the 1 images can be used"),
         ("--run RUN --split nowhere", "has no split 'nowhere'"),
-        ("--run TMP PICTURE", "is not a run directory"),
+        ("--run TMP IMAGE", "is not a run directory"),
     ],
 )
-def test_what_users_get_wrong(words: str, message: str, run: Path, picture: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no picture")
-    words = words.replace("RUN", str(run)).replace("PICTURE", str(picture)).replace("TMP", str(tmp_path))
+def test_what_users_get_wrong(words: str, message: str, run: Path, image_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no image")
+    words = words.replace("RUN", str(run)).replace("IMAGE", str(image_path)).replace("TMP", str(tmp_path))
     with pytest.raises(UserError, match=message):
         call(*words.split())
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_several_ranks_are_refused(run: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_are_refused(run: Path, image_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="works in one process"):
-        call("--run", run, picture)
+        call("--run", run, image_path)

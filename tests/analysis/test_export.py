@@ -22,7 +22,7 @@ from spml_fast.analysis import export
 from spml_fast.analysis.predict import predict
 from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
-from spml_fast.data.image_files import PictureFiles
+from spml_fast.data.image_files import ImageFiles
 from spml_fast.data.manifest import Manifest
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import save_weights
@@ -54,7 +54,7 @@ def make_run(folder: Path, *words: str, data: Path | None = None) -> Path:
     with torch.no_grad():
         classifier.train()(torch.randn(8, 3, 64, 64))
         if classifier.head.boosts:
-            # Logits of different pictures differ by far more than rounding.
+            # Logits of different images differ by far more than rounding.
             classifier.head.weight.mul_(10)
     config.data.mean, config.data.std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -79,46 +79,46 @@ def logits_of(run: Path, alpha: float, paths: list[str]) -> tuple[np.ndarray, np
     config = load_run_config(run)
     classifier, _ = load_classifier(run, config, len(CLASSES), CPU)
     config.eval.batch_size = len(paths)
-    files = PictureFiles(paths, np.ones(len(paths), np.uint8))
+    files = ImageFiles(paths, np.ones(len(paths), np.uint8))
     (batch,) = make_eval_loader(config, files, classifier, CPU)
     with torch.no_grad():
         logits = classifier(batch.views["eval"], alpha=alpha).logits.numpy()
-    assert logits.std(0).min() > 0.1, "a model for which all pictures are the same shows nothing"
+    assert logits.std(0).min() > 0.1, "a model for which all images are the same shows nothing"
     found = list(predict(classifier, config, files, CPU, alpha=alpha, classes=CLASSES))
     return logits, np.stack([p.probability[np.argsort(p.classes)] for p in found])
 
 
-def pillow_pictures(paths: list[str], side: int) -> np.ndarray:
+def pillow_images(paths: list[str], side: int) -> np.ndarray:
     """What the documentation tells users to do: float32 [n, 3, S, S], 0..255."""
     upright = [ImageOps.exif_transpose(Image.open(p)).convert("RGB") for p in paths]
-    pictures = [p.resize((side, side), Image.Resampling.BILINEAR) for p in upright]
-    return np.stack([np.asarray(p, np.float32).transpose(2, 0, 1) for p in pictures])
+    images = [p.resize((side, side), Image.Resampling.BILINEAR) for p in upright]
+    return np.stack([np.asarray(p, np.float32).transpose(2, 0, 1) for p in images])
 
 
-def normalised(pictures: np.ndarray, about: dict[str, str]) -> torch.Tensor:
-    """What networks take of RGB pictures [n, 3, S, S], 0..255, by the metadata of an export."""
+def normalised(images: np.ndarray, about: dict[str, str]) -> torch.Tensor:
+    """What networks take of RGB images [n, 3, S, S], 0..255, by the metadata of an export."""
     mean, std = (torch.tensor(json.loads(about[k])).view(3, 1, 1) for k in ("mean", "std"))
-    return (torch.from_numpy(pictures) / 255 - mean) / std
+    return (torch.from_numpy(images) / 255 - mean) / std
 
 
-def documented(first: str, run: Path, picture: str) -> dict[str, Any]:
+def documented(first: str, run: Path, image: str) -> dict[str, Any]:
     """What the documentation's snippet that starts with `first` leaves behind, run as it stands."""
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     start = text.index(f"\n    {first}\n") + 1
     snippet = textwrap.dedent(text[start : text.index("\n\n", start)])
     names: dict[str, Any] = {}
-    exec(snippet.replace("RUN/", f"{run}/").replace("001.jpg", picture), names)
+    exec(snippet.replace("RUN/", f"{run}/").replace("001.jpg", image), names)
     return names
 
 
 def test_onnx_gives_the_figures_of_predict(run, small_digits, capsys):
     call("--run", run, "--format", "onnx")
-    assert "alpha 5; logits of pictures (4 of split test) are within" in capsys.readouterr().out
+    assert "alpha 5; logits of images (4 of split test) are within" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(str(run / "export.onnx"), providers=["CPUExecutionProvider"])
     split = Manifest(small_digits).split("test")
     paths = [split.path(i) for i in range(7)]
     expected, probabilities = logits_of(run, 5.0, paths)
-    logits, chances = session.run(["logits", "probabilities"], {"pictures": pillow_pictures(paths, 64)})
+    logits, chances = session.run(["logits", "probabilities"], {"images": pillow_images(paths, 64)})
     # These need no resizing, where Pillow and DALI differ.
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
     assert np.abs(chances - probabilities).max() < 1e-4
@@ -144,10 +144,10 @@ def test_other_backbones_and_heads(words, asked, tmp_path):
     call("--run", run, "--format", "onnx", *asked)
     session = onnxruntime.InferenceSession(str(run / "export.onnx"), providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
-    pictures = np.random.default_rng(1).integers(0, 256, (3, 3, 64, 64)).astype(np.float32)
-    logits, chances = session.run(["logits", "probabilities"], {"pictures": pictures})
+    images = np.random.default_rng(1).integers(0, 256, (3, 3, 64, 64)).astype(np.float32)
+    logits, chances = session.run(["logits", "probabilities"], {"images": images})
     classifier, _ = load_classifier(run, load_run_config(run), len(CLASSES), CPU)
-    views = normalised(pictures, about)
+    views = normalised(images, about)
     with torch.no_grad():
         expected = classifier(views, alpha=1.0).logits.numpy()
         if classifier.head.boosts:
@@ -170,8 +170,8 @@ def test_parts_give_the_logits_by_the_documented_formula(backbone, tmp_path, cap
     options: dict[str, Any] = json.loads(about["timm_options"])
     model = timm.create_model(about["backbone"], num_classes=0, global_pool="", **options).eval()
     model.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")})
-    pictures = np.random.default_rng(1).integers(0, 256, (3, 3, 64, 64)).astype(np.float32)
-    views = normalised(pictures, about)
+    images = np.random.default_rng(1).integers(0, 256, (3, 3, 64, 64)).astype(np.float32)
+    views = normalised(images, about)
     classifier, _ = load_classifier(run, load_run_config(run), len(CLASSES), CPU)
     with torch.no_grad():
         features = model.forward_features(views)
@@ -190,10 +190,10 @@ def test_timm_takes_the_weights_by_itself(run, small_digits, capsys):
     names = documented("import json, timm", run, "")
     model, about = names["model"], names["about"]
     paths = [Manifest(small_digits).split("test").path(i) for i in range(5)]
-    pictures = normalised(pillow_pictures(paths, 64), about)
+    images = normalised(pillow_images(paths, 64), about)
     with torch.no_grad():
-        logits = model(pictures).numpy()
-        features = model.forward_features(pictures)
+        logits = model(images).numpy()
+        features = model.forward_features(images)
         head = model.get_classifier()
         maps = torch.einsum("bkhw,ck->bchw", features, head.weight) + head.bias[:, None, None]
         boosted = torch.where(maps > 0, 5 * maps, maps).mean((2, 3)).numpy()

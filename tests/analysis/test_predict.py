@@ -1,4 +1,4 @@
-"""A trained run on new pictures: the figures of evaluation, odd files, what is written, and what users get wrong."""
+"""A trained run on new images: the figures of evaluation, odd files, what is written, and what users get wrong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spml_fast.analysis.predict import Prediction, PredictionTable, prediction_l
 from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.data import image_check, image_files
-from spml_fast.data.image_files import find_pictures
+from spml_fast.data.image_files import find_images
 from spml_fast.data.manifest import Manifest
 from spml_fast.evaluation.evaluate import score_split
 from spml_fast.models.classifier import Classifier
@@ -87,22 +87,22 @@ def run(trained: Path, small_digits: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def picture(small_digits: Path) -> Path:
+def image_path(small_digits: Path) -> Path:
     """A digit scene."""
     return Path(Manifest(small_digits).split("test").path(0))
 
 
 @pytest.fixture
-def folder(tmp_path: Path, picture: Path) -> Path:
-    """Good pictures, broken ones, and what is no picture."""
+def folder(tmp_path: Path, image_path: Path) -> Path:
+    """Good images, broken ones, and what is no image."""
     top = tmp_path / "photos"
     (top / "sub").mkdir(parents=True)
-    data = picture.read_bytes()
+    data = image_path.read_bytes()
     for name in ("b.jpg", "a.JPEG", "sub/c.jpg"):
         (top / name).write_bytes(data)
     (top / "cut.jpg").write_bytes(data[: len(data) // 2])
     (top / "empty.png").touch()
-    (top / "words.txt").write_text("no picture")
+    (top / "words.txt").write_text("no image")
     return top
 
 
@@ -139,11 +139,11 @@ class TestSameAsEvaluation:
         assert len(one) == 35 and [r[:2] for r in one] == [r[:2] for r in three]
         np.testing.assert_allclose([r[2] for r in one], [r[2] for r in three], atol=1e-6)
 
-    def test_turned_grey_and_transparent_pictures(self, run: Path, picture: Path, tmp_path: Path) -> None:
-        """Stored without loss, so the figures must be the same as of the upright RGB picture."""
+    def test_turned_grey_and_transparent_images(self, run: Path, image_path: Path, tmp_path: Path) -> None:
+        """Stored without loss, so the figures must be the same as of the upright RGB image."""
         exif = Image.Exif()
         exif[0x0112] = 6
-        with Image.open(picture) as image:
+        with Image.open(image_path) as image:
             image.save(tmp_path / "upright.png")
             image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
             image.convert("RGBA").save(tmp_path / "alpha.png")
@@ -164,10 +164,10 @@ class TestSameAsEvaluation:
         assert any(abs(p - found["turned"][name]) > 1e-3 for name, p in stored.items())
 
 
-class TestPictures:
+class TestImages:
     """Which files are looked at, and what becomes of those that cannot be used."""
 
-    def test_a_line_a_picture_and_the_broken_are_named(
+    def test_a_line_a_image_and_the_broken_are_named(
         self, run: Path, folder: Path, capsys: pytest.CaptureFixture
     ) -> None:
         assert call("--run", run, folder, "--top", 3, folder / "b.jpg") == 1
@@ -175,15 +175,15 @@ class TestPictures:
         lines = said.out.splitlines()
         assert [line.split()[0] for line in lines] == [str(folder / n) for n in ("a.JPEG", "b.jpg", "sub/c.jpg")]
         assert all(line.count(",") == 2 for line in lines)
-        assert len({line.split("  ")[-1] for line in lines}) == 1, "the same picture three times"
+        assert len({line.split("  ")[-1] for line in lines}) == 1, "the same image three times"
         for name, why in (("cut.jpg", "damaged or truncated"), ("empty.png", "empty file")):
             assert f"left out: {folder / name}: {why}" in said.err
-        assert "2 of 5 pictures left out" in said.err and "words.txt" not in said.err
+        assert "2 of 5 images left out" in said.err and "words.txt" not in said.err
 
     def test_what_the_loader_alone_refuses_is_left_out(
         self, run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
-        # Headers alone are looked at, so the picture that is cut off gets as far as the decoder.
+        # Headers alone are looked at, so the image that is cut off gets as far as the decoder.
         monkeypatch.setattr(image_check, "DECODE_LIMIT", 0)
         (folder / "empty.png").unlink()
         for size in (1, 2, 64):
@@ -191,10 +191,10 @@ class TestPictures:
             assert call("--run", run, "--csv", out, "--batch-size", size, "--top", 1, folder) == 1
             said = capsys.readouterr()
             assert said.err.count("left out: ") == 1 and f"left out: {folder / 'cut.jpg'}: damaged" in said.err
-            assert "1 of 4 pictures left out" in said.out
+            assert "1 of 4 images left out" in said.out
             assert [Path(r[0]).name for r in read(out)] == ["a.JPEG", "b.jpg", "c.jpg"]
 
-    def test_directories_are_searched_once_and_links_followed(self, folder: Path, picture: Path) -> None:
+    def test_directories_are_searched_once_and_links_followed(self, folder: Path, image_path: Path) -> None:
         os.symlink(".", folder / "loop")
         os.symlink("sub", folder / "again")
         os.symlink("b.jpg", folder / "name.jpg")
@@ -203,15 +203,15 @@ class TestPictures:
         names = ["a.JPEG", "b.jpg", "cut.jpg", "dangling.jpg", "empty.png", "name.jpg", "sub/c.jpg"]
         paths = [str(folder / n) for n in names]
         notes: list[str] = []
-        assert find_pictures([str(folder)], notes.append) == paths
-        assert find_pictures([str(folder), str(folder / "again"), str(folder / "again" / "c.jpg")], print) == paths
+        assert find_images([str(folder)], notes.append) == paths
+        assert find_images([str(folder), str(folder / "again"), str(folder / "again" / "c.jpg")], print) == paths
         # In the order in which they were given; a file is taken whatever it is called.
         first = [str(folder / "words.txt"), str(folder / "sub" / "c.jpg")]
-        assert find_pictures([*first, str(folder)], notes.append) == [*first, *paths[:-1]]
+        assert find_images([*first, str(folder)], notes.append) == [*first, *paths[:-1]]
         assert notes == []
         (folder / "none").mkdir()
-        assert find_pictures([str(picture), str(folder / "none")], notes.append) == [str(picture)]
-        assert notes == [f"no picture in {folder / 'none'}"]
+        assert find_images([str(image_path), str(folder / "none")], notes.append) == [str(image_path)]
+        assert notes == [f"no image in {folder / 'none'}"]
 
     def test_strange_names(self, run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         strange = os.fsdecode(os.fsencode(folder / "sub") + b"/\xff\x1b,\n.jpg")
@@ -227,31 +227,31 @@ class TestPictures:
 
         monkeypatch.setattr(image_files.os, "scandir", refuse)
         with pytest.raises(UserError, match=r"directory .*photos cannot be read: Permission denied"):
-            find_pictures([str(folder)], print)
+            find_images([str(folder)], print)
 
 
 class TestOutput:
     """Lines and tables."""
 
-    def test_threshold_shows_all_classes_above_it(self, run: Path, picture: Path, tmp_path: Path) -> None:
-        call("--run", run, "--top", 10, "--csv", tmp_path / "all.csv", picture)
+    def test_threshold_shows_all_classes_above_it(self, run: Path, image_path: Path, tmp_path: Path) -> None:
+        call("--run", run, "--top", 10, "--csv", tmp_path / "all.csv", image_path)
         every = read(tmp_path / "all.csv")
         for place in (2, 7):
             # Between two classes.
             edge = (every[place][2] + every[place + 1][2]) / 2
-            call("--run", run, "--threshold", edge, "--csv", tmp_path / "some.csv", picture)
+            call("--run", run, "--threshold", edge, "--csv", tmp_path / "some.csv", image_path)
             assert read(tmp_path / "some.csv") == every[: place + 1]
-        call("--run", run, "--threshold", edge, "--top", 4, "--csv", tmp_path / "some.csv", picture)
+        call("--run", run, "--threshold", edge, "--top", 4, "--csv", tmp_path / "some.csv", image_path)
         assert read(tmp_path / "some.csv") == every[:4]
 
-    def test_a_picture_without_a_class_says_so(
-        self, run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    def test_a_image_without_a_class_says_so(
+        self, run: Path, image_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ) -> None:
-        assert call("--run", run, "--threshold", 1, picture) == 0
-        assert capsys.readouterr().out.split() == f"{picture} no class of probability 1 or more".split()
-        assert call("--run", run, "--threshold", 1, "--csv", tmp_path / "out.csv", picture) == 0
+        assert call("--run", run, "--threshold", 1, image_path) == 0
+        assert capsys.readouterr().out.split() == f"{image_path} no class of probability 1 or more".split()
+        assert call("--run", run, "--threshold", 1, "--csv", tmp_path / "out.csv", image_path) == 0
         assert read(tmp_path / "out.csv") == []
-        assert capsys.readouterr().out == f"{tmp_path / 'out.csv'}: 0 rows for 1 pictures\n"
+        assert capsys.readouterr().out == f"{tmp_path / 'out.csv'}: 0 rows for 1 images\n"
 
     def test_line(self) -> None:
         found = Prediction("a.jpg", np.array([2, 0]), np.array([0.98765, 0.25]))
@@ -262,15 +262,15 @@ class TestOutput:
         """In fp32 the sigmoid is 1 from 17 on."""
 
         class Fixed(torch.nn.Module):
-            def forward(self, pictures: torch.Tensor, boost: bool) -> object:
+            def forward(self, images: torch.Tensor, boost: bool) -> object:
                 logits = torch.tensor([[18.0, 20.0, 18.0]])
                 return type("Output", (), {"at_alpha": lambda _, alpha: logits})()
 
         views = iter([(0, torch.zeros(1, 3, 2, 2))])
         config = parse_config(["--data.dir", "x", "--train.precision", "fp32"])
-        files = image_files.PictureFiles(["a.jpg"], np.ones(1, np.uint8))
+        files = image_files.ImageFiles(["a.jpg"], np.ones(1, np.uint8))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(predict, "load_pictures", lambda *_: views)
+            patch.setattr(predict, "load_images", lambda *_: views)
             (found,) = predict.predict(Fixed(), config, files, CPU, alpha=1, classes=["a", "b", "c"])  # type: ignore[arg-type]
         assert found.classes.tolist() == [1, 0, 2], "ties by class id"
         assert found.probability.tolist() == pytest.approx([1 / (1 + math.exp(-x)) for x in (20, 18, 18)], abs=1e-16)
@@ -320,14 +320,14 @@ class TestRuns:
         save_weights(made / "model.safetensors", Classifier(config.model, 3, config.data.image_size), {})
         return made
 
-    def test_query2label_has_alpha_one(self, query2label: Path, picture: Path, tmp_path: Path) -> None:
+    def test_query2label_has_alpha_one(self, query2label: Path, image_path: Path, tmp_path: Path) -> None:
         for name, options in {"default": [], "one": ["--alpha", 1]}.items():
-            assert call("--run", query2label, "--csv", tmp_path / f"{name}.csv", *options, picture) == 0
+            assert call("--run", query2label, "--csv", tmp_path / f"{name}.csv", *options, image_path) == 0
         rows = read(tmp_path / "default.csv")
         # Fewer classes than --top asks for.
         assert {r[1] for r in rows} == {"cat", "dog", "traffic light"} and rows == read(tmp_path / "one.csv")
         with pytest.raises(UserError, match="alpha 5 has no meaning for head query2label"):
-            call("--run", query2label, "--alpha", 5, picture)
+            call("--run", query2label, "--alpha", 5, image_path)
 
     def test_classes_of_a_run_without_a_list_come_from_its_data(
         self, trained: Path, run: Path, small_digits: Path, tmp_path: Path
@@ -342,7 +342,7 @@ class TestRuns:
         with pytest.raises(UserError, match=r"classes\.txt is empty"):
             run_classes(tmp_path, config)
 
-    def test_diverged_weights_are_no_predictions(self, run: Path, picture: Path, tmp_path: Path) -> None:
+    def test_diverged_weights_are_no_predictions(self, run: Path, image_path: Path, tmp_path: Path) -> None:
         broken = tmp_path / "run"
         shutil.copytree(run, broken)
         state = load_file(run / "model.safetensors")
@@ -350,45 +350,45 @@ class TestRuns:
         state[name][3] = math.nan
         save_file(state, broken / "model.safetensors")
         with pytest.raises(UserError, match=r"score of class 3 is not a number for .*jpg"):
-            call("--run", broken, "--csv", tmp_path / "out.csv", picture)
+            call("--run", broken, "--csv", tmp_path / "out.csv", image_path)
         assert not (tmp_path / "out.csv").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--run RUN", "no picture given; name picture files"),
-        ("--run RUN --top 0 PICTURE", "--top is 0; it must be at least 1"),
-        ("--run RUN --threshold 1.5 PICTURE", "--threshold is 1.5; it is a probability"),
-        ("--run RUN --threshold nan PICTURE", "--threshold is nan"),
-        ("--run RUN --alpha 0 PICTURE", "--alpha is 0; it must be greater than 0"),
-        ("--run RUN --alpha inf PICTURE", "--alpha is inf; .* finite"),
-        ("--run RUN --batch-size 0 PICTURE", "--batch-size is 0"),
-        ("--run RUN --csv - PICTURE", "--csv - is not supported"),
-        ("--run RUN --csv TMP PICTURE", "is a directory; give the name of a CSV file"),
-        ("--run RUN --csv TMP/no/out.csv PICTURE", "out.csv cannot be written: No such file"),
+        ("--run RUN", "no image given; name image files"),
+        ("--run RUN --top 0 IMAGE", "--top is 0; it must be at least 1"),
+        ("--run RUN --threshold 1.5 IMAGE", "--threshold is 1.5; it is a probability"),
+        ("--run RUN --threshold nan IMAGE", "--threshold is nan"),
+        ("--run RUN --alpha 0 IMAGE", "--alpha is 0; it must be greater than 0"),
+        ("--run RUN --alpha inf IMAGE", "--alpha is inf; .* finite"),
+        ("--run RUN --batch-size 0 IMAGE", "--batch-size is 0"),
+        ("--run RUN --csv - IMAGE", "--csv - is not supported"),
+        ("--run RUN --csv TMP IMAGE", "is a directory; give the name of a CSV file"),
+        ("--run RUN --csv TMP/no/out.csv IMAGE", "out.csv cannot be written: No such file"),
         ("--run RUN TMP/gone.jpg", "gone.jpg cannot be read: No such file"),
         ("--run RUN /dev/null", "/dev/null is neither a file nor a directory"),
-        ("--run RUN TMP/empty", r"there is no picture to look at; files are taken that end in .*\.jpg"),
-        ("--run RUN TMP/words.txt", "none of the 1 pictures can be used"),
-        ("--run TMP/gone PICTURE", "gone is not a run directory"),
-        ("--run TMP/young PICTURE", r"model\.safetensors cannot be read .* has the run finished an epoch"),
+        ("--run RUN TMP/empty", r"there is no image to look at; files are taken that end in .*\.jpg"),
+        ("--run RUN TMP/words.txt", "none of the 1 images can be used"),
+        ("--run TMP/gone IMAGE", "gone is not a run directory"),
+        ("--run TMP/young IMAGE", r"model\.safetensors cannot be read .* has the run finished an epoch"),
     ],
 )
-def test_what_users_get_wrong(words: str, message: str, run: Path, picture: Path, tmp_path: Path) -> None:
+def test_what_users_get_wrong(words: str, message: str, run: Path, image_path: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "words.txt").write_text("no picture")
+    (tmp_path / "words.txt").write_text("no image")
     if "young" in words:
         (tmp_path / "young").mkdir()
         for name in ("config.yaml", "classes.txt"):
             shutil.copy(run / name, tmp_path / "young")
-    words = words.replace("RUN", str(run)).replace("PICTURE", str(picture)).replace("TMP", str(tmp_path))
+    words = words.replace("RUN", str(run)).replace("IMAGE", str(image_path)).replace("TMP", str(tmp_path))
     with pytest.raises(UserError, match=message):
         call(*words.split())
     assert not list(tmp_path.rglob("*.csv*"))
 
 
-def test_several_ranks_are_refused(run: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_are_refused(run: Path, image_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="works in one process"):
-        call("--run", run, picture)
+        call("--run", run, image_path)

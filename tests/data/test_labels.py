@@ -159,7 +159,7 @@ def test_corrections_of_other_data_are_refused():
     smaller = LabelStore(SparseLabels.from_positives([[0], [1]], 2, -1))
     with pytest.raises(UserError, match=r"other training labels \(3 samples, 2 classes, 3 labels; now 2, 2 and 2\)"):
         smaller.load_state_dict(store.state_dict())
-    # The same size, but other pictures.
+    # The same size, but other images.
     other = LabelStore(SparseLabels.from_positives([[0], [0], [1]], 2, -1))
     with pytest.raises(UserError, match="with other content"):
         other.load_state_dict(store.state_dict())

@@ -60,12 +60,12 @@ def _flat(updates) -> list[Views]:
 
 def _distance(ours: dict[int, Tensor], reference: ReferenceViews, view: str) -> Tensor:
     """Mean distance in grey levels per sample, in index order."""
-    return torch.stack([(ours[i] - reference.view(reference.picture(i), view, i)).abs().mean() for i in sorted(ours)])
+    return torch.stack([(ours[i] - reference.view(reference.image(i), view, i)).abs().mean() for i in sorted(ours)])
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Split:
-    """29 noisy JPEG pictures of several sizes; the last batches are smaller."""
+    """29 noisy JPEG images of several sizes; the last batches are smaller."""
     root = tmp_path_factory.mktemp("photos")
     names = []
     for i in range(29):
@@ -113,8 +113,8 @@ def _use_gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the expressions that are meant for the GPU on the CPU."""
     randaugment = dali_graph._randaugment
 
-    def forced(picture, step, gpu):
-        return randaugment(picture, step, True)
+    def forced(image, step, gpu):
+        return randaugment(image, step, True)
 
     monkeypatch.setattr(dali_graph, "_randaugment", forced)
     monkeypatch.setattr(dali_graph, "_placed", lambda value, gpu: value)
@@ -138,7 +138,7 @@ def _one_op(split: Split, config: DataConfig, monkeypatch: pytest.MonkeyPatch) -
 def test_every_randaugment_operation_is_torchvisions(magnitude, arithmetic, tmp_path, monkeypatch):
     if arithmetic == "gpu":
         _use_gpu_arithmetic(monkeypatch)
-    # At their own size pictures are not blurred by the resize, so every pixel of the operation is compared.
+    # At their own size images are not blurred by the resize, so every pixel of the operation is compared.
     names = [f"{i}.png" for i in range(28)]
     for i, name in enumerate(names):
         photo(i % 14, 96, 96).save(tmp_path / name)
@@ -160,8 +160,8 @@ def test_randaugment_of_other_shapes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arithmetic", ["cpu", "gpu"])
-def test_equalize_and_autocontrast_of_poor_pictures(arithmetic, tmp_path, monkeypatch):
-    """Flat pictures, pictures that are nearly all white, and single pixels: Pillow's special cases."""
+def test_equalize_and_autocontrast_of_poor_images(arithmetic, tmp_path, monkeypatch):
+    """Flat images, images that are nearly all white, and single pixels: Pillow's special cases."""
     if arithmetic == "gpu":
         _use_gpu_arithmetic(monkeypatch)
     rng = np.random.default_rng(0)
@@ -171,10 +171,10 @@ def test_equalize_and_autocontrast_of_poor_pictures(arithmetic, tmp_path, monkey
     some = np.full((40, 40, 3), 255, np.uint8)
     some[:20, :30] = rng.integers(0, 255, (20, 30, 3))
     dark = rng.integers(20, 60, (40, 40, 3), dtype=np.uint8)
-    pictures = [flat, few, some, dark, rng.integers(0, 256, (1, 1, 3), dtype=np.uint8)]
-    names = [f"{i}.png" for i in range(len(pictures))]
-    for name, picture in zip(names, pictures, strict=True):
-        Image.fromarray(picture).save(tmp_path / name)
+    images = [flat, few, some, dark, rng.integers(0, 256, (1, 1, 3), dtype=np.uint8)]
+    names = [f"{i}.png" for i in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        Image.fromarray(image).save(tmp_path / name)
     split = make_split(tmp_path / "manifest", tmp_path, names)
     config = _config(image_size=40, randaugment_ops=1)
     for op in (12, 13):
@@ -220,10 +220,10 @@ def test_all_orientations(tmp_path):
     split = make_split(tmp_path / "manifest", tmp_path, names, orientation=list(range(1, 9)))
     assert split.width.tolist() == [90] * 4 + [60] * 4
     ours = _by_index(_eval(split), "eval")
-    for i, picture in enumerate(upright):
-        expected = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    for i, image in enumerate(upright):
+        expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         assert (ours[i] - expected).abs().mean() < 1.0, i + 1
-    # Augmentation and crops are of the picture as shown.
+    # Augmentation and crops are of the image as shown.
     config = _config(train_crop="random_resized")
     batches = _flat(_train(split, config).epoch(0))
     for view in ("weak", "strong"):
@@ -277,7 +277,7 @@ def test_two_ranks_make_the_views_of_one(crop, photos):
         alone, shared = _by_index(one, view), _by_index(two[0] + two[1], view)
         assert alone.keys() == shared.keys()
         assert all(torch.equal(alone[i], shared[i]) for i in alone)
-    # Four micro-batches of two pictures each make an update of eight.
+    # Four micro-batches of two images each make an update of eight.
     assert [(v.real, v.global_size, v.update_size) for v in two[0][:2]] == [(2, 4, 8)] * 2
     first = torch.cat([two[0][0].index, two[1][0].index, two[0][1].index, two[1][1].index])
     assert torch.equal(first, one[0].index)
@@ -343,7 +343,7 @@ def test_gpu_makes_the_same_views(crop, photos):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_gpu_graph_holds_together(full):
-    """Declared without a GPU: every operator exists there, pictures stay there, and its numbers come from the CPU."""
+    """Declared without a GPU: every operator exists there, images stay there, and its numbers come from the CPU."""
     plan = dali_graph.Plan(("weak", "strong"), SIDE, (0.5,) * 3, (0.2,) * 3, gpu=True)
     if full:
         plan = dataclasses.replace(plan, sharded=True, oriented=True, flipped=True, cropped=True, randaugment_ops=2)
@@ -380,7 +380,7 @@ def test_batch_of_one(photos):
     assert len(list(_eval(photos, batch_size=1))) == len(photos)
 
 
-def test_a_split_of_one_picture(tmp_path):
+def test_a_split_of_one_image(tmp_path):
     photo(0).save(tmp_path / "only.jpg")
     split = make_split(tmp_path / "manifest", tmp_path, ["only.jpg"])
     assert len(_flat(_train(split, batch_size=16).epoch(0))) == 1
@@ -421,8 +421,8 @@ def test_formats_and_modes_are_pillows_rgb(tmp_path):
         "plain.tif": (base, {}),
         "lzw.tif": (base, {"compression": "tiff_lzw"}),
     }
-    for name, (picture, options) in written.items():
-        picture.save(tmp_path / name, **options)
+    for name, (image, options) in written.items():
+        image.save(tmp_path / name, **options)
     split = make_split(tmp_path / "manifest", tmp_path, list(written))
     distance = _distance(_by_index(_eval(split), "eval"), _reference(split), "eval")
     assert distance.max() < 1.0, dict(zip(written, distance.tolist(), strict=True))
@@ -465,8 +465,8 @@ def _shrink(path: Path) -> None:
 
 
 def _to_gif(path: Path) -> None:
-    with Image.open(path) as picture:
-        size = picture.size
+    with Image.open(path) as image:
+        size = image.size
     photo(3, *size).save(path, "GIF")
 
 
@@ -479,7 +479,7 @@ def _to_gif(path: Path) -> None:
         (_to_gif, "is a GIF file that DALI does not decode; convert it"),
     ],
 )
-def test_bad_pictures_are_named(spoil, says, tmp_path, photos):
+def test_bad_images_are_named(spoil, says, tmp_path, photos):
     split = _spoiled(tmp_path, photos, spoil)
     with pytest.raises(UserError, match=rf"13 ü\.jpg {says}"):
         list(_eval(split))
@@ -491,7 +491,7 @@ def test_bad_pictures_are_named(spoil, says, tmp_path, photos):
     assert len(_by_index(_flat(loader.epoch(1)), "weak")) == 20
 
 
-def test_a_replaced_picture_is_named_where_its_size_matters(tmp_path, photos):
+def test_a_replaced_image_is_named_where_its_size_matters(tmp_path, photos):
     split = _spoiled(tmp_path, photos, _shrink)
     with pytest.raises(UserError, match=r"13 ü\.jpg is 9 x 7 pixels now and was 90 x 130"):
         list(_train(split, _config(train_crop="random_resized"), views=("weak",)).epoch(0))

@@ -27,8 +27,8 @@ def write(folder, image_root, classes=("ant", "bee", "cat"), **options):
 
 
 def test_round_trip(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    writer = ManifestWriter(tmp_path / "m", "mine", ["ant", "bee cat", "ü;,"], tmp_path / "pictures")
+    (tmp_path / "images").mkdir()
+    writer = ManifestWriter(tmp_path / "m", "mine", ["ant", "bee cat", "ü;,"], tmp_path / "images")
     observed = SparseLabels.from_positives([[0], [], [], [], []], 3, -1)
     boxes = np.array([0, 1, 1, 3, 3, 3]), np.arange(15).reshape(3, 5) / 20
     writer.add_split(
@@ -49,7 +49,7 @@ def test_round_trip(tmp_path):
     assert manifest.name == "mine" and manifest.classes == ["ant", "bee cat", "ü;,"] and manifest.num_classes == 3
     train, test = manifest.split("train"), manifest.split("test")
     assert len(train) == 5 and [train.relative_path(i) for i in range(5)] == PATHS
-    assert train.path(1) == str(tmp_path / "pictures" / PATHS[1])
+    assert train.path(1) == str(tmp_path / "images" / PATHS[1])
     assert train.width.tolist() == [1, 2, 3, 4, 5] and train.height.tolist() == [6, 7, 8, 9, 10]
     assert train.orientation.tolist() == [1, 8, 1, 1, 3]
     assert train.hides_labels and train.observed.rows([0, 1]).tolist() == [[1, -1, -1], [-1, -1, -1]]
@@ -63,12 +63,12 @@ def test_round_trip(tmp_path):
     assert isinstance(train.width, np.memmap)
 
 
-def test_other_picture_folder(tmp_path):
+def test_other_image_folder(tmp_path):
     write(tmp_path / "m", tmp_path / "old")
     assert Manifest(tmp_path / "m", tmp_path / "new").split("train").path(0) == str(tmp_path / "new" / "a.jpg")
 
 
-def test_pictures_inside_move_with_the_manifest(tmp_path):
+def test_images_inside_move_with_the_manifest(tmp_path):
     writer = ManifestWriter(tmp_path / "m", "mine", ["ant", "bee", "cat"])
     writer.image_root = writer.staging / "images"
     writer.image_root.mkdir()
@@ -79,13 +79,13 @@ def test_pictures_inside_move_with_the_manifest(tmp_path):
 
 
 def test_nothing_is_a_manifest_until_it_is_finished(tmp_path):
-    writer = ManifestWriter(tmp_path / "m", "mine", ["ant", "bee", "cat"], tmp_path / "pictures")
+    writer = ManifestWriter(tmp_path / "m", "mine", ["ant", "bee", "cat"], tmp_path / "images")
     writer.add_split("train", known=known(), width=[1] * 5, height=[1] * 5, paths=PATHS)
     assert not (tmp_path / "m").exists()
     with pytest.raises(UserError, match="not a Manifest"):
         Manifest(writer.staging)
     # What a killed preparation left behind does not hinder the next one.
-    write(tmp_path / "m", tmp_path / "pictures")
+    write(tmp_path / "m", tmp_path / "images")
     assert not writer.staging.exists()
 
 
@@ -109,12 +109,12 @@ def test_foreign_folders_and_files_are_left_alone(tmp_path):
         write(tmp_path / "file" / "below", tmp_path / "p")
 
 
-def test_pictures_are_never_deleted_by_overwriting(tmp_path):
+def test_images_are_never_deleted_by_overwriting(tmp_path):
     write(tmp_path / "m", tmp_path / "p")
-    (tmp_path / "m" / "pictures").mkdir()
-    with pytest.raises(UserError, match="pictures lie inside"):
-        write(tmp_path / "m", tmp_path / "m" / "pictures", overwrite=True)
-    assert (tmp_path / "m" / "pictures").is_dir() and not (tmp_path / "m.partial").exists()
+    (tmp_path / "m" / "images").mkdir()
+    with pytest.raises(UserError, match="images lie inside"):
+        write(tmp_path / "m", tmp_path / "m" / "images", overwrite=True)
+    assert (tmp_path / "m" / "images").is_dir() and not (tmp_path / "m.partial").exists()
 
 
 def test_two_commands_never_write_one_manifest(tmp_path):

@@ -41,15 +41,15 @@ CONFIGS = ROOT / "launch" / "configs"
 CPU = torch.device("cpu")
 
 
-def some_labels(pictures: int, classes: int, each: int, seed: int = 0) -> SparseLabels:
-    """`each` known labels a picture, rare classes at the end."""
+def some_labels(images: int, classes: int, each: int, seed: int = 0) -> SparseLabels:
+    """`each` known labels an image, rare classes at the end."""
     rng = np.random.default_rng(seed)
     share = 1 / np.arange(1, classes + 1)
-    rows = np.repeat(np.arange(pictures), each)
-    chosen = rng.choice(classes, pictures * each, p=share / share.sum())
+    rows = np.repeat(np.arange(images), each)
+    chosen = rng.choice(classes, images * each, p=share / share.sum())
     keys = np.unique(rows * classes + chosen)
     codes = (rng.random(len(keys)) < 0.6).astype(np.int8)
-    return SparseLabels.from_entries(keys // classes, keys % classes, codes, pictures, classes)
+    return SparseLabels.from_entries(keys // classes, keys % classes, codes, images, classes)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_top_k_where_the_scores_are(scores, k):
 
 
 class Scripted:
-    """A classifier and loader whose two means of picture i are given."""
+    """A classifier and loader whose two means of image i are given."""
 
     def __init__(self, mean: torch.Tensor, relu: torch.Tensor, batch: int) -> None:
         self.mean, self.relu, self.batch, self.device = mean, relu, batch, CPU
@@ -78,22 +78,22 @@ class Scripted:
     def train(self, mode: bool) -> None:
         pass
 
-    def __call__(self, pictures: torch.Tensor, boost: bool) -> HeadOutput:
-        index = pictures[:, 0, 0, 0].long()
+    def __call__(self, images: torch.Tensor, boost: bool) -> HeadOutput:
+        index = images[:, 0, 0, 0].long()
         self.widest = max(self.widest, len(index))
         return HeadOutput(self.mean[index], self.relu[index] if boost else None, self.mean[index])
 
     def __iter__(self) -> Any:
         for start in range(0, len(self.mean), self.batch):
             index = torch.arange(start, start + self.batch).clamp(max=len(self.mean) - 1)
-            pictures = index.float()[:, None, None, None].expand(-1, 3, 1, 1)
+            images = index.float()[:, None, None, None].expand(-1, 3, 1, 1)
             real = min(self.batch, len(self.mean) - start)
-            yield Views({"eval": pictures}, index, real, real, real)
+            yield Views({"eval": images}, index, real, real, real)
 
 
 @pytest.fixture(scope="module")
 def partly() -> tuple[Scripted, SparseLabels]:
-    """300 pictures, 9,605 classes, about 13 labels a picture."""
+    """300 images, 9,605 classes, about 13 labels an image."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(300, 9605, generator=generator)
     return Scripted(mean, mean.clamp(min=0) + 0.1, 64), some_labels(300, 9605, 13)
@@ -139,7 +139,7 @@ def test_table_shows_conventions_and_groups(partly):
     assert rows["mAP, classes without a positive count 0"] == f"{found['map_zero']:.2f}"
     assert rows["mAP, classes without a positive left out"] == f"{found['map_skipping']:.2f}"
     (shown,) = (value for name, value in rows.items() if "5 groups of about 1921" in name)
-    # The rarest classes have no label in these pictures.
+    # The rarest classes have no label in these images.
     assert shown.split(" / ")[0] == "not defined" and shown.split(" / ")[-1] == f"{found['groups'][-1]['map']:.2f}"
     assert rows["classes without a label"] == str(found["classes_without_label"])
 
@@ -302,9 +302,9 @@ def test_prior_logits_by_hand():
     logit = lambda p: float(np.log(p) - np.log1p(-p))  # noqa: E731
     by_labels = prior_logits(positives, negatives, 100, "labels", 0.01).tolist()
     assert by_labels == pytest.approx([logit(0.75), logit(0.01), logit(0.01), logit(0.99)], rel=1e-6)
-    by_pictures = prior_logits(positives, negatives, 100, "pictures", 0.01).tolist()
-    assert by_pictures == pytest.approx([logit(0.03), logit(0.01), logit(0.01), 0.0], rel=1e-6)
-    with pytest.raises(UserError, match="no observed negative; use pictures"):
+    by_images = prior_logits(positives, negatives, 100, "pictures", 0.01).tolist()
+    assert by_images == pytest.approx([logit(0.03), logit(0.01), logit(0.01), 0.0], rel=1e-6)
+    with pytest.raises(UserError, match="no observed negative; use images"):
         prior_logits(positives, 0 * negatives, 100, "labels", 0.01)
     with pytest.raises(UserError, match=r"prior_floor is 0\.5"):
         prior_logits(positives, negatives, 100, "labels", 0.5)
@@ -327,7 +327,7 @@ def test_head_starts_at_the_prior(head):
 
 
 def test_repeat_factors_by_hand():
-    # Class 0 in all four pictures, class 1 in one of four, class 2 observed as a negative only.
+    # Class 0 in all four images, class 1 in one of four, class 2 observed as a negative only.
     codes = np.array([[1, -1, 0], [1, 1, -1], [1, 0, -1], [1, -1, 0], [-1, 0, 0]], np.int8)
     factors = repeat_factors(SparseLabels.from_dense(codes), 0.5)
     assert factors.tolist() == pytest.approx([1, np.sqrt(0.5 / 0.2), 1, 1, 1])
@@ -350,7 +350,7 @@ def test_repeated_epochs_have_one_length_and_the_right_mean(windows):
     assert np.array_equal(order.permutation(7), again.permutation(7))
     assert not np.array_equal(order.permutation(7), order.permutation(8))
     if windows is None:
-        # Repeats of a picture do not follow each other more often than chance has them.
+        # Repeats of an image do not follow each other more often than chance has them.
         epochs = [order.permutation(e) for e in range(50)]
         assert np.mean([(p[1:] == p[:-1]).sum() for p in epochs]) < 5
 
@@ -380,11 +380,11 @@ def layered(version: str, layer: str | None, *more: str) -> Config:
     return parse_config([*words, *more])
 
 
-def test_repeats_are_refused_where_every_picture_has_a_row():
+def test_repeats_are_refused_where_every_image_has_a_row():
     words = ["--data.dir", "x", "--method", "role", "--method.expected_positives", "2"]
     config = parse_config([*words, "--train.sampling", "repeat_factor"])
     trainer = SimpleNamespace(config=config, method_class=get_method("role"))
-    with pytest.raises(UserError, match="role keeps a row for every picture"):
+    with pytest.raises(UserError, match="role keeps a row for every image"):
         Trainer._make_order(trainer, some_labels(10, 4, 1))
 
 
@@ -468,7 +468,7 @@ def test_recipes_train_two_steps(version: str, layer: str | None, tiny: Manifest
 
 @pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
 def test_activation_checkpointing_gives_the_same_gradients(backbone):
-    pictures = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     saved, gradients, statistics = [], [], []
     for on in (False, True):
         torch.manual_seed(0)
@@ -481,7 +481,7 @@ def test_activation_checkpointing_gives_the_same_gradients(backbone):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            loss = classifier(pictures, alpha=5.0).logits.square().sum()
+            loss = classifier(images, alpha=5.0).logits.square().sum()
         saved.append(sum(sizes))
         # As the trainer does: a second forward must not move BatchNorm's statistics again.
         with bn_behaviour(classifier, "no_update" if on else "update"):

@@ -49,7 +49,7 @@ def _checksums(manifest: Manifest) -> list[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Split:
-    """Pictures of several sizes and kinds as files, some turned by their EXIF data."""
+    """Images of several sizes and kinds as files, some turned by their EXIF data."""
     root = tmp_path_factory.mktemp("files")
     (root / "föl der").mkdir()
     names, turned = [], []
@@ -62,7 +62,7 @@ def files(tmp_path_factory) -> Split:
 
 @pytest.fixture(scope="module")
 def packed(files, tmp_path_factory) -> Split:
-    """The same pictures in shards."""
+    """The same images in shards."""
     return _pack(files.folder.parent, tmp_path_factory.mktemp("packed") / "m").split("train")
 
 
@@ -142,13 +142,13 @@ def test_short_side(files, tmp_path):
     split = manifest.split("train")
     for i in range(COUNT):
         width, height = int(files.width[i]), int(files.height[i])
-        with Image.open(io.BytesIO(split.read(i))) as picture:
+        with Image.open(io.BytesIO(split.read(i))) as image:
             if min(width, height) <= 75:
                 assert split.read(i) == files.read(i) and split.orientation[i] == files.orientation[i]
                 continue
-            assert picture.format == "JPEG" and not picture.getexif() and split.orientation[i] == 1
-            assert picture.size == (split.width[i], split.height[i]) and min(picture.size) == 75
-            assert max(picture.size) == round(max(width, height) * 75 / min(width, height))
+            assert image.format == "JPEG" and not image.getexif() and split.orientation[i] == 1
+            assert image.size == (split.width[i], split.height[i]) and min(image.size) == 75
+            assert max(image.size) == round(max(width, height) * 75 / min(width, height))
     assert {int(min(w, h)) for w, h in zip(split.width, split.height, strict=True)} == {70, 75}
     # Turned as the loader turns the original.
     views = [
@@ -163,9 +163,9 @@ def test_sixteen_bits_are_not_clipped(tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     make_split(tmp_path / "manifest", tmp_path, ["deep.png"])
     split = _pack(tmp_path / "manifest", tmp_path / "m", short_side=30).split("train")
-    with Image.open(io.BytesIO(split.read(0))) as picture:
+    with Image.open(io.BytesIO(split.read(0))) as image:
         small = Image.fromarray(grey).resize((40, 30), Image.Resampling.LANCZOS)
-        assert np.abs(np.asarray(picture.convert("L"), int) - np.asarray(small, int)).mean() < 4
+        assert np.abs(np.asarray(image.convert("L"), int) - np.asarray(small, int)).mean() < 4
 
 
 @pytest.mark.parametrize(
@@ -173,11 +173,11 @@ def test_sixteen_bits_are_not_clipped(tmp_path):
     [
         (None, "missing file"),
         (b"", "empty file"),
-        (b"no picture", "not a picture"),
+        (b"no image", "not an image"),
         ("other size", r"another size than .* \(9 x 7 pixels now, 111 x 70 then\)"),
     ],
 )
-def test_bad_pictures_stop_the_work_or_are_left_out(data, says, files, tmp_path):
+def test_bad_images_stop_the_work_or_are_left_out(data, says, files, tmp_path):
     root = tmp_path / "files"
     names = [files.relative_path(i) for i in range(6)]
     for i, name in enumerate(names):
@@ -195,7 +195,7 @@ def test_bad_pictures_stop_the_work_or_are_left_out(data, says, files, tmp_path)
         photo(1, 9, 7).save(bad)
     else:
         bad.write_bytes(data)
-    with pytest.raises(UserError, match=rf"picture .*3\.x\.jpg of split 'train' cannot be packed: {says}.*--leave-out"):
+    with pytest.raises(UserError, match=rf"image .*3\.x\.jpg of split 'train' cannot be packed: {says}.*--leave-out"):
         _pack(tmp_path / "m", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     # Decided on the way: the command goes on.
@@ -205,14 +205,14 @@ def test_bad_pictures_stop_the_work_or_are_left_out(data, says, files, tmp_path)
     assert [split.read(i) for i in range(5)] == [files.read(i) for i in (0, 1, 2, 4, 5)]
     assert split.known.rows(range(5)).argmax(1).tolist() == [0, 1, 2, 1, 2]
     report = json.loads((split.folder.parent / "report.json").read_text())
-    assert report["left_out"]["total"] == 1 and report["left_out"]["pictures"][0]["path"] == names[3]
+    assert report["left_out"]["total"] == 1 and report["left_out"]["images"][0]["path"] == names[3]
 
 
 def _killed(source: Path, out: Path, after: int) -> None:
-    """Pack in a process that is killed in the middle of writing a picture."""
+    """Pack in a process that is killed in the middle of writing an image."""
 
     def work() -> None:
-        made = packing._make_picture
+        made = packing._make_image
         count = itertools.count()
 
         def make(*args):
@@ -220,7 +220,7 @@ def _killed(source: Path, out: Path, after: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return made(*args)
 
-        packing._make_picture = make
+        packing._make_image = make
         _pack(source, out)
 
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -268,7 +268,7 @@ def test_cut_off_at_the_very_end(files, packed, tmp_path, monkeypatch):
         patch.setattr(ManifestWriter, "finish", fail)
         with pytest.raises(KeyboardInterrupt):
             _pack(files.folder.parent, tmp_path / "m")
-    monkeypatch.setattr(packing, "_make_picture", lambda *args: pytest.fail("packed again"))
+    monkeypatch.setattr(packing, "_make_image", lambda *args: pytest.fail("packed again"))
     assert _checksums(_pack(files.folder.parent, tmp_path / "m")) == [f.sha256 for f in packed.shards.files]
 
 
@@ -281,7 +281,7 @@ def test_no_room_is_one_sentence(files, tmp_path, monkeypatch):
         _pack(files.folder.parent, tmp_path / "m")
 
 
-def test_the_pictures_are_never_overwritten(files, packed, tmp_path):
+def test_the_images_are_never_overwritten(files, packed, tmp_path):
     root = files.folder.parent.parent
     for out in (files.folder.parent, root):
         with pytest.raises(UserError, match=r"lies inside --out|exists and is not a Manifest"):
@@ -318,7 +318,7 @@ def _special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 
 @pytest.fixture
 def labels_alone(files, tmp_path) -> Path:
-    """A Manifest of two splits by ids, with pictures that nobody has looked at."""
+    """A Manifest of two splits by ids, with images that nobody has looked at."""
     writer = ManifestWriter(tmp_path / "labels", "ids", ["a", "b", "c", "d"], tmp_path / "nowhere")
     for name, ids in (("train", range(10)), ("val", range(10, 14))):
         known = SparseLabels.from_positives([[i % 4] for i in ids], 4, 0)
@@ -348,7 +348,7 @@ def test_foreign_tar_files(files, labels_alone, tmp_path):
     _tar(tars / "train_1.tar", _openimages(files, [9, 3, 11, 5]))
     _tar(tars / "train_0.tar.gz", evil + _openimages(files, [8, 12, 1, 0, 2, 13, 7, 6, 4]))
     with pytest.raises(
-        UserError, match=r"1 of the 4 pictures of split 'val' are in no tar file .*000a\.jpg.*--leave-out"
+        UserError, match=r"1 of the 4 images of split 'val' are in no tar file .*000a\.jpg.*--leave-out"
     ):
         _pack(labels_alone, tmp_path / "out", tars=tars)
     assert not list(tmp_path.glob("out*"))
@@ -363,8 +363,8 @@ def test_foreign_tar_files(files, labels_alone, tmp_path):
         for i, sample in enumerate(split.ids.tolist()):
             assert split.read(i) == files.read(sample)
             assert split.known.rows([i]).argmax() == sample % 4
-            with Image.open(io.BytesIO(split.read(i))) as picture:
-                assert picture.size == (split.width[i], split.height[i])
+            with Image.open(io.BytesIO(split.read(i))) as image:
+                assert image.size == (split.width[i], split.height[i])
     report = json.loads((manifest.folder / "report.json").read_text())
     assert report["left_out"]["reasons"] == {"in no tar file": 1}
     notes = " ".join(report["notes"])
@@ -383,7 +383,7 @@ def test_foreign_tar_files(files, labels_alone, tmp_path):
         _pack(labels_alone, tmp_path / "out4", **options)
 
 
-def test_a_picture_in_two_tar_files(files, labels_alone, tmp_path):
+def test_a_image_in_two_tar_files(files, labels_alone, tmp_path):
     tars = tmp_path / "tars"
     tars.mkdir()
     _tar(tars / "a.tar", _openimages(files, range(14)))
@@ -500,7 +500,7 @@ def test_a_window_is_read_in_the_order_of_the_disk(packed, monkeypatch):
         position += len(wanted)
 
 
-def test_pictures_that_follow_each_other_are_read_in_one_go(packed, monkeypatch):
+def test_images_that_follow_each_other_are_read_in_one_go(packed, monkeypatch):
     calls: list[int] = []
     packed, ours = _opened_anew(packed)
     preadv = os.preadv
@@ -555,7 +555,7 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
 # --- Damage ----------------------------------------------------------------------------------------------------------
 
 
-def _damage_picture(split: Split, path: Path, offset: int) -> None:
+def _damage_image(split: Split, path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset : offset + 200] = bytes(200)
     path.write_bytes(data)
@@ -573,14 +573,14 @@ def _remove(split: Split, path: Path, offset: int) -> None:
     "spoil, says",
     [
         (
-            _damage_picture,
-            r"picture föl der/20\.x\.jpg at offset {o} of shard {p} \(sample 20 of split 'train'\) cannot be read",
+            _damage_image,
+            r"image föl der/20\.x\.jpg at offset {o} of shard {p} \(sample 20 of split 'train'\) cannot be read",
         ),
         (
             _cut_short,
-            r"picture at offset \d+ of shard {p} \(sample 2\d of .*\) cannot be read \(the shard ends at byte {e}\)",
+            r"image at offset \d+ of shard {p} \(sample 2\d of .*\) cannot be read \(the shard ends at byte {e}\)",
         ),
-        (_remove, r"picture at offset \d+ of shard {p} \(sample \d+ of .*cannot be read \(the shard is missing\)"),
+        (_remove, r"image at offset \d+ of shard {p} \(sample \d+ of .*cannot be read \(the shard is missing\)"),
     ],
 )
 def test_damage_is_named_and_can_be_put_right(spoil, says, packed, tmp_path):
@@ -594,7 +594,7 @@ def test_damage_is_named_and_can_be_put_right(spoil, says, packed, tmp_path):
     spoil(split, path, offset)
     split.shards.forget(shard)
     for run in (lambda: list(loader.epoch(2)), lambda: list(EvalLoader(split, _config(), batch_size=4, **GREY))):
-        with pytest.raises(UserError, match=f"{says}.*; restore the shard, or pack the pictures again"):
+        with pytest.raises(UserError, match=f"{says}.*; restore the shard, or pack the images again"):
             run()
     with pytest.raises(UserError, match=rf"shard {re.escape(str(path))} \(samples \d+ to \d+ of split 'train'\)"):
         packing._check(Manifest(tmp_path / "copy"))

@@ -1,4 +1,4 @@
-"""Masked pictures: normalisation, bilinear upsampling, strict threshold, and rows without or with several positives."""
+"""Masked images: normalisation, bilinear upsampling, strict threshold, and rows without or with several positives."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def upsample(cells, side):
 
 
 def normal(maps, valid, norm, group):
-    """By loops over pictures or cells."""
+    """By loops over images or cells."""
     maps, out = maps.numpy(), np.zeros(maps.shape)
     if norm == "per_image":
         for b, n in zip(*np.nonzero(valid.numpy()), strict=True):
@@ -51,14 +51,14 @@ def normal(maps, valid, norm, group):
     return out
 
 
-def expected(maps, classes, pictures, threshold, norm, group):
+def expected(maps, classes, images, threshold, norm, group):
     valid = classes >= 0
     values = normal(maps, valid, norm, group)
-    keep = np.zeros((len(maps), *pictures.shape[2:]), dtype=bool)
+    keep = np.zeros((len(maps), *images.shape[2:]), dtype=bool)
     for b in range(len(maps)):
-        chosen = [upsample(values[b, n], pictures.shape[-1]) > threshold for n in range(maps.shape[1]) if valid[b, n]]
+        chosen = [upsample(values[b, n], images.shape[-1]) > threshold for n in range(maps.shape[1]) if valid[b, n]]
         keep[b] = np.any(chosen, 0) if chosen else True
-    return pictures.numpy() * keep[:, None]
+    return images.numpy() * keep[:, None]
 
 
 def case(batch=7, positives=2, size=(5, 4), side=23, seed=0):
@@ -68,22 +68,22 @@ def case(batch=7, positives=2, size=(5, 4), side=23, seed=0):
     bias = torch.randn(9, generator=generator, dtype=torch.float64)
     classes = torch.randint(-1, 9, (batch, positives), generator=generator)
     classes[2] = -1
-    pictures = torch.randn(batch, 3, side, side, generator=generator, dtype=torch.float64)
-    return features, weight, bias, classes, pictures
+    images = torch.randn(batch, 3, side, side, generator=generator, dtype=torch.float64)
+    return features, weight, bias, classes, images
 
 
 class TestAgainstLoops:
     @pytest.mark.parametrize("norm", NORMS)
     @pytest.mark.parametrize("group", [3, 16])
     @pytest.mark.parametrize("threshold", [0.3, 0.8])
-    def test_masked_pictures(self, norm, group, threshold):
-        features, weight, bias, classes, pictures = case()
+    def test_masked_images(self, norm, group, threshold):
+        features, weight, bias, classes, images = case()
         maps = cam_map(features, weight, bias, classes)
-        out = cam_mask(features, weight, bias, classes, pictures, threshold, norm, group)
-        wanted = expected(maps, classes, pictures, threshold, norm, group)
+        out = cam_mask(features, weight, bias, classes, images, threshold, norm, group)
+        wanted = expected(maps, classes, images, threshold, norm, group)
         assert np.array_equal(out.numpy(), wanted)
         assert 0 < np.count_nonzero(wanted) < wanted.size
-        assert torch.equal(out, map_mask(maps, classes, pictures, threshold, norm, group))
+        assert torch.equal(out, map_mask(maps, classes, images, threshold, norm, group))
 
     def test_modes_differ(self):
         arguments = case()
@@ -98,12 +98,12 @@ class TestAgainstLoops:
 
 class TestNormalisation:
     def test_values_by_hand(self):
-        # Cell by cell over the batch: min (1, 2), max (4, 2); one row of two cells a picture, no upsampling.
+        # Cell by cell over the batch: min (1, 2), max (4, 2); one row of two cells an image, no upsampling.
         maps = torch.tensor([[1.0, 2.0], [4.0, 2.0], [3.0, 2.0]], dtype=torch.float64)[:, None, None].expand(3, 1, 2, 2)
-        classes, pictures = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 3, 2, 2, dtype=torch.float64)
+        classes, images = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 3, 2, 2, dtype=torch.float64)
 
         def kept(norm, threshold):
-            return map_mask(maps, classes, pictures, threshold, norm)[:, 0, 0].bool().tolist()
+            return map_mask(maps, classes, images, threshold, norm)[:, 0, 0].bool().tolist()
 
         # rawmax: (0, 0), (3/4, 0), (2/4, 0)
         assert kept("batch_rawmax", 0.49) == [[False, False], [True, False], [True, False]]
@@ -132,7 +132,7 @@ class TestNormalisation:
         rows, columns = torch.nonzero(out[0, 0], as_tuple=True)
         assert rows.float().mean() == 11.5 and columns.float().mean() == 19.5 and 1 < len(rows) < 64
 
-    def test_flat_map_keeps_the_picture(self):
+    def test_flat_map_keeps_the_image(self):
         maps, classes = torch.full((1, 1, 4, 4), 3.0), torch.zeros(1, 1, dtype=torch.long)
         assert map_mask(maps, classes, torch.ones(1, 3, 8, 8), 0.8).all()
 
@@ -147,32 +147,32 @@ class TestNormalisation:
         maps = torch.randn(5, 1, 4, 4, dtype=torch.float64)
         maps[1] = 1000
         classes = torch.tensor([[0], [-1], [2], [1], [0]])
-        pictures = torch.randn(5, 3, 16, 16, dtype=torch.float64)
-        out = map_mask(maps, classes, pictures, 0.5, norm)
-        assert torch.equal(out[1], pictures[1])
+        images = torch.randn(5, 3, 16, 16, dtype=torch.float64)
+        out = map_mask(maps, classes, images, 0.5, norm)
+        assert torch.equal(out[1], images[1])
         rest = [0, 2, 3, 4]
-        assert torch.equal(out[rest], map_mask(maps[rest], classes[rest], pictures[rest], 0.5, norm))
+        assert torch.equal(out[rest], map_mask(maps[rest], classes[rest], images[rest], 0.5, norm))
 
     def test_groups_are_independent(self):
-        features, weight, bias, classes, pictures = case(batch=8)
-        whole = cam_mask(features, weight, bias, classes, pictures, 0.4, "batch_minmax", 3)
+        features, weight, bias, classes, images = case(batch=8)
+        whole = cam_mask(features, weight, bias, classes, images, 0.4, "batch_minmax", 3)
         parts = [
-            cam_mask(features[s], weight, bias, classes[s], pictures[s], 0.4, "batch_minmax", 16)
+            cam_mask(features[s], weight, bias, classes[s], images[s], 0.4, "batch_minmax", 16)
             for s in (slice(0, 3), slice(3, 6), slice(6, 8))
         ]
         assert torch.equal(whole, torch.cat(parts))
 
     @pytest.mark.parametrize("norm", NORMS)
     def test_only_per_image_ignores_its_neighbours(self, norm):
-        features, weight, bias, classes, pictures = case(positives=1)
-        whole = cam_mask(features, weight, bias, classes, pictures, 0.4, norm)[:3]
-        alone = cam_mask(features[:3], weight, bias, classes[:3], pictures[:3], 0.4, norm)
+        features, weight, bias, classes, images = case(positives=1)
+        whole = cam_mask(features, weight, bias, classes, images, 0.4, norm)[:3]
+        alone = cam_mask(features[:3], weight, bias, classes[:3], images[:3], 0.4, norm)
         assert torch.equal(whole, alone) == (norm == "per_image")
 
     def test_several_positives_take_the_union(self):
-        features, weight, bias, _, pictures = case(batch=3)
+        features, weight, bias, _, images = case(batch=3)
         one, two, both = torch.tensor([[1, -1]] * 3), torch.tensor([[-1, 4]] * 3), torch.tensor([[1, 4]] * 3)
-        ones = torch.ones_like(pictures)
+        ones = torch.ones_like(images)
         masks = [cam_mask(features, weight, bias, c, ones, 0.6) for c in (one, two, both)]
         assert torch.equal(masks[2], torch.maximum(masks[0], masks[1]))
         assert not torch.equal(masks[2], masks[0])
@@ -185,21 +185,21 @@ class TestNormalisation:
 class TestTensors:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_keeps_dtype_and_layout(self, dtype):
-        features, weight, bias, classes, pictures = case(side=32)
-        pictures = pictures.to(dtype).to(memory_format=torch.channels_last)
-        out = cam_mask(features.to(dtype), weight.float(), bias.float(), classes, pictures, 0.5)
+        features, weight, bias, classes, images = case(side=32)
+        images = images.to(dtype).to(memory_format=torch.channels_last)
+        out = cam_mask(features.to(dtype), weight.float(), bias.float(), classes, images, 0.5)
         assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
 
     def test_no_gradient_reaches_the_map(self):
-        features, weight, bias, classes, pictures = case()
-        out = cam_mask(features.requires_grad_(), weight.requires_grad_(), bias, classes, pictures, 0.5)
+        features, weight, bias, classes, images = case()
+        out = cam_mask(features.requires_grad_(), weight.requires_grad_(), bias, classes, images, 0.5)
         assert not out.requires_grad
 
     def test_empty_batch_and_no_classes(self):
-        features, weight, bias, classes, pictures = case()
-        assert cam_mask(features[:0], weight, bias, classes[:0], pictures[:0], 0.5).shape == (0, 3, 23, 23)
-        assert torch.equal(cam_mask(features, weight, bias, classes[:, :0], pictures, 0.5), pictures)
-        assert torch.equal(cam_mask(features, weight, bias, torch.full_like(classes, -1), pictures, 0.5), pictures)
+        features, weight, bias, classes, images = case()
+        assert cam_mask(features[:0], weight, bias, classes[:0], images[:0], 0.5).shape == (0, 3, 23, 23)
+        assert torch.equal(cam_mask(features, weight, bias, classes[:, :0], images, 0.5), images)
+        assert torch.equal(cam_mask(features, weight, bias, torch.full_like(classes, -1), images, 0.5), images)
 
     def test_positive_classes(self):
         codes = torch.tensor([[-1, 1, 0, 1], [-1, -1, 0, -1], [1, 1, 1, 1]], dtype=torch.int8)

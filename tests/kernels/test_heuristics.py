@@ -13,12 +13,12 @@ from spml_kernels.common.heuristics import (
     columns_launch,
     flat_launch,
     histogram_launch,
+    images_per_tile,
     large_once_launch,
     map_launch,
     mean_apart,
     next_power_of_two,
     normalise_launch,
-    pictures_per_tile,
     point_launch,
     rows_launch,
 )
@@ -85,9 +85,9 @@ def test_launches_of_masks_hold_their_sums_in_registers(channels):
 
 @pytest.mark.parametrize("tile", [64, 128, 256])
 @pytest.mark.parametrize("cells", [1, 2, 7, 16, 49, 64, 100, 128, 196, 255, 256, 257, 1024])
-def test_pictures_per_tile_is_the_most_there_are(tile, cells):
+def test_images_per_tile_is_the_most_there_are(tile, cells):
     most = max((start + tile - 1) // cells - start // cells + 1 for start in range(0, tile * cells, tile))
-    assert pictures_per_tile(tile, cells) == most
+    assert images_per_tile(tile, cells) == most
 
 
 @pytest.mark.parametrize("half", [True, False])

@@ -155,7 +155,7 @@ def test_equal_logits_give_equal_selections_however_they_are_spread(batch, ties,
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_sixteen_pictures_on_one_two_and_four_ranks(ranks):
+def test_sixteen_images_on_one_two_and_four_ranks(ranks):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(16, 80, generator=generator)
     codes = torch.full((16, 80), -1, dtype=torch.int8)

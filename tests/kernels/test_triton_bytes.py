@@ -82,7 +82,7 @@ def test_operations_inside_an_op_are_counted_too():
     assert names == ["_label_loss_kernel", "aten.sum.default", "aten.mul.Tensor"]
 
 
-# Small forms of the benchmark's shapes: tiles that hold several pictures, pictures over several tiles, an odd number of
+# Small forms of the benchmark's shapes: tiles that hold several images, images over several tiles, an odd number of
 # 64-class squares under tiles of 128, channels that are no multiple of a step, lists of several programs.
 WORKS = [
     label_loss_work(37, 81, AN_POINT, ()),
@@ -150,15 +150,15 @@ def test_tiling_of_cam_pool_and_no_map_in_memory():
 
 
 @pytest.mark.parametrize(("threshold", "kept"), [(-1.0, True), (1.5, False)])
-def test_pictures_are_read_where_something_of_them_is_kept(threshold, kept):
-    features, weight, bias, classes, pictures = cam_mask_work(2, 5, 16, 9, 33, 2, torch.float32).inputs("cpu")
+def test_images_are_read_where_something_of_them_is_kept(threshold, kept):
+    features, weight, bias, classes, images = cam_mask_work(2, 5, 16, 9, 33, 2, torch.float32).inputs("cpu")
     results = []
-    seen = kernels(count(lambda: results.append(cam_mask(features, weight, bias, classes, pictures, threshold))))
-    assert torch.equal(results[0], pictures if kept else torch.zeros_like(pictures))
+    seen = kernels(count(lambda: results.append(cam_mask(features, weight, bias, classes, images, threshold))))
+    assert torch.equal(results[0], images if kept else torch.zeros_like(images))
     mask = next(launch for launch in seen if launch.name == "_mask_kernel")
-    # Ids of two classes a picture, and their maps of 25 cells.
+    # Ids of two classes an image, and their maps of 25 cells.
     rest = 2 * 2 * (8 + 25 * 4)
-    assert mask.moved is not None and mask.moved.unique_read == kept * pictures.numel() * 4 + rest
+    assert mask.moved is not None and mask.moved.unique_read == kept * images.numel() * 4 + rest
     assert (moved(mask).unique_read == mask.moved.unique_read) == kept
 
 

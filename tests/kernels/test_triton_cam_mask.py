@@ -1,4 +1,4 @@
-"""Masked pictures: every pixel whose fp64 map is not at the threshold itself is kept or removed as in the reference."""
+"""Masked images: every pixel whose fp64 map is not at the threshold itself is kept or removed as in the reference."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ NEAR = 1e-4
 
 
 def draw(batch, cells, side, channels=40, chosen=1, device="cpu", dtype=torch.float32, seed=0):
-    """Features, weight, bias, classes of which row 1 has none, pictures without zeros."""
+    """Features, weight, bias, classes of which row 1 has none, images without zeros."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(batch, *cells, channels, generator=generator).to(dtype)
     weight, bias = torch.randn(9, channels, generator=generator), torch.randn(9, generator=generator)
     classes = torch.randint(0 if chosen == 1 else -1, 9, (batch, chosen), generator=generator)
     classes[1:2] = -1
-    pictures = torch.randn(batch, 3, *side, generator=generator).clamp(min=0.1)
-    return [t.to(device) for t in (features, weight, bias, classes, pictures)]
+    images = torch.randn(batch, 3, *side, generator=generator).clamp(min=0.1)
+    return [t.to(device) for t in (features, weight, bias, classes, images)]
 
 
 def double(tensors):
     return [t.detach().cpu().double() if t.is_floating_point() else t.cpu() for t in tensors]
 
 
-def compare(found, classes, pictures, threshold, mask):
+def compare(found, classes, images, threshold, mask):
     """`found` against `mask(threshold)`, a bool [B, 1, H, W] in fp64; both sides of the mask are there."""
     kept = mask(threshold)
     certain = mask(threshold - NEAR) == mask(threshold + NEAR)
     assert certain.float().mean() > 0.99
-    assert found.dtype == pictures.dtype and found.shape == pictures.shape
+    assert found.dtype == images.dtype and found.shape == images.shape
     # The sign of zero aside, bit by bit.
-    wanted = torch.where(kept, pictures.cpu(), torch.zeros((), dtype=pictures.dtype))
+    wanted = torch.where(kept, images.cpu(), torch.zeros((), dtype=images.dtype))
     assert torch.equal(torch.where(certain, found.cpu(), 0), torch.where(certain, wanted, 0))
     lonely = (classes.cpu() < 0).all(1)
-    assert torch.equal(found.cpu()[lonely], pictures.cpu()[lonely])
+    assert torch.equal(found.cpu()[lonely], images.cpu()[lonely])
     return kept
 
 
 def check(inputs, threshold=0.45, norm="per_image", group=16, given=False):
     """The op, and with `given` its other form, from maps that are handed in."""
-    *head, classes, pictures = inputs
+    *head, classes, images = inputs
     maps = cam_map_reference(*double(head), classes.cpu())
-    ones = torch.ones(len(pictures), 1, *pictures.shape[2:], dtype=torch.float64)
+    ones = torch.ones(len(images), 1, *images.shape[2:], dtype=torch.float64)
 
     def mask(level):
         return map_mask_reference(maps, classes.cpu(), ones, level, norm, group) > 0
 
     found = cam_mask(*inputs, threshold, norm, group)
-    kept = compare(found, classes, pictures, threshold, mask)
+    kept = compare(found, classes, images, threshold, mask)
     if given:
-        same = map_mask(maps.float().to(pictures.device), classes, pictures, threshold, norm, group)
-        compare(same, classes, pictures, threshold, mask)
+        same = map_mask(maps.float().to(images.device), classes, images, threshold, norm, group)
+        compare(same, classes, images, threshold, mask)
     return found, kept
 
 
@@ -75,10 +75,10 @@ def test_equals_the_reference(chosen, layout, norm, device):
     assert 0.01 < kept.float().mean() < 0.99
 
 
-@pytest.mark.parametrize("pictures", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8])
-def test_pictures_of_every_dtype(pictures, device):
+@pytest.mark.parametrize("images", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8])
+def test_images_of_every_dtype(images, device):
     inputs = draw(2, (4, 4), (16, 16), device=device)
-    inputs[4] = (inputs[4] * 50).to(pictures)
+    inputs[4] = (inputs[4] * 50).to(images)
     check(inputs)
 
 
@@ -90,7 +90,7 @@ def test_features_of_half_precision(weights, dtype, device):
     check(inputs)
 
 
-# (cells, picture, channels, classes a picture): one tile and many, one cell, larger maps than pictures, and odd sizes.
+# (cells, image, channels, classes an image): one tile and many, one cell, larger maps than images, and odd sizes.
 @pytest.mark.parametrize(
     ("cells", "side", "channels", "chosen", "layout"),
     [
@@ -122,18 +122,18 @@ def test_thresholds(threshold, device):
 
 def test_threshold_is_strict(device):
     maps = torch.tensor([0.0, 0.5, 0.75, 1.0], device=device).view(1, 1, 2, 2)
-    classes, pictures = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.ones(1, 3, 2, 2, device=device)
-    assert map_mask(maps, classes, pictures, 0.75)[0, 0].flatten().tolist() == [0, 0, 0, 1]
-    assert map_mask(maps, classes, pictures, 0.7499)[0, 2].flatten().tolist() == [0, 0, 1, 1]
+    classes, images = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.ones(1, 3, 2, 2, device=device)
+    assert map_mask(maps, classes, images, 0.75)[0, 0].flatten().tolist() == [0, 0, 0, 1]
+    assert map_mask(maps, classes, images, 0.7499)[0, 2].flatten().tolist() == [0, 0, 1, 1]
 
 
 def test_values_by_hand(device):
-    # Cell by cell over the batch: min (1, 2), max (4, 2); one row of two cells a picture, no upsampling.
+    # Cell by cell over the batch: min (1, 2), max (4, 2); one row of two cells an image, no upsampling.
     maps = torch.tensor([[1.0, 2.0], [4.0, 2.0], [3.0, 2.0]], device=device)[:, None, None].expand(3, 1, 2, 2)
-    classes, pictures = torch.zeros(3, 1, dtype=torch.int64, device=device), torch.ones(3, 3, 2, 2, device=device)
+    classes, images = torch.zeros(3, 1, dtype=torch.int64, device=device), torch.ones(3, 3, 2, 2, device=device)
 
     def kept(norm, threshold):
-        return map_mask(maps, classes, pictures, threshold, norm)[:, 0, 0].bool().tolist()
+        return map_mask(maps, classes, images, threshold, norm)[:, 0, 0].bool().tolist()
 
     assert kept("batch_rawmax", 0.49) == [[False, False], [True, False], [True, False]]
     assert kept("batch_rawmax", 0.74) == [[False, False], [True, False], [False, False]]
@@ -161,8 +161,8 @@ def test_flat_maps_and_groups_of_one(device):
         assert not map_mask(torch.rand(1, 1, 4, 4).to(device), classes, ones, 0.5, norm).any()
 
 
-def test_a_map_with_a_nan_keeps_its_picture(device):
-    # One map of the second picture holds a NaN, all of the third does; the first is as it was.
+def test_a_map_with_a_nan_keeps_its_image(device):
+    # One map of the second image holds a NaN, all of the third does; the first is as it was.
     maps, ones = torch.randn(3, 2, 4, 4, device=device), torch.ones(3, 3, 16, 16, device=device)
     classes = torch.tensor([[0, 1], [2, 3], [4, -1]], device=device)
     maps[1, 1, 2, 3] = torch.nan
@@ -186,20 +186,20 @@ def test_rows_without_a_class_are_left_out_of_groups(device):
 
 
 def test_groups_are_independent(device):
-    features, weight, bias, classes, pictures = draw(5, (5, 5), (12, 12), device=device)
-    whole = cam_mask(features, weight, bias, classes, pictures, 0.4, "batch_minmax", 2)
+    features, weight, bias, classes, images = draw(5, (5, 5), (12, 12), device=device)
+    whole = cam_mask(features, weight, bias, classes, images, 0.4, "batch_minmax", 2)
     parts = [
-        cam_mask(features[s], weight, bias, classes[s], pictures[s], 0.4, "batch_minmax", 16)
+        cam_mask(features[s], weight, bias, classes[s], images[s], 0.4, "batch_minmax", 16)
         for s in (slice(0, 2), slice(2, 4), slice(4, 5))
     ]
     assert torch.equal(whole, torch.cat(parts))
 
 
 def test_several_positives_take_the_union(device):
-    features, weight, bias, _, pictures = draw(2, (6, 6), (16, 48), device=device)
+    features, weight, bias, _, images = draw(2, (6, 6), (16, 48), device=device)
     ids = torch.tensor([[1, -1, -1], [-1, -1, 4], [-1, 7, -1], [1, 7, 4]], device=device)
     one, two, three, every = (
-        cam_mask(features, weight, bias, c.expand(2, 3), torch.ones_like(pictures), 0.6) for c in ids
+        cam_mask(features, weight, bias, c.expand(2, 3), torch.ones_like(images), 0.6) for c in ids
     )
     assert torch.equal(every, torch.maximum(torch.maximum(one, two), three))
     assert not torch.equal(every, one) and not every.all()
@@ -219,27 +219,27 @@ def test_extreme_maps(device):
 
 
 def test_empty(device):
-    features, weight, bias, classes, pictures = draw(3, (4, 4), (16, 16), device=device)
-    assert cam_mask(features[:0], weight, bias, classes[:0], pictures[:0], 0.5).shape == (0, 3, 16, 16)
+    features, weight, bias, classes, images = draw(3, (4, 4), (16, 16), device=device)
+    assert cam_mask(features[:0], weight, bias, classes[:0], images[:0], 0.5).shape == (0, 3, 16, 16)
     for none in (classes[:, :0], torch.full_like(classes, -1)):
-        assert torch.equal(cam_mask(features, weight, bias, none, pictures, 0.5), pictures)
+        assert torch.equal(cam_mask(features, weight, bias, none, images, 0.5), images)
 
 
 def test_layouts(device):
-    features, weight, bias, classes, pictures = draw(2, (7, 7), (16, 30), 48, 2, device)
-    plain = cam_mask(features, weight, bias, classes, pictures, 0.5)
+    features, weight, bias, classes, images = draw(2, (7, 7), (16, 30), 48, 2, device)
+    plain = cam_mask(features, weight, bias, classes, images, 0.5)
     maps = features.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     wide = torch.zeros(2, 3, 16, 60, device=device)
-    wide[..., ::2] = pictures
-    crooked = pictures.transpose(2, 3).contiguous().transpose(2, 3)
-    for view in (wide[..., ::2], crooked, pictures.to(memory_format=CHANNELS_LAST)):
+    wide[..., ::2] = images
+    crooked = images.transpose(2, 3).contiguous().transpose(2, 3)
+    for view in (wide[..., ::2], crooked, images.to(memory_format=CHANNELS_LAST)):
         ids = classes.T.contiguous().T
         out = cam_mask(maps, weight.T.contiguous().T, bias, ids, view, 0.5)
         assert torch.equal(out, plain)
 
 
 def test_removed_tiles_are_not_read(device):
-    # Neither the picture nor what was in memory shows where a whole tile is removed, NaN and infinity included.
+    # Neither the image nor what was in memory shows where a whole tile is removed, NaN and infinity included.
     inputs = draw(2, (4, 4), (64, 128), device=device)
     inputs[4][:] = torch.nan
     out = cam_mask(*inputs, 0.8)
@@ -247,10 +247,10 @@ def test_removed_tiles_are_not_read(device):
     assert out[1].isnan().all()
 
 
-def test_gradient_goes_to_the_pictures_alone(device):
-    features, weight, bias, classes, pictures = draw(2, (4, 4), (16, 24), device=device)
-    assert not cam_mask(features.requires_grad_(), weight.requires_grad_(), bias, classes, pictures, 0.5).requires_grad
-    leaf = pictures.clone().requires_grad_()
+def test_gradient_goes_to_the_images_alone(device):
+    features, weight, bias, classes, images = draw(2, (4, 4), (16, 24), device=device)
+    assert not cam_mask(features.requires_grad_(), weight.requires_grad_(), bias, classes, images, 0.5).requires_grad
+    leaf = images.clone().requires_grad_()
     maps = cam_map_reference(features, weight, bias, classes)
     for out in (cam_mask(features, weight, bias, classes, leaf, 0.5), map_mask(maps, classes, leaf, 0.5)):
         upstream = torch.randn_like(out)
@@ -278,19 +278,19 @@ def test_two_runs_are_bit_equal(device):
 
 
 def test_ops_are_sound(device):
-    *head, classes, pictures = draw(2, (2, 2), (4, 4), 16, 1, device)
-    leaf = pictures.to(memory_format=CHANNELS_LAST).requires_grad_()
+    *head, classes, images = draw(2, (2, 2), (4, 4), 16, 1, device)
+    leaf = images.to(memory_format=CHANNELS_LAST).requires_grad_()
     assert_op_sound(torch.ops.spml.cam_mask.default, (*head, classes, leaf, 0.5, "batch_minmax", 16))
-    maps, leaf = cam_map_reference(*head, classes), pictures.requires_grad_()
+    maps, leaf = cam_map_reference(*head, classes), images.requires_grad_()
     assert_op_sound(torch.ops.spml.map_mask.default, (maps, classes, leaf, 0.5, "per_image", 16))
 
 
 def test_compiles_into_one_graph(device):
-    *head, classes, pictures = draw(2, (4, 4), (16, 16), 16, 2, device)
-    pictures = pictures.to(memory_format=CHANNELS_LAST)
+    *head, classes, images = draw(2, (4, 4), (16, 16), 16, 2, device)
+    images = images.to(memory_format=CHANNELS_LAST)
 
-    def step(pictures):
-        return cam_mask(*head, classes, pictures, 0.5, "batch_rawmax") * 2
+    def step(images):
+        return cam_mask(*head, classes, images, 0.5, "batch_rawmax") * 2
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(pictures), step(pictures))
+    assert torch.equal(compiled(images), step(images))

@@ -19,7 +19,7 @@ from tests.support.kernels import TOLERANCE, assert_close, assert_op_sound
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 
-# (B, H, W, K, C): several pictures in a tile, pictures over several tiles, tiles that end with a picture, odd sizes.
+# (B, H, W, K, C): several images in a tile, images over several tiles, tiles that end with an image, odd sizes.
 SHAPES = [
     (3, 4, 4, 16, 5),
     (5, 7, 7, 40, 20),
@@ -142,7 +142,7 @@ def test_nothing_or_everything_positive(shift, device, apart):
 
 
 def test_few_positive_squares(device, apart):
-    # Two classes of one picture: nearly all squares are passed over.
+    # Two classes of one image: nearly all squares are passed over.
     features, weight, bias = draw((6, 9, 9, 32, 200), torch.float32, device, shift=-30)
     bias[7] = bias[150] = 0
     features[2, 1:3] *= 3
@@ -158,7 +158,7 @@ def test_zero_is_not_positive(device):
 
 
 def test_mean_features_are_made_where_the_backward_wants_them(device, apart):
-    # 49 cells: pictures within a tile, and over two tiles of 128.
+    # 49 cells: images within a tile, and over two tiles of 128.
     for dtype in (torch.float32, torch.bfloat16):
         features, weight, bias = draw((9, 7, 7, 33, 21), dtype, device)
         pooled = cam_pool_op(features, weight, bias, True)[3]

@@ -537,7 +537,7 @@ EDGE_CODES = {
     "no positives": np.array([[N, U, U, N], [U, U, N, U]], np.int8),
     "all unknown": np.full((2, 4), U, np.int8),
     "all positive": np.full((2, 4), P, np.int8),
-    "one picture": np.array([[P, U, N, U]], np.int8),
+    "one image": np.array([[P, U, N, U]], np.int8),
 }
 
 
@@ -669,7 +669,7 @@ def test_unsuitable_labels_and_options() -> None:
 
 
 def openimages_like() -> SparseLabels:
-    """Nine million pictures, ten thousand classes, no labels; costs nothing to say."""
+    """Nine million images, ten thousand classes, no labels; costs nothing to say."""
     indptr = np.broadcast_to(np.int64(0), 9_000_001)
     return SparseLabels(indptr, np.empty(0, np.int16), np.empty(0, np.int8), 9605, UNKNOWN)
 
@@ -902,7 +902,7 @@ def test_role_new_phase_keeps_estimates_and_forgets_momentum() -> None:
 def test_rows_of_another_number_of_samples_are_refused(samples: int) -> None:
     shards = [torch.arange(3), torch.arange(2)]
     assert sample_rows.reshard(shards, 5).tolist() == [0, 0, 1, 1, 2]
-    with pytest.raises(UserError, match=f"a row for each of 5 pictures, but the training split has {samples};"):
+    with pytest.raises(UserError, match=f"a row for each of 5 images, but the training split has {samples};"):
         sample_rows.reshard(shards, samples)
 
 

@@ -134,7 +134,7 @@ def run_step(rig: Rig, epoch: int, planned: bool) -> tuple[Tensor, list[str]]:
         with copies:
             parts = []
             for index in rows.split(ROWS // 2 if planned else ROWS):
-                views = {n: v[index].to(memory_format=torch.channels_last) for n, v in rig.pictures.items()}
+                views = {n: v[index].to(memory_format=torch.channels_last) for n, v in rig.images.items()}
                 truth = rig.truth.rows(index) if rig.truth is not None else None
                 parts.append(Batch(views, rig.store.rows(index), index, len(index), truth))
             if planned:

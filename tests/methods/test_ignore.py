@@ -46,7 +46,7 @@ def method_for(codes: object, **options: object) -> Ignore:
 
 
 def batch_of(codes: object, global_size: int | None = None) -> Batch:
-    """A batch without pictures."""
+    """A batch without images."""
     labels = torch.as_tensor(codes, dtype=torch.int8)
     return Batch({}, labels, torch.arange(len(labels)), global_size or len(labels))
 
@@ -141,10 +141,10 @@ class TestGolden:
 
 
 class TestThresholds:
-    def run(self, method: Ignore, means: list[float], pictures: int = 16) -> None:
+    def run(self, method: Ignore, means: list[float], images: int = 16) -> None:
         for mean in means:
-            statistics = torch.tensor([mean * 4, 4, pictures, mean * pictures, 0, 2 * pictures], dtype=D)
-            method.update_thresholds(statistics, pictures)
+            statistics = torch.tensor([mean * 4, 4, images, mean * images, 0, 2 * images], dtype=D)
+            method.update_thresholds(statistics, images)
 
     def test_closed_form(self):
         means = torch.rand(50, dtype=D, generator=torch.Generator().manual_seed(1)).tolist()
@@ -166,13 +166,13 @@ class TestThresholds:
 
     def test_decay_is_rescaled_to_the_batch(self):
         large = method_for(CODES, debias=False)
-        self.run(large, [1.0], pictures=256)
+        self.run(large, [1.0], images=256)
         assert 1 - large.thresholds()[0].item() == pytest.approx(0.98412, abs=5e-6)
         small = method_for(CODES, debias=False)
-        self.run(small, [1.0] * 16, pictures=16)
+        self.run(small, [1.0] * 16, images=16)
         assert small.thresholds()[0].item() == pytest.approx(large.thresholds()[0].item(), abs=1e-12)
         fixed = method_for(CODES, debias=False, ema_rescale=False)
-        self.run(fixed, [1.0], pictures=256)
+        self.run(fixed, [1.0], images=256)
         assert fixed.thresholds()[0].item() == pytest.approx(0.001, abs=1e-12)
 
     def test_debias_gives_the_mean_from_the_first_step_on(self):
@@ -180,7 +180,7 @@ class TestThresholds:
         assert [float(t.abs().sum()) for t in method.thresholds()] == [0, 0]
         self.run(method, [0.7])
         assert method.thresholds()[0].item() == pytest.approx(0.7, abs=1e-10)
-        self.run(method, [0.7] * 30, pictures=40)
+        self.run(method, [0.7] * 30, images=40)
         assert method.thresholds()[0].item() == pytest.approx(0.7, abs=1e-10)
         assert method.thresholds()[1].tolist() == pytest.approx([0.7, 0, 2], abs=1e-10)
 
@@ -205,7 +205,7 @@ class TestThresholds:
 
     def test_survive_a_checkpoint(self):
         method, other = method_for(CODES), method_for(CODES)
-        self.run(method, [0.7, 0.2], pictures=24)
+        self.run(method, [0.7, 0.2], images=24)
         other.load_state_dict(method.state_dict())
         torch.testing.assert_close(other.thresholds(), method.thresholds(), atol=0, rtol=0)
         self.run(method, [0.4]), self.run(other, [0.4])
@@ -277,17 +277,17 @@ class TestSwitches:
 
 
 def make_rig(name: str = "ignore", **options: object) -> Rig:
-    """The shared rig with pictures and maps large enough to be masked: 8 x 8 cells of 64 x 64 pixels."""
+    """The shared rig with images and maps large enough to be masked: 8 x 8 cells of 64 x 64 pixels."""
     rig = Rig(name, **options)
     torch.manual_seed(3)
     config = ModelConfig(backbone="test_resnet", pretrained=False, freeze_bn=True, alpha_train=2.0, output_stride=8)
     rig.classifier = Classifier(config, 6, 64).train()
-    rig.pictures = {view: torch.randn(len(p), 3, 64, 64) for view, p in rig.pictures.items()}
+    rig.images = {view: torch.randn(len(p), 3, 64, 64) for view, p in rig.images.items()}
     return rig
 
 
 def count_calls(classifier: Classifier) -> list[torch.Tensor]:
-    """The pictures of every forward from now on."""
+    """The images of every forward from now on."""
     calls: list[torch.Tensor] = []
     classifier.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0]))
     return calls
@@ -396,7 +396,7 @@ class TestStep:
         rig.step(rig.batch(range(4)), at(5, 0))
         assert [c.shape[-1] for c in calls] == [64, 64, 32]
         rig.classifier = Classifier(ModelConfig(backbone="test_vit", pretrained=False), 6, 160)
-        rig.pictures = {view: torch.randn(24, 3, 160, 160) for view in rig.pictures}
+        rig.images = {view: torch.randn(24, 3, 160, 160) for view in rig.images}
         with pytest.raises(UserError, match="masked_scale"):
             rig.step(rig.batch(range(4)), at(5, 0))
 
@@ -498,7 +498,7 @@ class TestRanks:
     STEPS = 3
 
     def steps(self, sizes: list[int], monkeypatch: pytest.MonkeyPatch, preset: str) -> dict[str, torch.Tensor]:
-        """Three steps of 16 pictures in shares of these sizes; everything put together again."""
+        """Three steps of 16 images in shares of these sizes; everything put together again."""
         _, _, _, codes = random_case(16, 6)
         codes[5], codes[6] = -1, -1
         with monkeypatch.context() as patch:

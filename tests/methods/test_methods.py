@@ -17,7 +17,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.methods import get_method, method_names
 from spml_fast.methods.large_loss import clean_rate, selection_size
-from tests.support.methods import BLANK, CLASSES, PICTURES, Cases, Rig, ThreadRanks, at, rank_case, rank_main, share
+from tests.support.methods import BLANK, CLASSES, IMAGES, Cases, Rig, ThreadRanks, at, rank_case, rank_main, share
 
 LARGE_LOSS = ("ll_r", "ll_ct", "ll_cp")
 # Sums over the micro-batch: as published, so an update of several micro-steps is their mean, not their sum.
@@ -72,7 +72,7 @@ def test_loss_is_a_finite_scalar_with_finite_gradients(rigs, name):
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all()
     gradients = rig.gradients()
     assert torch.isfinite(gradients).all() and gradients.abs().max() > 0
-    # Neither labels nor pictures are written to, and nothing asks them for a gradient.
+    # Neither labels nor images are written to, and nothing asks them for a gradient.
     assert torch.equal(batch.labels, before) and not batch.labels.requires_grad
     assert all(torch.equal(v, views[k]) and v.grad is None for k, v in batch.views.items())
 
@@ -166,7 +166,7 @@ every_rank_case = pytest.mark.parametrize("case", RANK_CASES, ids=["-".join([n, 
 
 def assert_same_as_alone(found, case):
     name, options = case
-    loss, gradients, state = rank_case(Rig(name, **options), list(range(PICTURES)))
+    loss, gradients, state = rank_case(Rig(name, **options), list(range(IMAGES)))
     for rank_loss, rank_gradients, rank_state in found:
         torch.testing.assert_close(rank_loss, loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(rank_gradients, gradients, rtol=1e-4, atol=1e-5)
@@ -468,7 +468,7 @@ def test_labels_that_do_not_suit_a_method():
 
 RAMPS = {"ll_r": (0.5, True), "ll_ct": (0.2, True), "ll_cp": (0.1, False)}
 ENTRIES = {"voc": 320, "coco": 1280, "nus": 1296, "cub": 4992, "coco_last": 80}
-# k in epochs 1 to 10 at the batch of 16 (the last batch of COCO has one picture).
+# k in epochs 1 to 10 at the batch of 16 (the last batch of COCO has one image).
 SCHEDULE = {
     ("ll_r", "voc"): [0, 2, 4, 5, 7, 9, 10, 12, 13, 15],
     ("ll_r", "coco"): [0, 7, 13, 20, 26, 33, 39, 45, 52, 58],
@@ -517,7 +517,7 @@ def test_exact_arithmetic_differs_where_rounding_did():
 
 
 def test_rejected_labels_per_epoch_of_a_public_run():
-    """65,665 pictures of COCO: 4,104 batches of 16 and one of 1."""
+    """65,665 images of COCO: 4,104 batches of 16 and one of 1."""
     totals = [
         4104 * selection_size(1280, 0.5, epoch, True, "accumulator")
         + selection_size(80, 0.5, epoch, True, "accumulator")

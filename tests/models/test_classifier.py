@@ -1,4 +1,4 @@
-"""Backbones, features that lie where the picture says, frozen parts, and weights from files."""
+"""Backbones, features that lie where the image says, frozen parts, and weights from files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make(backbone=CNN, image_size=64, classes=5, **options):
     return Classifier(ModelConfig(backbone=backbone, pretrained=False, **options), classes, image_size)
 
 
-def pictures(count=2, side=64, seed=1):
+def images(count=2, side=64, seed=1):
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
@@ -38,11 +38,11 @@ def pictures(count=2, side=64, seed=1):
 
 @pytest.mark.parametrize("backbone", SHAPES)
 @torch.no_grad()
-def test_cells_lie_where_the_picture_says(backbone):
+def test_cells_lie_where_the_image_says(backbone):
     side, channels = SHAPES[backbone]
     model = make(backbone, 128).eval()
     assert model.feature_size == (side, side) and model.channels == channels
-    base = pictures(1, 128)
+    base = images(1, 128)
     features = model.features(base)
     assert features.shape == (1, side, side, channels)
     pixels = 128 // side
@@ -53,7 +53,7 @@ def test_cells_lie_where_the_picture_says(backbone):
         moved = (model.features(changed) - features)[0].norm(dim=-1)
         if backbone in EXACT:
             assert divmod(int(moved.argmax()), side) == (row, column)
-        # Random weights with a wide view may move a neighbour more, but not another quarter of the picture.
+        # Random weights with a wide view may move a neighbour more, but not another quarter of the image.
         quarters = moved.unflatten(0, (2, -1)).unflatten(2, (2, -1)).sum((1, 3)).flatten()
         assert row not in (0, side - 1) or divmod(int(quarters.argmax()), 2) == (2 * row // side, 2 * column // side)
 
@@ -66,28 +66,28 @@ def test_output_stride():
 
 def test_cnn_features_stay_channels_last_without_a_copy():
     model = make().to(memory_format=torch.channels_last)
-    features = model.features(pictures().to(memory_format=torch.channels_last))
+    features = model.features(images().to(memory_format=torch.channels_last))
     assert features.is_contiguous()
 
 
 @torch.no_grad()
 def test_one_pass_gives_the_logits_of_every_alpha():
     model = make().eval()
-    every = model(pictures(), alpha=1.0, boost=True)
+    every = model(images(), alpha=1.0, boost=True)
     for alpha in (0.5, 1.0, 5.0):
-        torch.testing.assert_close(every.at_alpha(alpha), model(pictures(), alpha=alpha).logits)
-    plain = model(pictures())
+        torch.testing.assert_close(every.at_alpha(alpha), model(images(), alpha=alpha).logits)
+    plain = model(images())
     assert plain.mean_relu is None and torch.equal(plain.logits, plain.mean)
     with pytest.raises(ValueError, match="boost=True"):
         plain.at_alpha(5.0)
-    pooled = linear(model.features(pictures()).mean((1, 2)), model.head.weight, model.head.bias)
+    pooled = linear(model.features(images()).mean((1, 2)), model.head.weight, model.head.bias)
     torch.testing.assert_close(plain.logits, pooled)
 
 
 @torch.no_grad()
 def test_maps_of_asked_classes_average_to_the_logits():
     model = make(output_stride=8).eval()
-    out = model(pictures(), classes=torch.tensor([[0, 4], [2, -1]]))
+    out = model(images(), classes=torch.tensor([[0, 4], [2, -1]]))
     assert out.maps.shape == (2, 2, 8, 8)
     torch.testing.assert_close(out.maps[0].mean((1, 2)), out.mean[0, [0, 4]])
     assert out.maps[1, 1].abs().max() == 0
@@ -96,8 +96,8 @@ def test_maps_of_asked_classes_average_to_the_logits():
 def test_logits_are_fp32_under_autocast():
     model = make(alpha_train=5.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model(pictures(), alpha=5.0)
-        features = model.features(pictures())
+        out = model(images(), alpha=5.0)
+        features = model.features(images())
     assert features.dtype == torch.bfloat16
     assert out.logits.dtype == out.mean.dtype == out.mean_relu.dtype == torch.float32
     exact = linear(features.double().mean((1, 2)), model.head.weight.double(), model.head.bias.double())
@@ -128,7 +128,7 @@ def statistics(model):
 def test_freeze_bn(frozen):
     model = make(freeze_bn=frozen).train()
     before = statistics(model)
-    model(pictures(), alpha=5.0).logits.sum().backward()
+    model(images(), alpha=5.0).logits.sum().backward()
     after = statistics(model)
     assert all(torch.equal(before[k], after[k]) for k in before) is frozen
     assert model.training and model.backbone.training
@@ -146,8 +146,8 @@ def test_freeze_backbone():
     model.freeze_backbone(True)
     before = statistics(model)
     assert model.training and not any(m.training for m in model.backbone.modules())
-    out = model(pictures(), alpha=5.0).logits
-    assert not model.features(pictures()).requires_grad
+    out = model(images(), alpha=5.0).logits
+    assert not model.features(images()).requires_grad
     out.sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in model.backbone.parameters())
     assert all(p.grad is not None for p in model.head.parameters())
@@ -156,7 +156,7 @@ def test_freeze_backbone():
     assert not model.backbone.training
     model.freeze_backbone(False)
     assert model.backbone.training
-    model(pictures(), alpha=5.0).logits.sum().backward()
+    model(images(), alpha=5.0).logits.sum().backward()
     assert all(p.grad is not None for p in model.backbone.parameters())
 
 
@@ -186,7 +186,7 @@ def test_local_weights_are_loaded(tmp_path, backbone, file):
     for key, value in loaded.items():
         assert torch.equal(value, expected[key]), key
     torch.testing.assert_close(
-        model.eval().backbone.forward_features(pictures()), source.eval().forward_features(pictures())
+        model.eval().backbone.forward_features(images()), source.eval().forward_features(images())
     )
 
 
@@ -270,7 +270,7 @@ def test_a_name_nearly_right_gets_a_suggestion():
         make("resnet50x")
 
 
-def test_a_picture_size_that_the_backbone_cannot_take():
-    with pytest.raises(UserError, match="backbone test_vit does not take 60 px pictures") as error:
+def test_a_image_size_that_the_backbone_cannot_take():
+    with pytest.raises(UserError, match="backbone test_vit does not take 60 px images") as error:
         make(VIT, 60)
     one_sentence(error)

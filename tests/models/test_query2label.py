@@ -141,13 +141,13 @@ class TestMaps:
 
     def test_mask_is_the_one_of_the_map(self):
         head, x = make().eval(), features()
-        pictures = torch.randn(4, 3, 24, 40, dtype=D)
+        images = torch.randn(4, 3, 24, 40, dtype=D)
         options = MaskOptions(0.5, "per_image", 16)
-        _, _, maps, masked = head(x, True, self.CLASSES_OF_ROWS, pictures, options)
+        _, _, maps, masked = head(x, True, self.CLASSES_OF_ROWS, images, options)
         assert maps is None
-        wanted = map_mask(head(x, classes=self.CLASSES_OF_ROWS)[2], self.CLASSES_OF_ROWS, pictures, 0.5)
+        wanted = map_mask(head(x, classes=self.CLASSES_OF_ROWS)[2], self.CLASSES_OF_ROWS, images, 0.5)
         assert torch.equal(masked, wanted) and (masked == 0).any()
-        assert torch.equal(masked[2], pictures[2])
+        assert torch.equal(masked[2], images[2])
 
     def test_map_is_free_of_dropout_noise_unless_asked(self):
         x, classes = features(), self.CLASSES_OF_ROWS

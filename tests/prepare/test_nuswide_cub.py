@@ -97,12 +97,12 @@ def test_nuswide(tmp_path, kind):
     # Rows without a label are kept and observe nothing.
     assert sum((np.diff(manifest.split(n).known.indptr) == 0).sum() for n in ("train", "val")) >= TRAIN // 4
     notes = notes_of(manifest)
-    assert "5 official pictures have no label at all and are kept" in notes
-    assert ("20 pictures, not the published 150,000" in notes) == (kind == "arrays")
-    assert ("20 pictures, not the official 161,789" in notes) == (kind == "lists")
+    assert "5 official images have no label at all and are kept" in notes
+    assert ("20 images, not the published 150,000" in notes) == (kind == "arrays")
+    assert ("20 images, not the official 161,789" in notes) == (kind == "lists")
 
 
-def test_nuswide_pictures_elsewhere_and_no_cut(tmp_path):
+def test_nuswide_images_elsewhere_and_no_cut(tmp_path):
     root = make_nus(tmp_path / "NUS", "arrays")
     (root / "Flickr").rename(tmp_path / "photos")
     # Names as bytes, from an older NumPy.
@@ -202,7 +202,7 @@ def test_cub(tmp_path):
     test = [i for i in range(BIRDS) if not is_training(i)]
     paths = [f"{i % 5:03d}.Some_bird/Some_Bird_{i}.jpg" for i in train]
     check_protocol(manifest, labels[train], labels[test], paths)
-    assert "20 pictures, not the official 5,994" in notes_of(manifest)
+    assert "20 images, not the official 5,994" in notes_of(manifest)
     # The folder above will do, too; so will attributes.txt where others keep it.
     (tmp_path / "attributes.txt").rename(root / "attributes" / "attributes.txt")
     again = prepare("cub", "--root", tmp_path, "--val-fraction", "0", "--out", tmp_path / "m2")
@@ -228,10 +228,10 @@ ATTRIBUTES = "attributes/image_attribute_labels.txt"
         (lambda r: (r.parent / "attributes.txt").unlink(), r"attributes\.txt is neither in"),
         (lambda r: (r / ATTRIBUTES).unlink(), r"image_attribute_labels\.txt cannot be read"),
         (lambda r: edit(r / ATTRIBUTES, "\n1 3 ", "\n1 x "), "line 3: expected three whole numbers, not '1 x "),
-        (lambda r: edit(r / ATTRIBUTES, "\n1 3 ", "\n\n27 3 "), "line 4: picture 27 is not in images"),
+        (lambda r: edit(r / ATTRIBUTES, "\n1 3 ", "\n\n27 3 "), "line 4: image 27 is not in images"),
         (lambda r: edit(r / ATTRIBUTES, "\n1 3 ", "\n1 313 "), "line 3: attribute 313 is not in"),
         (lambda r: edit(r / ATTRIBUTES, "\n1 3 0", "\n1 3 2"), "line 3: 'is present' is 2"),
-        (lambda r: edit(r / ATTRIBUTES, "\n1 3 0", "\n1 3 1 1 0.5\n1 3 0"), "attribute 3 of picture 1 is both"),
+        (lambda r: edit(r / ATTRIBUTES, "\n1 3 0", "\n1 3 1 1 0.5\n1 3 0"), "attribute 3 of image 1 is both"),
     ],
 )
 def test_cub_bad_input(tmp_path, damage, message):
@@ -248,14 +248,14 @@ def test_cub_repeated_and_missing_lines(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if line.split()[2] == "0")
     path.write_text("".join(lines[:first] + lines[first + 1 :] + lines[-2:]))
-    pictures, attributes = BIRDS, 312
-    rows = cub.read_attributes(path, pictures, attributes)
+    images, attributes = BIRDS, 312
+    rows = cub.read_attributes(path, images, attributes)
     assert len(rows) == BIRDS * 312 + 1 and rows[:, 2].tolist().count(1) == cub_labels().sum() + sum(
         line.split()[2] == "1" for line in lines[-2:]
     )
     manifest = prepare("cub", "--root", root, "--out", tmp_path / "m")
     notes = notes_of(manifest)
     assert "2 lines of image_attribute_labels.txt are there twice" in notes
-    assert "1 attributes of pictures are not annotated and count as absent" in notes
+    assert "1 attributes of images are not annotated and count as absent" in notes
     test = [i for i in range(BIRDS) if not is_training(i)]
     assert np.array_equal(manifest.split("test").known.rows(range(len(test))), cub_labels()[test])

@@ -71,7 +71,7 @@ def expected_labels(path: Path, class_ids: Sequence[str]) -> Labels:
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """A V7 release with machine labels and image lists, without pictures."""
+    """A V7 release with machine labels and image lists, without images."""
     return make_release(
         *(tmp_path_factory.mktemp("oid"), "v7"),
         images=SMALL,
@@ -133,15 +133,15 @@ def test_one_split_and_no_descriptions(tmp_path, release):
     assert "40 of 40 classes have no name" in notes and "no val and no test split" in notes
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["bucket", "flat", "nested"])
-def test_pictures_in_any_folders(tmp_path, layout, capsys):
+def test_images_in_any_folders(tmp_path, layout, capsys):
     made = make_release(tmp_path, "v6", images=SMALL, pictures=0.5, layout=layout)
     (tmp_path / "images" / "list.txt").write_text("x")
     whole = prepare(made, tmp_path / "whole", images="none")
-    assert capsys.readouterr().out.rstrip().endswith("--data.image_root FOLDER_OF_THE_PICTURES")
+    assert capsys.readouterr().out.rstrip().endswith("--data.image_root FOLDER_OF_THE_IMAGES")
     manifest = prepare(made, tmp_path / "m")
     assert "image_root" not in capsys.readouterr().out
     report = report_of(manifest)
@@ -153,15 +153,15 @@ def test_pictures_in_any_folders(tmp_path, layout, capsys):
         rows = np.flatnonzero(np.isin(every.ids, there))
         assert np.array_equal(split.known.rows(range(len(split))), every.known.rows(rows))
         entry = report["coverage"][name]
-        assert (entry["pictures_found"], entry["pictures_missing"]) == (len(split), len(every) - len(split))
+        assert (entry["images_found"], entry["images_missing"]) == (len(split), len(every) - len(split))
         assert set(entry["first_missing"]).isdisjoint(f"{i:016x}" for i in there.tolist())
         assert any(note.startswith(f"{name}: {len(split)} of {len(every)} labelled") for note in report["notes"])
-    assert report["coverage"]["pictures"]["other_files"] == 1 and report["left_out"]["total"] == 0
+    assert report["coverage"]["images"]["other_files"] == 1 and report["left_out"]["total"] == 0
     folders = {i >> 56 for i in made.pictures["train"].tolist()} if layout == "nested" else {0}
     assert len(manifest.split("train").templates) == len(folders)
 
 
-def test_broken_extra_and_doubled_pictures(tmp_path):
+def test_broken_extra_and_doubled_images(tmp_path):
     made = make_release(tmp_path, "v6", images={"train": 20}, pictures=1.0)
     ids = made.pictures["train"].tolist()
     names = [f"{i:016x}" for i in ids]
@@ -180,12 +180,12 @@ def test_broken_extra_and_doubled_pictures(tmp_path):
     # Of two, the first folder in alphabetical order.
     assert paths[ids[5]] == f"strange {{0}}/{names[5]}.jpg" and len(split.templates) == 4
     assert report["left_out"]["reasons"] == {"empty file": 1}
-    pictures = report["coverage"]["pictures"]
-    assert pictures["in_two_folders"] == 1 and pictures["first_without_label"] == ["00000000000000ff"]
-    assert pictures["without_label"] == 1 and pictures["other_files"] == 1
+    images = report["coverage"]["images"]
+    assert images["in_two_folders"] == 1 and images["first_without_label"] == ["00000000000000ff"]
+    assert images["without_label"] == 1 and images["other_files"] == 1
 
 
-def test_which_pictures_are_there_changes_no_draw(tmp_path):
+def test_which_images_are_there_changes_no_draw(tmp_path):
     made = make_release(tmp_path, "v6", images={"train": 40}, pictures=0.5)
     whole = prepare(made, tmp_path / "whole", "--observe", "single", images="none").split("train")
     part = prepare(made, tmp_path / "part", "--observe", "single").split("train")
@@ -215,12 +215,12 @@ def test_tar_files_of_the_bucket(tmp_path, layout):
     ("change", "message"),
     [
         (lambda f: f.rmdir(), "does not exist; write --images none"),
-        (lambda f: None, "no picture below .* that is named by .*16 hexadecimal digits"),
+        (lambda f: None, "no image below .* that is named by .*16 hexadecimal digits"),
         (lambda f: (f / "train_0.tar.gz").write_bytes(b"x"), r"holds 1 packed files \(train_0.tar.gz.*shard --man"),
-        (lambda f: (f / "00000000000000ff.jpg").write_bytes(b"x"), "none of the .* labelled pictures of split train"),
+        (lambda f: (f / "00000000000000ff.jpg").write_bytes(b"x"), "none of the .* labelled images of split train"),
     ],
 )
-def test_no_pictures(tmp_path, release, change, message):
+def test_no_images(tmp_path, release, change, message):
     (tmp_path / "images").mkdir()
     change(tmp_path / "images")
     with pytest.raises(UserError, match=message):
@@ -258,7 +258,7 @@ CONFLICTING = [(1, A, 1), (1, A, 0), (2, A, 0), (2, A, 1), (2, B, 1), (3, A, 1),
     ],
 )
 def test_contradictions(tmp_path, policy, expected):
-    # The rows of a picture lie apart, in two files.
+    # The rows of an image lie apart, in two files.
     first = label_file(tmp_path / "a.csv", CONFLICTING[4:] + CONFLICTING[:1])
     second = label_file(tmp_path / "b.csv", CONFLICTING[1:4], "crowdsource-verification")
     found = grouped([first, second], policy)
@@ -327,12 +327,12 @@ def test_rotation(tmp_path, capsys):
         # A title may hold commas, quotes and line ends.
         writer.writerows([i, f'a "b",\n{turn}', turn] for i, turn in zip([*ids, "f" * 16], [*turns, ""], strict=True))
     split = prepare(made, tmp_path / "m", "--images-info", listed, "--orientation", "exif").split("train")
-    # Counterclockwise by 90 degrees is EXIF's 8; where the list says nothing, the picture's own data count.
+    # Counterclockwise by 90 degrees is EXIF's 8; where the list says nothing, the image's own data count.
     assert split.orientation.tolist() == [1, 8, 3, 6, 3, 1]
     assert split.width.tolist() == [48, 32, 48, 32, 48, 48] and split.height.tolist() == [32, 48, 32, 48, 32, 32]
     report = report_of(Manifest(tmp_path / "m"))["splits"]["train"]
     assert (report["turned_by_list"], report["turned_by_exif"]) == (3, 1)
-    assert "the image lists know the rotation of 5 of 6 pictures" in capsys.readouterr().out
+    assert "the image lists know the rotation of 5 of 6 images" in capsys.readouterr().out
     plain = prepare(made, tmp_path / "plain", "--images-info", listed).split("train")
     assert plain.orientation.tolist() == [1, 8, 3, 6, 1, 1]
 
@@ -494,15 +494,15 @@ def test_nothing_in_common(tmp_path, release):
     labels = label_file(tmp_path / "train.csv", [(1, "/m/0zzzzzz", 1)])
     with pytest.raises(UserError, match=r"no row of .* has a class of .*same release"):
         prepare(release, tmp_path / "m", labels=[labels])
-    with pytest.raises(UserError, match="--verify header needs pictures"):
+    with pytest.raises(UserError, match="--verify header needs images"):
         prepare(release, tmp_path / "m", "--verify", "header")
     assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()
 
 
-def test_a_picture_is_in_one_split(tmp_path, release):
+def test_a_image_is_in_one_split(tmp_path, release):
     train = label_file(tmp_path / "train.csv", [(1, A, 1), (5, A, 1), (9, A, 0)])
     test = label_file(tmp_path / "test.csv", [(5, A, 0), (10, A, 1)])
-    message = r"1 pictures have labels in split train and in split test \(the first is 0000000000000005\)"
+    message = r"1 images have labels in split train and in split test \(the first is 0000000000000005\)"
     (tmp_path / "classes.txt").write_text(f"{A}\n")
     words = ["openimages", "--classes", tmp_path / "classes.txt", "--images", "none", "--out", tmp_path / "m"]
     with pytest.raises(UserError, match=message):

@@ -28,7 +28,7 @@ def test_made_prepared_sharded_killed_resumed_and_evaluated(tmp_path: Path, monk
     for name, value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}.items():
         monkeypatch.setenv(name, value)
     benchmark = load_benchmark()
-    words = ["--out", tmp_path, "--images", 160, 30, 40, "--classes", 40, "--pictures", 1, "--batch-size", 16]
+    words = ["--out", tmp_path, "--images", 160, 30, 40, "--classes", 40, "--images", 1, "--batch-size", 16]
     words += ["--save-updates", 2, "--log-every", 4, "--port", free_port()]
     stages = {s.name: s for s in benchmark.simulate(benchmark.parse([str(w) for w in words]))}
     assert list(stages) == [

@@ -1,4 +1,4 @@
-"""launch/prepare.py from raw files to Manifest: picture verification, every data set, and what users get wrong."""
+"""launch/prepare.py from raw files to Manifest: image verification, every data set, and what users get wrong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from spml_fast.core import workers
 from spml_fast.core.errors import UserError
-from spml_fast.data.image_check import check_picture, choose_level, verify_pictures
+from spml_fast.data.image_check import check_image, choose_level, verify_images
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare import build, raw
@@ -61,35 +61,35 @@ def report_of(manifest: Manifest) -> dict:
 
 
 @pytest.mark.parametrize("level", ["decode", "header"])
-def test_good_pictures_pass(tmp_path, level):
-    make.write_files(tmp_path, make.good_pictures())
-    for name in make.good_pictures():
-        checked = check_picture(str(tmp_path / name), level)
+def test_good_images_pass(tmp_path, level):
+    make.write_files(tmp_path, make.good_images())
+    for name in make.good_images():
+        checked = check_image(str(tmp_path / name), level)
         assert checked.reason is None, (name, checked)
         assert (checked.width, checked.height) == (make.WIDTH, make.HEIGHT), name
         assert checked.orientation == {"turned.jpg": 6, "turned.png": 8, "turned.tif": 6}.get(name, 1), name
 
 
-def test_bad_pictures_are_named(tmp_path):
-    make.write_files(tmp_path, {name: data for name, (data, _) in make.bad_pictures().items()})
-    for name, (_, reason) in make.bad_pictures().items():
-        checked = check_picture(str(tmp_path / name))
+def test_bad_images_are_named(tmp_path):
+    make.write_files(tmp_path, {name: data for name, (data, _) in make.bad_images().items()})
+    for name, (_, reason) in make.bad_images().items():
+        checked = check_image(str(tmp_path / name))
         assert checked.reason is not None and reason in checked.reason, (name, checked)
-    assert check_picture(str(tmp_path / "absent.jpg")).reason == "missing file"
-    assert check_picture(str(tmp_path / "a.gif" / "below.jpg")).reason == "missing file"
-    assert check_picture(str(tmp_path)).reason == "a folder, not a file"
-    assert check_picture("nul\0byte.jpg").reason == "unusable file name"
+    assert check_image(str(tmp_path / "absent.jpg")).reason == "missing file"
+    assert check_image(str(tmp_path / "a.gif" / "below.jpg")).reason == "missing file"
+    assert check_image(str(tmp_path)).reason == "a folder, not a file"
+    assert check_image("nul\0byte.jpg").reason == "unusable file name"
     # Headers alone show kinds that the loader does not read, and not that the end is missing.
-    assert "GIF" in (check_picture(str(tmp_path / "a.gif"), "header").reason or "")
-    assert check_picture(str(tmp_path / "empty.jpg"), "header").reason == "empty file"
-    assert check_picture(str(tmp_path / "truncated a little.jpg"), "header").reason is None
+    assert "GIF" in (check_image(str(tmp_path / "a.gif"), "header").reason or "")
+    assert check_image(str(tmp_path / "empty.jpg"), "header").reason == "empty file"
+    assert check_image(str(tmp_path / "truncated a little.jpg"), "header").reason is None
 
 
 def test_loader_decodes_what_passes(tmp_path):
     from nvidia.dali import fn, pipeline_def, types
 
-    make.write_files(tmp_path, make.good_pictures())
-    names = list(make.good_pictures())
+    make.write_files(tmp_path, make.good_images())
+    names = list(make.good_images())
 
     @pipeline_def(batch_size=len(names), num_threads=2, device_id=None)
     def read():
@@ -107,12 +107,12 @@ def test_loader_decodes_what_passes(tmp_path):
             assert np.abs(pixels.astype(int) - make.pixels()).mean() < 12, name
 
 
-def test_verify_pictures_in_processes(tmp_path):
-    files = {f"{i:03d}.jpg": make.encoded(make.picture(16 + i, 20)) for i in range(150)}
+def test_verify_images_in_processes(tmp_path):
+    files = {f"{i:03d}.jpg": make.encoded(make.drawn_image(16 + i, 20)) for i in range(150)}
     files["070.jpg"] = b""
     files["149.jpg"] = files["149.jpg"][:-30]
     make.write_files(tmp_path, files)
-    checked = verify_pictures(151, lambda i: str(tmp_path / f"{i:03d}.jpg"), "decode", workers=2, progress=False)
+    checked = verify_images(151, lambda i: str(tmp_path / f"{i:03d}.jpg"), "decode", workers=2, progress=False)
     assert np.nonzero(~checked.ok)[0].tolist() == [70, 149, 150]
     assert {i: reason for i, (reason, _) in checked.rejected.items()} == {
         70: "empty file",
@@ -129,8 +129,8 @@ def test_processes_that_die_at_once_are_one_sentence(monkeypatch):
             raise BrokenProcessPool
 
     monkeypatch.setattr(workers, "ProcessPoolExecutor", Broken)
-    with pytest.raises(UserError, match=r"a process that was checking pictures died near 0\.jpg"):
-        verify_pictures(100, lambda i: f"{i}.jpg", "header", workers=2, progress=False)
+    with pytest.raises(UserError, match=r"a process that was checking images died near 0\.jpg"):
+        verify_images(100, lambda i: f"{i}.jpg", "header", workers=2, progress=False)
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):
@@ -167,8 +167,8 @@ def test_level_by_number():
     assert choose_level("none", 5) == "none"
 
 
-def test_boxes_turn_with_the_picture():
-    # A white box in a black picture, turned by Pillow, must be where turn_boxes says.
+def test_boxes_turn_with_the_image():
+    # A white box in a black image, turned by Pillow, must be where turn_boxes says.
     box = np.array([[3, 0.25, 0.125, 0.5, 0.25]], np.float32)
     pixels = np.zeros((32, 64), np.uint8)
     pixels[4:8, 16:32] = 255
@@ -223,9 +223,9 @@ def test_digits_labels_are_their_boxes(tmp_path):
 def test_digits_ink_is_inside_the_boxes():
     ink, labels = digits._load_digits()
     scenes = digits.plan_scenes(30, np.arange(digits.TRAIN_DIGITS), labels, [0])
-    pictures = digits.render_scenes(scenes, ink).astype(int)
+    images = digits.render_scenes(scenes, ink).astype(int)
     background = scenes.patches.repeat(16, 1).repeat(16, 2).astype(int)
-    changed = np.abs(pictures - background).max(-1) > 100
+    changed = np.abs(images - background).max(-1) > 100
     boxes = digits._boxes(scenes, ink).astype(int)
     assert np.array_equal(boxes[:, 0], labels[scenes.source])
     covered = np.zeros_like(changed)
@@ -297,7 +297,7 @@ def test_voc(tmp_path):
     assert np.array_equal(manifest.split("val").observed.rows(range(4)), drawn.rows(val))
 
 
-def test_a_bad_picture_changes_no_other_row(tmp_path):
+def test_a_bad_image_changes_no_other_row(tmp_path):
     root = make.make_voc(tmp_path / "VOC2012")
     whole = prepare("voc", "--root", root, "--out", tmp_path / "whole")
     victim = root / "JPEGImages" / "2008_000004.jpg"
@@ -320,7 +320,7 @@ def test_a_bad_picture_changes_no_other_row(tmp_path):
         assert all(before[path] == row for path, row in after.items())
     report = report_of(holed)
     assert report["left_out"]["reasons"] == {"damaged or truncated": 1, "missing file": 1}
-    assert {(p["split"], p["path"]) for p in report["left_out"]["pictures"]} == {
+    assert {(p["split"], p["path"]) for p in report["left_out"]["images"]} == {
         ("train", "2008_000004.jpg"),
         ("test", "2009_000001.jpg"),
     }
@@ -339,17 +339,17 @@ def test_voc_without_annotations_and_without_cut(tmp_path):
     [
         (lambda r: shutil.rmtree(r / "ImageSets"), "ImageSets/Main does not exist"),
         (lambda r: (r / "ImageSets/Main/cat_val.txt").unlink(), r"cat_val\.txt cannot be read"),
-        (lambda r: _append(r / "ImageSets/Main/cat_train.txt", "2008_000099 1\n"), "same pictures.*2008_000099"),
-        (lambda r: _append(r / "ImageSets/Main/cat_train.txt", "2008_000001 -1\n"), "line 21: picture 2008_000001"),
+        (lambda r: _append(r / "ImageSets/Main/cat_train.txt", "2008_000099 1\n"), "same images.*2008_000099"),
+        (lambda r: _append(r / "ImageSets/Main/cat_train.txt", "2008_000001 -1\n"), "line 21: image 2008_000001"),
         (
             lambda r: _append(r / "ImageSets/Main/cat_train.txt", "2008_000001 maybe\n"),
-            "line 21: expected a picture name",
+            "line 21: expected an image name",
         ),
         (
             lambda r: (r / "Annotations/2008_000003.xml").write_text("<annotation><obj"),
             r"2008_000003\.xml is not valid XML",
         ),
-        (lambda r: shutil.rmtree(r / "JPEGImages"), "none of the 20 pictures of split 'train'.*missing file"),
+        (lambda r: shutil.rmtree(r / "JPEGImages"), "none of the 20 images of split 'train'.*missing file"),
     ],
 )
 def test_voc_bad_input(tmp_path, damage, message):
@@ -378,7 +378,7 @@ def test_coco(tmp_path):
         *("coco", "--annotations", train, "--images", train_images, "--test-annotations", test),
         *("--test-images", test_images, "--val-fraction", "0", "--out", tmp_path / "m"),
     )
-    # Class index in the file's order of categories; ids sorted as strings; pictures without annotation left out.
+    # Class index in the file's order of categories; ids sorted as strings; images without annotation left out.
     assert manifest.classes == ["zebra", "ant", "traffic light"]
     split = manifest.split("train")
     assert [Path(split.path(i)).stem.lstrip("0") for i in range(len(split))] == ["10", "100", "2", "30", "9"]
@@ -402,14 +402,14 @@ def test_coco_annotated_sizes_without_looking(tmp_path):
 
 
 def test_coco_boxes_follow_the_annotated_size(tmp_path):
-    # Pictures that somebody scaled down after annotating: boxes are fractions of the annotated size.
+    # Images that somebody scaled down after annotating: boxes are fractions of the annotated size.
     train, images = make.make_coco(tmp_path, "train", {1: [1], 2: [7]})
-    make.write_files(images, {f"{i:012d}.jpg": make.encoded(make.picture(24, 16)) for i in (1, 2)})
+    make.write_files(images, {f"{i:012d}.jpg": make.encoded(make.drawn_image(24, 16)) for i in (1, 2)})
     manifest = prepare("coco", "--annotations", train, "--images", images, "--val-fraction", 0, "--out", tmp_path / "m")
     split = manifest.split("train")
     assert split.width.tolist() == [24, 24] and split.boxes is not None
     assert np.allclose(split.boxes[1][:, 1:], [12 / 48, 8 / 32, 24 / 48, 16 / 32])
-    assert any("another size than the annotation says: 2 pictures" in note for note in report_of(manifest)["notes"])
+    assert any("another size than the annotation says: 2 images" in note for note in report_of(manifest)["notes"])
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_coco_boxes_follow_the_annotated_size(tmp_path):
         (lambda d: {**d, "categories": 3}, "no list 'categories'"),
         (lambda d: {**d, "annotations": [{"image_id": 9}]}, "entry 0 of 'annotations' has no 'category_id'"),
         (lambda d: {**d, "annotations": [{"image_id": [9], "category_id": 1}]}, "as its 'image_id'"),
-        (lambda d: {**d, "annotations": [{"image_id": 77, "category_id": 1}]}, "picture 77"),
+        (lambda d: {**d, "annotations": [{"image_id": 77, "category_id": 1}]}, "image 77"),
         (lambda d: {**d, "annotations": [{"image_id": 9, "category_id": 5}]}, "category 5"),
         (
             lambda d: {**d, "annotations": [{"image_id": 9, "category_id": 1, "bbox": [1, 2]}]},
@@ -481,21 +481,21 @@ def test_coco_mini(tmp_path):
 
 
 def make_table(folder: Path, text: str | bytes) -> tuple[Path, Path]:
-    """A table and the pictures that it names (in a first column without quotes). Returns (table, picture folder)."""
+    """A table and the images that it names (in a first column without quotes). Returns (table, image folder)."""
     data = text if isinstance(text, bytes) else text.encode()
     (folder / "table.csv").write_bytes(data)
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
+    images = folder / "images"
+    images.mkdir(exist_ok=True)
     for line in data.decode("utf-8-sig").splitlines()[1:]:
         name = line.split(",")[0]
         if name:
-            make.write_files(pictures, {name: make.encoded()})
-    return folder / "table.csv", pictures
+            make.write_files(images, {name: make.encoded()})
+    return folder / "table.csv", images
 
 
 def prepare_table(folder: Path, text: str | bytes, *options: object) -> Manifest:
-    table, pictures = make_table(folder, text)
-    return prepare("csv", "--table", table, "--images", pictures, "--out", folder / "m", *options)
+    table, images = make_table(folder, text)
+    return prepare("csv", "--table", table, "--images", images, "--out", folder / "m", *options)
 
 
 SPLIT_ROWS = (
@@ -532,13 +532,13 @@ def test_csv_meaning_of_unlisted_classes(tmp_path, columns, train, empty, option
     assert any("does not list were read as" in note for note in report_of(manifest)["notes"])
 
 
-def test_csv_odd_and_broken_pictures(tmp_path):
-    good, bad = make.good_pictures(), make.bad_pictures()
-    pictures = make.write_files(tmp_path / "pictures", {**good, **{name: data for name, (data, _) in bad.items()}})
+def test_csv_odd_and_broken_images(tmp_path):
+    good, bad = make.good_images(), make.bad_images()
+    images = make.write_files(tmp_path / "images", {**good, **{name: data for name, (data, _) in bad.items()}})
     names = [*good, *bad, "absent.jpg"]
     rows = "".join(f'"{name}",{"cat" if i % 2 else "dog"},train\n' for i, name in enumerate(names))
     (tmp_path / "table.csv").write_text("path,positives,split\n" + rows, encoding="utf-8")
-    arguments = ["csv", "--table", tmp_path / "table.csv", "--images", pictures, "--out"]
+    arguments = ["csv", "--table", tmp_path / "table.csv", "--images", images, "--out"]
     manifest = prepare(*arguments, tmp_path / "m")
     split = manifest.split("train")
     assert [split.relative_path(i) for i in range(len(split))] == list(good)
@@ -549,7 +549,7 @@ def test_csv_odd_and_broken_pictures(tmp_path):
     assert sizes == [(make.HEIGHT, make.WIDTH) if name in turned else (make.WIDTH, make.HEIGHT) for name in good]
     left_out = report_of(manifest)["left_out"]
     assert left_out["total"] == len(bad) + 1 == sum(left_out["reasons"].values())
-    named = {p["path"]: p["reason"] for p in left_out["pictures"]}
+    named = {p["path"]: p["reason"] for p in left_out["images"]}
     assert named.keys() == {*bad, "absent.jpg"} and all(reason in named[name] for name, (_, reason) in bad.items())
     ignoring = prepare(*arguments, tmp_path / "ignoring", "--orientation", "ignore").split("train")
     assert set(ignoring.orientation.tolist()) == {1}
@@ -582,26 +582,26 @@ def test_csv_without_splits_is_cut_as_published(tmp_path):
     ],
 )
 def test_csv_spellings(tmp_path, text):
-    pictures = make.write_files(tmp_path / "pictures", {"a b.jpg": make.encoded(), "c.jpg": make.encoded()})
+    images = make.write_files(tmp_path / "images", {"a b.jpg": make.encoded(), "c.jpg": make.encoded()})
     (tmp_path / "table.csv").write_bytes(text)
-    manifest = prepare("csv", "--table", tmp_path / "table.csv", "--images", pictures, "--out", tmp_path / "m")
+    manifest = prepare("csv", "--table", tmp_path / "table.csv", "--images", images, "--out", tmp_path / "m")
     assert manifest.classes == ["café", "tea pot"]
     assert manifest.split("train").known.rows([0, 1]).tolist() == [[1, 1], [0, 1]]
 
 
-def test_csv_rows_of_one_picture_merge(tmp_path):
+def test_csv_rows_of_one_image_merge(tmp_path):
     rows = ["a.jpg,cat,dog", "b.jpg,dog,", "a.jpg,ant;cat,", "a.jpg,cat,dog"]
     text = "path,positives,negatives,split\n" + "".join(f"{row},train\n" for row in rows)
     manifest = prepare_table(tmp_path, text)
     split = manifest.split("train")
     assert len(split) == 2 and split.known.rows([0, 1]).tolist() == [[1, 1, 0], [-1, -1, 1]]
-    assert "2 rows named a picture again" in " ".join(report_of(manifest)["notes"])
+    assert "2 rows named an image again" in " ".join(report_of(manifest)["notes"])
 
 
 def test_csv_conflicts(tmp_path):
     text = "path,positives,negatives,split\na.jpg,cat,dog,train\nb.jpg,dog,,train\na.jpg,dog,cat,train\n"
     with pytest.raises(
-        UserError, match=r"table\.csv, line 4: class 'dog' of picture a\.jpg is positive here and negative in line 2"
+        UserError, match=r"table\.csv, line 4: class 'dog' of image a\.jpg is positive here and negative in line 2"
     ):
         prepare_table(tmp_path, text)
     manifest = prepare_table(tmp_path, text, "--conflicts", "positive")
@@ -636,9 +636,9 @@ def test_csv_class_file(tmp_path):
         (
             "path,positives,split\na.jpg,cat,train\na.jpg,cat,test\n",
             [],
-            "line 3: picture a.jpg is in split 'test' here and in 'train' in line 2",
+            "line 3: image a.jpg is in split 'test' here and in 'train' in line 2",
         ),
-        ("path,positives,negatives,split\na.jpg,cat,cat,train\n", [], "line 2: class 'cat' of picture a.jpg"),
+        ("path,positives,negatives,split\na.jpg,cat,cat,train\n", [], "line 2: class 'cat' of image a.jpg"),
         (
             "path,positives,split\na.jpg,cat,train\nb.jpg,cow,train\n",
             ["--classes", "{}/classes.txt"],
@@ -664,37 +664,37 @@ def test_csv_class_file(tmp_path):
 def test_csv_bad_input(tmp_path, text, options, message):
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     (tmp_path / "double.txt").write_text("cat\ndog\ncat\n")
-    pictures = make.write_files(tmp_path / "pictures", {n: make.encoded() for n in ("a.jpg", "b.jpg")})
+    images = make.write_files(tmp_path / "images", {n: make.encoded() for n in ("a.jpg", "b.jpg")})
     (tmp_path / "table.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     words = [o.format(tmp_path) for o in options]
     with pytest.raises(UserError, match=message):
-        prepare("csv", "--table", tmp_path / "table.csv", "--images", pictures, "--out", tmp_path / "m", *words)
+        prepare("csv", "--table", tmp_path / "table.csv", "--images", images, "--out", tmp_path / "m", *words)
     assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()
 
 
 def test_csv_missing_files_and_targets(tmp_path):
-    table, pictures = make_table(tmp_path, "path,positives,split\na.jpg,cat,train\n")
+    table, images = make_table(tmp_path, "path,positives,split\na.jpg,cat,train\n")
     with pytest.raises(UserError, match=r"absent\.csv cannot be read"):
-        prepare("csv", "--table", tmp_path / "absent.csv", "--images", pictures, "--out", tmp_path / "m")
-    with pytest.raises(UserError, match=r"picture folder .*absent does not exist"):
+        prepare("csv", "--table", tmp_path / "absent.csv", "--images", images, "--out", tmp_path / "m")
+    with pytest.raises(UserError, match=r"image folder .*absent does not exist"):
         prepare("csv", "--table", table, "--images", tmp_path / "absent", "--out", tmp_path / "m")
     with pytest.raises(UserError, match="exists and is not a Manifest"):
-        prepare("csv", "--table", table, "--images", pictures, "--out", pictures)
+        prepare("csv", "--table", table, "--images", images, "--out", images)
     with pytest.raises(UserError, match="cannot be"):
-        prepare("csv", "--table", table, "--images", pictures, "--out", table / "below")
-    prepare("csv", "--table", table, "--images", pictures, "--out", tmp_path / "m")
+        prepare("csv", "--table", table, "--images", images, "--out", table / "below")
+    prepare("csv", "--table", table, "--images", images, "--out", tmp_path / "m")
     with pytest.raises(UserError, match="already holds a Manifest"):
-        prepare("csv", "--table", table, "--images", pictures, "--out", tmp_path / "m")
-    prepare("csv", "--table", table, "--images", pictures, "--out", tmp_path / "m", "--overwrite")
+        prepare("csv", "--table", table, "--images", images, "--out", tmp_path / "m")
+    prepare("csv", "--table", table, "--images", images, "--out", tmp_path / "m", "--overwrite")
     # A failed attempt to replace a Manifest leaves the old one as it was.
-    (pictures / "a.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="none of the 1 pictures"):
-        prepare("csv", "--table", table, "--images", pictures, "--out", tmp_path / "m", "--overwrite")
+    (images / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 1 images"):
+        prepare("csv", "--table", table, "--images", images, "--out", tmp_path / "m", "--overwrite")
     assert len(Manifest(tmp_path / "m").split("train")) == 1
 
 
 names = st.sampled_from(["ant", "bee", "café", "tea pot", 'quo"te', "com,ma", "日本"])
-picture_names = (
+image_names = (
     st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=6).map(str.strip).filter(bool)
 )
 
@@ -702,7 +702,7 @@ picture_names = (
 @settings(deadline=None, max_examples=60)
 @given(
     st.dictionaries(
-        picture_names, st.dictionaries(names, st.sampled_from([1, 0, -1]), max_size=4), min_size=1, max_size=6
+        image_names, st.dictionaries(names, st.sampled_from([1, 0, -1]), max_size=4), min_size=1, max_size=6
     ),
     st.sampled_from(["\n", "\r\n"]),
     st.booleans(),
@@ -712,7 +712,7 @@ def test_csv_parser_reads_what_was_written(tmp_path_factory, rows, newline, mark
     import csv
 
     path = tmp_path_factory.mktemp("csv") / "t.csv"
-    # Each picture's labels are spread over one or two lines, in any order of lines.
+    # Each image's labels are spread over one or two lines, in any order of lines.
     lines = []
     for name, codes in rows.items():
         items = list(codes.items())
@@ -755,7 +755,7 @@ def test_command_line_mistakes(words, capsys):
 
 def test_a_new_data_set_is_one_class(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "DATASETS", dict(base.DATASETS))
-    make.write_files(tmp_path, {f"pictures/{i:x}.jpg": make.encoded() for i in range(10)})
+    make.write_files(tmp_path, {f"images/{i:x}.jpg": make.encoded() for i in range(10)})
 
     @base.register("numbered")
     class Numbered(base.Dataset):
@@ -763,7 +763,7 @@ def test_a_new_data_set_is_one_class(tmp_path, monkeypatch):
 
         def read(self, options):
             known = SparseLabels.from_positives([[i % 2] for i in range(10)], 2, -1)
-            split = raw.RawSplit("train", known, ids=np.arange(10), template="pictures/{id:x}.jpg")
+            split = raw.RawSplit("train", known, ids=np.arange(10), template="images/{id:x}.jpg")
             return raw.RawDataset("numbered", ["even", "odd"], tmp_path, [split], carve=("train", "val"))
 
     import argparse
@@ -773,7 +773,7 @@ def test_a_new_data_set_is_one_class(tmp_path, monkeypatch):
     manifest = Numbered().prepare(parser.parse_args(["--out", str(tmp_path / "m")]))
     train, val = manifest.split("train"), manifest.split("val")
     assert (len(train), len(val)) == (8, 2)
-    assert [train.relative_path(i) for i in range(8)] == [f"pictures/{i:x}.jpg" for i in published_split(10)[0]]
+    assert [train.relative_path(i) for i in range(8)] == [f"images/{i:x}.jpg" for i in published_split(10)[0]]
     with pytest.raises(ValueError, match="two data sets"):
         base.register("numbered")(Numbered)
 
@@ -782,12 +782,12 @@ def test_commands_as_a_user_runs_them(tmp_path, run_script):
     voc = make.make_voc(tmp_path / "VOC 2012")
     (voc / "JPEGImages" / "2009_000001.jpg").write_bytes(b"")
     train, images = make.make_coco(tmp_path, "train", TRAIN)
-    table, pictures = make_table(tmp_path, "path,positives,split\na.jpg,cat,train\nb.jpg,dog,train\n")
+    table, folder = make_table(tmp_path, "path,positives,split\na.jpg,cat,train\nb.jpg,dog,train\n")
     commands = {
         "digits": ["digits", "--train", "30", "--val", "5", "--test", "5"],
         "voc": ["voc", "--root", voc],
         "coco": ["coco", "--annotations", train, "--images", images, "--observe", "keep=0.5"],
-        "csv": ["csv", "--table", table, "--images", pictures],
+        "csv": ["csv", "--table", table, "--images", folder],
     }
     for name, words in commands.items():
         out = tmp_path / f"out {name}"
@@ -797,8 +797,8 @@ def test_commands_as_a_user_runs_them(tmp_path, run_script):
         assert f"Manifest: {out}" in done.stdout and f"--data.dir '{out}'" in done.stdout
         assert all(len(split) for split in manifest.splits.values())
         if name == "voc":
-            assert "left out: 1 pictures" in done.stdout and "1  empty file" in done.stdout
+            assert "left out: 1 images" in done.stdout and "1  empty file" in done.stdout
     assert not list(tmp_path.glob("*.partial"))
-    failed = run_script("prepare.py", "csv", "--table", table, "--images", pictures, "--out", pictures)
+    failed = run_script("prepare.py", "csv", "--table", table, "--images", images, "--out", images)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Raw data in the official formats, made on the fly: a small VOC tree, COCO JSON, odd and broken pictures."""
+"""Raw data in the official formats, made on the fly: a small VOC tree, COCO JSON, odd and broken images."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ VOC_CLASSES = [
 
 
 def pixels(width: int = WIDTH, height: int = HEIGHT) -> npt.NDArray[np.uint8]:
-    """A smooth coloured picture uint8 [H, W, 3] that no flip or turn leaves as it is."""
+    """A smooth coloured image uint8 [H, W, 3] that no flip or turn leaves as it is."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 // width, y * 255 // height, (x + 2 * y) % 256], -1).astype(np.uint8)
 
 
-def picture(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """The same as an RGB picture."""
+def drawn_image(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+    """The same as an RGB image."""
     return Image.fromarray(pixels(width, height))
 
 
 def encoded(image: Image.Image | None = None, fmt: str = "JPEG", **options: Any) -> bytes:
-    """Bytes of a picture file."""
+    """Bytes of an image file."""
     buffer = io.BytesIO()
-    (image or picture()).save(buffer, fmt, **options)
+    (image or drawn_image()).save(buffer, fmt, **options)
     return buffer.getvalue()
 
 
@@ -51,9 +51,9 @@ def png_chunk(kind: bytes, body: bytes, wrong: bool = False) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ wrong)
 
 
-def good_pictures() -> dict[str, bytes]:
-    """File name -> bytes of odd pictures of 48 x 32 (as stored) that the loader reads."""
-    image = picture()
+def good_images() -> dict[str, bytes]:
+    """File name -> bytes of odd images of 48 x 32 (as stored) that the loader reads."""
+    image = drawn_image()
     grey16 = Image.fromarray((np.arange(WIDTH * HEIGHT).reshape(HEIGHT, WIDTH) * 40).astype(np.uint16))
     jpeg = encoded()
     return {
@@ -84,7 +84,7 @@ def good_pictures() -> dict[str, bytes]:
     }
 
 
-def bad_pictures() -> dict[str, tuple[bytes, str]]:
+def bad_images() -> dict[str, tuple[bytes, str]]:
     """File name -> (bytes, part of the reason for which it must be left out)."""
     jpeg, png = encoded(quality=95), encoded(fmt="PNG")
     return {
@@ -99,12 +99,12 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
         "truncated.webp": (encoded(fmt="WEBP")[:-60], "damaged or truncated"),
         "truncated.bmp": (encoded(fmt="BMP")[:-60], "damaged or truncated"),
         "empty.jpg": (b"", "empty file"),
-        "page.jpg": (b"<html>not found</html>", "not a picture"),
+        "page.jpg": (b"<html>not found</html>", "not an image"),
         "a.gif": (encoded(fmt="GIF"), "format GIF"),
         "gif inside.jpg": (encoded(fmt="GIF"), "format GIF"),
         "a.ico": (encoded(fmt="ICO"), "format ICO"),
-        "float.tif": (encoded(picture().convert("F"), "TIFF"), "32 bits"),
-        "integer.tif": (encoded(picture().convert("I"), "TIFF"), "32 bits"),
+        "float.tif": (encoded(drawn_image().convert("F"), "TIFF"), "32 bits"),
+        "integer.tif": (encoded(drawn_image().convert("I"), "TIFF"), "32 bits"),
         "15 bit.bmp": (_bmp16(), "BMP with 16 bits"),
     }
 
@@ -125,7 +125,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def make_voc(root: Path, train: int = 20, val: int = 6, xml: bool = True) -> Path:
-    """A VOC tree of 20 classes: picture i of a split has class i mod 20, every third also `person`, every fourth a
+    """A VOC tree of 20 classes: image i of a split has class i mod 20, every third also `person`, every fourth a
     difficult `dog`. Returns the folder that holds ImageSets."""
     main = root / "ImageSets" / "Main"
     main.mkdir(parents=True)
@@ -154,7 +154,7 @@ def make_voc(root: Path, train: int = 20, val: int = 6, xml: bool = True) -> Pat
 
 
 def voc_flag(i: int, c: int) -> int:
-    """Flag of class c in picture i of the tree: 1 positive, 0 difficult, -1 absent."""
+    """Flag of class c in image i of the tree: 1 positive, 0 difficult, -1 absent."""
     if c == i % 20 or (c == VOC_CLASSES.index("person") and i % 3 == 0):
         return 1
     return 0 if c == VOC_CLASSES.index("dog") and i % 4 == 0 else -1
@@ -164,7 +164,7 @@ COCO_CATEGORIES = [{"id": 7, "name": "zebra"}, {"id": 1, "name": "ant"}, {"id": 
 
 
 def coco_instances(labels: Mapping[int, Sequence[int]], size: tuple[int, int] = (WIDTH, HEIGHT)) -> dict[str, Any]:
-    """An instances file: picture id -> category ids, one box each; pictures without categories are listed too."""
+    """An instances file: image id -> category ids, one box each; images without categories are listed too."""
     images = [
         {"id": i, "file_name": f"{i:012d}.jpg", "width": size[0], "height": size[1]}
         for i in sorted(labels, reverse=True)
@@ -178,8 +178,8 @@ def coco_instances(labels: Mapping[int, Sequence[int]], size: tuple[int, int] = 
 
 
 def make_coco(folder: Path, name: str, labels: Mapping[int, Sequence[int]]) -> tuple[Path, Path]:
-    """Write an instances file and its pictures. Returns (JSON file, picture folder)."""
-    pictures = write_files(folder / name, {f"{i:012d}.jpg": encoded() for i in labels})
+    """Write an instances file and its images. Returns (JSON file, image folder)."""
+    images = write_files(folder / name, {f"{i:012d}.jpg": encoded() for i in labels})
     path = folder / f"instances_{name}.json"
     path.write_text(json.dumps(coco_instances(labels)))
-    return path, pictures
+    return path, images

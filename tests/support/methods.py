@@ -75,12 +75,12 @@ class Rig:
         self.method: Method = method_class(
             method_class.Options(name=name, **required_options(name), **options), self.store
         )
-        self.pictures = {view: torch.randn(SAMPLES, 3, SIDE, SIDE) for view in self.method.views}
+        self.images = {view: torch.randn(SAMPLES, 3, SIDE, SIDE) for view in self.method.views}
 
     def batch(self, rows: list[int] | range, global_size: int | None = None) -> Batch:
         """A micro-batch of these samples."""
         index = torch.tensor(list(rows))
-        views = {name: v[index].to(memory_format=torch.channels_last) for name, v in self.pictures.items()}
+        views = {name: v[index].to(memory_format=torch.channels_last) for name, v in self.images.items()}
         truth = self.truth.rows(index) if self.truth is not None else None
         return Batch(views, self.store.rows(index), index, global_size or len(index), truth)
 
@@ -129,23 +129,23 @@ def at(epoch: int, update: int) -> Progress:
     return Progress(epoch=epoch, epochs=10, update=(epoch - 1) * UPDATES + update, updates_per_epoch=UPDATES, lr=1e-3)
 
 
-PICTURES = 14
+IMAGES = 14
 RANK_EPOCH = 5
 
 
 def share(rank: int, world: int) -> list[int]:
-    """This rank's slice of the 14 pictures; slices differ by a picture at most, as the trainer's do."""
-    return torch.arange(PICTURES).tensor_split(world)[rank].tolist()
+    """This rank's slice of the 14 images; slices differ by an image at most, as the trainer's do."""
+    return torch.arange(IMAGES).tensor_split(world)[rank].tolist()
 
 
 def rank_case(rig: Rig, rows: list[int]) -> tuple[Tensor, Tensor, dict[str, object]]:
-    """Mean over ranks of the loss and of the gradients of one step on all pictures, and the state it leaves.
+    """Mean over ranks of the loss and of the gradients of one step on all images, and the state it leaves.
 
     Args:
-        rows: the pictures of this rank.
+        rows: the images of this rank.
     """
     rig.method.on_epoch_start(at(RANK_EPOCH, 0))
-    loss = rig.step(rig.batch(rows, PICTURES), at(RANK_EPOCH, 0))
+    loss = rig.step(rig.batch(rows, IMAGES), at(RANK_EPOCH, 0))
     means = [distributed.all_reduce_sum(t) / distributed.world_size() for t in (loss, rig.gradients())]
     rig.end_epoch(RANK_EPOCH)
     return means[0], means[1], rig.state()

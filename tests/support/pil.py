@@ -24,7 +24,7 @@ from spml_fast.data.manifest import Split
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from tests.support.paths import find_data
 
-# Pillow's name of what shows a picture with that EXIF orientation upright, as PIL.ImageOps.exif_transpose does it.
+# Pillow's name of what shows an image with that EXIF orientation upright, as PIL.ImageOps.exif_transpose does it.
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,7 +42,7 @@ def coco_mini() -> Path | None:
 
 
 def photo(seed: int, width: int = 160, height: int = 120) -> Image.Image:
-    """A noisy picture with the spectrum of a photograph."""
+    """A noisy image with the spectrum of a photograph."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3), np.float32)
     for octave in range(1, 7):
@@ -63,14 +63,14 @@ def make_split(
     orientation: list[int] | None = None,
     sizes: list[tuple[int, int]] | None = None,
 ) -> Split:
-    """A Manifest of the pictures `names` in `root`, with one class that all of them have."""
+    """A Manifest of the images `names` in `root`, with one class that all of them have."""
     turned = orientation or [1] * len(names)
     if sizes is None:
         sizes = []
         for name, turn in zip(names, turned, strict=True):
-            with Image.open(os.path.join(root, name)) as picture:
-                sizes.append(picture.size if turn < 5 else picture.size[::-1])
-    writer = ManifestWriter(folder, "pictures", ["thing"], image_root=root)
+            with Image.open(os.path.join(root, name)) as image:
+                sizes.append(image.size if turn < 5 else image.size[::-1])
+    writer = ManifestWriter(folder, "images", ["thing"], image_root=root)
     writer.add_split(
         "train",
         known=SparseLabels.from_positives([[0]] * len(names), 1, 0),
@@ -106,38 +106,38 @@ class ReferenceViews(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def picture(self, index: int) -> Image.Image:
-        """The picture as shown."""
+    def image(self, index: int) -> Image.Image:
+        """The image as shown."""
         with Image.open(self.split.path(index)) as stored:
-            picture = stored.convert("RGB")
+            image = stored.convert("RGB")
         turn = TRANSPOSE.get(int(self.split.orientation[index]))
-        return picture if turn is None else picture.transpose(turn)
+        return image if turn is None else image.transpose(turn)
 
-    def _randaugment(self, picture: Image.Image, index: int) -> Image.Image:
+    def _randaugment(self, image: Image.Image, index: int) -> Image.Image:
         ops, signs = augment.randaugment_choice(self.seed, self.epoch, [index], self.config.randaugment_ops)
-        space = RandAugment()._augmentation_space(31, (picture.height, picture.width))
+        space = RandAugment()._augmentation_space(31, (image.height, image.width))
         for op, sign in zip(ops[0], signs[0], strict=True):
             name = augment.RANDAUGMENT_OPS[op]
             magnitudes, _ = space[name]
             value = float(magnitudes[self.config.randaugment_magnitude]) if magnitudes.ndim > 0 else 0.0
-            picture = _apply_op(picture, name, value * int(sign), InterpolationMode.NEAREST, None)
-        return picture
+            image = _apply_op(image, name, value * int(sign), InterpolationMode.NEAREST, None)
+        return image
 
-    def view(self, picture: Image.Image, name: str, index: int) -> torch.Tensor:
-        """One view of a picture as shown."""
+    def view(self, image: Image.Image, name: str, index: int) -> torch.Tensor:
+        """One view of an image as shown."""
         side = self.config.image_size
         if name == "strong":
-            picture = self._randaugment(picture, index)
+            image = self._randaugment(image, index)
         if name != "eval" and self.config.train_crop == "random_resized":
             box = augment.crop_boxes(
-                self.seed, self.epoch, [index], [picture.width], [picture.height], self.config.crop_scale
+                self.seed, self.epoch, [index], [image.width], [image.height], self.config.crop_scale
             )
-            picture = F.crop(picture, *box[0].tolist())
-        picture = picture.resize((side, side), Image.Resampling.BILINEAR)
+            image = F.crop(image, *box[0].tolist())
+        image = image.resize((side, side), Image.Resampling.BILINEAR)
         if name != "eval" and augment.flips(self.seed, self.epoch, [index], name, self.config.hflip)[0]:
-            picture = F.hflip(picture)
-        return F.normalize(F.to_tensor(picture), self.mean, self.std)
+            image = F.hflip(image)
+        return F.normalize(F.to_tensor(image), self.mean, self.std)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        picture = self.picture(index)
-        return {"index": index, **{name: self.view(picture, name, index) for name in self.views}}
+        image = self.image(index)
+        return {"index": index, **{name: self.view(image, name, index) for name in self.views}}

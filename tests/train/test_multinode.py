@@ -1,6 +1,6 @@
 """Two machines, played by processes on one, started by the launchers that people use.
 
-A ViT has no BatchNorm, so losses do not depend on how pictures are spread over ranks. Class-balanced order, the
+A ViT has no BatchNorm, so losses do not depend on how images are spread over ranks. Class-balanced order, the
 head's starting biases and ZeRO stage 1 come along, since they must not depend on it either.
 """
 

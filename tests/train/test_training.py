@@ -55,7 +55,7 @@ def losses(run: Path) -> list[float]:
 
 
 class TestQuickStart:
-    """The README's command, on fewer pictures."""
+    """The README's command, on fewer images."""
 
     @pytest.fixture(scope="class")
     def finished(self, small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
@@ -333,7 +333,7 @@ class TestBadInput:
         blocker.write_text("")
         self.refuse(run_script("train.py", *options(small_digits, blocker / "run")), str(blocker), "written")
 
-    def test_picture_deleted_after_preparation(self, run_script: Run, tmp_path: Path) -> None:
+    def test_image_deleted_after_preparation(self, run_script: Run, tmp_path: Path) -> None:
         from spml_fast.prepare.datasets.digits import prepare_digits
 
         manifest = prepare_digits(tmp_path / "digits", sizes={"train": 64, "val": 16, "test": 16})

@@ -1,13 +1,13 @@
-"""cam_mask: cut the evidence of the observed classes' neighbours away: keep a picture only where its own map is high.
+"""cam_mask: cut the evidence of the observed classes' neighbours away: keep an image only where its own map is high.
 
 Source: IGNORE (ECCV 2024) as in spec/ignore.md 1.4. The order is normalise, upsample, threshold, multiply.
 
-Three kernels: the maps of the observed classes [B, N, h, w] in fp32 (0.1 MB for 128 pictures of one class at 14 x 14),
-their normalisation in place, and the masked picture. The last one decides for a tile of pixels at a time from the few
-cells that it touches: where all of them are below the threshold it writes zeros without reading the picture, where all
+Three kernels: the maps of the observed classes [B, N, h, w] in fp32 (0.1 MB for 128 images of one class at 14 x 14),
+their normalisation in place, and the masked image. The last one decides for a tile of pixels at a time from the few
+cells that it touches: where all of them are below the threshold it writes zeros without reading the image, where all
 of one class are above it copies, and only in between it upsamples, in registers. The union over several classes is the
 threshold on the largest of their upsampled maps, and a class is upsampled in a tile only where it could matter.
-Pictures are copied bit by bit, so every dtype is.
+Images are copied bit by bit, so every dtype is.
 """
 
 from __future__ import annotations
@@ -32,46 +32,46 @@ def cam_mask(
     weight: Tensor,
     bias: Tensor,
     classes: Tensor,
-    pictures: Tensor,
+    images: Tensor,
     threshold: float,
     norm: MapNorm = "per_image",
     group: int = 16,
 ) -> Tensor:
-    """Pictures with everything removed that does not speak for their observed classes.
+    """Images with everything removed that does not speak for their observed classes.
 
     Args:
         features: [B, h, w, K], any floating dtype; channels-last feature memory is contiguous in this shape.
         weight: [C, K] class weights.
         bias: [C].
-        classes: int64 [B, N] observed classes of each picture, padded with -1. Several give the union of their masks;
-            a row without any keeps its whole picture and takes no part in the normalisation.
-        pictures: [B, 3, S, S].
+        classes: int64 [B, N] observed classes of each image, padded with -1. Several give the union of their masks;
+            a row without any keeps its whole image and takes no part in the normalisation.
+        images: [B, 3, S, S].
         threshold: a pixel is kept where the normalised, upsampled map is greater.
         norm: over what the map M is normalised.
-            `per_image`: (M - min) / (max - min) over the cells of each map; a flat map keeps the whole picture.
-            `batch_rawmax`: (M - min) / max over the maps of `group` consecutive pictures, cell by cell, as IGNORE's
+            `per_image`: (M - min) / (max - min) over the cells of each map; a flat map keeps the whole image.
+            `batch_rawmax`: (M - min) / max over the maps of `group` consecutive images, cell by cell, as IGNORE's
             release; a cell whose max is 0 is not kept. `batch_minmax`: (M - min) / (max - min) in the same way, as
             CALR's. A group with one map keeps nothing in either.
-        group: pictures that are normalised together in the batch modes.
+        group: images that are normalised together in the batch modes.
 
     Returns:
-        [B, 3, S, S] of the pictures' dtype and memory format, 0 where removed. No gradient reaches the map.
+        [B, 3, S, S] of the images' dtype and memory format, 0 where removed. No gradient reaches the map.
     """
     if not use_triton(features):
-        return cam_mask_reference(features, weight, bias, classes, pictures, threshold, norm, group)
+        return cam_mask_reference(features, weight, bias, classes, images, threshold, norm, group)
     _check(norm)
     head = (features.detach(), weight.detach(), bias.detach())
-    return cam_mask_op(*head, classes, pictures, float(threshold), norm, group)
+    return cam_mask_op(*head, classes, images, float(threshold), norm, group)
 
 
 def map_mask(
-    maps: Tensor, classes: Tensor, pictures: Tensor, threshold: float, norm: MapNorm = "per_image", group: int = 16
+    maps: Tensor, classes: Tensor, images: Tensor, threshold: float, norm: MapNorm = "per_image", group: int = 16
 ) -> Tensor:
     """As `cam_mask`, from given maps [B, N, h, w] of the `classes` [B, N] (attention heads have no class weights)."""
     if not use_triton(maps):
-        return map_mask_reference(maps, classes, pictures, threshold, norm, group)
+        return map_mask_reference(maps, classes, images, threshold, norm, group)
     _check(norm)
-    return map_mask_op(maps.detach(), classes, pictures, float(threshold), norm, group)
+    return map_mask_op(maps.detach(), classes, images, float(threshold), norm, group)
 
 
 def _check(norm: str) -> None:
@@ -107,7 +107,7 @@ def _class_map_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Maps of the chosen classes in one block of cells of one picture. Nothing is read where there is no class.
+    """Maps of the chosen classes in one block of cells of one image. Nothing is read where there is no class.
 
     Args:
         features_ptr: [B, cells, channels]; weight_ptr: [C, channels]; bias_ptr: [C].
@@ -115,17 +115,17 @@ def _class_map_kernel(
         maps_ptr: fp32 [B, chosen, cells], not written for -1.
     """
     blocks = tl.cdiv(cells, BLOCK_P)
-    picture = (tl.program_id(0) // blocks).to(tl.int64)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
     cell = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     k = tl.arange(0, BLOCK_K)
     # Lanes past the last cell repeat it and are dropped at the end: loads need no mask for them.
     x_lane = tl.minimum(cell, cells - 1)[:, None] * channels + k[None, :]
     for first in range(0, chosen, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        ids = tl.load(ids_ptr + picture * chosen + n, mask=n < chosen, other=-1)
+        ids = tl.load(ids_ptr + image * chosen + n, mask=n < chosen, other=-1)
         if tl.max(ids, 0) >= 0:
             cls = tl.maximum(ids, 0)
-            x_ptr = features_ptr + picture * cells * channels
+            x_ptr = features_ptr + image * cells * channels
             w_ptr = weight_ptr + cls[:, None] * channels + k[None, :]
             acc = tl.zeros((BLOCK_N, BLOCK_P, BLOCK_K), tl.float32)
             for k0 in range(0, channels, BLOCK_K):
@@ -139,7 +139,7 @@ def _class_map_kernel(
                 x_ptr += BLOCK_K
                 w_ptr += BLOCK_K
             cam = tl.sum(acc, 2) + tl.load(bias_ptr + cls).to(tl.float32)[:, None]
-            place = maps_ptr + (picture * chosen + n)[:, None] * cells + cell[None, :]
+            place = maps_ptr + (image * chosen + n)[:, None] * cells + cell[None, :]
             tl.store(place, cam, mask=(ids >= 0)[:, None] & (cell < cells)[None, :])
 
 
@@ -233,7 +233,7 @@ def _source_jit(pixel, ratio, cells):
 def _mask_kernel(
     maps_ptr,
     ids_ptr,
-    pictures_ptr,
+    images_ptr,
     out_ptr,
     threshold,
     margin,
@@ -251,11 +251,11 @@ def _mask_kernel(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """One tile of one picture, all of its planes.
+    """One tile of one image, all of its planes.
 
     Args:
         maps_ptr: fp32 [B, chosen, down, across], normalised; not read where ids_ptr, int64 [B, chosen], is -1.
-        pictures_ptr, out_ptr: [B, PLANES, height, width * STEP], integers of the pictures' width: STEP is the number of
+        images_ptr, out_ptr: [B, PLANES, height, width * STEP], integers of the images' width: STEP is the number of
             channels where they are innermost, else 1.
         margin: more than rounding can move an upsampled value that is close to the threshold.
         ratio_y, ratio_x: cells a pixel.
@@ -264,7 +264,7 @@ def _mask_kernel(
     row = width * STEP
     tiles_x = tl.cdiv(row, BLOCK_X)
     tiles = tiles_x * tl.cdiv(height, BLOCK_Y)
-    picture = (tl.program_id(0) // tiles).to(tl.int64)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     first_y = tile // tiles_x * BLOCK_Y
     first_x = tile % tiles_x * BLOCK_X
@@ -285,9 +285,9 @@ def _mask_kernel(
     whole = 0
     best = tl.full((BLOCK_Y, BLOCK_X), float("-inf"), tl.float32)
     for n in range(0, chosen):
-        if tl.load(ids_ptr + picture * chosen + n) >= 0:
+        if tl.load(ids_ptr + image * chosen + n) >= 0:
             classes += 1
-            map_ptr = maps_ptr + (picture * chosen + n) * down * across
+            map_ptr = maps_ptr + (image * chosen + n) * down * across
             values = tl.load(map_ptr + window)
             # An upsampled value lies between its cells, so these bounds decide for the whole tile.
             if tl.min(tl.min(values, 1), 0) > threshold + margin:
@@ -304,11 +304,11 @@ def _mask_kernel(
     kept = (best > threshold) | (whole != 0) | (classes == 0)
     inside = (y < height)[:, None] & (q < row)[None, :]
     needed = tl.max(tl.max((kept & inside).to(tl.int32), 1), 0)
-    start = picture * PLANES * height * row + first_y.to(tl.int64) * row + first_x
+    start = image * PLANES * height * row + first_y.to(tl.int64) * row + first_x
     lane = tl.arange(0, BLOCK_Y)[:, None] * row + tl.arange(0, BLOCK_X)[None, :]
     for _ in tl.static_range(PLANES):
         if needed != 0:
-            value = tl.load(pictures_ptr + start + lane, mask=inside, other=0)
+            value = tl.load(images_ptr + start + lane, mask=inside, other=0)
             tl.store(out_ptr + start + lane, tl.where(kept, value, 0), mask=inside)
         else:
             tl.store(out_ptr + start + lane, tl.zeros((BLOCK_Y, BLOCK_X), out_ptr.dtype.element_ty), mask=inside)
@@ -322,13 +322,13 @@ HUGE = 1e30
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _interleaved(pictures: Tensor) -> bool:
+def _interleaved(images: Tensor) -> bool:
     """Whether channels are innermost in memory."""
-    return not pictures.is_contiguous() and pictures.is_contiguous(memory_format=torch.channels_last)
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
 
 
-def _format(pictures: Tensor) -> torch.memory_format:
-    return torch.channels_last if _interleaved(pictures) else torch.contiguous_format
+def _format(images: Tensor) -> torch.memory_format:
+    return torch.channels_last if _interleaved(images) else torch.contiguous_format
 
 
 def _window(pixels: int, ratio: float, cells: int) -> int:
@@ -364,20 +364,20 @@ def _normalise(maps: Tensor, out: Tensor, classes: Tensor, norm: str, group: int
     )
 
 
-def _apply(normal: Tensor, classes: Tensor, pictures: Tensor, threshold: float) -> Tensor:
-    """The pictures masked by normalised maps [B, N, h, w]."""
-    pictures = pictures.contiguous(memory_format=_format(pictures))
-    out = torch.empty_like(pictures)
-    batch, channels, height, width = pictures.shape
-    inner = _interleaved(pictures)
+def _apply(normal: Tensor, classes: Tensor, images: Tensor, threshold: float) -> Tensor:
+    """The images masked by normalised maps [B, N, h, w]."""
+    images = images.contiguous(memory_format=_format(images))
+    out = torch.empty_like(images)
+    batch, channels, height, width = images.shape
+    inner = _interleaved(images)
     step, planes = (channels, 1) if inner else (1, channels)
     down, across = normal.shape[2:]
     launch = mask_launch()
-    bits = BITS[pictures.element_size()]
+    bits = BITS[images.element_size()]
     _mask_kernel[(batch * cdiv(height, launch.rows) * cdiv(width * step, launch.columns),)](
         normal,
         classes,
-        pictures.view(bits),
+        images.view(bits),
         out.view(bits),
         threshold,
         abs(threshold) * MARGIN,
@@ -400,8 +400,8 @@ def _apply(normal: Tensor, classes: Tensor, pictures: Tensor, threshold: float) 
     return out
 
 
-def _copy(pictures: Tensor) -> Tensor:
-    return pictures.clone(memory_format=_format(pictures))
+def _copy(images: Tensor) -> Tensor:
+    return images.clone(memory_format=_format(images))
 
 
 @torch.library.custom_op("spml::cam_mask", mutates_args=())
@@ -410,16 +410,16 @@ def cam_mask_op(
     weight: Tensor,
     bias: Tensor,
     classes: Tensor,
-    pictures: Tensor,
+    images: Tensor,
     threshold: float,
     norm: str,
     group: int,
 ) -> Tensor:
-    """See `cam_mask`; gradients go to the pictures alone."""
+    """See `cam_mask`; gradients go to the images alone."""
     batch, height, width, channels = features.shape
     chosen, cells = classes.shape[1], height * width
-    if pictures.numel() == 0 or chosen == 0:
-        return _copy(pictures)
+    if images.numel() == 0 or chosen == 0:
+        return _copy(images)
     classes = classes.contiguous()
     maps = torch.empty(batch, chosen, height, width, dtype=torch.float32, device=features.device)
     launch = map_launch(channels, chosen)
@@ -440,7 +440,7 @@ def cam_mask_op(
         **LAUNCH,
     )
     _normalise(maps, maps, classes, norm, group)
-    return _apply(maps, classes, pictures, threshold)
+    return _apply(maps, classes, images, threshold)
 
 
 @cam_mask_op.register_fake
@@ -449,12 +449,12 @@ def _(
     weight: Tensor,
     bias: Tensor,
     classes: Tensor,
-    pictures: Tensor,
+    images: Tensor,
     threshold: float,
     norm: str,
     group: int,
 ) -> Tensor:
-    return torch.empty_like(pictures, memory_format=_format(pictures))
+    return torch.empty_like(images, memory_format=_format(images))
 
 
 def _setup_cam(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -463,7 +463,7 @@ def _setup_cam(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_cam(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    # The mask is a constant, so what it does to a picture it does to a gradient.
+    # The mask is a constant, so what it does to an image it does to a gradient.
     return (*[None] * 4, cam_mask_op(*ctx.saved_tensors, upstream, *ctx.choices), *[None] * 3)
 
 
@@ -471,19 +471,19 @@ cam_mask_op.register_autograd(_backward_cam, setup_context=_setup_cam)
 
 
 @torch.library.custom_op("spml::map_mask", mutates_args=())
-def map_mask_op(maps: Tensor, classes: Tensor, pictures: Tensor, threshold: float, norm: str, group: int) -> Tensor:
-    """See `map_mask`; gradients go to the pictures alone."""
-    if pictures.numel() == 0 or classes.shape[1] == 0:
-        return _copy(pictures)
+def map_mask_op(maps: Tensor, classes: Tensor, images: Tensor, threshold: float, norm: str, group: int) -> Tensor:
+    """See `map_mask`; gradients go to the images alone."""
+    if images.numel() == 0 or classes.shape[1] == 0:
+        return _copy(images)
     maps, classes = maps.contiguous(), classes.contiguous()
     normal = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
     _normalise(maps, normal, classes, norm, group)
-    return _apply(normal, classes, pictures, threshold)
+    return _apply(normal, classes, images, threshold)
 
 
 @map_mask_op.register_fake
-def _(maps: Tensor, classes: Tensor, pictures: Tensor, threshold: float, norm: str, group: int) -> Tensor:
-    return torch.empty_like(pictures, memory_format=_format(pictures))
+def _(maps: Tensor, classes: Tensor, images: Tensor, threshold: float, norm: str, group: int) -> Tensor:
+    return torch.empty_like(images, memory_format=_format(images))
 
 
 def _setup_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -498,7 +498,7 @@ def _backward_map(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 map_mask_op.register_autograd(_backward_map, setup_context=_setup_map)
 
 
-# (K, cells of a side, side of the picture, N) of the shapes that matter.
+# (K, cells of a side, side of the image, N) of the shapes that matter.
 AOT_SHAPES = ((2048, 14, 448, 1), (2048, 14, 448, 6), (96, 8, 64, 1), (768, 16, 225, 1))
 
 
@@ -536,13 +536,13 @@ def aot_cases(arch: int = 90) -> Iterator[Case]:
         for bits, inner in (("i16", True), ("i16", False), ("i32", True), ("i32", False)):
             step = 3 if inner else 1
             yield Case(
-                "cam_mask picture",
+                "cam_mask image",
                 f"{bits} {side}x{side} map {cells}x{cells} N {chosen} {'channels_last' if inner else 'contiguous'}",
                 _mask_kernel,
                 {
                     "maps_ptr": "*fp32",
                     "ids_ptr": "*i64",
-                    "pictures_ptr": f"*{bits}",
+                    "images_ptr": f"*{bits}",
                     "out_ptr": f"*{bits}",
                     "threshold": "fp32",
                     "margin": "fp32",
@@ -562,7 +562,7 @@ def aot_cases(arch: int = 90) -> Iterator[Case]:
                 (
                     "maps_ptr",
                     "ids_ptr",
-                    "pictures_ptr",
+                    "images_ptr",
                     "out_ptr",
                     *(("height", "width") if side % 16 == 0 else ()),
                 ),

@@ -1,4 +1,4 @@
-"""Masked pictures of IGNORE (spec/ignore.md 1.4)."""
+"""Masked images of IGNORE (spec/ignore.md 1.4)."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def normalise_maps(maps_BNhw: Tensor, valid_BN: Tensor, norm: str, group: int) -
 
 
 def map_mask_reference(
-    maps_BNhw: Tensor, classes_BN: Tensor, pictures: Tensor, threshold: float, norm: str, group: int
+    maps_BNhw: Tensor, classes_BN: Tensor, images: Tensor, threshold: float, norm: str, group: int
 ) -> Tensor:
     """See `spml_kernels.map_mask`."""
     valid = classes_BN >= 0
-    if pictures.numel() == 0 or classes_BN.shape[1] == 0:
-        return pictures.clone()
+    if images.numel() == 0 or classes_BN.shape[1] == 0:
+        return images.clone()
     maps = maps_BNhw.detach()
     maps = maps.float() if maps.dtype in (torch.bfloat16, torch.float16) else maps
     normal = normalise_maps(maps, valid, norm, group)
     keep_B1SS = ~valid.any(1)[:, None, None, None]
-    # One class at a time: a picture-sized map is far larger than all the maps together.
+    # One class at a time: an image-sized map is far larger than all the maps together.
     for n in range(classes_BN.shape[1]):
-        large = interpolate(normal[:, n : n + 1], pictures.shape[2:], mode="bilinear", align_corners=False)
+        large = interpolate(normal[:, n : n + 1], images.shape[2:], mode="bilinear", align_corners=False)
         keep_B1SS = keep_B1SS | ((large > threshold) & valid[:, n, None, None, None])
-    return torch.where(keep_B1SS, pictures, 0)
+    return torch.where(keep_B1SS, images, 0)
 
 
 def cam_mask_reference(
@@ -63,11 +63,11 @@ def cam_mask_reference(
     weight_CK: Tensor,
     bias_C: Tensor,
     classes_BN: Tensor,
-    pictures: Tensor,
+    images: Tensor,
     threshold: float,
     norm: str,
     group: int,
 ) -> Tensor:
     """See `spml_kernels.cam_mask.op`."""
     maps = cam_map_reference(features_BHWK.detach(), weight_CK.detach(), bias_C.detach(), classes_BN)
-    return map_mask_reference(maps, classes_BN, pictures, threshold, norm, group)
+    return map_mask_reference(maps, classes_BN, images, threshold, norm, group)

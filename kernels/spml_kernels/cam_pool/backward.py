@@ -6,8 +6,8 @@ G = m + r P, made on the fly from two rows of B x C numbers and a bit:
 
 Where the products take longer than the bytes (many classes), most of what they would add is left out: 64 x 64 squares
 without a positive cell, most of a trained network's, are skipped by lists made beforehand, and the mean part, which has
-no zeros, becomes two products with one row a picture:
-    dX = (m W) [of its picture] + (r P) W,   dW = m' sum(X) + (r P)' X.
+no zeros, becomes two products with one row an image:
+    dX = (m W) [of its image] + (r P) W,   dW = m' sum(X) + (r P)' X.
 The forward has made the mean features for that. Elsewhere one product holds both parts, and nothing is made beside it.
 Sums that are split over programs are added in a fixed order: no atomics.
 """
@@ -40,7 +40,7 @@ def _cam_pool_shares_kernel(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a cell hands on, by picture and class, as the products' operands.
+    """What a cell hands on, by image and class, as the products' operands.
 
     Args:
         mean_ptr, relu_ptr: fp32 [B, classes], gradients of the two means.
@@ -49,17 +49,17 @@ def _cam_pool_shares_kernel(
             APART the mean part, which all cells have, and the boosted part, which only positive ones have.
         share: 1 / cells.
     """
-    picture = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
     cls = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mean = tl.load(mean_ptr + picture * classes + cls, mask=cls < classes, other=0.0) * share
-    relu = tl.load(relu_ptr + picture * classes + cls, mask=cls < classes, other=0.0) * share
+    mean = tl.load(mean_ptr + image * classes + cls, mask=cls < classes, other=0.0) * share
+    relu = tl.load(relu_ptr + image * classes + cls, mask=cls < classes, other=0.0) * share
     if SCALED:
         factor = 1.0 / tl.load(scale_ptr)
         mean, relu = mean * factor, relu * factor
     there = cls < stride
-    tl.store(off_ptr + picture * stride + cls, mean.to(off_ptr.dtype.element_ty), mask=there)
+    tl.store(off_ptr + image * stride + cls, mean.to(off_ptr.dtype.element_ty), mask=there)
     on = relu if APART else mean + relu
-    tl.store(on_ptr + picture * stride + cls, on.to(on_ptr.dtype.element_ty), mask=there)
+    tl.store(on_ptr + image * stride + cls, on.to(on_ptr.dtype.element_ty), mask=there)
 
 
 @jit
@@ -149,7 +149,7 @@ def _cam_pool_dx_kernel(
     Args:
         off_ptr, on_ptr, scale_ptr: from `_cam_pool_shares_kernel`.
         bits_ptr: int32 [words, stride], 0 past the last class; weight_ptr: [classes, channels].
-        mean_ptr: [B, channels], with APART the mean part, the same for all cells of a picture.
+        mean_ptr: [B, channels], with APART the mean part, the same for all cells of an image.
         list_ptr: int32 [row tiles, width], with APART the steps of classes with a positive cell; count_ptr: int32
             [row tiles], how many.
         out_ptr: [rows, channels].
@@ -160,8 +160,8 @@ def _cam_pool_dx_kernel(
     k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
     row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     safe = tl.minimum(row, rows - 1)
-    picture = (safe // cells).to(tl.int64)
-    g_lane = picture[:, None] * stride
+    image = (safe // cells).to(tl.int64)
+    g_lane = image[:, None] * stride
     b_ptrs = bits_ptr + (safe // 32).to(tl.int64)[:, None] * stride
     shift = (safe % 32)[:, None]
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
@@ -183,7 +183,7 @@ def _cam_pool_dx_kernel(
         acc = acc * tl.load(scale_ptr)
     there = (row < rows)[:, None] & (k < channels)[None, :]
     if APART:
-        mean = tl.load(mean_ptr + picture[:, None] * channels + k[None, :], mask=there, other=0.0)
+        mean = tl.load(mean_ptr + image[:, None] * channels + k[None, :], mask=there, other=0.0)
         acc += mean.to(tl.float32)
     place = out_ptr + row.to(tl.int64)[:, None] * channels + k[None, :]
     tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=there)
@@ -239,18 +239,18 @@ def _cam_pool_dw_kernel(
     acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     acc_bias = tl.zeros((BLOCK_C,), tl.float32)
     if APART:
-        pictures = rows // cells
-        for first in range(0, tl.where(part == 0, pictures, 0), BLOCK_R):
-            picture = first + tl.arange(0, BLOCK_R)
-            safe = tl.minimum(picture, pictures - 1).to(tl.int64)
-            here = known & (picture < pictures)[None, :]
+        images = rows // cells
+        for first in range(0, tl.where(part == 0, images, 0), BLOCK_R):
+            image = first + tl.arange(0, BLOCK_R)
+            safe = tl.minimum(image, images - 1).to(tl.int64)
+            here = known & (image < images)[None, :]
             mean = tl.load(off_ptr + safe[None, :] * stride + cls[:, None], mask=here, other=0.0)
             x = tl.load(pooled_ptr + safe[:, None] * channels + k[None, :], mask=(k < channels)[None, :], other=0.0)
             mean = operand_jit(mean, UPCAST)
             acc = tl.dot(mean, operand_jit(x, UPCAST), acc, input_precision=PRECISION)
             if tile_k == 0:
                 acc_bias += tl.sum(mean.to(tl.float32), 1)
-        # Shares are those of one cell, and mean features stand for all cells of a picture.
+        # Shares are those of one cell, and mean features stand for all cells of an image.
         acc = acc * cells
         acc_bias = acc_bias * cells
     number = tl.load(count_ptr + tile_c) if APART else width
@@ -363,7 +363,7 @@ def cam_pool_backward_op(
     x, w = features.contiguous(), weight.to(dtype).contiguous()
     make: dict[str, Any] = {"dtype": torch.float32, "device": features.device}
     d_x = torch.empty(features.shape if want_x else (0,), dtype=dtype, device=features.device)
-    # Without pictures no program writes a gradient.
+    # Without images no program writes a gradient.
     new = torch.zeros if batch == 0 else torch.empty
     d_w = new((classes, channels) if want_w else (0,), dtype=weight.dtype, device=weight.device)
     d_b = new((classes,) if want_w else (0,), **make)

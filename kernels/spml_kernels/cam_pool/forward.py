@@ -3,9 +3,9 @@
 With M[b,c,p] = <w_c, X[b,p]> + bias_c, BoostLU's logit is mean_p phi(M) = mean(M) + (alpha - 1) mean(relu M)
 (spec/boostlu_large_loss.md 1.1), so the two means give the logits of every alpha in one pass.
 
-Forward: a tiled matrix product whose tile of the map is summed over the cells of each picture in registers and dropped.
-Cells of one picture follow those of another, so a tile holds the end of one picture, whole ones, and the start of one
-more. Sums of whole pictures are final; the two others go to a buffer of two slots a tile, which a second kernel adds up
+Forward: a tiled matrix product whose tile of the map is summed over the cells of each image in registers and dropped.
+Cells of one image follow those of another, so a tile holds the end of one image, whole ones, and the start of one
+more. Sums of whole images are final; the two others go to a buffer of two slots a tile, which a second kernel adds up
 in a fixed order.
 What is kept is one bit per cell, the sign, 32 cells of one class to a word: making the map again instead would be a
 fourth product beside the three that forward and backward need anyway, a bit costs 1/16 of a bf16 map. Where the
@@ -26,7 +26,7 @@ from spml_kernels.cam_pool.chunked import cam_pool_chunked
 from spml_kernels.cam_pool.reference import cam_map_reference, cam_pool_reference
 from spml_kernels.cam_pool.tiles import aot_shapes, constants, launch_of, operand_jit
 from spml_kernels.common.dispatch import use_triton
-from spml_kernels.common.heuristics import SKIP, WORD, mean_apart, next_power_of_two, pictures_per_tile
+from spml_kernels.common.heuristics import SKIP, WORD, images_per_tile, mean_apart, next_power_of_two
 from spml_kernels.common.jit import LAUNCH, cdiv, jit, tl
 from spml_kernels.devtools.aot import Case
 
@@ -57,7 +57,7 @@ def cam_pool(features: Tensor, weight: Tensor, bias: Tensor, boost: bool = True)
 
 
 def cam_map(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
-    """Class activation maps of a few chosen classes per picture.
+    """Class activation maps of a few chosen classes per image.
 
     Args:
         features: [B, H, W, K].
@@ -71,7 +71,7 @@ def cam_map(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> 
     return cam_map_reference(features, weight, bias, classes)
 
 
-# Below this many cells the map is hardly larger than the logits, and a tile would touch very many pictures.
+# Below this many cells the map is hardly larger than the logits, and a tile would touch very many images.
 MIN_CELLS = 16
 
 
@@ -110,9 +110,9 @@ def _reduce_cells(
     BITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDTH: tl.constexpr,
-    PICTURES: tl.constexpr,
+    IMAGES: tl.constexpr,
 ):
-    """Add WIDTH cells of the map, from cell `corner` on, to the sums of their pictures; store their signs."""
+    """Add WIDTH cells of the map, from cell `corner` on, to the sums of their images; store their signs."""
     row = corner + tl.arange(0, WIDTH)
     if BITS:
         positive = ((cam > 0) & (row < rows)[None, :] & (cls < classes)[:, None]).to(tl.int32)
@@ -120,11 +120,11 @@ def _reduce_cells(
         word = corner // 32 + tl.arange(0, WIDTH // 32)
         target = bits_ptr + word.to(tl.int64)[None, :] * stride + cls[:, None]
         tl.store(target, tl.sum(lanes, 2), mask=(cls < stride)[:, None] & (word < tl.cdiv(rows, 32))[None, :])
-    slot = tl.arange(0, PICTURES)
+    slot = tl.arange(0, IMAGES)
     for turn in range(0, TOUCHED):
-        picture = corner // cells + turn
-        inside = ((row >= picture * cells) & (row < tl.minimum(picture * cells + cells, rows)))[None, :]
-        here = (slot == picture - first)[None, :]
+        image = corner // cells + turn
+        inside = ((row >= image * cells) & (row < tl.minimum(image * cells + cells, rows)))[None, :]
+        here = (slot == image - first)[None, :]
         sums += tl.where(here, tl.sum(tl.where(inside, cam, 0.0), 1)[:, None], 0.0)
         sums_relu += tl.where(here, tl.sum(tl.where(inside, tl.maximum(cam, 0.0), 0.0), 1)[:, None], 0.0)
     return sums, sums_relu
@@ -141,29 +141,29 @@ def _pool_features(
     scale,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-    PICTURES: tl.constexpr,
+    IMAGES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Mean features of the pictures that begin in a tile of cells: products with a 0/1 matrix, picture by picture."""
+    """Mean features of the images that begin in a tile of cells: products with a 0/1 matrix, image by image."""
     first = tl.cdiv(start, cells)
     last = tl.cdiv(tl.minimum(start + BLOCK_R, rows), cells)
-    picture = first + tl.arange(0, PICTURES)
-    begin = (tl.arange(0, PICTURES) * cells)[None, :]
+    image = first + tl.arange(0, IMAGES)
+    begin = (tl.arange(0, IMAGES) * cells)[None, :]
     number = (last - first) * cells
     x_ptr = features_ptr + (first * cells).to(tl.int64) * channels
     for k0 in range(0, channels, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        total = tl.zeros((BLOCK_K, PICTURES), tl.float32)
+        total = tl.zeros((BLOCK_K, IMAGES), tl.float32)
         for row0 in range(0, number, BLOCK_R):
             row = row0 + tl.arange(0, BLOCK_R)
             there = (row < number)[None, :] & (k < channels)[:, None]
             x = operand_jit(tl.load(x_ptr + row[None, :] * channels + k[:, None], mask=there, other=0.0), UPCAST)
             mine = (row[:, None] >= begin) & (row[:, None] < begin + cells)
             total = tl.dot(x, mine.to(x.dtype), total, input_precision=PRECISION)
-        place = pooled_ptr + picture.to(tl.int64)[None, :] * channels + k[:, None]
+        place = pooled_ptr + image.to(tl.int64)[None, :] * channels + k[:, None]
         mean = (total * scale).to(pooled_ptr.dtype.element_ty)
-        tl.store(place, mean, mask=(picture < last)[None, :] & (k < channels)[:, None])
+        tl.store(place, mean, mask=(image < last)[None, :] & (k < channels)[:, None])
 
 
 @jit
@@ -182,7 +182,7 @@ def _cam_pool_fwd_kernel(
     cells,
     stride,
     scale,
-    PICTURES: tl.constexpr,
+    IMAGES: tl.constexpr,
     SLICES: tl.constexpr,
     TOUCHED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -195,14 +195,14 @@ def _cam_pool_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of the map (classes by cells), summed over the cells of each picture.
+    """One tile of the map (classes by cells), summed over the cells of each image.
 
     With POOL one program more for every tile of cells makes mean features, while they are in cache.
 
     Args:
         features_ptr: [rows, channels]; weight_ptr: [classes, channels]; bias_ptr: fp32 [classes].
-        mean_ptr, relu_ptr: fp32 [B, classes], of pictures that lie within one tile.
-        part_ptr: fp32 [tiles, 2, 2, classes]: of each tile the picture that began before it (0) and the one that goes
+        mean_ptr, relu_ptr: fp32 [B, classes], of images that lie within one tile.
+        part_ptr: fp32 [tiles, 2, 2, classes]: of each tile the image that began before it (0) and the one that goes
             on after it (1); sums of M and of relu M.
         bits_ptr: int32 [words, stride], the signs; classes past the last are 0.
         pooled_ptr: [B, channels], mean features.
@@ -233,7 +233,7 @@ def _cam_pool_fwd_kernel(
                 PRECISION,
                 UPCAST,
                 # As many as a tile can hold the beginnings of; a product takes 16 columns at least.
-                PICTURES if PICTURES > 16 else 16,
+                IMAGES if IMAGES > 16 else 16,
                 BLOCK_R,
                 BLOCK_K,
             )
@@ -262,8 +262,8 @@ def _cam_pool_fwd_kernel(
     there = cls < classes
     acc += tl.load(bias_ptr + cls, mask=there, other=0.0)[:, None]
     first = start // cells
-    sums = tl.zeros((BLOCK_C, PICTURES), tl.float32)
-    sums_relu = tl.zeros((BLOCK_C, PICTURES), tl.float32)
+    sums = tl.zeros((BLOCK_C, IMAGES), tl.float32)
+    sums_relu = tl.zeros((BLOCK_C, IMAGES), tl.float32)
     slices = _slice(acc, SLICES)
     for index in tl.static_range(SLICES):
         sums, sums_relu = _reduce_cells(
@@ -282,16 +282,16 @@ def _cam_pool_fwd_kernel(
             BITS,
             BLOCK_C,
             BLOCK_R // SLICES,
-            PICTURES,
+            IMAGES,
         )
 
     stop = start + BLOCK_R
-    picture = first + tl.arange(0, PICTURES)
-    begin = picture * cells
+    image = first + tl.arange(0, IMAGES)
+    begin = image * cells
     end = begin + cells
     seen = there[:, None] & (begin < tl.minimum(stop, rows))[None, :]
     whole = ((begin >= start) & (end <= stop))[None, :]
-    place = picture.to(tl.int64)[None, :] * classes + cls[:, None]
+    place = image.to(tl.int64)[None, :] * classes + cls[:, None]
     tl.store(mean_ptr + place, sums * scale, mask=seen & whole)
     tl.store(relu_ptr + place, sums_relu * scale, mask=seen & whole)
     side = tl.where(begin < start, 0, 1)
@@ -304,12 +304,12 @@ def _cam_pool_fwd_kernel(
 def _cam_pool_finish_kernel(
     mean_ptr, relu_ptr, part_ptr, classes, cells, scale, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Means of one picture that lies in several tiles, summed tile after tile."""
-    picture = tl.program_id(0)
+    """Means of one image that lies in several tiles, summed tile after tile."""
+    image = tl.program_id(0)
     cls = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     there = cls < classes
-    first = picture * cells // BLOCK_R
-    last = (picture * cells + cells - 1) // BLOCK_R
+    first = image * cells // BLOCK_R
+    last = (image * cells + cells - 1) // BLOCK_R
     if last > first:
         place = part_ptr + (first.to(tl.int64) * 2 + 1) * 2 * classes + cls
         total = tl.load(place, mask=there, other=0.0)
@@ -318,7 +318,7 @@ def _cam_pool_finish_kernel(
             place = part_ptr + (first.to(tl.int64) + 1 + turn) * 4 * classes + cls
             total += tl.load(place, mask=there, other=0.0)
             total_relu += tl.load(place + classes, mask=there, other=0.0)
-        out = picture.to(tl.int64) * classes + cls
+        out = image.to(tl.int64) * classes + cls
         tl.store(mean_ptr + out, total * scale, mask=there)
         tl.store(relu_ptr + out, total_relu * scale, mask=there)
 
@@ -367,9 +367,9 @@ def cam_pool_op(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> t
         cells,
         stride,
         1.0 / cells,
-        PICTURES=next_power_of_two(pictures_per_tile(tiles.rows, cells)),
+        IMAGES=next_power_of_two(images_per_tile(tiles.rows, cells)),
         SLICES=launch.slices,
-        TOUCHED=pictures_per_tile(tiles.rows // launch.slices, cells),
+        TOUCHED=images_per_tile(tiles.rows // launch.slices, cells),
         EVEN=channels % tiles.channels == 0,
         BITS=keep,
         POOL=pool,
@@ -440,9 +440,9 @@ def aot_cases(arch: int) -> Iterator[Case]:
             _cam_pool_fwd_kernel,
             {**pointers, **shape.types, "scale": "fp32"},
             {
-                "PICTURES": next_power_of_two(pictures_per_tile(tiles.rows, shape.cells)),
+                "IMAGES": next_power_of_two(images_per_tile(tiles.rows, shape.cells)),
                 "SLICES": shape.launch.slices,
-                "TOUCHED": pictures_per_tile(tiles.rows // shape.launch.slices, shape.cells),
+                "TOUCHED": images_per_tile(tiles.rows // shape.launch.slices, shape.cells),
                 "EVEN": shape.channels % tiles.channels == 0,
                 "BITS": True,
                 "POOL": shape.launch.apart,

@@ -62,7 +62,7 @@ class AotShape(NamedTuple):
         return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[self.kind]
 
 
-# (C, K, cells of a picture, B) of the shapes that matter.
+# (C, K, cells of an image, B) of the shapes that matter.
 SHAPES = (
     (10, 96, 64, 64),
     (20, 2048, 196, 16),

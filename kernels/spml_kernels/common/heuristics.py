@@ -162,18 +162,18 @@ def mean_apart(rows: int, classes: int) -> bool:
 def cam_pool_launch(
     batch: int, cells: int, classes: int, channels: int, half: bool, capability: int = 90
 ) -> CamPoolLaunch:
-    """Block sizes of cam_pool for `batch` pictures of `cells` = H * W cells on a card of this compute capability.
+    """Block sizes of cam_pool for `batch` images of `cells` = H * W cells on a card of this compute capability.
 
     Classes are the rows of the forward's tile, cells its columns: sums over cells then run along the accumulator's
     rows, mostly within a thread. The wide tile halves what is read from the level-2 cache, but only on Hopper and with
-    few pictures in a tile does it compile without spills.
+    few images in a tile does it compile without spills.
     """
     rows = batch * cells
     large = half and classes > 64 and rows * classes >= 128 * 128 * FULL_GPU
     step = 64 if half else 32
     if channels < step:
         step = max(16, next_power_of_two(channels))
-    if large and capability == 90 and pictures_per_tile(256, cells) <= 4 and rows * classes >= 128 * 256 * FULL_GPU:
+    if large and capability == 90 and images_per_tile(256, cells) <= 4 and rows * classes >= 128 * 256 * FULL_GPU:
         forward, slices = Tiles(256, 128, step, 8, 3), 4
     elif large:
         forward, slices = Tiles(128, 128, step, 8, 3), 2
@@ -187,9 +187,9 @@ def cam_pool_launch(
     return CamPoolLaunch(forward, slices, d_features, d_weight, splits, mean_apart(rows, classes))
 
 
-def pictures_per_tile(rows: int, cells: int) -> int:
-    """Most pictures of `cells` cells that a tile of `rows` consecutive cells touches, wherever it starts."""
-    # Tiles start at multiples of `rows`, so within a picture only at multiples of this.
+def images_per_tile(rows: int, cells: int) -> int:
+    """Most images of `cells` cells that a tile of `rows` consecutive cells touches, wherever it starts."""
+    # Tiles start at multiples of `rows`, so within an image only at multiples of this.
     step = math.gcd(rows, cells)
     return cdiv(rows + cells - step, cells)
 
@@ -221,7 +221,7 @@ class MapTile(NamedTuple):
     """Launch of the maps of a few classes.
 
     Attributes:
-        cells: of one picture, a program.
+        cells: of one image, a program.
         channels: a step of the sum.
         chosen: classes summed at a time.
         warps: warps a program.
@@ -241,7 +241,7 @@ def map_launch(channels: int, chosen: int) -> MapTile:
 
 
 class MaskTile(NamedTuple):
-    """Launch of the masked picture.
+    """Launch of the masked image.
 
     Attributes:
         rows: of pixels.
@@ -264,7 +264,7 @@ class Normalise(NamedTuple):
 
     Attributes:
         image: cells of one map read at a time.
-        rows, cells: maps and cells of a tile where maps of several pictures are compared.
+        rows, cells: maps and cells of a tile where maps of several images are compared.
         warps: warps a program.
     """
 

@@ -136,9 +136,9 @@ def _large_once(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     return Moved(data + 8, 2 * data + 8, 4 + _large_written(a, 1))
 
 
-def _tiles_touched(picture: int, cells: int, block: int) -> int:
-    """Tiles of `block` cells that a picture lies in."""
-    return (picture * cells + cells - 1) // block - picture * cells // block + 1
+def _tiles_touched(image: int, cells: int, block: int) -> int:
+    """Tiles of `block` cells that an image lies in."""
+    return (image * cells + cells - 1) // block - image * cells // block + 1
 
 
 @formula("_cam_pool_fwd_kernel")
@@ -149,7 +149,7 @@ def _cam_pool_forward(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     # Every tile of classes reads all features, and so do mean features; every tile of cells all weights and biases.
     read = (tiles_c + a["POOL"]) * features + tiles_r * (weight + 4 * classes)
     touched = [_tiles_touched(p, cells, a["BLOCK_R"]) for p in range(rows // cells)]
-    # Two sums a class: in the place of the result for a picture within one tile, in one slot a tile for the others.
+    # Two sums a class: in the place of the result for an image within one tile, in one slot a tile for the others.
     written = 8 * classes * sum(touched)
     if a["BITS"]:
         written += 4 * cdiv(rows, 32) * a["stride"]
@@ -203,11 +203,11 @@ def _cam_pool_dx(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     read = 0
     for tile in range(tiles_r):
         listed = _listed(a, tile)
-        pictures, words = (_span(tile * block_r, block_r, rows, unit) for unit in (cells, 32))
+        images, words = (_span(tile * block_r, block_r, rows, unit) for unit in (cells, 32))
         reached = sum(_span(step * block_c, block_c, classes, 1) for step in listed)
-        # Of every step: its number, shares of pictures, words of signs, and the rows of weights.
-        read += tiles_k * len(listed) * block_c * (pictures * share + 4 * words) + reached * channels * weight
-        read += pictures * channels * mean + tiles_k * 4 * (1 + len(listed)) * apart
+        # Of every step: its number, shares of images, words of signs, and the rows of weights.
+        read += tiles_k * len(listed) * block_c * (images * share + 4 * words) + reached * channels * weight
+        read += images * channels * mean + tiles_k * 4 * (1 + len(listed)) * apart
     scale = 4 if a["SCALED"] else 0
     across = min(a["width"] * block_c, a["stride"])
     unique = 4 * tiles_r * (1 + a["width"]) * apart + rows // cells * (across * share + channels * mean) + scale
@@ -228,14 +228,14 @@ def _listed(a: dict[str, Any], tile: int) -> list[int] | range:
 def _cam_pool_dw(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
     block_r, block_c, apart = a["BLOCK_R"], a["BLOCK_C"], a["APART"]
-    tiles_c, tiles_k, pictures = cdiv(classes, block_c), cdiv(channels, a["BLOCK_K"]), rows // cells
+    tiles_c, tiles_k, images = cdiv(classes, block_c), cdiv(channels, a["BLOCK_K"]), rows // cells
     grad, features = _width(a["on_ptr"]), _width(a["features_ptr"])
     share = grad * (1 if apart else 2)
     read = unique = 0
     if apart:
-        pooled = pictures * channels * _width(a["pooled_ptr"])
-        read += tiles_c * pooled + tiles_k * pictures * a["stride"] * grad
-        unique += pooled + pictures * a["stride"] * grad + 4 * tiles_c * (1 + a["width"])
+        pooled = images * channels * _width(a["pooled_ptr"])
+        read += tiles_c * pooled + tiles_k * images * a["stride"] * grad
+        unique += pooled + images * a["stride"] * grad + 4 * tiles_c * (1 + a["width"])
     for tile in range(tiles_c):
         listed = _listed(a, tile)
         lanes = min(block_c, a["stride"] - tile * block_c)
@@ -245,7 +245,7 @@ def _cam_pool_dw(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
             read += tiles_k * lanes * (touched * share + 4 * words)
             read += _span(step * block_r, block_r, rows, 1) * channels * features
     scale = 4 if a["SCALED"] else 0
-    unique += pictures * a["stride"] * share + scale + 4 * cdiv(rows, 32) * a["stride"] + rows * channels * features
+    unique += images * a["stride"] * share + scale + 4 * cdiv(rows, 32) * a["stride"] + rows * channels * features
     written = a["splits"] * classes * (channels * _width(a["weight_ptr"]) + 4)
     return Moved(min(unique, read), read + scale * grid[0] * grid[1], written)
 
@@ -295,16 +295,16 @@ def _ignore_backward(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
 def _class_map(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     cells, channels, chosen, together = a["cells"], a["channels"], a["chosen"], a["BLOCK_N"]
     blocks = cdiv(cells, a["BLOCK_P"])
-    pictures = grid[0] // blocks
+    images = grid[0] // blocks
     features, weight, bias = (_width(a[name]) for name in ("features_ptr", "weight_ptr", "bias_ptr"))
     ids = _values(a["ids_ptr"])
     if ids is None:
         # All there, and all different.
-        ids = [place % len(a["weight_ptr"]) for place in range(pictures * chosen)]
+        ids = [place % len(a["weight_ptr"]) for place in range(images * chosen)]
     read = written = seen = 0
     used: set[int] = set()
-    for picture in range(pictures):
-        mine = ids[picture * chosen :][:chosen]
+    for image in range(images):
+        mine = ids[image * chosen :][:chosen]
         written += 4 * cells * sum(i >= 0 for i in mine)
         seen += any(i >= 0 for i in mine)
         for first in range(0, chosen, together):
@@ -315,7 +315,7 @@ def _class_map(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
                 used |= lanes
                 read += cells * channels * features + blocks * len(lanes) * (channels * weight + bias)
         read += 8 * blocks * chosen
-    unique = seen * cells * channels * features + len(used) * (channels * weight + bias) + 8 * pictures * chosen
+    unique = seen * cells * channels * features + len(used) * (channels * weight + bias) + 8 * images * chosen
     return Moved(unique, read, written)
 
 
@@ -338,9 +338,9 @@ def _normalise_batch(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
 
 @formula("_mask_kernel")
 def _mask(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
-    pictures = a["pictures_ptr"].numel() * _width(a["pictures_ptr"])
+    images = a["images_ptr"].numel() * _width(a["images_ptr"])
     ids = a["ids_ptr"].numel()
     # A tile reads the cells that it touches to decide, and once more above and once below its pixels to upsample.
     window = 3 * 4 * a["CELLS_Y"] * a["CELLS_X"]
-    unique = pictures + 8 * ids + 4 * ids * a["down"] * a["across"]
-    return Moved(unique, pictures + grid[0] * a["chosen"] * (8 + window), pictures)
+    unique = images + 8 * ids + 4 * ids * a["down"] * a["across"]
+    return Moved(unique, images + grid[0] * a["chosen"] * (8 + window), images)

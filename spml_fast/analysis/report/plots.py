@@ -54,7 +54,7 @@ def _figure(across: str) -> tuple[Figure, Axes]:
 
 
 def _png(figure: Figure) -> str:
-    """A figure as the address of a picture within the page; the figure is closed."""
+    """A figure as the address of an image within the page; the figure is closed."""
     from matplotlib import pyplot
 
     buffer = io.BytesIO()
@@ -80,7 +80,7 @@ def _plotted(epoch: dict[str, Any], name: str) -> float | None:
 
 
 def curve_plots(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """(title, picture) of every figure over epochs; seeds are thin, their mean is thick."""
+    """(title, image) of every figure over epochs; seeds are thin, their mean is thick."""
     out = []
     for name in _panels([r for g in groups for r in g.runs]):
         figure, axis = _figure("epoch")

@@ -1,4 +1,4 @@
-"""Histogram of IGNORE's logit gap by what the label really is: the picture that explains its rejection.
+"""Histogram of IGNORE's logit gap by what the label really is: the image that explains its rejection.
 
 The gap of a hidden positive should be larger than that of a true negative (spec/ignore.md 1). Bins are powers of the
 square root of two, because gaps grow with the logits over training.

@@ -82,7 +82,7 @@ def reshard(shards: Sequence[Tensor], samples: int) -> Tensor:
     saved = sum(len(shard) for shard in shards)
     if saved != samples:
         raise UserError(
-            f"the checkpoint's method keeps a row for each of {saved:,} pictures, but the training split has "
+            f"the checkpoint's method keeps a row for each of {saved:,} images, but the training split has "
             f"{samples:,}; go on with the data set that the run began with"
         )
     mine = torch.arange(distributed.rank(), samples, distributed.world_size())

@@ -16,12 +16,12 @@ from spml_fast.core.errors import UserError
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """How pictures are masked by the maps of their observed classes; see `spml_kernels.cam_mask.op`.
+    """How images are masked by the maps of their observed classes; see `spml_kernels.cam_mask.op`.
 
     Attributes:
         threshold: a pixel is kept where the normalised map is greater.
         norm: over what the map is normalised.
-        group: pictures that are normalised together in the batch modes.
+        group: images that are normalised together in the batch modes.
     """
 
     threshold: float
@@ -48,7 +48,7 @@ class Head(nn.Module):
     boosts: ClassVar[bool] = False
 
     def __init__(self, channels: int, num_classes: int, grid: tuple[int, int], options: HeadOptions) -> None:
-        """`channels` K and `grid` (h, w) of the feature map at the configured picture size."""
+        """`channels` K and `grid` (h, w) of the feature map at the configured image size."""
         super().__init__()
         self.options: Any = options
 
@@ -57,7 +57,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def set_bias(self, logits: Tensor, alpha: float) -> None:
-        """Start the biases so that a picture without any evidence gets these logits.
+        """Start the biases so that an image without any evidence gets these logits.
 
         Args:
             logits: fp32 [C].
@@ -70,7 +70,7 @@ class Head(nn.Module):
         features: Tensor,
         boost: bool = True,
         classes: Tensor | None = None,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         mask: MaskOptions | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Logits, and what is made from the same features.
@@ -78,13 +78,13 @@ class Head(nn.Module):
         Args:
             features: [B, h, w, K].
             boost: whether mean(relu M) is wanted; heads without a map ignore it.
-            classes: int64 [B, N], padded with -1; maps of these classes are wanted, or pictures masked by them.
-            pictures: [B, 3, S, S] to be masked.
-            mask: how; the masked pictures are given instead of the maps.
+            classes: int64 [B, N], padded with -1; maps of these classes are wanted, or images masked by them.
+            images: [B, 3, S, S] to be masked.
+            mask: how; the masked images are given instead of the maps.
 
         Returns:
             mean(M) or the head's logits [B, C] fp32, mean(relu M) [B, C] fp32 or None, maps [B, N, h, w] fp32 or None
-            (without `mask`), masked pictures [B, 3, S, S] or None.
+            (without `mask`), masked images [B, 3, S, S] or None.
         """
         raise NotImplementedError
 

@@ -45,7 +45,7 @@ class CamHead(Head):
         features: Tensor,
         boost: bool = True,
         classes: Tensor | None = None,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         mask: MaskOptions | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The two means of the map; maps are signed, unboosted and include the bias. See `Head.forward`."""
@@ -53,10 +53,10 @@ class CamHead(Head):
         # Autocast would take these fp32 products down to bf16; logits are ranked, so they stay fp32.
         with torch.autocast(features.device.type, enabled=False):
             mean, mean_relu = cam_pool(features, self.weight, self.bias, boost)
-            if classes is not None and mask is not None and pictures is not None:
+            if classes is not None and mask is not None and images is not None:
                 with torch.no_grad():
                     masked = cam_mask(
-                        features, self.weight, self.bias, classes, pictures, mask.threshold, mask.norm, mask.group
+                        features, self.weight, self.bias, classes, images, mask.threshold, mask.norm, mask.group
                     )
             elif classes is not None:
                 maps = cam_map(features, self.weight, self.bias, classes)

@@ -15,7 +15,7 @@ Where released code differs:
   for are computed beside it.
 - its map carries the attention dropout of the forward. Here the map is free of noise; map_dropout: true gives it
   dropout noise of the same rate (its own draw, since fused attention does not show the one it used).
-- with queries equal for all pictures and t = 0, the first decoder layer's query projection is made once a batch.
+- with queries equal for all images and t = 0, the first decoder layer's query projection is made once a batch.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         """Attend.
 
         Args:
-            query: [B, Q, d], or [1, Q, d] when all pictures share it.
+            query: [B, Q, d], or [1, Q, d] when all images share it.
             key, value: [B, L, d].
             rows: int64 [B, N] places in Q whose weights are wanted; negative ones give zeros.
             row_dropout: put dropout on these weights (in training).
@@ -280,7 +280,7 @@ class Query2LabelHead(Head):
         features: Tensor,
         boost: bool = True,
         classes: Tensor | None = None,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         mask: MaskOptions | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Logits; maps without gradient. See `Head.forward`."""
@@ -301,6 +301,6 @@ class Query2LabelHead(Head):
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             average = features.detach().mean(-1, dtype=rows.dtype)
             maps = rows.unflatten(2, grid) * average[:, None]
-            if mask is None or pictures is None:
+            if mask is None or images is None:
                 return logits, None, maps, None
-            return logits, None, None, map_mask(maps, classes, pictures, mask.threshold, mask.norm, mask.group)
+            return logits, None, None, map_mask(maps, classes, images, mask.threshold, mask.norm, mask.group)

@@ -12,7 +12,7 @@ A data set is one file in this folder. It reads annotations into a `RawDataset` 
         def read(self, options): return RawDataset("mine", classes, image_root, [RawSplit("train", known, paths=paths)])
 
 The steps after that are here, in this order: draw observed labels over all official rows, cut off the validation
-split, look at every picture, drop the bad ones from every column, write the Manifest and its report.
+split, look at every image, drop the bad ones from every column, write the Manifest and its report.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def add_val_fraction(parser: argparse.ArgumentParser) -> None:
         "--val-fraction",
         choices=["published", "0"],
         default="published",
-        help="published: a fifth of the training pictures, drawn as in the papers, is for validation (default); "
-        "0: all official training pictures are for training",
+        help="published: a fifth of the training images, drawn as in the papers, is for validation (default); "
+        "0: all official training images are for training",
     )
 
 
@@ -117,7 +117,7 @@ def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) 
         "--observe",
         default=dataset.default_observe,
         metavar="{all,single,single=K,keep=P}",
-        help="labels that training sees: all that is known; the published draw of one (or K) positives a picture; or "
+        help="labels that training sees: all that is known; the published draw of one (or K) positives an image; or "
         "each known label, positive or negative, with probability P (default: %(default)s)",
     )
     group.add_argument(
@@ -126,14 +126,14 @@ def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) 
     group.add_argument(
         "--verify",
         choices=["decode", "header", "none"],
-        help="look at every picture: decode all of it, its header, or not at all "
-        "(default: decode up to 200,000 pictures, else header, which misses truncated files)",
+        help="look at every image: decode all of it, its header, or not at all "
+        "(default: decode up to 200,000 images, else header, which misses truncated files)",
     )
     group.add_argument(
         "--orientation",
         choices=["exif", "ignore"],
         default=dataset.default_orientation,
-        help="exif: turn pictures as their EXIF data say; ignore: take the pixels as they are stored, as the papers' "
+        help="exif: turn images as their EXIF data say; ignore: take the pixels as they are stored, as the papers' "
         "loader does (default: %(default)s)",
     )
-    group.add_argument("--workers", type=_workers, help="processes that look at pictures (default: one a core)")
+    group.add_argument("--workers", type=_workers, help="processes that look at images (default: one a core)")

@@ -1,7 +1,7 @@
 """COCO (2014, 2017, or anything else in its instances format).
 
-Protocol (spec/protocol.md 1): only pictures with at least one annotation, picture ids sorted as strings, class index
-in the order of the categories in the JSON file; a fifth of the training pictures becomes validation, the official
+Protocol (spec/protocol.md 1): only images with at least one annotation, image ids sorted as strings, class index
+in the order of the categories in the JSON file; a fifth of the training images becomes validation, the official
 validation file is the test set.
 """
 
@@ -50,7 +50,7 @@ def read_instances(path: Path) -> dict[str, Any]:
 
 
 def _number(entry: dict[str, Any], key: str, path: Path, place: int) -> int:
-    """Width or height of a picture's entry; 0 where it is absent."""
+    """Width or height of an image's entry; 0 where it is absent."""
     value = entry.get(key) or 0
     if not isinstance(value, (int, float)) or not 0 <= value < 2**31:
         raise UserError(f"{path}: entry {place} of 'images' has {value!r} as its {key!r}")
@@ -78,14 +78,12 @@ def read_split(data: dict[str, Any], path: Path, name: str, class_id: dict[int, 
     for place, image in enumerate(data["images"]):
         sizes[image["id"]] = _number(image, "width", path, place), _number(image, "height", path, place)
         if image["id"] in images:
-            raise UserError(f"{path}: picture id {image['id']} is listed twice in 'images'")
+            raise UserError(f"{path}: image id {image['id']} is listed twice in 'images'")
         images[image["id"]] = image
     found: dict[Any, list[list[float]]] = {}
     for place, entry in enumerate(data["annotations"]):
         if entry["image_id"] not in images:
-            raise UserError(
-                f"{path}: annotation {place} is of picture {entry['image_id']}, which 'images' does not list"
-            )
+            raise UserError(f"{path}: annotation {place} is of image {entry['image_id']}, which 'images' does not list")
         if entry["category_id"] not in class_id:
             raise UserError(
                 f"{path}: annotation {place} has category {entry['category_id']}, which the training file lacks"
@@ -112,11 +110,11 @@ class Coco(Dataset):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """Annotation files and picture folders."""
-        parser.add_argument("--annotations", required=True, type=Path, help="instances JSON of the training pictures")
-        parser.add_argument("--images", required=True, type=Path, help="folder of the training pictures")
-        parser.add_argument("--test-annotations", type=Path, help="instances JSON of the test pictures")
-        parser.add_argument("--test-images", type=Path, help="folder of the test pictures (default: that of --images)")
+        """Annotation files and image folders."""
+        parser.add_argument("--annotations", required=True, type=Path, help="instances JSON of the training images")
+        parser.add_argument("--images", required=True, type=Path, help="folder of the training images")
+        parser.add_argument("--test-annotations", type=Path, help="instances JSON of the test images")
+        parser.add_argument("--test-images", type=Path, help="folder of the test images (default: that of --images)")
         add_val_fraction(parser)
 
     def read(self, options: argparse.Namespace) -> RawDataset:
@@ -126,7 +124,7 @@ class Coco(Dataset):
         folders = [options.images] + ([options.test_images] if options.test_images else [])
         for folder in folders:
             if not folder.is_dir():
-                raise UserError(f"picture folder {folder} does not exist")
+                raise UserError(f"image folder {folder} does not exist")
         data = read_instances(options.annotations)
         class_id = {category["id"]: place for place, category in enumerate(data["categories"])}
         if len(class_id) != len(data["categories"]):

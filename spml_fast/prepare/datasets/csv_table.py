@@ -1,4 +1,4 @@
-"""Any data set as a CSV table: a row a picture, class names separated by semicolons.
+"""Any data set as a CSV table: a row an image, class names separated by semicolons.
 
     path,positives,negatives,unknowns,split
     photos/001.jpg,cat;sofa,dog,,train
@@ -28,7 +28,7 @@ LABEL_COLUMNS = {"positives": POSITIVE, "negatives": NEGATIVE, "unknowns": UNKNO
 
 @dataclass
 class Row:
-    """One picture: the line that named it first, its split, and the code of each class name listed."""
+    """One image: the line that named it first, its split, and the code of each class name listed."""
 
     line: int
     split: str
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass
 class Table:
-    """A parsed table: pictures in order of first appearance, and which columns there were."""
+    """A parsed table: images in order of first appearance, and which columns there were."""
 
     rows: dict[str, Row]
     columns: list[str]
@@ -96,20 +96,19 @@ def _parse(reader: Any, path: Path, conflicts: str) -> Table:
 
 def _add(table: Table, fields: dict[str, str], line: int, path: Path, conflicts: str) -> None:
     """Merge one line into the table."""
-    picture, split = fields["path"].strip(), fields.get("split", "").strip()
-    if not picture:
+    image, split = fields["path"].strip(), fields.get("split", "").strip()
+    if not image:
         raise UserError(f"{path}, line {line}: the path is empty")
     if "split" in fields and (not split or "/" in split or split.startswith(".")):
         raise UserError(f"{path}, line {line}: {split!r} cannot be the name of a split")
-    row = table.rows.get(picture)
+    row = table.rows.get(image)
     if row is None:
-        row = table.rows[picture] = Row(line, split)
+        row = table.rows[image] = Row(line, split)
     else:
         table.merged += 1
         if row.split != split:
             raise UserError(
-                f"{path}, line {line}: picture {picture} is in split {split!r} here "
-                f"and in {row.split!r} in line {row.line}"
+                f"{path}, line {line}: image {image} is in split {split!r} here and in {row.split!r} in line {row.line}"
             )
     for column, code in LABEL_COLUMNS.items():
         for name in filter(None, (part.strip() for part in fields.get(column, "").split(";"))):
@@ -118,7 +117,7 @@ def _add(table: Table, fields: dict[str, str], line: int, path: Path, conflicts:
                 if conflicts == "error":
                     words = {POSITIVE: "positive", NEGATIVE: "negative", UNKNOWN: "unknown"}
                     raise UserError(
-                        f"{path}, line {line}: class {name!r} of picture {picture} is {words[code]} here and "
+                        f"{path}, line {line}: class {name!r} of image {image} is {words[code]} here and "
                         f"{words[before]} in line {row.lines[name]}; mend it or pass --conflicts positive"
                     )
                 table.conflicts += 1
@@ -162,7 +161,7 @@ def unlisted_code(columns: list[str], choice: str | None) -> int:
 
 @register("csv")
 class Csv(Dataset):
-    """Your own pictures: a CSV with a path a row and its known classes."""
+    """Your own images: a CSV with a path a row and its known classes."""
 
     default_observe: ClassVar[str] = "all"
     default_orientation: ClassVar[Orientation] = "exif"
@@ -195,7 +194,7 @@ class Csv(Dataset):
     def read(self, options: argparse.Namespace) -> RawDataset:
         """The table."""
         if not options.images.is_dir():
-            raise UserError(f"picture folder {options.images} does not exist")
+            raise UserError(f"image folder {options.images} does not exist")
         table = read_table(options.table, options.conflicts)
         if not table.rows:
             raise UserError(f"{options.table} has no rows")
@@ -209,13 +208,13 @@ class Csv(Dataset):
                 raise UserError(f"{options.table}, line {line}: class {name!r} is not in {options.classes}")
         notes = []
         if table.merged:
-            notes.append(f"{table.merged} rows named a picture again and were merged with its first row")
+            notes.append(f"{table.merged} rows named an image again and were merged with its first row")
         if table.conflicts:
             notes.append(f"{table.conflicts} contradicting labels were taken as positive (--conflicts positive)")
         has_splits = "split" in table.columns
         by_split: dict[str, list[str]] = {}
-        for picture, row in table.rows.items():
-            by_split.setdefault(row.split if has_splits else "train", []).append(picture)
+        for image, row in table.rows.items():
+            by_split.setdefault(row.split if has_splits else "train", []).append(image)
         if "train" not in by_split:
             raise UserError(f"{options.table}: no row has split train (found {', '.join(sorted(by_split))})")
         train_code = unlisted_code(table.columns, options.unlisted)
@@ -230,20 +229,20 @@ class Csv(Dataset):
             for name in order
         ]
         if not has_splits:
-            notes.append("no split column: a fifth of the pictures is for validation, and there is no test split")
+            notes.append("no split column: a fifth of the images is for validation, and there is no test split")
         elif missing := [name for name in ("val", "test") if name not in by_split]:
             notes.append(f"the split column names no {' and no '.join(missing)} split")
         carve = None if has_splits else ("train", "val")
         return RawDataset(options.table.stem, classes, options.images, splits, carve, notes)
 
     @staticmethod
-    def _split(name: str, pictures: list[str], table: Table, class_id: dict[str, int], default: int) -> RawSplit:
+    def _split(name: str, images: list[str], table: Table, class_id: dict[str, int], default: int) -> RawSplit:
         rows, ids, codes = [], [], []
-        for place, picture in enumerate(pictures):
-            for class_name, code in table.rows[picture].codes.items():
+        for place, image in enumerate(images):
+            for class_name, code in table.rows[image].codes.items():
                 if code != default:
                     rows.append(place)
                     ids.append(class_id[class_name])
                     codes.append(code)
-        known = SparseLabels.from_entries(rows, ids, codes, len(pictures), len(class_id), default)
-        return RawSplit(name, known, paths=pictures)
+        known = SparseLabels.from_entries(rows, ids, codes, len(images), len(class_id), default)
+        return RawSplit(name, known, paths=images)

@@ -1,13 +1,13 @@
-"""CUB-200-2011 with its 312 attributes as classes (5,994 training and 5,794 test pictures).
+"""CUB-200-2011 with its 312 attributes as classes (5,994 training and 5,794 test images).
 
-    ROOT/images.txt                              picture number and path
-    ROOT/train_test_split.txt                    picture number and 1 for training, 0 for test
-    ROOT/attributes/image_attribute_labels.txt   picture number, attribute number, is present (0 or 1), certainty, time
+    ROOT/images.txt                              image number and path
+    ROOT/train_test_split.txt                    image number and 1 for training, 0 for test
+    ROOT/attributes/image_attribute_labels.txt   image number, attribute number, is present (0 or 1), certainty, time
     ROOT/attributes/attributes.txt               attribute number and name; also found in ROOT or in the folder above
     ROOT/images/...
 
 Protocol (spec/protocol.md 1): the official split in the order of images.txt; an attribute is positive where "is
-present" says so, however certain; everything else is negative; a fifth of the training pictures becomes validation.
+present" says so, however certain; everything else is negative; a fifth of the training images becomes validation.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def read_numbered(path: Path) -> list[str]:
     return out
 
 
-def read_attributes(path: Path, pictures: int, attributes: int) -> npt.NDArray[np.int64]:
-    """Rows of image_attribute_labels.txt: picture, attribute (both from 0) and is present, int64 [n, 3].
+def read_attributes(path: Path, images: int, attributes: int) -> npt.NDArray[np.int64]:
+    """Rows of image_attribute_labels.txt: image, attribute (both from 0) and is present, int64 [n, 3].
 
     Some lines of the official file have a field too many behind these three; what follows them is not looked at.
 
@@ -61,14 +61,14 @@ def read_attributes(path: Path, pictures: int, attributes: int) -> npt.NDArray[n
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise _wrong_line(path, pictures, attributes) or UserError(f"{path} cannot be read: {error}") from error
-    low, high = np.array([1, 1, 0]), np.array([pictures, attributes, 1])
+        raise _wrong_line(path, images, attributes) or UserError(f"{path} cannot be read: {error}") from error
+    low, high = np.array([1, 1, 0]), np.array([images, attributes, 1])
     if len(table) and ((table < low) | (table > high)).any():
-        raise _wrong_line(path, pictures, attributes) or UserError(f"{path} has a number out of range")
+        raise _wrong_line(path, images, attributes) or UserError(f"{path} has a number out of range")
     return table - low
 
 
-def _wrong_line(path: Path, pictures: int, attributes: int) -> UserError | None:
+def _wrong_line(path: Path, images: int, attributes: int) -> UserError | None:
     """The error that names the first wrong line."""
     with path.open(encoding="utf-8", errors="backslashreplace") as file:
         for number, line in enumerate(file, 1):
@@ -79,8 +79,8 @@ def _wrong_line(path: Path, pictures: int, attributes: int) -> UserError | None:
                 image, attribute, present = (int(word) for word in words[:3])
             except ValueError:
                 return UserError(f"{path}, line {number}: expected three whole numbers, not {line.strip()[:60]!r}")
-            if not 1 <= image <= pictures:
-                return UserError(f"{path}, line {number}: picture {image} is not in images.txt")
+            if not 1 <= image <= images:
+                return UserError(f"{path}, line {number}: image {image} is not in images.txt")
             if not 1 <= attribute <= attributes:
                 return UserError(f"{path}, line {number}: attribute {attribute} is not in attributes.txt")
             if present not in (0, 1):
@@ -94,7 +94,7 @@ class Cub(Dataset):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """Where the data set is, and how validation pictures are chosen."""
+        """Where the data set is, and how validation images are chosen."""
         parser.add_argument("--root", required=True, type=Path, help="folder with images.txt (CUB_200_2011)")
         add_val_fraction(parser)
 
@@ -106,7 +106,7 @@ class Cub(Dataset):
         paths = read_numbered(root / "images.txt")
         flags = read_numbered(root / "train_test_split.txt")
         if len(flags) != len(paths) or not {"0", "1"}.issuperset(flags):
-            raise UserError(f"{root / 'train_test_split.txt'} must have 0 or 1 for each of {len(paths)} pictures")
+            raise UserError(f"{root / 'train_test_split.txt'} must have 0 or 1 for each of {len(paths)} images")
         places = [root / "attributes" / "attributes.txt", root / "attributes.txt", root.parent / "attributes.txt"]
         found = next((place for place in places if place.is_file()), None)
         if found is None:
@@ -120,14 +120,14 @@ class Cub(Dataset):
         splits = []
         for name, rows in (("train", np.flatnonzero(training)), ("test", np.flatnonzero(~training))):
             if len(rows) != OFFICIAL[name]:
-                notes.append(f"{name}: {len(rows):,} pictures, not the official {OFFICIAL[name]:,}")
+                notes.append(f"{name}: {len(rows):,} images, not the official {OFFICIAL[name]:,}")
             splits.append(RawSplit(name, known.select(rows), paths=[paths[i] for i in rows.tolist()]))
         carve = ("train", "val") if options.val_fraction == "published" else None
         return RawDataset("cub", classes, root / "images", splits, carve, notes)
 
     @staticmethod
-    def _known(path: Path, pictures: int, attributes: int, notes: list[str]) -> SparseLabels:
-        image, attribute, present = read_attributes(path, pictures, attributes).T
+    def _known(path: Path, images: int, attributes: int, notes: list[str]) -> SparseLabels:
+        image, attribute, present = read_attributes(path, images, attributes).T
         pairs = image * attributes + attribute
         keys, first, place = np.unique(pairs, return_index=True, return_inverse=True)
         if len(keys) < len(image):
@@ -135,13 +135,13 @@ class Cub(Dataset):
             if len(wrong):
                 at = int(wrong[0])
                 raise UserError(
-                    f"{path} contradicts itself: attribute {attribute[at] + 1} of picture {image[at] + 1} is both"
+                    f"{path} contradicts itself: attribute {attribute[at] + 1} of image {image[at] + 1} is both"
                 )
             notes.append(f"{len(image) - len(keys):,} lines of {path.name} are there twice")
-        missing = pictures * attributes - len(keys)
+        missing = images * attributes - len(keys)
         if missing:
-            notes.append(f"{missing:,} attributes of pictures are not annotated and count as absent")
+            notes.append(f"{missing:,} attributes of images are not annotated and count as absent")
         positive = keys[present[first] == 1]
         return SparseLabels.from_entries(
-            positive // attributes, positive % attributes, np.ones(len(positive)), pictures, attributes, NEGATIVE
+            positive // attributes, positive % attributes, np.ones(len(positive)), images, attributes, NEGATIVE
         )

@@ -1,7 +1,7 @@
 """Digit scenes: the embedded data set, made from the handwritten digits that scikit-learn ships. No download.
 
 1,797 real handwritten digits of 8 x 8 pixels; the first 1,300 appear in training and validation scenes, the rest in
-test scenes only. A scene is a 64 x 64 picture: a patchwork of 4 x 4 colours with a little noise, and on it one to five
+test scenes only. A scene is a 64 x 64 image: a patchwork of 4 x 4 colours with a little noise, and on it one to five
 digits of 20 pixels, each in another cell of a 3 x 3 grid, shifted a little and coloured. Its label is the set of
 digits. Everything is a pure function of the seeds.
 """
@@ -44,7 +44,7 @@ _BLOCK = 512
 
 @dataclass
 class Scenes:
-    """Plan of N scenes with K digits in all; small beside the pictures.
+    """Plan of N scenes with K digits in all; small beside the images.
 
     Attributes:
         indptr: int64 [N + 1], digits of scene i are `indptr[i]:indptr[i + 1]`.
@@ -109,7 +109,7 @@ def plan_scenes(count: int, sources: npt.NDArray[np.int64], labels: npt.NDArray[
 
 
 def render_scenes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Pictures uint8 [N, 64, 64, 3] of a plan.
+    """Images uint8 [N, 64, 64, 3] of a plan.
 
     Args:
         scenes: the plan.
@@ -144,7 +144,7 @@ def _boxes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> npt.NDArray[np.float
 
 
 def read_digits(sizes: Mapping[str, int] = SIZES, scene_seed: int = 0) -> RawDataset:
-    """Digit scenes as a raw data set whose pictures are made inside the Manifest.
+    """Digit scenes as a raw data set whose images are made inside the Manifest.
 
     Args:
         sizes: split -> number of scenes; "test" draws from the held-out digits, every other split from the rest.
@@ -155,7 +155,7 @@ def read_digits(sizes: Mapping[str, int] = SIZES, scene_seed: int = 0) -> RawDat
     """
     for name, size in sizes.items():
         if size < 1:
-            raise UserError(f"split {name!r} of the digit scenes needs at least one picture, not {size}")
+            raise UserError(f"split {name!r} of the digit scenes needs at least one image, not {size}")
     ink, labels = _load_digits()
     plans: dict[str, Scenes] = {}
     splits = []
@@ -176,15 +176,13 @@ def read_digits(sizes: Mapping[str, int] = SIZES, scene_seed: int = 0) -> RawDat
             )
         )
 
-    def make_pictures(folder: Path) -> None:
+    def make_images(folder: Path) -> None:
         for name, scenes in plans.items():
             (folder / name).mkdir()
             for i, pixels in enumerate(render_scenes(scenes, ink)):
                 Image.fromarray(pixels).save(folder / name / f"{i:05d}.jpg", quality=JPEG_QUALITY)
 
-    return RawDataset(
-        "digits", CLASSES, None, splits, settings=_settings(sizes, scene_seed), make_pictures=make_pictures
-    )
+    return RawDataset("digits", CLASSES, None, splits, settings=_settings(sizes, scene_seed), make_images=make_images)
 
 
 def _settings(sizes: Mapping[str, int], scene_seed: int) -> dict[str, Any]:
@@ -244,7 +242,7 @@ def prepare_digits(
 
 @register("digits")
 class Digits(Dataset):
-    """Digit scenes: 64 x 64 pictures made from scikit-learn's handwritten digits; nothing is downloaded."""
+    """Digit scenes: 64 x 64 images made from scikit-learn's handwritten digits; nothing is downloaded."""
 
     train_options = "--config launch/configs/digits.yaml"
 
@@ -252,7 +250,7 @@ class Digits(Dataset):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """Sizes and seed of the scenes."""
         for name, size in SIZES.items():
-            parser.add_argument(f"--{name}", type=int, default=size, help=f"{name} pictures (default: %(default)s)")
+            parser.add_argument(f"--{name}", type=int, default=size, help=f"{name} images (default: %(default)s)")
         parser.add_argument("--scene-seed", type=int, default=0, help="another seed, other scenes (default: 0)")
 
     def read(self, options: argparse.Namespace) -> RawDataset:

@@ -1,20 +1,20 @@
 """NUS-WIDE with its 81 concepts, in either of the two forms that are about.
 
-The arrays of the single-positive papers (150,000 training and 60,260 test pictures, crawled again in 2020):
+The arrays of the single-positive papers (150,000 training and 60,260 test images, crawled again in 2020):
 
-    ROOT/formatted_{train,val}_images.npy   paths of the pictures, text [N]
+    ROOT/formatted_{train,val}_images.npy   paths of the images, text [N]
     ROOT/formatted_{train,val}_labels.npy   0 or 1, [N, 81]; `val` is the test set
-    ROOT/Flickr/...                         the pictures
+    ROOT/Flickr/...                         the images
 
-The original distribution (161,789 and 107,859 pictures), which other papers use:
+The original distribution (161,789 and 107,859 images), which other papers use:
 
     ROOT/ConceptsList/Concepts81.txt                              a concept a line
     ROOT/ImageList/{Train,Test}Imagelist.txt                      a path a line, with backslashes
     ROOT/Groundtruth/TrainTestLabels/Labels_CONCEPT_{Train,Test}.txt   0 or 1 a line
     ROOT/Flickr/...
 
-Protocol (spec/protocol.md 1): rows in the order of the files; pictures without any label are kept (22 per cent) and
-observe nothing; a fifth of the training pictures becomes validation. The papers do not state the order of the arrays'
+Protocol (spec/protocol.md 1): rows in the order of the files; images without any label are kept (22 per cent) and
+observe nothing; a fifth of the training images becomes validation. The papers do not state the order of the arrays'
 columns; alphabetical, as in the original distribution, is assumed.
 """
 
@@ -42,7 +42,7 @@ CONCEPTS = [
     *("tower", "town", "toy", "train", "tree", "valley", "vehicle", "water", "waterfall", "wedding", "whales"),
     *("window", "zebra"),
 ]
-# Pictures, and pictures without any label, of the published arrays; pictures of the original lists.
+# Images, and images without any label, of the published arrays; images of the original lists.
 PUBLISHED = {"train": (150_000, 33_410), "test": (60_260, 13_412)}
 ORIGINAL = {"train": 161_789, "test": 107_859}
 _ROWS = 1 << 14
@@ -64,7 +64,7 @@ def labels_of_array(path: Path, rows: int) -> SparseLabels:
     if values.shape != (rows, len(CONCEPTS)) or values.dtype.kind not in "biuf":
         raise UserError(
             f"{path} has shape {values.shape} and type {values.dtype}; {rows} x {len(CONCEPTS)} numbers are needed, as "
-            f"many rows as pictures"
+            f"many rows as images"
         )
     found_rows, found_classes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for start in range(0, rows, _ROWS):
@@ -90,11 +90,11 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
-def read_concept(path: Path, pictures: int, listed: Path) -> npt.NDArray[np.int64]:
+def read_concept(path: Path, images: int, listed: Path) -> npt.NDArray[np.int64]:
     """Rows that have a concept. Raises `UserError` naming file and line."""
     lines = read_lines(path)
-    if len(lines) != pictures:
-        raise UserError(f"{path} has {len(lines)} lines, but {listed} lists {pictures} pictures")
+    if len(lines) != images:
+        raise UserError(f"{path} has {len(lines)} lines, but {listed} lists {images} images")
     values = np.array(lines)
     wrong = np.flatnonzero((values != "0") & (values != "1"))
     if len(wrong):
@@ -108,11 +108,11 @@ class NusWide(Dataset):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """Where the data set is, and how validation pictures are chosen."""
+        """Where the data set is, and how validation images are chosen."""
         parser.add_argument(
             "--root", required=True, type=Path, help="folder with formatted_*.npy, or with ImageList and Groundtruth"
         )
-        parser.add_argument("--images", type=Path, help="folder of the pictures (default: Flickr in --root)")
+        parser.add_argument("--images", type=Path, help="folder of the images (default: Flickr in --root)")
         add_val_fraction(parser)
 
     def read(self, options: argparse.Namespace) -> RawDataset:
@@ -126,10 +126,10 @@ class NusWide(Dataset):
         else:
             raise UserError(f"{root} holds neither formatted_train_images.npy nor ImageList; give NUS-WIDE's folder")
         if not images.is_dir():
-            raise UserError(f"picture folder {images} does not exist; name it with --images")
+            raise UserError(f"image folder {images} does not exist; name it with --images")
         for split in splits:
             empty = int((np.diff(split.known.indptr) == 0).sum())
-            notes.append(f"{split.name}: {empty:,} official pictures have no label at all and are kept")
+            notes.append(f"{split.name}: {empty:,} official images have no label at all and are kept")
         carve = ("train", "val") if options.val_fraction == "published" else None
         return RawDataset("nuswide", CONCEPTS, images, splits, carve, notes)
 
@@ -146,14 +146,14 @@ class NusWide(Dataset):
             splits.append(RawSplit(name, known, paths=[p.replace("\\", "/") for p in text]))
             size, empty = PUBLISHED[name]
             if len(paths) != size:
-                notes.append(f"{name}: {len(paths):,} pictures, not the published {size:,}")
+                notes.append(f"{name}: {len(paths):,} images, not the published {size:,}")
             elif (found := int((np.diff(known.indptr) == 0).sum())) != empty:
-                notes.append(f"{name}: {found:,} pictures without a label, not the published {empty:,}")
+                notes.append(f"{name}: {found:,} images without a label, not the published {empty:,}")
         return splits, notes
 
     @staticmethod
     def _read_lists(root: Path) -> tuple[list[RawSplit], list[str]]:
-        notes = ["the original distribution: other pictures and another test set than in the single-positive papers"]
+        notes = ["the original distribution: other images and another test set than in the single-positive papers"]
         names = root / "ConceptsList" / "Concepts81.txt"
         if names.is_file() and read_lines(names) != CONCEPTS:
             raise UserError(f"{names} does not list the 81 concepts in alphabetical order")
@@ -172,5 +172,5 @@ class NusWide(Dataset):
             )
             splits.append(RawSplit(name, known, paths=paths))
             if len(paths) != ORIGINAL[name]:
-                notes.append(f"{name}: {len(paths):,} pictures, not the official {ORIGINAL[name]:,}")
+                notes.append(f"{name}: {len(paths):,} images, not the official {ORIGINAL[name]:,}")
         return splits, notes

@@ -1,10 +1,10 @@
-"""PASCAL VOC in its official layout (VOC 2012: 5,717 training and 5,823 validation pictures, 20 classes).
+"""PASCAL VOC in its official layout (VOC 2012: 5,717 training and 5,823 validation images, 20 classes).
 
-    ROOT/ImageSets/Main/CLASS_train.txt, CLASS_val.txt   picture name and flag: 1 positive, 0 difficult, -1 absent
+    ROOT/ImageSets/Main/CLASS_train.txt, CLASS_val.txt   image name and flag: 1 positive, 0 difficult, -1 absent
     ROOT/Annotations/NAME.xml                            boxes and size, where present
     ROOT/JPEGImages/NAME.jpg
 
-Protocol (spec/protocol.md 1): difficult counts as negative, classes in alphabetical order, picture names sorted; a
+Protocol (spec/protocol.md 1): difficult counts as negative, classes in alphabetical order, image names sorted; a
 fifth of the official training set becomes validation, the official validation set is the test set.
 """
 
@@ -27,7 +27,7 @@ Boxes = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 
 
 def read_flags(path: Path) -> dict[str, int]:
-    """Picture name -> flag (1, 0 or -1) of one class file. Raises `UserError` naming file and line."""
+    """Image name -> flag (1, 0 or -1) of one class file. Raises `UserError` naming file and line."""
     flags: dict[str, int] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -40,9 +40,9 @@ def read_flags(path: Path) -> dict[str, int]:
         if not words:
             continue
         if len(words) != 2 or words[1] not in ("1", "0", "-1"):
-            raise UserError(f"{path}, line {number}: expected a picture name and 1, 0 or -1, not {line.strip()!r}")
+            raise UserError(f"{path}, line {number}: expected an image name and 1, 0 or -1, not {line.strip()!r}")
         if words[0] in flags:
-            raise UserError(f"{path}, line {number}: picture {words[0]} is listed twice")
+            raise UserError(f"{path}, line {number}: image {words[0]} is listed twice")
         flags[words[0]] = int(words[1])
     return flags
 
@@ -75,7 +75,7 @@ class Voc(Dataset):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """Where the data set is, and how validation pictures are chosen."""
+        """Where the data set is, and how validation images are chosen."""
         parser.add_argument("--root", required=True, type=Path, help="folder with ImageSets, Annotations, JPEGImages")
         add_val_fraction(parser)
 
@@ -106,7 +106,7 @@ class Voc(Dataset):
             if found.keys() != flags[0].keys():
                 other = sorted(found.keys() ^ flags[0].keys())[0]
                 raise UserError(
-                    f"{main / f'{class_name}_{official}.txt'} does not list the same pictures as "
+                    f"{main / f'{class_name}_{official}.txt'} does not list the same images as "
                     f"{classes[0]}_{official}.txt (first difference: {other})"
                 )
         positives = [[c for c, found in enumerate(flags) if found[n] == 1] for n in names]

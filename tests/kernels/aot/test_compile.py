@@ -40,8 +40,8 @@ CHOSEN = [
     ("cam_mask maps", "fp32 K 2048 HW 14x14 N 6", (80,), 112),
     ("cam_mask per_image", "14x14", (90,), 48),
     ("cam_mask batch", "14x14", (90,), 64),
-    ("cam_mask picture", "i16 448x448 map 14x14 N 1 channels_last", (80, 90, 100), 112),
-    ("cam_mask picture", "i32 448x448 map 14x14 N 6 contiguous", (90,), 96),
+    ("cam_mask image", "i16 448x448 map 14x14 N 1 channels_last", (80, 90, 100), 112),
+    ("cam_mask image", "i32 448x448 map 14x14 N 6 contiguous", (90,), 96),
     ("ignore_statistics", "bf16 128 x 5000", (90,), 64),
     ("ignore_statistics end", "fp32 128 x 81", (90,), 48),
     ("ignore_loss", "fp32 128 x 5000 logits", (80, 90, 100), 128),
@@ -114,7 +114,7 @@ def test_a_launch_takes_every_kernels_arguments(op):
 
 @pytest.mark.parametrize(
     "op",
-    ["cam_pool forward", "cam_pool dX", "cam_pool dW", "label_loss", "large_select", "cam_mask picture"],
+    ["cam_pool forward", "cam_pool dX", "cam_pool dW", "label_loss", "large_select", "cam_mask image"],
 )
 def test_offsets_are_64_bits_wide(op):
     """B * H * W * K and B * C pass 2^31: what is multiplied by a row length is int64 in the intermediate code."""

@@ -1,11 +1,11 @@
-"""OpenImages V3 to V7: image-level labels that people verified, a few of thousands of classes for each picture.
+"""OpenImages V3 to V7: image-level labels that people verified, a few of thousands of classes for each image.
 
     python launch/prepare.py openimages --labels TRAIN.csv VAL.csv TEST.csv --classes classes-trainable.txt
         --descriptions class-descriptions.csv --images DIR --out DIR
 
 Protocol (spec/protocol.md 2.5, 4 and 5): a row with confidence 1 is an observed positive, with 0 an observed negative,
-and what has no row is unknown. Classes are those of the trainable list, in its order; rows of others are dropped. A
-picture is in a split if it has a label of these classes and if it is there. Machine labels are used only on request;
+and what has no row is unknown. Classes are those of the trainable list, in its order; rows of others are dropped. An
+image is in a split if it has a label of these classes and if it is there. Machine labels are used only on request;
 training sees them as positives, and they are never part of the truth that evaluation uses.
 """
 
@@ -30,9 +30,9 @@ from spml_fast.prepare.datasets.openimages.csv import (
     ABSENT,
     MACHINE,
     THERE,
+    Images,
     LabelRows,
-    Pictures,
-    find_pictures,
+    find_images,
     read_classes,
     read_descriptions,
     read_labels,
@@ -43,23 +43,23 @@ from spml_fast.prepare.raw import RawDataset, RawSplit
 Conflicts = Literal["positive", "negative", "last", "drop"]
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-# At most so many ids without a picture are named in report.json.
+# At most so many ids without an image are named in report.json.
 _MAX_NAMED = 1000
 _CHUNK = 1 << 22
 
 
 @dataclass
 class Grouped:
-    """Labels by picture.
+    """Labels by image.
 
     Attributes:
-        ids: uint64 [N], ascending: the pictures with a label of the wanted classes.
+        ids: uint64 [N], ascending: the images with a label of the wanted classes.
         human: verified labels, N rows.
-        machine: machine labels of the same rows, none on a (picture, class) that a person has verified; None without
+        machine: machine labels of the same rows, none on a (image, class) that a person has verified; None without
             machine labels.
-        named: number of pictures that the files name.
-        repeated: verified rows on a (picture, class) that a row before had named.
-        conflicts: (picture, class) pairs on which verified rows contradict each other.
+        named: number of images that the files name.
+        repeated: verified rows on a (image, class) that a row before had named.
+        conflicts: (image, class) pairs on which verified rows contradict each other.
         overruled: machine rows on pairs that a person has verified.
     """
 
@@ -73,7 +73,7 @@ class Grouped:
 
 
 def group_rows(rows: LabelRows, machine: LabelRows | None, num_classes: int, conflicts: Conflicts) -> Grouped:
-    """Group rows by picture; the files need not be sorted.
+    """Group rows by image; the files need not be sorted.
 
     Args:
         rows: verified rows.
@@ -92,7 +92,7 @@ def group_rows(rows: LabelRows, machine: LabelRows | None, num_classes: int, con
     named = len(ids)
 
     def row_keys(runs: int) -> npt.NDArray[np.int64]:
-        """(picture, class, what is said) of the rows of the first runs, in the order of the files."""
+        """(image, class, what is said) of the rows of the first runs, in the order of the files."""
         keys = np.empty(int(run_counts[:runs].sum(dtype=np.int64)), np.int64)
         done = 0
         for start in range(0, runs, _CHUNK):
@@ -169,7 +169,7 @@ def _number_runs(run_ids: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64
 
 
 def _last_said(pairs: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
-    """Codes of some (picture, class) pairs, ascending, by the last row on each in the order of the files."""
+    """Codes of some (image, class) pairs, ascending, by the last row on each in the order of the files."""
     out = np.zeros(len(pairs), np.int8)
     for start in range(0, len(keys), _CHUNK):
         part = keys[start : start + _CHUNK]
@@ -244,13 +244,13 @@ def class_names(ids: Sequence[str], descriptions: dict[str, str]) -> list[str]:
 
 @register("openimages")
 class OpenImages(Dataset):
-    """OpenImages V3 to V7 image-level labels, with or without the pictures."""
+    """OpenImages V3 to V7 image-level labels, with or without the images."""
 
     default_observe: ClassVar[str] = "all"
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """Label files, classes, pictures."""
+        """Label files, classes, images."""
         parser.add_argument(
             "--labels",
             required=True,
@@ -271,7 +271,7 @@ class OpenImages(Dataset):
         parser.add_argument(
             "--images",
             required=True,
-            help="folder of the pictures, ID.jpg in any folders below it; none: prepare the labels alone",
+            help="folder of the images, ID.jpg in any folders below it; none: prepare the labels alone",
         )
         parser.add_argument(
             "--images-info",
@@ -279,7 +279,7 @@ class OpenImages(Dataset):
             type=Path,
             default=[],
             metavar="CSV",
-            help="image lists with a column Rotation (V4 and later); pictures are turned as they say",
+            help="image lists with a column Rotation (V4 and later); images are turned as they say",
         )
         parser.add_argument(
             "--machine-labels",
@@ -301,7 +301,7 @@ class OpenImages(Dataset):
     def prepare(self, options: argparse.Namespace) -> Manifest:
         """Raw files -> Manifest."""
         if options.images == "none" and options.verify not in (None, "none"):
-            raise UserError(f"--verify {options.verify} needs pictures; give their folder with --images")
+            raise UserError(f"--verify {options.verify} needs images; give their folder with --images")
         if bool(options.machine_labels) != (options.machine_threshold is not None):
             raise UserError("--machine-labels and --machine-threshold go together; give both or neither")
         if options.machine_threshold is not None and not 0 < options.machine_threshold <= 1:
@@ -309,7 +309,7 @@ class OpenImages(Dataset):
         return super().prepare(options)
 
     def read(self, options: argparse.Namespace) -> RawDataset:
-        """Label files, and which pictures are there."""
+        """Label files, and which images are there."""
         files = split_files(options.labels, options.split, "--labels")
         machine_files = split_files(options.machine_labels, None, "--machine-labels")
         for name in machine_files:
@@ -317,7 +317,7 @@ class OpenImages(Dataset):
                 raise UserError(f"--machine-labels has split {name}, --labels does not; give its verified labels too")
         folder = None if options.images == "none" else Path(options.images)
         if folder is not None and not folder.is_dir():
-            raise UserError(f"picture folder {folder} does not exist; write --images none for the labels alone")
+            raise UserError(f"image folder {folder} does not exist; write --images none for the labels alone")
         class_ids = read_classes(options.classes)
         descriptions = read_descriptions(options.descriptions) if options.descriptions else {}
         notes = []
@@ -327,7 +327,7 @@ class OpenImages(Dataset):
                 f"{unnamed:,} of {len(class_ids):,} classes have no name in --descriptions; their ids are used"
             )
         # Before the labels, which take longer to read than a wrong folder to find.
-        pictures = None if folder is None else _find(folder)
+        images = None if folder is None else _find(folder)
 
         coverage: dict[str, Any] = {}
         raw = RawDataset(
@@ -344,7 +344,7 @@ class OpenImages(Dataset):
             labels_alone=folder is None,
             coverage=coverage,
         )
-        used = np.zeros(0 if pictures is None else len(pictures.ids), np.bool_)
+        used = np.zeros(0 if images is None else len(images.ids), np.bool_)
         for name, paths in files.items():
             rows = read_labels(paths, class_ids)
             machine = None
@@ -357,9 +357,9 @@ class OpenImages(Dataset):
                 _refuse_shared(name, grouped.ids, other)
             entry = _count(name, rows, machine, grouped, options, notes)
             coverage[name] = entry
-            raw.splits.append(_split(name, grouped, pictures, folder, used, entry, notes))
-        if pictures is not None:
-            _count_unused(pictures, used, coverage, notes)
+            raw.splits.append(_split(name, grouped, images, folder, used, entry, notes))
+        if images is not None:
+            _count_unused(images, used, coverage, notes)
         if missing := [name for name in SPLITS if name not in files]:
             notes.append(f"no {' and no '.join(missing)} split (--labels has no file of it)")
         for path in options.images_info:
@@ -368,40 +368,40 @@ class OpenImages(Dataset):
             known = 0 if split.orientation is None else int(np.count_nonzero(split.orientation))
             if known < len(split):
                 raw.notes.append(
-                    f"{split.name}: the image lists know the rotation of {known:,} of {len(split):,} pictures; "
+                    f"{split.name}: the image lists know the rotation of {known:,} of {len(split):,} images; "
                     "--orientation decides for the others"
                 )
         return raw
 
 
 def _refuse_shared(name: str, ids: npt.NDArray[np.uint64], other: RawSplit) -> None:
-    """Raise `UserError` when a split has pictures of another one: test figures would be worth nothing."""
+    """Raise `UserError` when a split has images of another one: test figures would be worth nothing."""
     assert isinstance(other.ids, np.ndarray)
     small, large = sorted((ids, other.ids), key=len)
     place = np.minimum(np.searchsorted(large, small), len(large) - 1)
     shared = small[large[place] == small]
     if len(shared):
         raise UserError(
-            f"{len(shared):,} pictures have labels in split {other.name} and in split {name} (the first is "
+            f"{len(shared):,} images have labels in split {other.name} and in split {name} (the first is "
             f"{int(shared[0]):016x}); give each label file to one split (train=, val= or test= before its path)"
         )
 
 
-def _find(folder: Path) -> Pictures:
-    """The pictures below a folder; `UserError` if there is none."""
-    pictures = find_pictures(folder)
-    if not len(pictures.ids):
-        if pictures.archives:
+def _find(folder: Path) -> Images:
+    """The images below a folder; `UserError` if there is none."""
+    images = find_images(folder)
+    if not len(images.ids):
+        if images.archives:
             raise UserError(
-                f"{folder} holds {len(pictures.archives)} packed files ({pictures.archives[0]}, ...) and no pictures; "
-                "unpack them, or prepare the labels with --images none and then pack the pictures straight from the "
+                f"{folder} holds {len(images.archives)} packed files ({images.archives[0]}, ...) and no images; "
+                "unpack them, or prepare the labels with --images none and then pack the images straight from the "
                 f"tar files: prepare.py shard --manifest LABELS --tars {folder} --leave-out --out DIR"
             )
         raise UserError(
-            f"there is no picture below {folder} that is named by an OpenImages id (16 hexadecimal digits and .jpg); "
-            "give the folder of the pictures, or --images none for the labels alone"
+            f"there is no image below {folder} that is named by an OpenImages id (16 hexadecimal digits and .jpg); "
+            "give the folder of the images, or --images none for the labels alone"
         )
-    return pictures
+    return images
 
 
 def _count(
@@ -419,19 +419,19 @@ def _count(
         "rows_of_other_classes": rows.other_classes,
         "repeated_rows": grouped.repeated,
         "conflicts": grouped.conflicts,
-        "pictures_named": grouped.named,
-        "pictures_labelled": len(grouped.ids),
+        "images_named": grouped.named,
+        "images_labelled": len(grouped.ids),
     }
     notes.append(
-        f"{name}: {rows.rows:,} verified rows, {grouped.named:,} pictures named; "
+        f"{name}: {rows.rows:,} verified rows, {grouped.named:,} images named; "
         f"{rows.other_classes:,} rows of classes that {options.classes.name} does not list are left out"
     )
     if grouped.named > len(grouped.ids):
-        notes.append(f"{name}: {grouped.named - len(grouped.ids):,} pictures have no label of the listed classes")
+        notes.append(f"{name}: {grouped.named - len(grouped.ids):,} images have no label of the listed classes")
     if grouped.repeated:
         words = {"positive": "there", "negative": "absent", "last": "the last row says", "drop": "unknown"}
         notes.append(
-            f"{name}: {grouped.repeated:,} rows name a picture and class again; {grouped.conflicts:,} pairs are "
+            f"{name}: {grouped.repeated:,} rows name an image and class again; {grouped.conflicts:,} pairs are "
             f"contradicted and were taken as {words[options.conflicts]} (--conflicts {options.conflicts})"
         )
     if machine is not None and grouped.machine is not None:
@@ -453,69 +453,69 @@ def _count(
 def _split(
     name: str,
     grouped: Grouped,
-    pictures: Pictures | None,
+    images: Images | None,
     folder: Path | None,
     used: npt.NDArray[np.bool_],
     entry: dict[str, Any],
     notes: list[str],
 ) -> RawSplit:
-    """One split, with the places of its pictures; marks them in `used`."""
+    """One split, with the places of its images; marks them in `used`."""
     split = RawSplit(name, grouped.human, ids=grouped.ids, template="", extra=grouped.machine)
-    if pictures is None:
-        # The folders of the official bucket, for whoever has the pictures elsewhere.
+    if images is None:
+        # The folders of the official bucket, for whoever has the images elsewhere.
         split.template = SPLITS[name] + "/{id:016x}.jpg"
         return split
-    place = np.minimum(np.searchsorted(pictures.ids, grouped.ids), len(pictures.ids) - 1)
-    present = pictures.ids[place] == grouped.ids
+    place = np.minimum(np.searchsorted(images.ids, grouped.ids), len(images.ids) - 1)
+    present = images.ids[place] == grouped.ids
     found = int(present.sum())
     if not found:
         raise UserError(
-            f"none of the {len(present):,} labelled pictures of split {name} is below {folder} (the first is "
+            f"none of the {len(present):,} labelled images of split {name} is below {folder} (the first is "
             f"{int(grouped.ids[0]):016x}.jpg); give the folder that holds them, or leave the split's labels out"
         )
     used[place[present]] = True
-    numbers = pictures.template_of[place]
-    # Only the folders that this split has, and for a picture that is missing any of them.
+    numbers = images.template_of[place]
+    # Only the folders that this split has, and for an image that is missing any of them.
     of_split = np.unique(numbers[present])
-    split.template = [pictures.templates[i] for i in of_split.tolist()]
+    split.template = [images.templates[i] for i in of_split.tolist()]
     split.template_of = np.minimum(np.searchsorted(of_split, numbers), len(of_split) - 1).astype(np.uint32)
     missing = grouped.ids[~present]
-    entry["pictures_found"] = found
-    entry["pictures_missing"] = len(missing)
+    entry["images_found"] = found
+    entry["images_missing"] = len(missing)
     entry["first_missing"] = [f"{i:016x}" for i in missing[:_MAX_NAMED].tolist()]
     if len(missing):
         split.present = present
     notes.append(
-        f"{name}: {found:,} of {len(present):,} labelled pictures are there ({found / len(present):.1%})"
+        f"{name}: {found:,} of {len(present):,} labelled images are there ({found / len(present):.1%})"
         + (f"; {len(missing):,} are missing and left out, the first is {int(missing[0]):016x}" if len(missing) else "")
     )
     return split
 
 
-def _count_unused(pictures: Pictures, used: npt.NDArray[np.bool_], coverage: dict[str, Any], notes: list[str]) -> None:
-    """Pictures that no label file names, and other things in the picture folder."""
-    unused = pictures.ids[~used]
-    coverage["pictures"] = {
-        "files": len(pictures.ids),
+def _count_unused(images: Images, used: npt.NDArray[np.bool_], coverage: dict[str, Any], notes: list[str]) -> None:
+    """Images that no label file names, and other things in the image folder."""
+    unused = images.ids[~used]
+    coverage["images"] = {
+        "files": len(images.ids),
         "without_label": len(unused),
         "first_without_label": [f"{i:016x}" for i in unused[:_MAX_NAMED].tolist()],
-        "in_two_folders": pictures.twice,
-        "other_files": pictures.others,
-        "archives": pictures.archives[:_MAX_NAMED],
+        "in_two_folders": images.twice,
+        "other_files": images.others,
+        "archives": images.archives[:_MAX_NAMED],
     }
     if len(unused):
         notes.append(
-            f"{len(unused):,} of {len(pictures.ids):,} pictures have no label of the listed classes in these files and "
+            f"{len(unused):,} of {len(images.ids):,} images have no label of the listed classes in these files and "
             f"are not used (the first is {int(unused[0]):016x})"
         )
-    if pictures.twice:
-        notes.append(f"{pictures.twice:,} pictures lie in two folders; the first in alphabetical order is used")
-    if pictures.archives:
-        notes.append(f"{len(pictures.archives)} packed files beside the pictures were not looked into")
+    if images.twice:
+        notes.append(f"{images.twice:,} images lie in two folders; the first in alphabetical order is used")
+    if images.archives:
+        notes.append(f"{len(images.archives)} packed files beside the images were not looked into")
 
 
 def _add_rotations(path: Path, splits: list[RawSplit]) -> None:
-    """Note how the pictures of an image list are to be turned."""
+    """Note how the images of an image list are to be turned."""
     for ids, orientation in read_rotations(path):
         for split in splits:
             assert isinstance(split.ids, np.ndarray)

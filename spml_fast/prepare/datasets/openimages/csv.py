@@ -1,4 +1,4 @@
-"""Reads the official files of OpenImages V3 to V7: label CSVs, image lists, class lists, folders of pictures.
+"""Reads the official files of OpenImages V3 to V7: label CSVs, image lists, class lists, folders of images.
 
     label CSV          ImageID,Source,LabelName,Confidence    0 absent, 1 there; machine labels 0.5 to 1.0
     image list         11 columns in V3, 12 with Rotation from V4 on
@@ -40,9 +40,9 @@ MACHINE_SOURCES = frozenset({b"machine"})
 # first and the last then tell all: absent first and there last is a contradiction, a machine's word alone is neither.
 ABSENT, MACHINE, THERE = 0, 1, 2
 _DROPPED = 255
-# EXIF orientation that turns a picture by so many degrees counterclockwise.
+# EXIF orientation that turns an image by so many degrees counterclockwise.
 ROTATIONS = {"0": 1, "90": 8, "180": 3, "270": 6}
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".JPG", ".JPEG", ".png", ".webp"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".JPG", ".JPEG", ".png", ".webp"})
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 
 _CLASS_ID = re.compile(rb"/[a-z]/[0-9a-z_-]+")
@@ -378,7 +378,7 @@ def _line_at(path: Path, offset: int) -> int:
 def read_rotations(path: Path) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]]:
     """Ids, uint64 [n], and EXIF orientations, uint8 [n] with 0 for unknown, of an image list, some at a time.
 
-    `Rotation` is how many degrees a picture must be turned counterclockwise to be upright; empty and nan mean unknown.
+    `Rotation` is how many degrees an image must be turned counterclockwise to be upright; empty and nan mean unknown.
 
     Raises:
         UserError: there is no column Rotation; or naming file and line.
@@ -480,12 +480,12 @@ def read_descriptions(path: Path) -> dict[str, str]:
 
 
 @dataclass
-class Pictures:
-    """The pictures below a folder.
+class Images:
+    """The images below a folder.
 
     Attributes:
         ids: uint64 [N], ascending, each once.
-        template_of: uint32 [N], number of each picture's template.
+        template_of: uint32 [N], number of each image's template.
         templates: paths from an id, relative to the folder.
         twice: files whose id lies in another folder too; the first folder in alphabetical order is taken.
         archives: names of tar and zip files, relative to the folder.
@@ -500,8 +500,8 @@ class Pictures:
     others: int
 
 
-def find_pictures(root: Path) -> Pictures:
-    """Every file below `root` that is named ID.jpg (or another suffix of pictures), in any folders.
+def find_images(root: Path) -> Images:
+    """Every file below `root` that is named ID.jpg (or another suffix of images), in any folders.
 
     Names are never kept as text: nine million of them would take a gigabyte.
 
@@ -528,7 +528,7 @@ def find_pictures(root: Path) -> Pictures:
             with os.scandir(root / folder) as entries:
                 for entry in entries:
                     name = entry.name
-                    if len(name) > 16 and name[16:] in PICTURE_SUFFIXES:
+                    if len(name) > 16 and name[16:] in IMAGE_SUFFIXES:
                         stems.setdefault(name[16:], []).append(name[:16])
                     elif entry.is_dir():
                         inner.append(os.path.join(folder, name))
@@ -537,7 +537,7 @@ def find_pictures(root: Path) -> Pictures:
                     else:
                         others += 1
         except OSError as error:
-            raise UserError(f"picture folder {root / folder} cannot be read: {error.strerror}") from error
+            raise UserError(f"image folder {root / folder} cannot be read: {error.strerror}") from error
         waiting += sorted(inner, reverse=True)
         for suffix in sorted(stems):
             # A name of other letters than ASCII gives question marks, and those are no digits.
@@ -556,12 +556,12 @@ def find_pictures(root: Path) -> Pictures:
     first = np.ones(len(all_ids), np.bool_)
     first[1:] = all_ids[1:] != all_ids[:-1]
     twice = len(all_ids) - int(first.sum())
-    return Pictures(all_ids[first], template_of[first], templates, twice, sorted(archives), others)
+    return Images(all_ids[first], template_of[first], templates, twice, sorted(archives), others)
 
 
 def _template(root: Path, folder: str, suffix: str) -> str:
     try:
         folder.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"the name of picture folder {root / folder!r} is not UTF-8; rename it") from error
+        raise UserError(f"the name of image folder {root / folder!r} is not UTF-8; rename it") from error
     return os.path.join(folder.replace("{", "{{").replace("}", "}}"), "{id:016x}" + suffix)
