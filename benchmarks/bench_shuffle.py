@@ -24,7 +24,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from spml_fast.core.errors import run_command
-from spml_fast.data.sampler import TrainOrder, Windows
+from spml_fast.data.sampler import TrainSampler, Windows
 
 # Samples of a window, and of a block.
 SETTINGS = [(1024, 64), (4096, 64), (8192, 16), (8192, 64), (8192, 256), (8192, 1024), (32768, 64), (32768, 256)]
@@ -39,7 +39,7 @@ def spread(classes: npt.NDArray[np.int64], rows: int, num_classes: int) -> float
     return float(counts.reshape(-1, num_classes).var(axis=0).mean())
 
 
-def measure(order: TrainOrder, classes: npt.NDArray[np.int64], block: int, epochs: int) -> dict[str, float]:
+def measure(order: TrainSampler, classes: npt.NDArray[np.int64], block: int, epochs: int) -> dict[str, float]:
     """The figures of one order, not yet divided by those of the global shuffle."""
     size, batch, num_classes = order.size, order.batch_size, int(classes.max()) + 1
     found: list[dict[str, float]] = []
@@ -66,9 +66,9 @@ def measure(order: TrainOrder, classes: npt.NDArray[np.int64], block: int, epoch
     return figures | {f"reads_{ranks}": reads(order, ranks) for ranks in (1, 8)}
 
 
-def reads(order: TrainOrder, ranks: int) -> float:
+def reads(order: TrainSampler, ranks: int) -> float:
     """Runs of samples that follow each other on the disk, for 1,000 samples of rank 0 of `ranks`."""
-    mine = TrainOrder(order.size, order.batch_size, 1, ranks, 0, order.seed, order.windows)
+    mine = TrainSampler(order.size, order.batch_size, 1, ranks, 0, order.seed, order.windows)
     together: dict[int, list[npt.NDArray[np.int64]]] = {}
     for update, micro in enumerate(mine.epoch(0)):
         window = mine.window(update)
@@ -101,7 +101,7 @@ def main() -> int:
     for setting in [None, *SETTINGS]:
         windows = None if setting is None else Windows(*setting)
         block = 64 if windows is None else windows.block
-        order = TrainOrder(args.samples, args.batch_size, windows=windows)
+        order = TrainSampler(args.samples, args.batch_size, windows=windows)
         figures = measure(order, classes, block, args.epochs)
         base = base or figures
         for name in ("same_batch", "batch", "stretch"):

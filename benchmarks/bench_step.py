@@ -37,13 +37,13 @@ from benchmarks.bench_input import images, machine
 from spml_fast.core.batch import Batch
 from spml_fast.core.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError, run_command
-from spml_fast.core.precision import autocast_dtype, choose_algorithms
+from spml_fast.core.precision import autocast_dtype, set_cudnn_policy
 from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.data.loader import TrainLoader
 from spml_fast.data.manifest import Split
 from spml_fast.methods import Method, Progress, get_method, method_names
 from spml_fast.models.classifier import Classifier
-from spml_fast.train.engine import Engine, deepspeed_config, init_distributed, leave_distributed
+from spml_fast.train.engine import Engine, deepspeed_config, init_distributed, shutdown_distributed
 from spml_fast.train.optim import make_optimizer, make_schedule, parameter_groups
 from spml_fast.train.trainer import TrainingModule
 from tests.support.pil import ReferenceViews
@@ -289,7 +289,7 @@ def main() -> int:
     args = parse()
     device = init_distributed()
     # For all ways: it is PyTorch's own, and one line in anybody's code.
-    choose_algorithms(device, deterministic=False)
+    set_cudnn_policy(device, deterministic=False)
     torch.manual_seed(0)
     about = machine(device)
     result: dict[str, Any] = {"machine": about, "arguments": {k: str(v) for k, v in vars(args).items()}, "methods": {}}
@@ -328,7 +328,7 @@ def main() -> int:
                 print(f"{name:11s}{rate}", flush=True)
             for way in ways:
                 way.close()
-    leave_distributed()
+    shutdown_distributed()
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     return 0

@@ -68,10 +68,10 @@ def main() -> None:
         raise UserError("--negatives and --seed must not be negative")
     if args.plot is not None and args.plot.suffix.lower() != ".png":
         raise UserError(f"--plot {args.plot} must be named .png")
-    from spml_fast.train.engine import init_distributed, leave_distributed
+    from spml_fast.train.engine import init_distributed, shutdown_distributed
 
     device = init_distributed()
-    from spml_fast.analysis.diagnostics import look_at_maps, plot, summarise
+    from spml_fast.analysis.diagnostics import measure_maps, plot, summarise
     from spml_fast.core import distributed
     from spml_fast.core.io import write_json
     from spml_fast.runs.open import input_normalisation, load_run, make_eval_loader
@@ -88,7 +88,7 @@ def main() -> None:
         same = other.data.image_size == config.data.image_size
         if not same or input_normalisation(other, full) != input_normalisation(config, classifier):
             raise UserError(f"{args.against} takes images of another size or normalisation than {args.run}")
-    table = look_at_maps(
+    table = measure_maps(
         classifier,
         make_eval_loader(config, split, classifier, device),
         split,
@@ -115,7 +115,7 @@ def main() -> None:
                 plot(args.plot, table, gaps)
         except OSError as error:
             raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
-    leave_distributed()
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

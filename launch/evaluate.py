@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Evaluate and print."""
     args = parse()
-    from spml_fast.train.engine import init_distributed, leave_distributed
+    from spml_fast.train.engine import init_distributed, shutdown_distributed
 
     device = init_distributed()
     from spml_fast.core import distributed
@@ -62,7 +62,7 @@ def main() -> None:
                 write_json(args.json, report)
             except OSError as error:
                 raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
-    leave_distributed()
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

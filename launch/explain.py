@@ -116,11 +116,11 @@ def given_images(args: argparse.Namespace) -> tuple[ImageFiles, list[float], int
     import numpy as np
 
     from spml_fast.analysis import predict
-    from spml_fast.data.image_check import choose_level, verify_images
+    from spml_fast.data.image_check import check_images, choose_level
     from spml_fast.data.image_files import ImageFiles, find_images
 
     paths = find_images(args.images, lambda text: say(f"note: {text}"))
-    verified = verify_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False)
+    verified = check_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False)
     for index, why in verified.rejected.items():
         say(predict.left_out(paths[index], *why))
     usable = np.flatnonzero(verified.ok)
@@ -281,11 +281,11 @@ def main(argv: list[str] | None = None) -> int:
                 pages.append(found)
                 continue
             name = out / page_name(place, found.path)
-            lost = max(lost, explain_page.draw(name, [found], classes, title, alpha, classifier.head.boosts))
+            lost = max(lost, explain_page.draw(name, [found], classes, title, alpha, classifier.head.supports_boostlu))
         if not shown:
             raise UserError("none of the images can be used; the reasons stand above")
         if one_page:
-            lost = explain_page.draw(out, pages, classes, title, alpha, classifier.head.boosts)
+            lost = explain_page.draw(out, pages, classes, title, alpha, classifier.head.supports_boostlu)
     if lost:
         say(
             f"note: no font of this machine has the characters of {lost} class names, which stand as their ids; "

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from spml_fast.analysis import predict
     from spml_fast.core.progress import show_progress
-    from spml_fast.data.image_check import choose_level, verify_images
+    from spml_fast.data.image_check import check_images, choose_level
     from spml_fast.data.image_files import ImageFiles, find_images
     from spml_fast.evaluation.evaluate import check_alphas
     from spml_fast.runs.open import load_classifier, load_run_config, run_classes
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         table = stack.enter_context(predict.PredictionTable(args.csv, classes)) if args.csv is not None else None
         # Processes are forked to check images, so the GPU is touched after that.
         progress = len(paths) >= PROGRESS_FROM
-        verified = verify_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress)
+        verified = check_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress)
         for index, why in verified.rejected.items():
             say(predict.left_out(paths[index], *why))
         usable = np.flatnonzero(verified.ok)

@@ -65,9 +65,9 @@ def main() -> None:
         as_json,
         as_markdown,
         as_table,
+        check_claims,
         check_options,
         collect,
-        judge,
         note_options,
         plot,
         write_csv,
@@ -100,7 +100,7 @@ def main() -> None:
         train(run, words, args.ranks)
     heads = {e.name: load_config(runs[e.name][0] / "config.yaml").model.head for e in entries}
     rows = collect(runs, entries, heads)
-    statements = judge(preset, rows)
+    statements = check_claims(preset, rows)
     console.print(as_table(preset, rows))
     for statement in statements:
         console.print(f"{'holds   ' if statement['holds'] else 'FAILS   '} {statement['text']}")

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     import contextlib
     import io
 
-    from spml_fast.train.engine import init_distributed, leave_distributed
+    from spml_fast.train.engine import init_distributed, shutdown_distributed
 
     device = init_distributed()
     from spml_fast.analysis import suggest
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.csv is not None:
             count = suggest.write_suggestions(args.csv, lists, split, manifest.classes)
             print(f"{args.csv}: {count} suggestions")
-    leave_distributed()
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

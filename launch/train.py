@@ -19,7 +19,7 @@ DEFAULT_RECIPE = Path(__file__).parent / "configs" / "digits.yaml"
 def main() -> None:
     """Parse, join the other ranks, train."""
     from spml_fast.train.cluster import set_environment
-    from spml_fast.train.engine import init_distributed, leave_distributed
+    from spml_fast.train.engine import init_distributed, shutdown_distributed
 
     set_environment()
     from spml_fast.cli.parse import parse_config
@@ -29,7 +29,7 @@ def main() -> None:
     from spml_fast.train.trainer import Trainer
 
     Trainer(config, device).run()
-    leave_distributed()
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

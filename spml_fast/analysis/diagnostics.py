@@ -137,7 +137,7 @@ def _class_maps(
 
 
 @torch.no_grad()
-def look_at_maps(
+def measure_maps(
     classifier: Classifier,
     loader: EvalLoader,
     split: Split,

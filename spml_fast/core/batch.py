@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass
-class Views:
+class MicroBatch:
     """One micro-batch of images as the loader gives it.
 
     Attributes:
@@ -32,7 +32,7 @@ class Batch:
     """One micro-batch for a method.
 
     Attributes:
-        views: as in `Views`.
+        views: as in `MicroBatch`.
         labels: int8 [B, C] codes that the method trains on (1 positive, 0 negative, -1 unknown).
         index: int64 [B].
         global_size: samples of this micro-step over all ranks.

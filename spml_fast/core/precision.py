@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 
-def gains_from_bf16(device: torch.device) -> bool:
+def prefers_bf16(device: torch.device) -> bool:
     """Whether bf16 is the faster choice: GPUs from sm_80, CPUs with AMX.
 
     CPUs with AVX512-BF16 alone have the instructions too, but autocast costs more than they save: a ResNet-50 step took
@@ -20,7 +20,7 @@ def gains_from_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def choose_algorithms(device: torch.device, deterministic: bool) -> None:
+def set_cudnn_policy(device: torch.device, deterministic: bool) -> None:
     """How PyTorch chooses among algorithms that differ in speed and rounding; for the whole process.
 
     Args:
@@ -38,7 +38,7 @@ def choose_algorithms(device: torch.device, deterministic: bool) -> None:
 
 
 @contextlib.contextmanager
-def untimed_algorithms() -> Iterator[None]:
+def no_cudnn_benchmark() -> Iterator[None]:
     """Inside, cuDNN chooses convolutions without timing, so that figures do not depend on which process makes them."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
@@ -50,6 +50,6 @@ def untimed_algorithms() -> Iterator[None]:
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Autocast dtype for `train.precision`; None for fp32. Parameters and BatchNorm statistics stay fp32 always."""
-    if precision == "bf16" or (precision == "auto" and gains_from_bf16(device)):
+    if precision == "bf16" or (precision == "auto" and prefers_bf16(device)):
         return torch.bfloat16
     return None

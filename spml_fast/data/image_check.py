@@ -57,7 +57,7 @@ _CHUNK = 128
 _POOL_FROM = 64
 
 
-class Checked(NamedTuple):
+class CheckResult(NamedTuple):
     """What one image is like. `reason` None means that the loader can read it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Checked(NamedTuple):
 
 
 @dataclass
-class Verified:
+class CheckResults:
     """What verification found over N images.
 
     Attributes:
@@ -95,9 +95,9 @@ class Verified:
     rejected: dict[int, tuple[str, str]]
     seconds: float
 
-    def among(self, rows: npt.NDArray[np.int64], size: int) -> Verified:
+    def among(self, rows: npt.NDArray[np.int64], size: int) -> CheckResults:
         """The same over `size` images, of which only `rows` (int64 [N]) were looked at; the others are not ok."""
-        out = Verified(
+        out = CheckResults(
             np.zeros(size, np.bool_),
             np.zeros(size, np.int32),
             np.zeros(size, np.int32),
@@ -117,7 +117,7 @@ def choose_level(level: Level | None, num_images: int) -> Level:
     return "decode" if num_images <= DECODE_LIMIT else "header"
 
 
-def check_image(path: str, level: Literal["decode", "header"] = "decode") -> Checked:
+def check_image(path: str, level: Literal["decode", "header"] = "decode") -> CheckResult:
     """Look at one file as the loader will. Never raises for a bad image.
 
     Args:
@@ -127,29 +127,29 @@ def check_image(path: str, level: Literal["decode", "header"] = "decode") -> Che
     try:
         if level == "header":
             if os.stat(path).st_size == 0:
-                return Checked("empty file")
+                return CheckResult("empty file")
             with open(path, "rb") as file:
                 return _check_stream(file, path, level)
         with open(path, "rb") as file:
             data = file.read()
         return check_bytes(data, level)
     except (FileNotFoundError, NotADirectoryError):
-        return Checked("missing file")
+        return CheckResult("missing file")
     except IsADirectoryError:
-        return Checked("a folder, not a file")
+        return CheckResult("a folder, not a file")
     except OSError as error:
-        return Checked("unreadable file", error.strerror or str(error))
+        return CheckResult("unreadable file", error.strerror or str(error))
     except ValueError as error:
         # A null byte in the name.
-        return Checked("unusable file name", str(error))
+        return CheckResult("unusable file name", str(error))
 
 
-def check_bytes(data: bytes, level: Literal["decode", "header"] = "decode") -> Checked:
+def check_bytes(data: bytes, level: Literal["decode", "header"] = "decode") -> CheckResult:
     """Look at an encoded image in memory as `check_image` looks at a file."""
-    return _check_stream(io.BytesIO(data), "", level) if data else Checked("empty file")
+    return _check_stream(io.BytesIO(data), "", level) if data else CheckResult("empty file")
 
 
-def _check_stream(stream: io.BytesIO | io.BufferedReader, path: str, level: str) -> Checked:
+def _check_stream(stream: io.BytesIO | io.BufferedReader, path: str, level: str) -> CheckResult:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -162,37 +162,37 @@ def _check_stream(stream: io.BytesIO | io.BufferedReader, path: str, level: str)
                     image.draft(image.mode, (1, 1))
                 image.load()
                 damage = _png_damage(stream) if image.format == "PNG" else ""
-                return Checked("damaged or truncated", damage) if damage else checked
+                return CheckResult("damaged or truncated", damage) if damage else checked
         except UnidentifiedImageError:
             stream.seek(0)
             if stream.read(16).startswith(_MAGIC):
-                return Checked("damaged or truncated", "it starts as an image, but its header is damaged")
-            return Checked("not an image", "no image format fits the file's first bytes")
+                return CheckResult("damaged or truncated", "it starts as an image, but its header is damaged")
+            return CheckResult("not an image", "no image format fits the file's first bytes")
         except Image.DecompressionBombError as error:
-            return Checked("too many pixels", str(error))
+            return CheckResult("too many pixels", str(error))
         except Exception as error:
             # Decoders of hostile bytes raise anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
-            return Checked("damaged or truncated", f"{type(error).__name__}: {error}")
+            return CheckResult("damaged or truncated", f"{type(error).__name__}: {error}")
 
 
-def _check_header(image: Image.Image, stream: io.BytesIO | io.BufferedReader) -> Checked:
+def _check_header(image: Image.Image, stream: io.BytesIO | io.BufferedReader) -> CheckResult:
     """Format, pixel kind, stored size and orientation of an opened image."""
     fmt, mode = image.format or "unknown", image.mode
     if fmt not in LOADER_FORMATS:
-        return Checked(f"format {fmt} is not read by the loader; convert it to JPEG or PNG")
+        return CheckResult(f"format {fmt} is not read by the loader; convert it to JPEG or PNG")
     kind = _unreadable_kind(fmt, mode, image, stream)
     if kind:
-        return Checked(f"{kind} is not read by the loader; convert it to JPEG or 8-bit PNG")
+        return CheckResult(f"{kind} is not read by the loader; convert it to JPEG or 8-bit PNG")
     if fmt in ("JPEG", "MPO"):
         damage = _jpeg_damage(stream)
         if damage:
-            return Checked("damaged or truncated", damage)
+            return CheckResult("damaged or truncated", damage)
     width, height = image.size
     orientation = _exif_orientation(image)
     if fmt == "TIFF" and orientation >= 5:
         # Pillow turns TIFF by itself and reports the turned size.
         width, height = height, width
-    return Checked(None, "", width, height, orientation)
+    return CheckResult(None, "", width, height, orientation)
 
 
 def _unreadable_kind(fmt: str, mode: str, image: Image.Image, stream: io.BytesIO | io.BufferedReader) -> str:
@@ -281,18 +281,18 @@ def _exif_orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _check_chunk(paths: list[str], level: Literal["decode", "header"]) -> list[Checked]:
+def _check_chunk(paths: list[str], level: Literal["decode", "header"]) -> list[CheckResult]:
     return [check_image(path, level) for path in paths]
 
 
-def verify_images(
+def check_images(
     count: int,
     path_of: Callable[[int], str],
     level: Level,
     workers: int | None = None,
     label: str = "images",
     progress: bool = True,
-) -> Verified:
+) -> CheckResults:
     """Check `count` images on all cores.
 
     Args:
@@ -307,7 +307,7 @@ def verify_images(
         UserError: a worker process died (out of memory, most likely).
     """
     started = time.perf_counter()
-    out = Verified(
+    out = CheckResults(
         np.ones(count, np.bool_),
         np.zeros(count, np.int32),
         np.zeros(count, np.int32),
@@ -333,7 +333,7 @@ def verify_images(
 
 def _checked_chunks(
     count: int, path_of: Callable[[int], str], level: Literal["decode", "header"], workers: int
-) -> Iterator[tuple[int, list[Checked]]]:
+) -> Iterator[tuple[int, list[CheckResult]]]:
     """Results in order, a chunk at a time, with a bounded number of chunks under way."""
 
     def chunk(start: int) -> list[str]:
@@ -344,7 +344,7 @@ def _checked_chunks(
         for start in starts:
             yield start, _check_chunk(chunk(start), level)
         return
-    under_way: deque[tuple[int, Future[list[Checked]]]] = deque()
+    under_way: deque[tuple[int, Future[list[CheckResult]]]] = deque()
     first = 0
     with worker_pool(workers) as pool:
         try:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from spml_fast.core import distributed
-from spml_fast.core.batch import Views
+from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import DataConfig
 from spml_fast.data import augment, sampler
 from spml_fast.data.dali_graph import Plan
@@ -99,10 +99,10 @@ class TrainLoader:
         device: where the views are made; "cuda" decodes on the GPU.
         mean, std: per channel, in 0..1.
         world_size, rank: of the data-parallel group; None asks torch.distributed.
-        make_order: gives the order to follow from the arguments of `TrainOrder`.
+        make_order: gives the order to follow from the arguments of `TrainSampler`.
 
     Attributes:
-        order: the `TrainOrder` followed.
+        order: the `TrainSampler` followed.
         updates_per_epoch: optimizer updates of one epoch.
 
     Raises:
@@ -123,7 +123,7 @@ class TrainLoader:
         std: Sequence[float],
         world_size: int | None = None,
         rank: int | None = None,
-        make_order: Callable[..., sampler.TrainOrder] = sampler.TrainOrder,
+        make_order: Callable[..., sampler.TrainSampler] = sampler.TrainSampler,
     ) -> None:
         if views not in (("weak",), ("weak", "strong")):
             raise ValueError(f"views {views!r}")
@@ -199,7 +199,7 @@ class TrainLoader:
                     key = (current, update, step)
                     yield Request(key, batch.index, batch, key if window is None else (current, window))
 
-    def epoch(self, epoch: int, start_update: int = 0) -> Iterator[list[Views]]:
+    def epoch(self, epoch: int, start_update: int = 0) -> Iterator[list[MicroBatch]]:
         """Yield the updates of `epoch` from `start_update` on: `accumulation` micro-batches each.
 
         The iterator may be left at any point. Starting another epoch ends this one.
@@ -208,12 +208,12 @@ class TrainLoader:
         batches = self._stream.run(
             self._requests(epoch, start_update), max(0, self.updates_per_epoch - start_update) * steps
         )
-        micro: list[Views] = []
+        micro: list[MicroBatch] = []
         for request, tensors in batches:
-            item: sampler.MicroBatch = request.item
+            item: sampler.MicroBatchIndex = request.item
             views = dict(zip(self.views, tensors, strict=True))
             index = _to_device(item.index, self.device)
-            micro.append(Views(views, index, len(item.index), item.global_size, item.update_size))
+            micro.append(MicroBatch(views, index, len(item.index), item.global_size, item.update_size))
             if len(micro) == steps:
                 yield micro
                 micro = []
@@ -243,7 +243,7 @@ class EvalLoader:
         rank: int | None = None,
     ) -> None:
         self.split, self.device = split, device
-        self.order = sampler.EvalOrder(
+        self.order = sampler.EvalSampler(
             len(split),
             batch_size,
             distributed.world_size() if world_size is None else world_size,
@@ -278,14 +278,14 @@ class EvalLoader:
             inputs |= _turns(self.split, request.index)
         return inputs
 
-    def __iter__(self) -> Iterator[Views]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         requests = (Request((j,), b.index[: max(1, b.real)], b, (j,)) for j, b in enumerate(self.order))
         for request, (tensor,) in self._stream.run(requests, len(self.order)):
-            batch: sampler.EvalBatch = request.item
+            batch: sampler.EvalBatchIndex = request.item
             missing = len(batch.index) - len(tensor)
             if missing:
                 # Padding is repeated here, not decoded again.
                 tensor = torch.cat([tensor, tensor[-1:].expand(missing, -1, -1, -1)])
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
             index = _to_device(batch.index, self.device)
-            yield Views({"eval": tensor}, index, batch.real, batch.global_size, batch.global_size)
+            yield MicroBatch({"eval": tensor}, index, batch.real, batch.global_size, batch.global_size)

@@ -22,11 +22,11 @@ import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import POSITIVE, SparseLabels
-from spml_fast.data.sampler import IntArray, TrainOrder, Windows
+from spml_fast.data.sampler import IntArray, TrainSampler, Windows
 
 # Rows whose labels are looked at at once.
 _ROWS = 1 << 20
-# Keeps the numbers drawn here apart from those that `TrainOrder.permutation` draws for the same seed and epoch.
+# Keeps the numbers drawn here apart from those that `TrainSampler.permutation` draws for the same seed and epoch.
 _STREAM = np.uint64(1 << 63)
 
 
@@ -58,17 +58,17 @@ def repeat_factors(labels: SparseLabels, threshold: float) -> npt.NDArray[np.flo
     return factors
 
 
-class RepeatFactorOrder(TrainOrder):
-    """A training order that shows sample i factors[i] times an epoch on average; otherwise as `TrainOrder`.
+class RepeatFactorSampler(TrainSampler):
+    """A training order that shows sample i factors[i] times an epoch on average; otherwise as `TrainSampler`.
 
-    The order is that of `TrainOrder`, every sample repeated in its place, and shuffled again (within windows, where
+    The order is that of `TrainSampler`, every sample repeated in its place, and shuffled again (within windows, where
     there are some), so that repeats do not meet. It depends on factors, seed and epoch alone. Flips and other
     augmentation depend on epoch and sample, so the repeats of one epoch look the same.
 
     Args:
         factors: float [N], at least 1, one a sample.
         size: N.
-        batch_size, accumulation, world_size, rank, seed, windows: as in `TrainOrder`.
+        batch_size, accumulation, world_size, rank, seed, windows: as in `TrainSampler`.
 
     Attributes:
         size: samples of an epoch, ceil(sum of factors).
@@ -87,7 +87,7 @@ class RepeatFactorOrder(TrainOrder):
     ) -> None:
         if factors.shape != (size,) or (size and factors.min() < 1):
             raise ValueError(f"factors must be [{size}] and at least 1, not {factors.shape}")
-        self._once = TrainOrder(size, batch_size, accumulation, world_size, rank, seed, windows)
+        self._once = TrainSampler(size, batch_size, accumulation, world_size, rank, seed, windows)
         total = float(factors.sum(dtype=np.float64))
         length = math.ceil(total)
         super().__init__(length, batch_size, accumulation, world_size, rank, seed, windows)

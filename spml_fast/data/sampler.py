@@ -56,7 +56,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatchIndex:
     """One rank's share of one micro-step.
 
     Attributes:
@@ -72,7 +72,7 @@ class MicroBatch:
     offset: int
 
 
-class TrainOrder:
+class TrainSampler:
     """The training order of one rank.
 
     Update u of an epoch takes rows [u * batch_size, (u + 1) * batch_size) of the epoch's permutation; its micro-step a
@@ -176,7 +176,7 @@ class TrainOrder:
         """Number of the window that an update of an epoch lies in; None without windows."""
         return None if self.windows is None else update // self.updates_per_window
 
-    def epoch(self, epoch: int, start_update: int = 0) -> Iterator[list[MicroBatch]]:
+    def epoch(self, epoch: int, start_update: int = 0) -> Iterator[list[MicroBatchIndex]]:
         """Yield the updates of `epoch` from `start_update` on, each a list of `accumulation` micro-batches."""
         order = self.permutation(epoch)
         for update in range(start_update, self.updates_per_epoch):
@@ -185,12 +185,12 @@ class TrainOrder:
             for step in range(self.accumulation):
                 first, last = _part(len(rows), self.accumulation, step)
                 start, stop = _part(last - first, self.world_size, self.rank)
-                micro.append(MicroBatch(rows[first + start : first + stop], last - first, len(rows), start))
+                micro.append(MicroBatchIndex(rows[first + start : first + stop], last - first, len(rows), start))
             yield micro
 
 
 @dataclass(frozen=True)
-class EvalBatch:
+class EvalBatchIndex:
     """One rank's evaluation batch.
 
     Attributes:
@@ -204,7 +204,7 @@ class EvalBatch:
     global_size: int
 
 
-class EvalOrder:
+class EvalSampler:
     """The evaluation order of one rank: every sample once, in batches that do not depend on the world size.
 
     Batch j holds the samples [j * batch_size, (j + 1) * batch_size) and goes to rank j % world_size. All batches are
@@ -232,7 +232,7 @@ class EvalOrder:
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[EvalBatch]:
+    def __iter__(self) -> Iterator[EvalBatchIndex]:
         width = self.batch_size
         for step in range(self.batches):
             first = (step * self.world_size + self.rank) * width
@@ -240,4 +240,4 @@ class EvalOrder:
             index = np.arange(first, first + width, dtype=np.int64) if real else np.zeros(width, np.int64)
             np.minimum(index, self.size - 1, out=index)
             start = step * self.world_size * width
-            yield EvalBatch(index, real, min(self.size - start, self.world_size * width))
+            yield EvalBatchIndex(index, real, min(self.size - start, self.world_size * width))

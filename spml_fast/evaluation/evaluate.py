@@ -1,6 +1,6 @@
 """Evaluation: one pass over a split, any number of alphas, the same numbers for any number of ranks.
 
-Batches are cut and padded in the same way whatever the world size (order.EvalOrder), so an image's logits do not
+Batches are cut and padded in the same way whatever the world size (order.EvalSampler), so an image's logits do not
 depend on how many ranks share the work; scores are brought together in sample order before anything is averaged.
 
 Where a split is partly annotated, what is kept of a batch's [B, C] logits are the annotated pairs: 13 bytes each (17
@@ -22,7 +22,7 @@ from torch import Tensor
 from spml_fast.core import distributed
 from spml_fast.core.config import Config, EvalConfig
 from spml_fast.core.errors import UserError
-from spml_fast.core.precision import autocast_dtype, untimed_algorithms
+from spml_fast.core.precision import autocast_dtype, no_cudnn_benchmark
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Manifest, Split
@@ -107,7 +107,7 @@ def score_split(
     parts: list[list[Tensor]] = []
     for batch in loader:
         autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-        with autocast, untimed_algorithms():
+        with autocast, no_cudnn_benchmark():
             output = classifier(batch.views["eval"], boost=boost)
         if batch.real == 0:
             continue
@@ -253,7 +253,7 @@ def check_alphas(alphas: Sequence[float], classifier: Classifier, config: Config
     """Raise `UserError` for a BoostLU factor that is not positive, or is not 1 where the head has no map to boost."""
     for alpha in alphas:
         check_alpha(alpha, "alpha")
-        if alpha != 1 and not classifier.head.boosts:
+        if alpha != 1 and not classifier.head.supports_boostlu:
             raise UserError(
                 f"alpha {alpha:g} has no meaning for head {config.model.head}, which has no class activation map; "
                 "use alpha 1"

@@ -70,22 +70,22 @@ class Method(nn.Module):
     State lives in buffers, so that it is moved and checkpointed like any other; state whose size changes goes through
     `get_extra_state` and `set_extra_state`. Checkpoints hold rank 0's, so state is the same on every rank whenever one
     is saved: after every update for methods that change it in the step, else after `on_epoch_end`. State that grows
-    with the samples is spread over ranks (sample_rows.py) and goes through `shard_state` and `load_shard_state`.
+    with the samples is spread over ranks (sample_rows.py) and goes through `rank_state` and `load_rank_state`.
 
     Attributes:
         views: views the method needs; the first is the one that `forward` passes through the classifier.
         label_source: `observed`, what training may see, or `known`, everything annotated (the oracle).
         batch_statistics: whether the loss depends on statistics of the whole batch, so that `plan` matters.
-        reads_truth: whether the loss reads `batch.truth` (oracles alone); `check_labels` then gets the known labels.
-        visits_once: whether an image must not come twice in a micro-step, because the step writes its row.
+        uses_truth: whether the loss reads `batch.truth` (oracles alone); `check_labels` then gets the known labels.
+        one_visit_per_step: whether an image must not come twice in a micro-step, because the step writes its row.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     views: ClassVar[tuple[str, ...]] = ("weak",)
     label_source: ClassVar[str] = "observed"
     batch_statistics: ClassVar[bool] = False
-    reads_truth: ClassVar[bool] = False
-    visits_once: ClassVar[bool] = False
+    uses_truth: ClassVar[bool] = False
+    one_visit_per_step: ClassVar[bool] = False
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Method(nn.Module):
         """Loss of logits [B, C] fp32 of this rank's part of the micro-step."""
         raise NotImplementedError
 
-    def scout(self, classifier: Classifier, batch: Batch, progress: Progress) -> Any:
+    def statistics_forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> Any:
         """What `plan` needs of one micro-step, from a pass without gradient: the first view's logits [B, C]."""
         return classifier(batch.views[self.views[0]], alpha=classifier.alpha_train).logits
 
@@ -128,7 +128,7 @@ class Method(nn.Module):
         """Batch statistics of a whole update ahead of its micro-steps (exact accumulation).
 
         Args:
-            logits: per micro-step, what `scout` gave on this rank.
+            logits: per micro-step, what `statistics_forward` gave on this rank.
             batches: the micro-steps.
 
         Returns:
@@ -136,11 +136,11 @@ class Method(nn.Module):
         """
         return [None] * len(batches)
 
-    def shard_state(self) -> dict[str, Tensor]:
+    def rank_state(self) -> dict[str, Tensor]:
         """This rank's part of state that grows with the samples; saved by every rank in a file of its own."""
         return {}
 
-    def load_shard_state(self, shards: list[dict[str, Tensor]]) -> None:
+    def load_rank_state(self, shards: list[dict[str, Tensor]]) -> None:
         """Restore it from what every rank of the run that saved it gave, in rank order, on the CPU."""
 
     def on_epoch_start(self, progress: Progress) -> None:

@@ -237,14 +237,14 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
         rows, classes, values = (torch.cat(columns) for columns in zip(*found, strict=True))
         self.add(rows, classes, values)
 
-    def shard_state(self) -> dict[str, Tensor]:
+    def rank_state(self) -> dict[str, Tensor]:
         """Sample, class and soft label of this rank's entries."""
         rows, classes, values = self.soft.entries()
         index = rows * distributed.world_size() + distributed.rank()
         # Class ids in their narrow type: this is all that a checkpoint holds of them.
         return {"index": index, "classes": classes.to(self.soft.classes.dtype), "values": values}
 
-    def load_shard_state(self, shards: list[dict[str, Tensor]]) -> None:
+    def load_rank_state(self, shards: list[dict[str, Tensor]]) -> None:
         """Take this rank's entries out of the shards."""
         self.soft = SoftLabels(self.soft.num_rows, self.soft.num_classes, self.soft.device)
         self.total = 0

@@ -249,7 +249,7 @@ class Ignore(Method):
         """Logits [B, C] of the masked view. Exact without gradient: they are constants of the loss."""
         scale = self.options.masked_scale
         if scale != 1:
-            if not classifier.any_size:
+            if not classifier.accepts_any_size:
                 raise UserError("method.masked_scale needs a backbone that takes images of any size; set it to 1")
             side = max(round(images.shape[-1] * scale), 1)
             images = F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=True)
@@ -323,7 +323,9 @@ class Ignore(Method):
 
     # ---- exact accumulation
 
-    def scout(self, classifier: Classifier, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor | None]:
+    def statistics_forward(
+        self, classifier: Classifier, batch: Batch, progress: Progress
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits of the weak and the masked view; the step itself then needs no masked view any more."""
         logits, images = self._weak(classifier, batch, self._masks_now(progress))
         return logits, None if images is None else self._masked(classifier, images)

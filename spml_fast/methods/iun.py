@@ -34,7 +34,7 @@ class IgnoreUnobservedPositives(IgnoreUnknown):
     """Observed positives and all true negatives."""
 
     Options: ClassVar[type[MethodOptions]] = IUNOptions
-    reads_truth: ClassVar[bool] = True
+    uses_truth: ClassVar[bool] = True
 
     def codes(self, logits: Tensor, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Observed positives, known negatives, and unknown for the rest."""

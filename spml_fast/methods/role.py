@@ -180,7 +180,7 @@ class RegularisedLabelEstimation(Method):
 
     Options: ClassVar[type[MethodOptions]] = ROLEOptions
     batch_statistics: ClassVar[bool] = True
-    visits_once: ClassVar[bool] = True
+    one_visit_per_step: ClassVar[bool] = True
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)
@@ -267,13 +267,13 @@ class RegularisedLabelEstimation(Method):
         }
         return LossOutput((image_side + label_side.detach()) / 2, metrics)
 
-    def shard_state(self) -> dict[str, Tensor]:
+    def rank_state(self) -> dict[str, Tensor]:
         """This rank's rows of the table."""
         table = self.table
         columns = {"value": table.value, "first": table.first, "second": table.second, "visited": table.visited}
         return {name: column[:-1] for name, column in columns.items()}
 
-    def load_shard_state(self, shards: list[dict[str, Tensor]]) -> None:
+    def load_rank_state(self, shards: list[dict[str, Tensor]]) -> None:
         """Take this rank's rows out of the shards."""
         for name in ("value", "first", "second", "visited"):
             getattr(self.table, name)[:-1] = sample_rows.reshard([s[name] for s in shards], len(self.store)).to(

@@ -86,11 +86,11 @@ class Classifier(nn.Module):
         self.channels: int = self.backbone.num_features
         self.prefix_tokens: int = getattr(self.backbone, "num_prefix_tokens", 0)
         self.feature_size, self.layout = self._probe(image_size, config.backbone)
-        self.any_size = self.layout != "NLC" and not needs_fixed_size(config.backbone)
+        self.accepts_any_size = self.layout != "NLC" and not needs_fixed_size(config.backbone)
         self.head: Head = make_head(config.head, config.head_options, self.channels, num_classes, self.feature_size)
         # The defaults are BoostLU's; a head without a map takes 1 whatever they say.
-        self.alpha_train = config.alpha_train if self.head.boosts else 1.0
-        self.alpha_eval = config.alpha_eval if self.head.boosts else 1.0
+        self.alpha_train = config.alpha_train if self.head.supports_boostlu else 1.0
+        self.alpha_eval = config.alpha_eval if self.head.supports_boostlu else 1.0
         self.prior_bias, self.prior_floor = config.prior_bias, config.prior_floor
         self.fixed = frozen_parameters(self.backbone, config.freeze)
         self.freeze_backbone(False)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.image_check import Verified, choose_level, verify_images
+from spml_fast.data.image_check import CheckResults, check_images, choose_level
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.manifest_writer import ManifestWriter
@@ -78,11 +78,11 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
         if official.extra is not None:
             observed = merge_labels(official.known if observed is None else observed, official.extra)
         if level == "none":
-            checked = verify_images(len(present), str, "none")
+            checked = check_images(len(present), str, "none")
         else:
             label = f"{official.name} images"
             path_of = _full_path(official, root, present)
-            checked = verify_images(len(present), path_of, level, common.workers, label, common.progress)
+            checked = check_images(len(present), path_of, level, common.workers, label, common.progress)
         if official.present is not None:
             checked = checked.among(present, len(official))
         for index, (reason, detail) in checked.rejected.items():
@@ -162,7 +162,7 @@ def _write(
     part: RawSplit,
     observed: SparseLabels | None,
     hides_labels: bool,
-    checked: Verified,
+    checked: CheckResults,
     rows: npt.NDArray[np.int64],
     orientation: Orientation,
     writer: ManifestWriter,

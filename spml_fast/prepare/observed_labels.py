@@ -25,7 +25,7 @@ CHUNK_ENTRIES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Observe:
+class ObservationScheme:
     """How observed labels are drawn.
 
     Attributes:
@@ -39,7 +39,7 @@ class Observe:
     fraction: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> Observe:
+    def parse(cls, text: str) -> ObservationScheme:
         """Read `all`, `single`, `single=K` or `keep=P`. Raises `UserError` on anything else."""
         kind, equals, value = text.partition("=")
         if kind == "all" and not equals:

@@ -44,7 +44,7 @@ from spml_fast.data.shards import INDEX_FILE, SHARDS_FILE, ShardFile, check_shar
 from spml_fast.prepare.build import count_labels
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.raw import RawSplit
-from spml_fast.prepare.tar_source import Names, find_tars, member_bytes, member_path, read_members
+from spml_fast.prepare.tar_source import MemberIndex, find_tars, member_bytes, member_path, read_members
 
 IntArray = npt.NDArray[np.int64]
 
@@ -264,7 +264,7 @@ def _plan_files(manifest: Manifest, options: PackOptions) -> list[_Planned]:
 def _plan_tars(context: _Context) -> list[_Planned]:
     """Shards in the order of the tar files, so that each of them is read once, from its start to its end."""
     options, splits = context.options, context.manifest.splits
-    context.names = Names(list(splits.values()))
+    context.names = MemberIndex(list(splits.values()))
     starts = context.names.starts
     found: dict[int, tuple[IntArray, IntArray]] = {}
     skipped: Counter[str] = Counter()
@@ -516,7 +516,7 @@ class _Context:
     work: Path
     level: Level
     tars: list[Path] = field(default_factory=list)
-    names: Names | None = None
+    names: MemberIndex | None = None
     plan: list[_Planned] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -637,7 +637,7 @@ def _pack(options: PackOptions, manifest: Manifest, out: Path, work: Path) -> Ma
         if options.tars is None:
             jobs = _run(_pack_files, context.missing, context)
         else:
-            context.names = context.names or Names(list(manifest.splits.values()))
+            context.names = context.names or MemberIndex(list(manifest.splits.values()))
             jobs = _run(_pack_tar, sorted({context.plan[i].tar for i in context.missing}), context)
         for count in jobs:
             advance(count)

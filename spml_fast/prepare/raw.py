@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from spml_fast.data.image_check import Level
 from spml_fast.data.labels import SparseLabels
-from spml_fast.prepare.observed_labels import PUBLISHED_SEED, Observe
+from spml_fast.prepare.observed_labels import PUBLISHED_SEED, ObservationScheme
 
 Orientation = Literal["exif", "ignore"]
 
@@ -148,7 +148,7 @@ class CommonOptions:
     """
 
     out: Path
-    observe: Observe
+    observe: ObservationScheme
     seed: int = PUBLISHED_SEED
     verify: Level | None = None
     orientation: Orientation = "ignore"

@@ -21,7 +21,7 @@ _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _MAX_IMAGE = 256 << 20
 
 
-class Names:
+class MemberIndex:
     """Finds the sample of a file name among all splits, in eight bytes a sample.
 
     Names are compared without their folders where every image has a file name of its own, else with them.

@@ -79,7 +79,7 @@ def collect(runs: dict[str, list[Path]], entries: Iterable[Entry], heads: dict[s
     return rows
 
 
-def judge(preset: Preset, rows: list[Row]) -> list[dict[str, Any]]:
+def check_claims(preset: Preset, rows: list[Row]) -> list[dict[str, Any]]:
     """Each statement whose entries were run, and whether the means bear it out."""
     means = {(r.entry.name, r.alpha): r.mean for r in rows}
     present = {r.entry.name for r in rows}

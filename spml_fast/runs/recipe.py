@@ -111,7 +111,7 @@ def to_config(namespace: Namespace) -> Config:
 
 def validate(config: Config) -> None:
     """Raise `UserError` for values that have the right type but no meaning; names the option."""
-    settle_head(config)
+    resolve_head_alpha(config)
     positive = {
         "data.image_size": config.data.image_size,
         "data.prefetch": config.data.prefetch,
@@ -178,7 +178,7 @@ def validate(config: Config) -> None:
             raise UserError(f"{name} is {value}; it must not be negative")
 
 
-def settle_head(config: Config) -> None:
+def resolve_head_alpha(config: Config) -> None:
     """Check head and head options; alpha becomes 1 for a head that BoostLU has no meaning for.
 
     Raises:
@@ -186,7 +186,7 @@ def settle_head(config: Config) -> None:
     """
     model = config.model
     head_options(model.head, model.head_options)
-    if get_head(model.head).boosts:
+    if get_head(model.head).supports_boostlu:
         return
     why = f"but head {model.head} has no class activation map to boost; leave it out or set it to 1"
     for name in ("alpha_train", "alpha_eval"):

@@ -28,7 +28,7 @@ TAG = re.compile(r"[a-z]+-e\d{4,}-u\d{6,}-w\d+")
 
 
 @dataclass(frozen=True)
-class Mark:
+class CheckpointPosition:
     """Where a checkpoint stands.
 
     Attributes:
@@ -51,17 +51,17 @@ class Mark:
         return f"{self.phase}-e{self.epoch:04d}-u{self.update:06d}-w{self.world_size}"
 
 
-def read_mark(path: Path) -> Mark | None:
+def read_position(path: Path) -> CheckpointPosition | None:
     """The mark in newest.json or best.json; None when there is none. `UserError` when damaged."""
     if not path.is_file():
         return None
     try:
-        return Mark(**json.loads(path.read_text(encoding="utf-8")))
+        return CheckpointPosition(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to start afresh") from error
 
 
-def find_resume(folder: Path, resume: str) -> tuple[Path, Mark] | None:
+def find_resume(folder: Path, resume: str) -> tuple[Path, CheckpointPosition] | None:
     """The checkpoint to go on from.
 
     Args:
@@ -74,7 +74,7 @@ def find_resume(folder: Path, resume: str) -> tuple[Path, Mark] | None:
     Raises:
         UserError: `never` and there is one, or the path holds none.
     """
-    own = read_mark(folder / "newest.json")
+    own = read_position(folder / "newest.json")
     if resume != "never" and own is not None:
         # A run that was started from a path and then killed goes on from its own checkpoints.
         return folder, own
@@ -90,24 +90,24 @@ def find_resume(folder: Path, resume: str) -> tuple[Path, Mark] | None:
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     if (path / "newest.json").is_file():
-        mark = read_mark(path / "newest.json")
+        mark = read_position(path / "newest.json")
         assert mark is not None
         return path, mark
     marked = path / "mark.json"
-    mark = read_mark(marked)
+    mark = read_position(marked)
     if mark is None:
         raise UserError(f"--run.resume {resume}: there is no checkpoint (give a run directory or a checkpoint folder)")
     return path.parent, mark
 
 
-def publish(folder: Path, mark: Mark, keep: int, best: bool) -> None:
+def commit_checkpoint(folder: Path, mark: CheckpointPosition, keep: int, best: bool) -> None:
     """Make a saved checkpoint the newest, and delete older ones beyond `keep` (rank 0; call after all ranks saved)."""
     if distributed.is_main():
         write_json(folder / mark.tag / "mark.json", asdict(mark))
         write_json(folder / "newest.json", asdict(mark))
         if best:
             write_json(folder / "best.json", asdict(mark))
-        kept = read_mark(folder / "best.json")
+        kept = read_position(folder / "best.json")
         # Copies that a user put beside ours have other names and stay. What a killed save left has no mark and goes.
         ours = [p for p in folder.iterdir() if p.is_dir() and TAG.fullmatch(p.name)]
         ours.sort(key=lambda p: ((p / "mark.json").is_file(), p.stat().st_mtime), reverse=True)
@@ -125,17 +125,17 @@ def clear_unfinished(folder: Path, tag: str) -> None:
     distributed.barrier()
 
 
-def save_shard(folder: Path, state: dict[str, Tensor]) -> None:
+def save_rank_state(folder: Path, state: dict[str, Tensor]) -> None:
     """Write this rank's part of a method's state beside what DeepSpeed saved (collective); nothing when it is empty.
 
-    The checkpoint counts only once `publish` has marked it, so a part that a killed save left does no harm.
+    The checkpoint counts only once `commit_checkpoint` has marked it, so a part that a killed save left does no harm.
     """
     if state:
         torch.save({name: tensor.to("cpu") for name, tensor in state.items()}, _shard_path(folder, distributed.rank()))
     distributed.barrier()
 
 
-def load_shards(folder: Path, world_size: int) -> list[dict[str, Tensor]]:
+def load_rank_states(folder: Path, world_size: int) -> list[dict[str, Tensor]]:
     """The parts that `world_size` ranks saved, memory-mapped. `UserError` when one is missing or damaged."""
     shards = []
     for rank in range(world_size):

@@ -22,13 +22,13 @@ def set_environment() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "spml_fast" / "torch_extensions"))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    adopt_slurm()
+    read_slurm_environment()
     if "LOCAL_SIZE" in os.environ:
         # DeepSpeed's launcher has its own name for what torchrun calls LOCAL_WORLD_SIZE.
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
 
 
-def adopt_slurm() -> None:
+def read_slurm_environment() -> None:
     """Fill in the variables of torch.distributed from SLURM's where `srun` started us and nothing else set them."""
     env = os.environ
     if "RANK" in env or "SLURM_PROCID" not in env or "SLURM_STEP_NUM_TASKS" not in env:

@@ -75,7 +75,7 @@ def init_distributed() -> torch.device:
     return device
 
 
-def leave_distributed() -> None:
+def shutdown_distributed() -> None:
     """Leave the process group, so that no rank is killed while another still talks."""
     if dist.is_initialized():
         dist.barrier()
@@ -220,7 +220,7 @@ class Engine:
         return dict(state)
 
     @contextlib.contextmanager
-    def whole_parameters(self) -> Iterator[None]:
+    def gathered_parameters(self) -> Iterator[None]:
         """Inside, every parameter of the module is whole on every rank (ZeRO stage 3 gathers them)."""
         if self.stage < 3:
             yield

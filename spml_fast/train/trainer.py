@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from spml_fast import __version__
 from spml_fast.core import distributed
-from spml_fast.core.batch import Batch, Views
+from spml_fast.core.batch import Batch, MicroBatch
 from spml_fast.core.config import Config, ModelConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_json
-from spml_fast.core.precision import autocast_dtype, choose_algorithms
+from spml_fast.core.precision import autocast_dtype, set_cudnn_policy
 from spml_fast.core.seeds import rng_seed
 from spml_fast.data.labels import NEGATIVE, POSITIVE, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader, TrainLoader
 from spml_fast.data.manifest import Split
-from spml_fast.data.repeat_factor import RepeatFactorOrder, repeat_factors
-from spml_fast.data.sampler import TrainOrder
+from spml_fast.data.repeat_factor import RepeatFactorSampler, repeat_factors
+from spml_fast.data.sampler import TrainSampler
 from spml_fast.evaluation.evaluate import class_groups, evaluate_split
 from spml_fast.evaluation.metrics import selection_quality
 from spml_fast.methods import Method, Progress, get_method
@@ -38,7 +38,14 @@ from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import load_weights, save_weights
 from spml_fast.runs.open import input_normalisation, make_eval_loader, open_data
 from spml_fast.runs.recipe import to_yaml
-from spml_fast.train.checkpoint import Mark, clear_unfinished, find_resume, load_shards, publish, save_shard
+from spml_fast.train.checkpoint import (
+    CheckpointPosition,
+    clear_unfinished,
+    commit_checkpoint,
+    find_resume,
+    load_rank_states,
+    save_rank_state,
+)
 from spml_fast.train.engine import Engine, deepspeed_config
 from spml_fast.train.logs import Meter, RunLog, memory_gib, print_table
 from spml_fast.train.optim import make_optimizer, make_schedule, parameter_groups
@@ -90,7 +97,7 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.world, self.rank = distributed.world_size(), distributed.rank()
-        choose_algorithms(device, config.run.deterministic)
+        set_cudnn_policy(device, config.run.deterministic)
         if distributed.is_main() and config.data.dir is None:
             open_data(config)
         distributed.barrier()
@@ -106,7 +113,7 @@ class Trainer:
         labels = self.train_split.observed if method_class.label_source == "observed" else self.train_split.known
         if not (labels.codes == 1).any():
             raise UserError(f"no image of split {self.train_split.name!r} has a positive label; nothing to learn from")
-        method_class.check_labels(self.train_split.known if method_class.reads_truth else labels, config.method)
+        method_class.check_labels(self.train_split.known if method_class.uses_truth else labels, config.method)
         self.run_dir = self._make_run_dir()
         torch.manual_seed(config.run.seed)
         self.classifier = self._make_classifier(config.model)
@@ -143,17 +150,17 @@ class Trainer:
 
     # ---- set-up
 
-    def _make_order(self, labels: SparseLabels) -> Callable[..., TrainOrder]:
+    def _make_order(self, labels: SparseLabels) -> Callable[..., TrainSampler]:
         """How often images come (`train.sampling`), from the labels that training sees."""
         train = self.config.train
         if train.sampling == "uniform":
-            return TrainOrder
-        if self.method_class.visits_once:
+            return TrainSampler
+        if self.method_class.one_visit_per_step:
             raise UserError(
                 f"method {self.config.method.name} keeps a row for every image, which must not come twice in a step; "
                 f"it does not go with train.sampling {train.sampling}"
             )
-        return functools.partial(RepeatFactorOrder, repeat_factors(labels, train.repeat_threshold))
+        return functools.partial(RepeatFactorSampler, repeat_factors(labels, train.repeat_threshold))
 
     def _optional_split(self, name: str | None, default: str) -> Split | None:
         """The split called `name`. One that nobody asked for by name may be missing; the opening lines say so."""
@@ -247,7 +254,7 @@ class Trainer:
         self._closing(results)
         return results
 
-    def _place(self, mark: Mark) -> int:
+    def _place(self, mark: CheckpointPosition) -> int:
         """Index of the phase that a checkpoint belongs to."""
         names = [p.name for p in self.phases]
         if mark.phase not in names:
@@ -265,7 +272,7 @@ class Trainer:
             f"{model.backbone} ({size:.1f} M), {self.config.data.image_size} px | {where} | {self.run_dir}"
         )
 
-    def _run_phase(self, phase: Phase, resume: tuple[Path, Mark] | None) -> None:
+    def _run_phase(self, phase: Phase, resume: tuple[Path, CheckpointPosition] | None) -> None:
         """Train one phase from its start or from a checkpoint."""
         config, train = self.config, self.config.train
         linear = phase.name == "linear"
@@ -361,7 +368,7 @@ class Trainer:
             f"data wait {meter.wait_share:.0%} | {memory_gib(self.device):.1f} GiB"
         )
 
-    def _update(self, micro: list[Views], progress: Progress, sums: dict[str, Tensor]) -> None:
+    def _update(self, micro: list[MicroBatch], progress: Progress, sums: dict[str, Tensor]) -> None:
         """One optimizer update: forward, backward and step for each micro-batch."""
         train = self.config.train
         batches = [self._batch(views) for views in micro]
@@ -383,7 +390,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.classifier, step=progress.update + 1)
 
-    def _batch(self, views: Views) -> Batch:
+    def _batch(self, views: MicroBatch) -> Batch:
         labels = self.store.rows(views.index)
         truth = self.truth.rows(views.index) if self.truth is not None else None
         return Batch(views.views, labels, views.index, views.global_size, truth)
@@ -398,7 +405,7 @@ class Trainer:
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
             torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
         ):
-            logits = [self.method.scout(classifier, b, progress) for b in batches]
+            logits = [self.method.statistics_forward(classifier, b, progress) for b in batches]
         for batch, plan in zip(batches, self.method.plan(logits, batches, progress), strict=True):
             batch.plan = plan
 
@@ -510,7 +517,7 @@ class Trainer:
         """Checkpoint (collective); with `best` the weights file too."""
         self._average_bn()
         folder = self.run_dir / "checkpoints"
-        mark = Mark(phase.name, epoch, update, self.world, self.engine.stage)
+        mark = CheckpointPosition(phase.name, epoch, update, self.world, self.engine.stage)
         state = {
             "version": __version__,
             "labels": self.store.state_dict(),
@@ -521,18 +528,18 @@ class Trainer:
         clear_unfinished(folder, mark.tag)
         try:
             self.engine.save(folder, mark.tag, {"spml_fast": state})
-            save_shard(folder / mark.tag, self.method.shard_state())
+            save_rank_state(folder / mark.tag, self.method.rank_state())
         except OSError as error:
             raise UserError(f"checkpoint {folder / mark.tag} cannot be written: {error}") from error
         if best:
-            with self.engine.whole_parameters():
+            with self.engine.gathered_parameters():
                 model = self.ema.module if self.ema is not None else self.classifier
                 metadata = {"phase": phase.name, "epoch": str(epoch), "val_map": f"{self.best:.6f}"}
                 metadata |= {"backbone": self.config.model.backbone, "version": __version__}
                 save_weights(self.run_dir / "model.safetensors", model, metadata)
-        publish(folder, mark, self.config.run.keep, best)
+        commit_checkpoint(folder, mark, self.config.run.keep, best)
 
-    def _restore(self, folder: Path, mark: Mark) -> tuple[int, int]:
+    def _restore(self, folder: Path, mark: CheckpointPosition) -> tuple[int, int]:
         """Load a checkpoint; returns the epoch and update to go on with."""
         if (mark.world_size != self.world or mark.zero_stage != self.engine.stage) and (
             mark.zero_stage or self.engine.stage
@@ -544,8 +551,8 @@ class Trainer:
             )
         state = self.engine.load(folder, mark.tag)["spml_fast"]
         self.store.load_state_dict(state["labels"])
-        if self.method.shard_state():
-            self.method.load_shard_state(load_shards(folder / mark.tag, mark.world_size))
+        if self.method.rank_state():
+            self.method.load_rank_state(load_rank_states(folder / mark.tag, mark.world_size))
         if self.ema is not None:
             if state["ema"] is None:
                 raise UserError(f"checkpoint {folder / mark.tag} has no EMA; go on with train.ema_decay 0")

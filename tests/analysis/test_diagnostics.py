@@ -16,7 +16,7 @@ from spml_fast.analysis.diagnostics import (
     centred_gaussian,
     chosen_classes,
     extremes,
-    look_at_maps,
+    measure_maps,
     peaks,
     plot,
     rank_correlation,
@@ -115,7 +115,7 @@ def loader_for(manifest: Manifest, batch: int = 32) -> EvalLoader:
 def test_a_perfect_map_wins_the_pointing_game(small_digits: Path) -> None:
     manifest = Manifest(small_digits)
     split = manifest.split("test")
-    table = look_at_maps(Perfect(manifest, list(range(len(split))), 16), loader_for(manifest), split, negatives=2)
+    table = measure_maps(Perfect(manifest, list(range(len(split))), 16), loader_for(manifest), split, negatives=2)
     assert table is not None
     found = summarise(table)
     positives = int((split.known.rows(range(len(split))) == 1).sum())
@@ -132,16 +132,16 @@ def test_two_networks_on_scenes(small_digits: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = ModelConfig(backbone="test_resnet", pretrained=False, output_stride=8)
     first, second = (Classifier(config, 10, 64).eval() for _ in range(2))
-    table = look_at_maps(first, loader_for(manifest), split, full=second, negatives=3)
+    table = measure_maps(first, loader_for(manifest), split, full=second, negatives=3)
     assert table is not None
     positive = table.positive == 1
     assert np.isnan(table.correlation[~positive]).all() and np.isfinite(table.correlation[positive]).all()
     assert np.abs(table.correlation[positive]).max() <= 1 + 1e-9
     # In sample order whatever the batches are.
-    again = look_at_maps(first, loader_for(manifest, 7), split, full=second, negatives=3)
+    again = measure_maps(first, loader_for(manifest, 7), split, full=second, negatives=3)
     assert again is not None and np.array_equal(again.index, table.index)
     assert np.allclose(again.top, table.top, atol=1e-5) and np.array_equal(again.hit, table.hit, equal_nan=True)
-    itself = look_at_maps(first, loader_for(manifest), split, full=first, negatives=0)
+    itself = measure_maps(first, loader_for(manifest), split, full=first, negatives=0)
     assert itself is not None and np.allclose(itself.correlation, 1) and (itself.positive == 1).all()
     gap = {"epoch": 3, "t_gap": 1.0, "gap_histogram": {"edges": [0.5, 1, 2], "negative": [3, 2, 1, 0]}}
     plot(tmp_path / "maps.png", table, [gap])
@@ -153,4 +153,4 @@ def test_maps_of_different_sizes_are_refused(small_digits: Path) -> None:
     coarse = Classifier(ModelConfig(backbone="test_resnet", pretrained=False), 10, 64).eval()
     order = list(range(len(manifest.split("test"))))
     with pytest.raises(UserError, match=r"differ in size \(16 x 16 and 2 x 2 cells\)"):
-        look_at_maps(Perfect(manifest, order, 16), loader_for(manifest), manifest.split("test"), full=coarse)
+        measure_maps(Perfect(manifest, order, 16), loader_for(manifest), manifest.split("test"), full=coarse)

@@ -53,7 +53,7 @@ def make_run(folder: Path, *words: str, data: Path | None = None) -> Path:
             module.momentum = None
     with torch.no_grad():
         classifier.train()(torch.randn(8, 3, 64, 64))
-        if classifier.head.boosts:
+        if classifier.head.supports_boostlu:
             # Logits of different images differ by far more than rounding.
             classifier.head.weight.mul_(10)
     config.data.mean, config.data.std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
@@ -150,7 +150,7 @@ def test_other_backbones_and_heads(words, asked, tmp_path):
     views = normalised(images, about)
     with torch.no_grad():
         expected = classifier(views, alpha=1.0).logits.numpy()
-        if classifier.head.boosts:
+        if classifier.head.supports_boostlu:
             other = classifier(views, alpha=2.0).logits.numpy()
             assert np.abs(other - expected).max() > 1e-2, "alpha makes no difference here"
     assert about["alpha"] == "1"

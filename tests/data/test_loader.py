@@ -14,7 +14,7 @@ from nvidia.dali import backend
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from spml_fast.core.batch import Views
+from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError
 from spml_fast.data import augment, dali_graph, dali_stream, sampler
@@ -54,7 +54,7 @@ def _by_index(batches, view: str) -> dict[int, Tensor]:
     return found
 
 
-def _flat(updates) -> list[Views]:
+def _flat(updates) -> list[MicroBatch]:
     return list(itertools.chain.from_iterable(updates))
 
 

@@ -11,7 +11,7 @@ from torchvision.transforms import RandAugment, RandomResizedCrop
 
 from spml_fast.core.errors import UserError
 from spml_fast.data import augment
-from spml_fast.data.sampler import EvalOrder, TrainOrder, Windows
+from spml_fast.data.sampler import EvalSampler, TrainSampler, Windows
 
 # Samples of a window and of a block; None is the global shuffle.
 WINDOWS = st.none() | st.tuples(st.integers(1, 80), st.integers(1, 30)).map(lambda w: Windows(w[0] + w[1], w[1]))
@@ -30,10 +30,10 @@ WINDOWS = st.none() | st.tuples(st.integers(1, 80), st.integers(1, 30)).map(lamb
 def test_ranks_slice_the_same_global_batch(size, batch, steps, world, seed, epoch, windows):
     if min(size, batch) < steps * world:
         with pytest.raises(UserError, match=f"of {batch if batch < steps * world else size} samples"):
-            TrainOrder(size, batch, steps, world, 0, seed, windows)
+            TrainSampler(size, batch, steps, world, 0, seed, windows)
         return
-    ranks = [TrainOrder(size, batch, steps, world, r, seed, windows) for r in range(world)]
-    whole = TrainOrder(size, batch, 1, 1, 0, seed, windows).permutation(epoch)
+    ranks = [TrainSampler(size, batch, steps, world, r, seed, windows) for r in range(world)]
+    whole = TrainSampler(size, batch, 1, 1, 0, seed, windows).permutation(epoch)
     assert sorted(whole) == list(range(size))
     seen = []
     updates = list(zip(*(r.epoch(epoch) for r in ranks), strict=True))
@@ -62,10 +62,10 @@ def test_ranks_slice_the_same_global_batch(size, batch, steps, world, seed, epoc
 
 
 def test_epochs_and_seeds_differ_and_repeat():
-    a = TrainOrder(500, 10, seed=3)
-    np.testing.assert_array_equal(a.permutation(4), TrainOrder(500, 20, 2, 5, 1, seed=3).permutation(4))
+    a = TrainSampler(500, 10, seed=3)
+    np.testing.assert_array_equal(a.permutation(4), TrainSampler(500, 20, 2, 5, 1, seed=3).permutation(4))
     assert (a.permutation(4) != a.permutation(5)).any()
-    assert (a.permutation(4) != TrainOrder(500, 10, seed=4).permutation(4)).any()
+    assert (a.permutation(4) != TrainSampler(500, 10, seed=4).permutation(4)).any()
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,25 +79,25 @@ def test_epochs_and_seeds_differ_and_repeat():
 )
 def test_ranks_read_runs_of_blocks(size, batch, world, windows, seed, epoch):
     world = min(world, batch)
-    ranks = [TrainOrder(size, batch, 1, world, r, seed, windows) for r in range(world)]
+    ranks = [TrainSampler(size, batch, 1, world, r, seed, windows) for r in range(world)]
     sampler = ranks[0].permutation(epoch)
     assert sampler.dtype == np.int64 and sorted(sampler) == list(range(size))
     width = ranks[0].updates_per_window * batch
     assert width <= max(windows.samples, batch)
     # The blocks as they follow each other, which is what the windows and their lanes are cut from.
-    whole = TrainOrder(size, size, seed=seed, windows=Windows(size, min(size, windows.block))).permutation(epoch)
+    whole = TrainSampler(size, size, seed=seed, windows=Windows(size, min(size, windows.block))).permutation(epoch)
     for update, by_rank in enumerate(zip(*(r.epoch(epoch) for r in ranks), strict=True)):
         first = ranks[0].window(update) * width
         window = whole[first : first + width]
         lanes = np.array_split(window, min(batch, len(window)))
         rows = np.concatenate([micro[0].index for micro in by_rank])
         assert all(row in lane for row, lane in zip(rows, lanes, strict=False))
-    assert TrainOrder(size, 1, seed=seed).window(3) is None
+    assert TrainSampler(size, 1, seed=seed).window(3) is None
 
 
 def test_a_rank_reads_its_own_blocks():
     windows = Windows(800, 20)
-    ranks = [TrainOrder(4000, 40, 2, 4, r, 1, windows) for r in range(4)]
+    ranks = [TrainSampler(4000, 40, 2, 4, r, 1, windows) for r in range(4)]
     assert ranks[0].updates_per_window == 20 and ranks[0].window(19) == 0 and ranks[0].window(20) == 1
     epochs = [list(r.epoch(0)) for r in ranks]
     for window in range(5):
@@ -109,10 +109,10 @@ def test_a_rank_reads_its_own_blocks():
 
 
 def test_windows_mix_blocks_and_repeat():
-    ours = TrainOrder(1000, 10, seed=3, windows=Windows(200, 20))
+    ours = TrainSampler(1000, 10, seed=3, windows=Windows(200, 20))
     first, second = ours.permutation(0), ours.permutation(1)
     assert (first != second).any()
-    np.testing.assert_array_equal(TrainOrder(1000, 10, 2, 5, 1, 3, Windows(200, 20)).permutation(0), first)
+    np.testing.assert_array_equal(TrainSampler(1000, 10, 2, 5, 1, 3, Windows(200, 20)).permutation(0), first)
     # A window has other blocks in another epoch, and its samples are in no order.
     assert set(first[:200] // 20) != set(second[:200] // 20)
     assert abs((np.diff(first[:200].reshape(20, 10), axis=0) > 0).mean() - 0.5) < 0.15
@@ -125,7 +125,7 @@ def test_windows_mix_blocks_and_repeat():
 
 @pytest.mark.parametrize("windows", [None, Windows(103, 5), Windows(30, 4)])
 def test_start_update_gives_the_rest(windows):
-    ours = TrainOrder(103, 10, 2, 2, 1, 1, windows)
+    ours = TrainSampler(103, 10, 2, 2, 1, 1, windows)
     whole = [[m.index.tolist() for m in update] for update in ours.epoch(2)]
     assert [[m.index.tolist() for m in update] for update in ours.epoch(2, 4)] == whole[4:]
     assert list(ours.epoch(2, len(whole))) == []
@@ -133,17 +133,17 @@ def test_start_update_gives_the_rest(windows):
 
 def test_too_small_names_the_sizes():
     with pytest.raises(UserError, match=r"split of 5 samples .* 3 ranks with 2 .* needs 6"):
-        TrainOrder(5, 64, 2, 3)
+        TrainSampler(5, 64, 2, 3)
     with pytest.raises(UserError, match=r"batch of 5 samples .* 3 ranks with 2 .* needs 6"):
-        TrainOrder(500, 5, 2, 3)
+        TrainSampler(500, 5, 2, 3)
 
 
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 150), batch=st.integers(1, 40), world=st.integers(1, 5))
 def test_evaluation_counts_every_sample_once(size, batch, world):
-    ranks = [list(EvalOrder(size, batch, world, r)) for r in range(world)]
-    single = {tuple(b.index[: b.real]): tuple(b.index) for b in EvalOrder(size, batch)}
-    assert {len(r) for r in ranks} == {len(EvalOrder(size, batch, world))}
+    ranks = [list(EvalSampler(size, batch, world, r)) for r in range(world)]
+    single = {tuple(b.index[: b.real]): tuple(b.index) for b in EvalSampler(size, batch)}
+    assert {len(r) for r in ranks} == {len(EvalSampler(size, batch, world))}
     counted = []
     for step in zip(*ranks, strict=True):
         assert {b.global_size for b in step} == {sum(b.real for b in step)}
@@ -161,7 +161,7 @@ def test_evaluation_counts_every_sample_once(size, batch, world):
 
 def test_empty_evaluation_is_a_user_error():
     with pytest.raises(UserError, match="no samples"):
-        EvalOrder(0, 4)
+        EvalSampler(0, 4)
 
 
 # --- Augmentation --------------------------------------------------------------------------------------------------

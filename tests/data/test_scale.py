@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from spml_fast.cli.parse import parse_config
-from spml_fast.core.batch import Batch, Views
+from spml_fast.core.batch import Batch, MicroBatch
 from spml_fast.core.config import Config, ModelConfig
 from spml_fast.core.errors import UserError
 from spml_fast.data import labels as labels_module
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import TrainLoader
 from spml_fast.data.manifest import Manifest
-from spml_fast.data.repeat_factor import RepeatFactorOrder, repeat_factors
-from spml_fast.data.sampler import TrainOrder, Windows
+from spml_fast.data.repeat_factor import RepeatFactorSampler, repeat_factors
+from spml_fast.data.sampler import TrainSampler, Windows
 from spml_fast.evaluation.evaluate import class_groups, evaluate_split, score_split, table_rows, top_k_rows
 from spml_fast.evaluation.metrics import evaluate_scores, groups_by_count
 from spml_fast.evaluation.thresholds import top_k_mask
@@ -69,7 +69,7 @@ class Scripted:
 
     def __init__(self, mean: torch.Tensor, relu: torch.Tensor, batch: int) -> None:
         self.mean, self.relu, self.batch, self.device = mean, relu, batch, CPU
-        self.training, self.head = False, SimpleNamespace(boosts=True)
+        self.training, self.head = False, SimpleNamespace(supports_boostlu=True)
         self.widest = 0
 
     def eval(self) -> None:
@@ -88,7 +88,7 @@ class Scripted:
             index = torch.arange(start, start + self.batch).clamp(max=len(self.mean) - 1)
             images = index.float()[:, None, None, None].expand(-1, 3, 1, 1)
             real = min(self.batch, len(self.mean) - start)
-            yield Views({"eval": images}, index, real, real, real)
+            yield MicroBatch({"eval": images}, index, real, real, real)
 
 
 @pytest.fixture(scope="module")
@@ -340,13 +340,13 @@ def test_repeat_factors_by_hand():
 def test_repeated_epochs_have_one_length_and_the_right_mean(windows):
     rng = np.random.default_rng(0)
     factors = (1 + rng.exponential(1.0, 300) * (rng.random(300) < 0.4)).astype(np.float32)
-    order = RepeatFactorOrder(factors, 300, 32, seed=5, windows=windows)
+    order = RepeatFactorSampler(factors, 300, 32, seed=5, windows=windows)
     counts = np.stack([np.bincount(order.permutation(e), minlength=300) for e in range(200)])
     assert (counts.sum(1) == np.ceil(factors.sum(dtype=np.float64))).all() and order.size == counts[0].sum()
     assert (counts >= np.floor(factors)).all() and (counts <= np.ceil(factors * (1 + 1 / 300))).all()
     np.testing.assert_allclose(counts.mean(0), factors, atol=0.15)
     assert counts.mean() == pytest.approx(factors.mean(), rel=1 / 300)
-    again = RepeatFactorOrder(factors, 300, 32, seed=5, windows=windows)
+    again = RepeatFactorSampler(factors, 300, 32, seed=5, windows=windows)
     assert np.array_equal(order.permutation(7), again.permutation(7))
     assert not np.array_equal(order.permutation(7), order.permutation(8))
     if windows is None:
@@ -357,12 +357,12 @@ def test_repeated_epochs_have_one_length_and_the_right_mean(windows):
 
 def test_ranks_share_a_repeated_epoch_and_plain_factors_change_nothing():
     factors = np.linspace(1, 3, 50).astype(np.float32)
-    whole = [u[0].index for u in RepeatFactorOrder(factors, 50, 20, seed=1).epoch(3)]
-    parts = [[u[0].index for u in RepeatFactorOrder(factors, 50, 20, 1, 4, r, 1).epoch(3)] for r in range(4)]
+    whole = [u[0].index for u in RepeatFactorSampler(factors, 50, 20, seed=1).epoch(3)]
+    parts = [[u[0].index for u in RepeatFactorSampler(factors, 50, 20, 1, 4, r, 1).epoch(3)] for r in range(4)]
     assert all(np.array_equal(w, np.concatenate(p)) for w, p in zip(whole, zip(*parts, strict=True), strict=True))
-    plain = RepeatFactorOrder(np.ones(50, np.float32), 50, 20, seed=1)
+    plain = RepeatFactorSampler(np.ones(50, np.float32), 50, 20, seed=1)
     assert sorted(plain.permutation(2)) == list(range(50))
-    assert plain.updates_per_epoch == TrainOrder(50, 20).updates_per_epoch
+    assert plain.updates_per_epoch == TrainSampler(50, 20).updates_per_epoch
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -440,7 +440,7 @@ def test_recipes_train_two_steps(version: str, layer: str | None, tiny: Manifest
         device=CPU,
         mean=[0.5] * 3,
         std=[0.5] * 3,
-        make_order=lambda *a: RepeatFactorOrder(factors, *a),
+        make_order=lambda *a: RepeatFactorSampler(factors, *a),
     )
     assert loader.updates_per_epoch > 3
     module = TrainingModule(classifier, method).train()

@@ -754,7 +754,7 @@ def test_any_number_of_ranks_gives_the_same(name: str, rows: int, monkeypatch: p
             method.add(torch.tensor([1, 3]), torch.tensor([2, 5]), torch.tensor([0.1, 0.2]))
         batch = batch_of(codes, parts[rank], rows, truth)
         out = [run(method, z[parts[rank]], batch, step) for z, step in zip(logits, steps, strict=True)]
-        return out, method.state_dict() | {"shard": method.shard_state()}
+        return out, method.state_dict() | {"shard": method.rank_state()}
 
     alone, state = train([np.arange(rows)], 0)
     whole = state.pop("shard")
@@ -920,13 +920,13 @@ def test_role_goes_on_with_another_number_of_ranks(worlds: tuple[int, int], monk
     def begin(rank: int) -> tuple[dict[str, Tensor], Tensor]:
         method = make("role", codes)
         method.table.value += torch.arange(len(method.table.value))[:, None] * 0.01
-        return method.shard_state(), method.estimates(torch.arange(11))
+        return method.rank_state(), method.estimates(torch.arange(11))
 
     saved = Ranks(worlds[0], monkeypatch).run(begin)
 
     def resume(rank: int) -> Tensor:
         method = make("role", codes)
-        method.load_shard_state([shard for shard, _ in saved])
+        method.load_rank_state([shard for shard, _ in saved])
         return method.estimates(torch.arange(11))
 
     for found in Ranks(worlds[1], monkeypatch).run(resume):
@@ -983,7 +983,7 @@ def test_apl_freezes_the_lowest(world: int, chunk: int, monkeypatch: pytest.Monk
         method = make("em_apl", codes, warm_up=3)
         for scores, progress in zip(passes, epochs, strict=True):
             figures = score(method, parts[rank], scores, progress)
-        return method.soft_rows(torch.arange(50)), figures, method.shard_state()
+        return method.soft_rows(torch.arange(50)), figures, method.rank_state()
 
     results = Ranks(world, monkeypatch).run(work) if world > 1 else [work(0)]
     assert (~np.isnan(want)).sum() > 50
@@ -997,7 +997,7 @@ def test_apl_freezes_the_lowest(world: int, chunk: int, monkeypatch: pytest.Monk
 
     def reload(rank: int) -> Tensor:
         method = make("em_apl", codes, warm_up=3)
-        method.load_shard_state(shards)
+        method.load_rank_state(shards)
         assert method.total == (~np.isnan(want)).sum()
         return method.soft_rows(torch.arange(50))
 
@@ -1102,14 +1102,14 @@ def test_state_survives_a_checkpoint(name: str) -> None:
     cut = 10
     first = make(name, codes, **options)
     go(first, plan[:cut], True)
-    state, shard = copied(first.state_dict()), copied(first.shard_state())
+    state, shard = copied(first.state_dict()), copied(first.rank_state())
     torch.manual_seed(99)
     second = get_method(name)(first.options, first.store)
     second.load_state_dict(state)
     if shard:
-        second.load_shard_state([shard])
+        second.load_rank_state([shard])
     assert go(second, plan[cut:], True) == losses[cut:]
-    before, after = whole.state_dict() | whole.shard_state(), second.state_dict() | second.shard_state()
+    before, after = whole.state_dict() | whole.rank_state(), second.state_dict() | second.rank_state()
     assert before.keys() == after.keys()
     for key in before:
         if isinstance(before[key], Tensor):

@@ -139,7 +139,7 @@ def run_step(rig: Rig, epoch: int, planned: bool) -> tuple[Tensor, list[str]]:
                 parts.append(Batch(views, rig.store.rows(index), index, len(index), truth))
             if planned:
                 with torch.no_grad():
-                    scouted = [rig.method.scout(rig.classifier, b, at(epoch, 1)) for b in parts]
+                    scouted = [rig.method.statistics_forward(rig.classifier, b, at(epoch, 1)) for b in parts]
                     for batch, plan in zip(parts, rig.method.plan(scouted, parts, at(epoch, 1)), strict=True):
                         batch.plan = plan
             outputs = [rig.method(rig.classifier, b, at(epoch, 1)) for b in parts]

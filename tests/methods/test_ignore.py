@@ -553,7 +553,7 @@ class TestRanks:
             bounds[-1] = start + whole
             batches = [small.batch(range(a, b)) for a, b in itertools.pairwise(bounds)]
             with torch.no_grad():
-                scouted = [small.method.scout(small.classifier, b, at(number, update)) for b in batches]
+                scouted = [small.method.statistics_forward(small.classifier, b, at(number, update)) for b in batches]
                 plans = small.method.plan(scouted, batches, at(number, update))
             total = 0.0
             for batch, plan in zip(batches, plans, strict=True):

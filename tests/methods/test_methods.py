@@ -112,12 +112,12 @@ def test_batches_of_one_and_of_nothing_known(rigs, name, rows):
 @every_method
 def test_state_round_trip(rigs, name, tmp_path):
     rig = rigs(name)
-    state = {"method": rig.method.state_dict(), "shard": rig.method.shard_state(), "labels": rig.store.state_dict()}
+    state = {"method": rig.method.state_dict(), "shard": rig.method.rank_state(), "labels": rig.store.state_dict()}
     torch.save(state, tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=False)
     resumed = Rig(name)
     resumed.method.load_state_dict(state["method"])
-    resumed.method.load_shard_state([state["shard"]] if state["shard"] else [])
+    resumed.method.load_rank_state([state["shard"]] if state["shard"] else [])
     resumed.store.load_state_dict(state["labels"])
     resumed.classifier.load_state_dict(rig.classifier.state_dict())
     losses = []
@@ -136,7 +136,7 @@ def test_exact_accumulation_equals_one_large_batch(rigs, name):
     batches = [cut.batch(range(9), 9), cut.batch(range(9, 16), 7)]
     if cut.method.batch_statistics:
         with torch.no_grad():
-            scouted = [cut.method.scout(cut.classifier, b, at(5, 0)) for b in batches]
+            scouted = [cut.method.statistics_forward(cut.classifier, b, at(5, 0)) for b in batches]
             for batch, plan in zip(batches, cut.method.plan(scouted, batches, at(5, 0)), strict=True):
                 batch.plan = plan
     total = torch.zeros(())

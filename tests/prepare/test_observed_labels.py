@@ -14,7 +14,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
 from spml_fast.prepare import label_encodings, observed_labels
 from spml_fast.prepare.label_encodings import import_labels
-from spml_fast.prepare.observed_labels import Observe, draw_fraction, draw_published, published_split
+from spml_fast.prepare.observed_labels import ObservationScheme, draw_fraction, draw_published, published_split
 
 # spec/protocol.md 1.1: rows, sum(train), sum(val), sha256 heads, first rows of both.
 SPLITS = {
@@ -111,7 +111,7 @@ def test_negative_shuffle_matters():
 
 def test_each_phase_starts_afresh():
     known = toy()
-    spec = Observe.parse("single")
+    spec = ObservationScheme.parse("single")
     first, second = spec.draw(known, 1200, "train"), spec.draw(known, 1200, "test")
     assert first is not None and second is not None
     assert first.classes.tolist() == second.classes.tolist() == [0, 6, 7, 3, 4, 0]
@@ -163,15 +163,15 @@ def test_fraction_lists_the_shorter_side():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("all", Observe("all")),
-        ("single", Observe("single", positives=1)),
-        ("single=3", Observe("single", positives=3)),
-        ("keep=0.25", Observe("keep", fraction=0.25)),
-        ("keep=1", Observe("keep", fraction=1.0)),
+        ("all", ObservationScheme("all")),
+        ("single", ObservationScheme("single", positives=1)),
+        ("single=3", ObservationScheme("single", positives=3)),
+        ("keep=0.25", ObservationScheme("keep", fraction=0.25)),
+        ("keep=1", ObservationScheme("keep", fraction=1.0)),
     ],
 )
 def test_observe_parse(text, expected):
-    assert Observe.parse(text) == expected
+    assert ObservationScheme.parse(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_observe_parse(text, expected):
 )
 def test_observe_parse_refuses(text):
     with pytest.raises(UserError, match="--observe"):
-        Observe.parse(text)
+        ObservationScheme.parse(text)
 
 
 # What each encoding means, entry by entry.

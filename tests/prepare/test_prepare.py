@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from spml_fast.core import workers
 from spml_fast.core.errors import UserError
-from spml_fast.data.image_check import check_image, choose_level, verify_images
+from spml_fast.data.image_check import check_image, check_images, choose_level
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare import build, raw
@@ -112,7 +112,7 @@ def test_verify_images_in_processes(tmp_path):
     files["070.jpg"] = b""
     files["149.jpg"] = files["149.jpg"][:-30]
     make.write_files(tmp_path, files)
-    checked = verify_images(151, lambda i: str(tmp_path / f"{i:03d}.jpg"), "decode", workers=2, progress=False)
+    checked = check_images(151, lambda i: str(tmp_path / f"{i:03d}.jpg"), "decode", workers=2, progress=False)
     assert np.nonzero(~checked.ok)[0].tolist() == [70, 149, 150]
     assert {i: reason for i, (reason, _) in checked.rejected.items()} == {
         70: "empty file",
@@ -130,7 +130,7 @@ def test_processes_that_die_at_once_are_one_sentence(monkeypatch):
 
     monkeypatch.setattr(workers, "ProcessPoolExecutor", Broken)
     with pytest.raises(UserError, match=r"a process that was checking images died near 0\.jpg"):
-        verify_images(100, lambda i: f"{i}.jpg", "header", workers=2, progress=False)
+        check_images(100, lambda i: f"{i}.jpg", "header", workers=2, progress=False)
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):

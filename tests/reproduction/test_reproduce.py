@@ -12,7 +12,7 @@ from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.models.heads import get_head
 from spml_fast.reproduction.presets import PRESETS, Entry, choose_entries, get_preset
-from spml_fast.reproduction.reproduce import Row, as_json, check_options, judge, note_options, plot
+from spml_fast.reproduction.reproduce import Row, as_json, check_claims, check_options, note_options, plot
 from spml_fast.runs.read import read_epochs
 from tests.support.paths import ROOT
 from tests.support.runs import Run
@@ -33,15 +33,15 @@ GOOD |= {"ll_r_5": 93, "ll_r_boost_1": 95, "ll_r_boost_5": 98, "ignore_1": 94, "
 
 def test_every_statement_is_judged_and_can_fail() -> None:
     preset = get_preset("digits")
-    held = judge(preset, rows(**GOOD))
+    held = check_claims(preset, rows(**GOOD))
     assert len(held) == len(preset.statements) and all(s["holds"] for s in held)
     for spoiled in ({"an_5": 89.0}, {"an_boost_5": 93.5}, {"ll_r_5": 93, "ll_r_boost_5": 90.5}, {"ignore_1": 91.0}):
-        assert not all(s["holds"] for s in judge(preset, rows(**{**GOOD, **spoiled})))
-    assert [s["holds"] for s in judge(preset, rows(**{**GOOD, "em_1": 99.5}))].count(False) == 1
+        assert not all(s["holds"] for s in check_claims(preset, rows(**{**GOOD, **spoiled})))
+    assert [s["holds"] for s in check_claims(preset, rows(**{**GOOD, "em_1": 99.5}))].count(False) == 1
 
 
 def test_statements_without_their_methods_are_left_out() -> None:
-    kept = judge(get_preset("digits"), rows(an_1=90, an_5=93))
+    kept = check_claims(get_preset("digits"), rows(an_1=90, an_5=93))
     assert [s["text"] for s in kept] == ["BoostLU at inference improves a trained assumed-negative model"]
 
 
@@ -64,7 +64,7 @@ def test_every_entry_is_a_valid_run(preset: str) -> None:
         config = parse_config(words)
         assert config.method.name == entry.method
         # Heads without a map have nothing to boost.
-        assert get_head(config.model.head).boosts == (5 in entry.alphas)
+        assert get_head(config.model.head).supports_boostlu == (5 in entry.alphas)
         for name, value in zip(entry.options[::2], entry.options[1::2], strict=True):
             section, _, field = name.removeprefix("--").partition(".")
             assert str(getattr(getattr(config, section), field)).lower() in (value, str(float_or(value)).lower()), name

@@ -15,7 +15,13 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_json
 from spml_fast.core.seeds import rng_seed
 from spml_fast.models.weights import load_weights, save_weights
-from spml_fast.train.checkpoint import Mark, clear_unfinished, find_resume, publish, read_mark
+from spml_fast.train.checkpoint import (
+    CheckpointPosition,
+    clear_unfinished,
+    commit_checkpoint,
+    find_resume,
+    read_position,
+)
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def folder(tmp_path):
 
 
 def mark(epoch, update=0, phase="finetune", world_size=2):
-    return Mark(phase, epoch, update, world_size, zero_stage=0)
+    return CheckpointPosition(phase, epoch, update, world_size, zero_stage=0)
 
 
 def save(folder, which, keep=1, best=False):
@@ -36,7 +42,7 @@ def save(folder, which, keep=1, best=False):
     # Directories get times a second apart, as real ones would.
     age = 10_000 * (which.phase == "finetune") + 100 * which.epoch + which.update
     os.utime(folder / which.tag, (age, age))
-    publish(folder, which, keep, best)
+    commit_checkpoint(folder, which, keep, best)
     os.utime(folder / which.tag, (age, age))
 
 
@@ -118,8 +124,8 @@ def test_a_damaged_mark_is_named(folder, content):
 
 def test_marks_round_trip(folder):
     write_json(folder / "newest.json", dataclasses.asdict(mark(3, 4)))
-    assert read_mark(folder / "newest.json") == mark(3, 4)
-    assert read_mark(folder / "none.json") is None
+    assert read_position(folder / "newest.json") == mark(3, 4)
+    assert read_position(folder / "none.json") is None
 
 
 # ---- keeping
@@ -129,11 +135,11 @@ def test_marks_round_trip(folder):
 def test_the_newest_and_the_best_are_kept(folder, keep):
     for epoch in range(1, 8):
         save(folder, mark(epoch), keep, best=epoch == 2)
-        assert read_mark(folder / "newest.json") == mark(epoch)
+        assert read_position(folder / "newest.json") == mark(epoch)
     newest = {mark(e).tag for e in range(8 - keep, 8)}
     assert kept(folder) == newest | {mark(2).tag}
-    assert read_mark(folder / "best.json") == mark(2)
-    assert read_mark(folder / mark(7).tag / "mark.json") == mark(7)
+    assert read_position(folder / "best.json") == mark(2)
+    assert read_position(folder / mark(7).tag / "mark.json") == mark(7)
 
 
 def test_a_new_best_lets_the_old_one_go(folder):

@@ -15,7 +15,7 @@ from spml_fast.core.config import EngineConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.models.classifier import Classifier
 from spml_fast.train import optim
-from spml_fast.train.cluster import adopt_slurm, first_slurm_host
+from spml_fast.train.cluster import first_slurm_host, read_slurm_environment
 from spml_fast.train.engine import OWNED_KEYS, deepspeed_config, micro_batch_size
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_precision_never_turns_parameters_into_bf16():
 
 @pytest.mark.parametrize("able", [True, False])
 def test_automatic_precision_asks_the_hardware(monkeypatch, able):
-    monkeypatch.setattr(precision, "gains_from_bf16", lambda device: able)
+    monkeypatch.setattr(precision, "prefers_bf16", lambda device: able)
     assert configured({"precision": "auto"})["torch_autocast"]["enabled"] is able
 
 
@@ -159,14 +159,14 @@ def algorithms(monkeypatch):
 
 
 def test_algorithms_are_timed_on_gpus_unless_they_must_repeat(algorithms):
-    precision.choose_algorithms(torch.device("cpu"), True)
+    precision.set_cudnn_policy(torch.device("cpu"), True)
     assert algorithms() == (False, False)
-    precision.choose_algorithms(torch.device("cuda"), False)
+    precision.set_cudnn_policy(torch.device("cuda"), False)
     assert algorithms() == (True, False)
-    with precision.untimed_algorithms():
+    with precision.no_cudnn_benchmark():
         assert algorithms() == (False, False)
     assert algorithms() == (True, False) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    precision.choose_algorithms(torch.device("cuda"), True)
+    precision.set_cudnn_policy(torch.device("cuda"), True)
     assert algorithms() == (False, True) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
@@ -307,7 +307,7 @@ def slurm(environment, **values):
 
 def test_srun_is_enough(environment):
     slurm(environment)
-    adopt_slurm()
+    read_slurm_environment()
     found = {k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
     assert found == {
         "RANK": "5",
@@ -325,7 +325,7 @@ def test_jobs_on_one_machine_get_their_own_ports(environment):
         environment.delenv("RANK", raising=False)
         environment.delenv("MASTER_PORT", raising=False)
         slurm(environment, JOB_ID=job)
-        adopt_slurm()
+        read_slurm_environment()
         ports.append(os.environ["MASTER_PORT"])
     assert ports[0] != ports[1]
 
@@ -334,7 +334,7 @@ def test_another_launchers_variables_are_kept(environment):
     slurm(environment)
     environment.setenv("RANK", "0")
     environment.setenv("WORLD_SIZE", "2")
-    adopt_slurm()
+    read_slurm_environment()
     assert os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] == "2" and "MASTER_ADDR" not in os.environ
 
 
@@ -342,15 +342,15 @@ def test_an_address_that_is_given_is_kept(environment):
     slurm(environment)
     environment.setenv("MASTER_ADDR", "10.1.1.1")
     environment.setenv("MASTER_PORT", "29500")
-    adopt_slurm()
+    read_slurm_environment()
     assert os.environ["MASTER_ADDR"] == "10.1.1.1" and os.environ["MASTER_PORT"] == "29500"
 
 
 def test_a_shell_or_a_single_task_is_not_adopted(environment):
-    adopt_slurm()
+    read_slurm_environment()
     assert "RANK" not in os.environ
     slurm(environment, STEP_NUM_TASKS="1")
-    adopt_slurm()
+    read_slurm_environment()
     assert "RANK" not in os.environ
 
 

@@ -41,11 +41,11 @@ class Head(nn.Module):
     ZeRO stage 3 can gather them.
 
     Attributes:
-        boosts: whether BoostLU's alpha has a meaning: the logits are the spatial mean of a class activation map.
+        supports_boostlu: whether BoostLU's alpha has a meaning: the logits are the spatial mean of a class activation map.
     """
 
     Options: ClassVar[type[HeadOptions]] = HeadOptions
-    boosts: ClassVar[bool] = False
+    supports_boostlu: ClassVar[bool] = False
 
     def __init__(self, channels: int, num_classes: int, grid: tuple[int, int], options: HeadOptions) -> None:
         """`channels` K and `grid` (h, w) of the feature map at the configured image size."""

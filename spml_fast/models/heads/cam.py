@@ -19,7 +19,7 @@ from spml_fast.models.heads.base import Head, HeadOptions, MaskOptions, register
 class CamHead(Head):
     """Class weights [C, K] and bias [C], both initialised uniformly in +-1/sqrt(K) as the released code's 1x1 conv."""
 
-    boosts: ClassVar[bool] = True
+    supports_boostlu: ClassVar[bool] = True
 
     def __init__(
         self, channels: int, num_classes: int, grid: tuple[int, int] = (1, 1), options: HeadOptions | None = None

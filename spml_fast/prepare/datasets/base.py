@@ -25,7 +25,7 @@ from typing import ClassVar
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.build import build
 from spml_fast.prepare.manifest_writer import ManifestWriter
-from spml_fast.prepare.observed_labels import PUBLISHED_SEED, Observe
+from spml_fast.prepare.observed_labels import PUBLISHED_SEED, ObservationScheme
 from spml_fast.prepare.raw import CommonOptions, Orientation, RawDataset
 
 
@@ -52,7 +52,7 @@ class Dataset:
         Args:
             options: what `add_options` and `add_common_options` declared.
         """
-        observe = Observe.parse(options.observe)
+        observe = ObservationScheme.parse(options.observe)
         # Before the annotations are read, which can take minutes.
         ManifestWriter.check_target(options.out, options.overwrite)
         common = CommonOptions(

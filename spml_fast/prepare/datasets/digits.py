@@ -25,7 +25,7 @@ from spml_fast.data.labels import NEGATIVE, SparseLabels
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.build import build
 from spml_fast.prepare.datasets.base import Dataset, register
-from spml_fast.prepare.observed_labels import PUBLISHED_SEED, Observe
+from spml_fast.prepare.observed_labels import PUBLISHED_SEED, ObservationScheme
 from spml_fast.prepare.raw import CommonOptions, RawDataset, RawSplit
 
 CLASSES = [str(digit) for digit in range(10)]
@@ -213,7 +213,7 @@ def prepare_digits(
         UserError: `out` cannot be written, or holds something else.
     """
     out = Path(out)
-    drawn = Observe.parse(observe)
+    drawn = ObservationScheme.parse(observe)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = open(out.parent / f".{out.name}.lock", "w")  # noqa: SIM115
