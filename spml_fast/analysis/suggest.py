@@ -136,11 +136,11 @@ class Suggestions:
         return len(self.index)
 
 
-@torch.no_grad()
 def _place_of(split: Split, index: Tensor, row: int) -> str:
     return split.place(int(index[row]))
 
 
+@torch.no_grad()
 def find_suggestions(
     classifier: Classifier,
     loader: EvalLoader,

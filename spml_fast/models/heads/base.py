@@ -41,7 +41,8 @@ class Head(nn.Module):
     ZeRO stage 3 can gather them.
 
     Attributes:
-        supports_boostlu: whether BoostLU's alpha has a meaning: the logits are the spatial mean of a class activation map.
+        supports_boostlu: whether BoostLU's alpha has a meaning: the logits are the spatial mean of a class activation
+            map.
     """
 
     Options: ClassVar[type[HeadOptions]] = HeadOptions
