@@ -17,7 +17,7 @@ from torch import Tensor
 from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError
-from spml_fast.data import augment, dali_graph, dali_stream, sampler
+from spml_fast.data import augment, dali_graph, dali_stream
 from spml_fast.data import loader as loaders
 from spml_fast.data.loader import EvalLoader, TrainLoader
 from spml_fast.data.manifest import Split
@@ -179,7 +179,7 @@ def test_equalize_and_autocontrast_of_poor_images(arithmetic, tmp_path, monkeypa
     config = _config(image_size=40, randaugment_ops=1)
     for op in (12, 13):
         monkeypatch.setattr(
-            sampler,
+            augment,
             "randaugment_choice",
             lambda seed, epoch, index, num_ops, op=op: (
                 np.full((len(index), 1), op, np.int32),
