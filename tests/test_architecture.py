@@ -173,3 +173,36 @@ def test_programs_go_through_the_packages():
     for path in PROGRAMS:
         if path.parts[-2] == "launch":
             assert not any(uses(path, p) for p in ("nvidia", "deepspeed", "timm")), path
+
+
+@functools.cache
+def names_used(path: Path) -> set[str]:
+    """Dotted names that a file reads, `os.environ` and the like; `from os import environ` counts as well."""
+    names = set(imported(path))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [
+        ("os.replace", "core/io.py"),
+        ("os.fsync", "core/io.py"),
+        ("os.environ", "core/env.py"),
+        ("os.getenv", "core/env.py"),
+        ("os.putenv", "core/env.py"),
+        ("torch.autocast", "core/precision.py"),
+        ("torch.amp", "core/precision.py"),
+    ],
+)
+def test_a_concern_has_one_owner(name, owner):
+    users = {str(p.relative_to(PACKAGE)) for p in OURS if name in names_used(p)}
+    assert users <= {owner}
+
+
+def test_the_owners_are_seen_at_work():
+    owned = {"io": {"os.replace", "os.fsync"}, "env": {"os.environ"}, "precision": {"torch.autocast"}}
+    for owner, names in owned.items():
+        assert names <= names_used(PACKAGE / "core" / f"{owner}.py")

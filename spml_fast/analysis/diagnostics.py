@@ -23,7 +23,7 @@ from scipy.stats import rankdata
 
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
-from spml_fast.core.precision import autocast_dtype
+from spml_fast.core.precision import autocast, autocast_dtype
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
@@ -130,7 +130,7 @@ def _class_maps(
     classifier: Classifier, images: torch.Tensor, classes: torch.Tensor, dtype: torch.dtype | None
 ) -> npt.NDArray[np.float32]:
     """Maps fp32 [B, N, h, w] of the classes int64 [B, N]."""
-    with torch.autocast(images.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+    with autocast(images.device, dtype):
         maps = classifier(images, boost=False, classes=classes).maps
     array: npt.NDArray[np.float32] = maps.float().cpu().numpy()
     return array

@@ -23,7 +23,7 @@ from spml_fast.analysis.predict import check_numbers, load_images, place_of, why
 from spml_fast.analysis.suggest import Suggestions
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
-from spml_fast.core.precision import autocast_dtype
+from spml_fast.core.precision import autocast, autocast_dtype
 from spml_fast.data.image_files import ImageFiles
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.manifest import Split
@@ -157,7 +157,7 @@ def explain(
             )
             continue
         number = len(views)
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(device, dtype):
             features = classifier.features(views)
             plain, relu, _, _ = classifier.head(features, alpha != 1)
             logits = boosted(plain, relu, alpha)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import unicodedata
 import warnings
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from spml_fast.analysis.explain import Explained
 from spml_fast.analysis.suggest import NAMES
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import printable, write_json
+from spml_fast.core.io import atomic_write, move_into_place, partial_path, printable, write_json
 
 
 def _fonts(text: str) -> tuple[list[str], set[str]]:
@@ -257,10 +256,9 @@ def draw(out: Path, images: Sequence[Explained], classes: Sequence[str], title: 
                     # The end of a path says more than its beginning.
                     keep, weight = (0.7, "bold" if row == 0 else "normal") if k else (1.0 if row else 0.0, "normal")
                     page.text(left, top, line, _PANEL, keep=keep, fontweight=weight)
-        partial = out.with_name(out.name + ".partial")
         try:
-            page.figure.savefig(partial, format="png", dpi=_DPI)
-            os.replace(partial, out)
+            with atomic_write(out) as partial:
+                page.figure.savefig(partial, format="png", dpi=_DPI)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from error
     return lost
@@ -280,7 +278,7 @@ class MapFolder:
     def __init__(self, out: Path, about: dict[str, Any]) -> None:
         self.out, self.about = out, about
         self.entries: list[dict[str, Any]] = []
-        self._staging = out.with_name(out.name + ".partial")
+        self._staging = partial_path(out)
         self._images = 0
         try:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -323,6 +321,6 @@ class MapFolder:
             return
         try:
             write_json(self._staging / "maps.json", {**self.about, "maps": self.entries})
-            os.replace(self._staging, self.out)
+            move_into_place(self._staging, self.out)
         except OSError as problem:
             raise UserError(f"{self.out} cannot be written: {problem.strerror}") from problem

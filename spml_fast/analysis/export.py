@@ -15,9 +15,7 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spml_fast import __version__
+from spml_fast.core import env
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import atomic_write
 from spml_fast.data.manifest import Manifest
 from spml_fast.models.backbone import create_whole_model, needs_fixed_size
 from spml_fast.models.classifier import Classifier
@@ -65,20 +65,6 @@ class ImageModel(nn.Module):
         assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
         logits = self.classifier((images - self.mean) / self.std, alpha=self.alpha).logits
         return logits, torch.sigmoid(logits)
-
-
-@contextlib.contextmanager
-def _plain_ops() -> Iterator[None]:
-    """Inside, ops are made of PyTorch's own, which exporters know."""
-    before = os.environ.get("SPML_KERNELS")
-    os.environ["SPML_KERNELS"] = "reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["SPML_KERNELS"]
-        else:
-            os.environ["SPML_KERNELS"] = before
 
 
 def describe(config: Config, classifier: Classifier, classes: list[str], alpha: float) -> dict[str, str]:
@@ -180,7 +166,7 @@ def export_onnx(
     example = images[:1].expand(2, -1, -1, -1).contiguous()
     said, log = io.StringIO(), logging.getLogger("torch.onnx")
     level = log.level
-    with _plain_ops(), torch.no_grad(), warnings.catch_warnings():
+    with env.reference_kernels(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = model(images)[0]
         check_finite(expected)
@@ -204,35 +190,33 @@ def export_onnx(
         finally:
             log.setLevel(level)
     assert program is not None
-    partial = out.with_name(out.name + ".partial")
     try:
-        program.save(str(partial), external_data=False)
-        written = onnx.load(str(partial))
-        del written.metadata_props[:]
-        side = config.data.image_size
-        about = describe(config, classifier, classes, alpha)
-        about["input"] = f"images: float32 [batch, 3, {side}, {side}], RGB, values 0 to 255, not normalised"
-        onnx.helper.set_model_props(written, about)
-        written.producer_name, written.producer_version = "spml_fast", __version__
-        onnx.save(written, str(partial))
-        try:
-            onnx.checker.check_model(str(partial), full_check=True)
-            session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-            found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-        except Exception as error:
-            # The classes of their errors are not public.
-            text = " ".join(str(error).split())
-            raise UserError(f"ONNX Runtime does not run the exported {config.model.backbone}: {text}") from error
-        apart, same = difference(found, expected)
-        if not same:
-            raise UserError(
-                f"the ONNX model gives other logits than the run (largest difference {apart:.3g}); it was not written"
-            )
-        os.replace(partial, out)
+        with atomic_write(out) as partial:
+            program.save(str(partial), external_data=False)
+            written = onnx.load(str(partial))
+            del written.metadata_props[:]
+            side = config.data.image_size
+            about = describe(config, classifier, classes, alpha)
+            about["input"] = f"images: float32 [batch, 3, {side}, {side}], RGB, values 0 to 255, not normalised"
+            onnx.helper.set_model_props(written, about)
+            written.producer_name, written.producer_version = "spml_fast", __version__
+            onnx.save(written, str(partial))
+            try:
+                onnx.checker.check_model(str(partial), full_check=True)
+                session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+                found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+            except Exception as error:
+                # The classes of their errors are not public.
+                text = " ".join(str(error).split())
+                raise UserError(f"ONNX Runtime does not run the exported {config.model.backbone}: {text}") from error
+            apart, same = difference(found, expected)
+            if not same:
+                raise UserError(
+                    f"the ONNX model gives other logits than the run (largest difference {apart:.3g}); "
+                    "it was not written"
+                )
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return apart, which
 
 
@@ -302,12 +286,9 @@ def export_safetensors(classifier: Classifier, config: Config, classes: list[str
         "timm_options": json.dumps(timm_options(config)),
         "timm": importlib.metadata.version("timm"),
     }
-    partial = out.with_name(out.name + ".partial")
     try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, partial, metadata=about)
-        os.replace(partial, out)
+        with atomic_write(out) as partial:
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, partial, metadata=about)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return layout, apart, which

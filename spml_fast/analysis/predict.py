@@ -7,9 +7,7 @@ are asked for are kept, a batch at a time, so memory does not grow with what is 
 
 from __future__ import annotations
 
-import csv
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +20,8 @@ from torch import Tensor
 
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import printable
-from spml_fast.core.precision import autocast_dtype
+from spml_fast.core.io import csv_writer, move_into_place, partial_path, printable
+from spml_fast.core.precision import autocast, autocast_dtype
 from spml_fast.data.image_check import check_image
 from spml_fast.data.image_files import ImageFiles
 from spml_fast.models.classifier import Classifier
@@ -88,7 +86,7 @@ def predict(
         if images is None:
             yield Prediction(files.path(start), *nothing, reason=why_refused(files.path(start)))
             continue
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(device, dtype):
             output = classifier(images, boost=alpha != 1)
         logits = output.at_alpha(alpha)
         check_numbers(logits, classes, functools.partial(place_of, files, start))
@@ -181,26 +179,22 @@ class PredictionTable:
 
     def __init__(self, out: Path, classes: Sequence[str]) -> None:
         self.out, self.classes, self.rows = out, classes, 0
-        self._partial = out.with_name(out.name + ".partial")
+        self._partial = partial_path(out)
         if out.is_dir():
             raise UserError(f"{out} is a directory; give the name of a CSV file")
         try:
             self._file = self._partial.open("w", encoding="utf-8", errors="surrogateescape", newline="")
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from error
-        self._plain = csv.writer(self._file, lineterminator="\n")
-        # The plain writer leaves a carriage return without the quotes that readers need.
-        self._quoting = csv.writer(self._file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-        self._plain.writerow(COLUMNS)
+        self._write = csv_writer(self._file)
+        self._write(COLUMNS)
 
     def add(self, found: Prediction) -> None:
         """Write the classes of one image, a row each."""
         pairs = zip(found.classes.tolist(), found.probability.tolist(), strict=True)
         try:
             for rank, (class_id, probability) in enumerate(pairs, 1):
-                name = self.classes[class_id]
-                writer = self._quoting if "\r" in found.path or "\r" in name else self._plain
-                writer.writerow((found.path, name, probability, rank))
+                self._write((found.path, self.classes[class_id], probability, rank))
                 self.rows += 1
         except OSError as error:
             raise UserError(f"{self._partial} cannot be written: {error.strerror}") from error
@@ -212,7 +206,7 @@ class PredictionTable:
         try:
             self._file.close()
             if kind is None:
-                os.replace(self._partial, self.out)
+                move_into_place(self._partial, self.out)
             elif not self.rows:
                 self._partial.unlink()
         except OSError as problem:

@@ -13,9 +13,7 @@ extra labels of a user), the suggestions are held against it.
 
 from __future__ import annotations
 
-import csv
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,8 @@ from torch import Tensor
 from spml_fast.analysis.predict import check_numbers
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
-from spml_fast.core.precision import autocast_dtype
+from spml_fast.core.io import write_csv
+from spml_fast.core.precision import autocast, autocast_dtype
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
@@ -184,7 +183,7 @@ def find_suggestions(
     best = {code: BestPairs(size, labels.num_classes, per_class is not None, device) for code in codes}
     floor = logit_threshold(min_probability) if min_probability > 0 else -np.inf
     for batch in loader:
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(device, dtype):
             output = classifier(batch.views["eval"], boost=alpha != 1)
         if batch.real == 0:
             continue
@@ -279,22 +278,10 @@ def write_suggestions(out: Path, lists: Sequence[Suggestions], split: Split, cla
     Raises:
         UserError: the file cannot be written.
     """
-    partial = out.with_name(out.name + ".partial")
-    rows = 0
     try:
-        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            plain = csv.writer(file, lineterminator="\n")
-            # The plain writer leaves a carriage return without the quotes that readers need.
-            quoting = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-            plain.writerow(COLUMNS)
-            for found in lists:
-                for values in suggestion_rows(found, split, classes):
-                    (quoting if "\r" in values[0] or "\r" in values[1] else plain).writerow(values)
-                    rows += 1
-        os.replace(partial, out)
+        return write_csv(out, COLUMNS, (row for found in lists for row in suggestion_rows(found, split, classes)))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
-    return rows
 
 
 def suggestion_rows(found: Suggestions, split: Split, classes: Sequence[str]) -> list[tuple[Any, ...]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from spml_fast.core import env
 
 
 def world_size() -> int:
@@ -21,7 +21,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """This process's rank on its machine, from the launcher's environment."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return env.local_rank()
 
 
 def is_main() -> bool:

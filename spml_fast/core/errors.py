@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from spml_fast.core import env
 
 
 class UserError(Exception):
@@ -14,7 +15,7 @@ class UserError(Exception):
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Print one sentence to standard error and leave with `status`; ranks other than 0 say which they are."""
-    rank = os.environ.get("RANK", "0")
+    rank = env.rank_name()
     print(f"error: {message}" if rank == "0" else f"rank {rank}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 

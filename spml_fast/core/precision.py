@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import torch
+
+from spml_fast.core import env
 
 
 def prefers_bf16(device: torch.device) -> bool:
@@ -34,7 +35,7 @@ def set_cudnn_policy(device: torch.device, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:
         # Read when cuBLAS is first used; without it two streams may share a workspace.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        env.default_cublas_workspace(":4096:8")
 
 
 @contextlib.contextmanager
@@ -53,3 +54,18 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "bf16" or (precision == "auto" and prefers_bf16(device)):
         return torch.bfloat16
     return None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Context of a network's forward.
+
+    Args:
+        device: where the network runs.
+        dtype: from `autocast_dtype`; None computes in the tensors' own precision.
+    """
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Context of what must keep its tensors' own precision whatever surrounds it: losses, pooling, attention maps."""
+    return torch.autocast(device.type, enabled=False)

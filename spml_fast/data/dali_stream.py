@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from spml_fast.core import env
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError
 from spml_fast.data.dali_graph import Plan, decode_graph, graph
@@ -31,7 +32,7 @@ def _threads(config: DataConfig) -> int:
     """Decoding threads of this rank: as configured, or an even share of the cores this process may use."""
     if config.threads > 0:
         return config.threads
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // env.local_world_size())
 
 
 def _device_id(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from spml_fast.core import distributed
 from spml_fast.core.config import Config, EvalConfig
 from spml_fast.core.errors import UserError
-from spml_fast.core.precision import autocast_dtype, no_cudnn_benchmark
+from spml_fast.core.precision import autocast, autocast_dtype, no_cudnn_benchmark
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Manifest, Split
@@ -106,8 +106,7 @@ def score_split(
     boost = any(a != 1 for a in alphas)
     parts: list[list[Tensor]] = []
     for batch in loader:
-        autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-        with autocast, no_cudnn_benchmark():
+        with autocast(device, dtype), no_cudnn_benchmark():
             output = classifier(batch.views["eval"], boost=boost)
         if batch.real == 0:
             continue

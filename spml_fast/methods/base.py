@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from spml_fast.core import distributed
 from spml_fast.core.batch import Batch
-from spml_fast.core.errors import UserError
+from spml_fast.core.precision import no_autocast
+from spml_fast.core.registry import Registry
 from spml_fast.data.labels import LabelStore, SparseLabels
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Method(nn.Module):
     def forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> LossOutput:
         """One forward through the classifier and the loss of its logits. Methods with several views override this."""
         output = classifier(batch.views[self.views[0]], alpha=classifier.alpha_train)
-        with torch.autocast(output.logits.device.type, enabled=False):
+        with no_autocast(output.logits.device):
             return self.loss(output.logits, batch, progress)
 
     def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
@@ -165,31 +165,22 @@ class Method(nn.Module):
 
 
 M = TypeVar("M", bound=type[Method])
-_REGISTRY: dict[str, type[Method]] = {}
+METHODS: Registry[Method] = Registry("method")
 
 
 def register(name: str) -> Callable[[M], M]:
     """Class decorator: make a method known by `name`."""
-
-    def add(cls: M) -> M:
-        if name in _REGISTRY:
-            raise ValueError(f"method {name!r} is registered twice")
-        _REGISTRY[name] = cls
-        return cls
-
-    return add
+    return METHODS.register(name)
 
 
 def method_names() -> list[str]:
     """Names of all methods."""
-    return sorted(_REGISTRY)
+    return METHODS.names()
 
 
 def get_method(name: str) -> type[Method]:
     """The method class called `name`; `UserError` lists the names that exist."""
-    if name not in _REGISTRY:
-        raise UserError(f"there is no method {name!r}; choose one of {', '.join(method_names())}")
-    return _REGISTRY[name]
+    return METHODS.get(name)
 
 
 def global_mean(local_sum: Tensor, count: Tensor | float) -> Tensor:

@@ -46,6 +46,7 @@ from torch.nn import functional as F
 from spml_fast.core import distributed
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
+from spml_fast.core.precision import no_autocast
 from spml_fast.data.labels import POSITIVE, LabelStore
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
 from spml_fast.methods.state.gap_histogram import GapHistogram
@@ -267,7 +268,7 @@ class Ignore(Method):
         masked = plan.masked if plan is not None else None
         if masked_images is not None:
             masked = self._masked(classifier, masked_images)
-        with torch.autocast(logits.device.type, enabled=False):
+        with no_autocast(logits.device):
             return self.combine(logits, strong, masked, batch, progress)
 
     def combine(

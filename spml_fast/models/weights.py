@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import atomic_write
 
 
 def save_weights(path: Path, module: nn.Module, metadata: dict[str, str]) -> None:
@@ -19,9 +19,8 @@ def save_weights(path: Path, module: nn.Module, metadata: dict[str, str]) -> Non
     if not distributed.is_main():
         return
     state = {k: v.detach().to("cpu").contiguous() for k, v in module.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata=metadata)
-    os.replace(partial, path)
+    with atomic_write(path) as partial:
+        save_file(state, partial, metadata=metadata)
 
 
 def load_weights(path: Path, module: nn.Module) -> dict[str, str]:

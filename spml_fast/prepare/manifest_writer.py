@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import move_into_place, partial_path
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import FORMAT, LOCK, Manifest
 
@@ -51,7 +52,7 @@ class ManifestWriter:
                 raise UserError(f"class {class_name!r} is listed twice")
             seen.add(class_name)
         self.name, self.classes = name, list(classes)
-        self.staging = self.folder.with_name(self.folder.name + ".partial")
+        self.staging = partial_path(self.folder)
         try:
             if (self.staging / LOCK).exists():
                 # Of a writer that is at work, or of one that was killed.
@@ -193,5 +194,5 @@ class ManifestWriter:
         if self.folder.exists():
             # Only an empty folder or, with overwrite, an older Manifest reaches this point.
             shutil.rmtree(self.folder)
-        os.replace(self.staging, self.folder)
+        move_into_place(self.staging, self.folder)
         return Manifest(self.folder)

@@ -35,6 +35,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import atomic_write, flush_to_disk, move_into_place, partial_path, write_text
 from spml_fast.core.progress import show_progress
 from spml_fast.core.workers import worker_pool
 from spml_fast.data.image_check import Level, check_bytes, choose_level
@@ -358,7 +359,7 @@ class _ShardWriter:
     def __init__(self, work: Path, planned: _Planned) -> None:
         self._work, self._planned = work, planned
         self._final = work / "shards" / f"{planned.name}.tar"
-        self._partial = self._final.with_name(self._final.name + ".partial")
+        self._partial = partial_path(self._final)
         self._raw = open(self._partial, "wb")  # noqa: SIM115 (closed by `finish` or `close`)
         self._file = _HashingFile(self._raw)
         # `tarfile` asks for no more of a file than to write and to tell.
@@ -386,19 +387,14 @@ class _ShardWriter:
     def finish(self) -> None:
         """Put the shard in its place, then the record that makes it count."""
         self._tar.close()
-        self._raw.flush()
-        os.fsync(self._raw.fileno())
+        flush_to_disk(self._raw)
         self._raw.close()
-        os.replace(self._partial, self._final)
+        move_into_place(self._partial, self._final)
         meta = {"size": self._file.tell(), "sha256": self._file.sha256, "left_out": self._left_out}
         table = np.array(self._table, np.int64).reshape(-1, 6)
         record = _record_path(self._work, self._planned)
-        unfinished = record.with_name(record.name + ".partial")
-        with open(unfinished, "wb") as file:
+        with atomic_write(record, durable=True) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, table=table, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, record)
 
     def close(self) -> None:
         """Give up what is not finished."""
@@ -621,7 +617,7 @@ def _pack(options: PackOptions, manifest: Manifest, out: Path, work: Path) -> Ma
     context = _Context(options, manifest, work, _level(options, manifest, report))
     if options.tars is not None:
         context.tars = find_tars(options.tars)
-    staging = out.with_name(out.name + ".partial")
+    staging = partial_path(out)
     if not (work / "shards").exists() and (staging / "shards").exists():
         # Cut off after the last shard, when the Manifest was being put in its place.
         os.rename(staging / "shards", work / "shards")
@@ -699,9 +695,7 @@ def _settle_plan(context: _Context) -> None:
 
 
 def _save_plan(path: Path, plan: dict[str, Any]) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(json.dumps(plan, ensure_ascii=False), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, json.dumps(plan, ensure_ascii=False))
 
 
 def _finish(context: _Context, report: dict[str, Any]) -> Manifest:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shlex
@@ -17,6 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
+from spml_fast.core import io
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_json
 from spml_fast.reproduction.presets import Entry, Preset
@@ -150,13 +150,14 @@ def as_table(preset: Preset, rows: list[Row]) -> Table:
 
 def write_csv(path: Path, rows: list[Row]) -> None:
     """One line an entry and alpha."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "head", "alpha", "map_mean", "map_std", "seeds", "published", "epoch_seconds"])
-        for r in rows:
-            published = r.entry.published.get(r.alpha, "")
-            numbers = (f"{r.mean:.4f}", f"{r.std:.4f}", len(r.values), published, f"{r.epoch_seconds:.2f}")
-            writer.writerow([r.entry.name, r.head, r.alpha, *numbers])
+    header = ("method", "head", "alpha", "map_mean", "map_std", "seeds", "published", "epoch_seconds")
+    table = []
+    for r in rows:
+        published = r.entry.published.get(r.alpha, "")
+        numbers = (f"{r.mean:.4f}", f"{r.std:.4f}", len(r.values), published, f"{r.epoch_seconds:.2f}")
+        table.append((r.entry.name, r.head, r.alpha, *numbers))
+    # Line ends of the CSV standard (RFC 4180), which this table has always had.
+    io.write_csv(path, header, table, line_end="\r\n")
 
 
 def plot(path: Path, rows: list[Row], runs: dict[str, list[Path]]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from spml_fast.core import env
+
 
 def set_environment() -> None:
     """Environment that DeepSpeed reads when it is imported; call before anything imports it.
@@ -16,34 +18,31 @@ def set_environment() -> None:
     Its compiled extensions go to a folder of our own, so that a lock left by another program's killed build cannot
     hang this one; without a GPU its CPU accelerator is chosen by name.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = env.cache_home()
     if not os.access(cache if cache.exists() else Path.home(), os.W_OK):
         cache = Path(tempfile.gettempdir())
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "spml_fast" / "torch_extensions"))
+    env.default_torch_extensions(cache / "spml_fast" / "torch_extensions")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        env.default_accelerator("cpu")
     read_slurm_environment()
-    if "LOCAL_SIZE" in os.environ:
+    local_size = env.local_size()
+    if local_size is not None:
         # DeepSpeed's launcher has its own name for what torchrun calls LOCAL_WORLD_SIZE.
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
+        env.default_local_world_size(local_size)
 
 
 def read_slurm_environment() -> None:
     """Fill in the variables of torch.distributed from SLURM's where `srun` started us and nothing else set them."""
-    env = os.environ
-    if "RANK" in env or "SLURM_PROCID" not in env or "SLURM_STEP_NUM_TASKS" not in env:
+    step = None if env.has_rank() else env.slurm_step()
+    if step is None:
         return
-    if env.get("SLURM_STEP_NUM_TASKS") == "1" and "MASTER_ADDR" not in env:
+    if step.tasks == "1" and not env.has_master_address():
         return
-    env["RANK"] = env["SLURM_PROCID"]
-    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-    env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
-    env.setdefault(
-        "LOCAL_WORLD_SIZE", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"]).split("(")[0].split(",")[0]
-    )
-    env.setdefault("MASTER_ADDR", first_slurm_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    env.set_ranks(step.process, step.local_process, step.tasks)
+    env.default_local_world_size(step.tasks_per_node.split("(")[0].split(",")[0])
+    env.default_master_address(first_slurm_host(step.nodes))
     # One port per job, so that jobs sharing a machine do not meet.
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    env.default_master_port(20000 + step.job % 20000)
 
 
 def first_slurm_host(nodelist: str) -> str:

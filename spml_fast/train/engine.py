@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spml_fast.core import distributed
+from spml_fast.core import distributed, env
 from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast_dtype
@@ -53,18 +53,17 @@ def init_distributed() -> torch.device:
 
     Works under `deepspeed`, `torchrun` and SLURM, and alone, when no launcher set the environment.
     """
-    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(key, value)
-    if "MASTER_PORT" not in os.environ:
-        if os.environ["WORLD_SIZE"] != "1":
+    env.default_ranks()
+    if not env.has_master_port():
+        if env.world_size() != 1:
             raise UserError("MASTER_PORT is not set although WORLD_SIZE is; start with deepspeed, torchrun or srun")
-        os.environ["MASTER_PORT"] = str(free_port())
+        env.default_master_port(free_port())
     deepspeed = _deepspeed()
     device = torch.device("cpu")
-    if "OMP_NUM_THREADS" not in os.environ:
+    if not env.threads_given():
         # Ranks that share a machine share its cores, or they would slow each other down.
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, cores // env.local_world_size()))
     if torch.cuda.is_available():
         local = distributed.local_rank()
         if local >= torch.cuda.device_count():

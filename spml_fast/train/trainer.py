@@ -23,7 +23,7 @@ from spml_fast.core.batch import Batch, MicroBatch
 from spml_fast.core.config import Config, ModelConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_json
-from spml_fast.core.precision import autocast_dtype, set_cudnn_policy
+from spml_fast.core.precision import autocast, autocast_dtype, set_cudnn_policy
 from spml_fast.core.seeds import rng_seed
 from spml_fast.data.labels import NEGATIVE, POSITIVE, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader, TrainLoader
@@ -403,7 +403,7 @@ class Trainer:
         with (
             bn_behaviour(classifier, "no_update"),
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
-            torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+            autocast(self.device, dtype),
         ):
             logits = [self.method.statistics_forward(classifier, b, progress) for b in batches]
         for batch, plan in zip(batches, self.method.plan(logits, batches, progress), strict=True):
@@ -418,7 +418,7 @@ class Trainer:
         dtype = autocast_dtype(self.config.train.precision, self.device)
         self.classifier.eval()
         for batch in self.train_scorer:
-            with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            with autocast(self.device, dtype):
                 logits = self.classifier(batch.views["eval"], alpha=self.classifier.alpha_train).logits
             if batch.real:
                 self.method.on_train_scores(batch.index[: batch.real], logits[: batch.real])

@@ -754,7 +754,7 @@ def test_command_line_mistakes(words, capsys):
 
 
 def test_a_new_data_set_is_one_class(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "DATASETS", dict(base.DATASETS))
+    monkeypatch.setattr(base, "DATASETS", base.DATASETS.copy())
     make.write_files(tmp_path, {f"images/{i:x}.jpg": make.encoded() for i in range(10)})
 
     @base.register("numbered")
@@ -774,7 +774,7 @@ def test_a_new_data_set_is_one_class(tmp_path, monkeypatch):
     train, val = manifest.split("train"), manifest.split("val")
     assert (len(train), len(val)) == (8, 2)
     assert [train.relative_path(i) for i in range(8)] == [f"images/{i:x}.jpg" for i in published_split(10)[0]]
-    with pytest.raises(ValueError, match="two data sets"):
+    with pytest.raises(ValueError, match="registered twice"):
         base.register("numbered")(Numbered)
 
 

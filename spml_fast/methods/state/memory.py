@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from spml_fast.core import env
 from spml_fast.core.errors import UserError
 
 
@@ -20,7 +21,7 @@ def free_gib() -> float:
     except (OSError, StopIteration):
         # Not Linux: all of the memory is the best that is known.
         pass
-    return pages / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return pages / env.local_world_size()
 
 
 def require_memory(what: str, size: float, limit_gib: float | None, option: str) -> None:

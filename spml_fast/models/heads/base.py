@@ -12,6 +12,7 @@ from spml_kernels.cam_mask.op import MapNorm
 from torch import Tensor, nn
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -91,31 +92,22 @@ class Head(nn.Module):
 
 
 H = TypeVar("H", bound=type[Head])
-_REGISTRY: dict[str, type[Head]] = {}
+HEADS: Registry[Head] = Registry("head", "model.head")
 
 
 def register(name: str) -> Callable[[H], H]:
     """Class decorator: make a head known by `name`."""
-
-    def add(cls: H) -> H:
-        if name in _REGISTRY:
-            raise ValueError(f"head {name!r} is registered twice")
-        _REGISTRY[name] = cls
-        return cls
-
-    return add
+    return HEADS.register(name)
 
 
 def head_names() -> list[str]:
     """Names of all heads."""
-    return sorted(_REGISTRY)
+    return HEADS.names()
 
 
 def get_head(name: str) -> type[Head]:
     """The head class called `name`; `UserError` lists the names that exist."""
-    if name not in _REGISTRY:
-        raise UserError(f"model.head: there is no head {name!r}; choose one of {', '.join(head_names())}")
-    return _REGISTRY[name]
+    return HEADS.get(name)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 from spml_kernels import cam_map, cam_mask, cam_pool
 from torch import Tensor, nn
 
+from spml_fast.core.precision import no_autocast
 from spml_fast.models.heads.base import Head, HeadOptions, MaskOptions, register
 
 
@@ -51,7 +52,7 @@ class CamHead(Head):
         """The two means of the map; maps are signed, unboosted and include the bias. See `Head.forward`."""
         maps = masked = None
         # Autocast would take these fp32 products down to bf16; logits are ranked, so they stay fp32.
-        with torch.autocast(features.device.type, enabled=False):
+        with no_autocast(features.device):
             mean, mean_relu = cam_pool(features, self.weight, self.bias, boost)
             if classes is not None and mask is not None and images is not None:
                 with torch.no_grad():

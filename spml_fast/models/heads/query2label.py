@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.precision import no_autocast
 from spml_fast.models.heads.base import Head, HeadOptions, MaskOptions, register
 
 
@@ -118,7 +119,7 @@ class Attention(nn.Module):
         out = self.out(mixed.transpose(1, 2).flatten(2))
         if rows is None:
             return out, None
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(q.device):
             place = rows.clamp(min=0)[:, None, :, None].expand(-1, self.heads, -1, q.shape[-1])
             chosen = q.gather(2, place)
             if q.dtype in (torch.bfloat16, torch.float16):
@@ -198,7 +199,7 @@ class GroupLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[B, C, d] to logits [B, C], in fp32 whatever autocast says."""
-        with torch.autocast(states.device.type, enabled=False):
+        with no_autocast(states.device):
             states = states.float() if states.dtype in (torch.bfloat16, torch.float16) else states
             return torch.einsum("bcd,cd->bc", states, self.weight) + self.bias
 
@@ -298,7 +299,7 @@ class Query2LabelHead(Head):
         logits = self.classify(self.norm(states))
         if classes is None or rows is None:
             return logits, None, None, None
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(features.device):
             average = features.detach().mean(-1, dtype=rows.dtype)
             maps = rows.unflatten(2, grid) * average[:, None]
             if mask is None or images is None:

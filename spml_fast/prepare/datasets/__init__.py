@@ -15,4 +15,4 @@ def load_all() -> dict[str, type[Dataset]]:
     """Import every file of this folder, so that each registers itself; name -> data set, in alphabetical order."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return dict(sorted(DATASETS.items()))
+    return dict(DATASETS.items())

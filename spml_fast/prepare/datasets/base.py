@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+from spml_fast.core.registry import Registry
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.build import build
 from spml_fast.prepare.manifest_writer import ManifestWriter
@@ -67,17 +68,15 @@ class Dataset:
         return build(self.read(options), common)
 
 
-DATASETS: dict[str, type[Dataset]] = {}
+DATASETS: Registry[Dataset] = Registry("data set")
 
 
 def register(name: str) -> Callable[[type[Dataset]], type[Dataset]]:
     """Make a data set known under `name`, the subcommand of `launch/prepare.py`."""
 
     def decorate(cls: type[Dataset]) -> type[Dataset]:
-        if name in DATASETS:
-            raise ValueError(f"two data sets are called {name!r}")
+        DATASETS.register(name)(cls)
         cls.name = name
-        DATASETS[name] = cls
         return cls
 
     return decorate
