@@ -206,3 +206,49 @@ def test_the_owners_are_seen_at_work():
     owned = {"io": {"os.replace", "os.fsync"}, "env": {"os.environ"}, "precision": {"torch.autocast"}}
     for owner, names in owned.items():
         assert names <= names_used(PACKAGE / "core" / f"{owner}.py")
+
+
+RUN_FILES = (
+    "config.yaml",
+    "deepspeed.json",
+    "classes.txt",
+    "metrics.jsonl",
+    "results.json",
+    "model.safetensors",
+    "options.json",
+    "newest.json",
+    "best.json",
+    "mark.json",
+    "method_shard_",
+    "method_rank_",
+)
+
+# A Manifest has a list of classes of its own, whose names these two spell.
+MANIFEST_CLASSES = {"data/manifest.py", "prepare/manifest_writer.py"}
+
+
+def strings(path: Path) -> set[str]:
+    """String constants of a file without its docstrings; an f-string counts in its constant parts."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in statements)
+    return {node.value for node in constants if isinstance(node.value, str)}
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_names_of_run_files_stand_in_one_place(path):
+    """`tensorboard` is not looked for: it is the name of DeepSpeed's section as well."""
+    place = str(path.relative_to(PACKAGE))
+    if place == "runs/layout.py":
+        return
+    texts = strings(path)
+    spelled = {name for name in RUN_FILES if any(name in text for text in texts)}
+    spelled |= {text for text in texts if text.strip("/") == "checkpoints"}
+    assert spelled <= ({"classes.txt"} if place in MANIFEST_CLASSES else set())
+
+
+def test_the_layout_spells_them():
+    found = strings(PACKAGE / "runs" / "layout.py")
+    assert {"checkpoints", "tensorboard"} <= found
+    assert all(any(name in text for text in found) for name in RUN_FILES if not name.startswith("method_"))
+    assert any(text.startswith("method_") for text in found)

@@ -18,12 +18,9 @@ from rich.table import Table
 
 from spml_fast.core import io
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import write_json
 from spml_fast.reproduction.presets import Entry, Preset
-from spml_fast.runs.read import read_epochs
-
-# In a run's folder: the options that it was begun with.
-OPTIONS_FILE = "options.json"
+from spml_fast.runs.layout import RunLayout
+from spml_fast.runs.read import read_epochs, read_results
 
 
 @dataclass
@@ -49,9 +46,8 @@ class Row:
 
 def check_options(run: Path, words: Sequence[str]) -> None:
     """Raise `UserError` when a run was begun with other options: its figures are not those that are asked for."""
-    path = run / OPTIONS_FILE
-    begun = (run / "results.json").exists() or (run / "checkpoints" / "newest.json").exists()
-    if not begun or not path.exists():
+    path = RunLayout(run).options
+    if not RunLayout(run).begun or not path.exists():
         return
     try:
         found = [str(word) for word in json.loads(path.read_text(encoding="utf-8"))["options"]]
@@ -64,14 +60,14 @@ def check_options(run: Path, words: Sequence[str]) -> None:
 def note_options(run: Path, words: Sequence[str]) -> None:
     """Write down what `check_options` compares, before a run is begun."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / OPTIONS_FILE, {"options": list(words)})
+    io.write_json(RunLayout(run).options, {"options": list(words)})
 
 
 def collect(runs: dict[str, list[Path]], entries: Iterable[Entry], heads: dict[str, str]) -> list[Row]:
     """Rows from finished runs: entry name -> run directories, one a seed."""
     rows = []
     for entry in entries:
-        found = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in runs[entry.name]]
+        found = [read_results(run) for run in runs[entry.name]]
         seconds = [e["seconds"] for run in runs[entry.name] for e in read_epochs(run)]
         for alpha in found[0]["alpha"]:
             values = [r["alpha"][alpha]["map"] for r in found]

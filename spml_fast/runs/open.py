@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +17,8 @@ from spml_fast.data.manifest import Manifest, Split
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import load_weights
 from spml_fast.prepare.datasets.digits import prepare_digits
+from spml_fast.runs.layout import RunLayout
+from spml_fast.runs.read import read_classes
 from spml_fast.runs.recipe import load_config
 
 
@@ -22,20 +28,20 @@ def run_classes(run: Path, config: Config) -> list[str]:
     Raises:
         UserError: neither has them.
     """
-    path = run / "classes.txt"
+    path = RunLayout(run).classes
     if not path.is_file():
         if config.data.dir is None or not Path(config.data.dir, "manifest.json").is_file():
             raise UserError(
-                f"{run} has no classes.txt, and its data set {config.data.dir} is not there either; "
-                f"copy classes.txt of the data set to {run}"
+                f"{run} has no {path.name}, and its data set {config.data.dir} is not there either; "
+                f"copy {path.name} of the data set to {run}"
             )
         return Manifest(config.data.dir, config.data.image_root).classes
     try:
-        classes = path.read_text(encoding="utf-8").split("\n")[:-1]
+        classes = read_classes(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy classes.txt of the data set there") from error
+        raise UserError(f"{path} cannot be read ({error}); copy {path.name} of the data set there") from error
     if not classes:
-        raise UserError(f"{path} is empty; copy classes.txt of the data set there")
+        raise UserError(f"{path} is empty; copy {path.name} of the data set there")
     return classes
 
 
@@ -63,9 +69,7 @@ def make_eval_loader(config: Config, split: Split, classifier: Classifier, devic
 
 def load_run_config(run: Path) -> Config:
     """The resolved recipe of a run. `UserError` if the folder is not a run directory."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run directory (no config.yaml in it)")
-    return load_config(run / "config.yaml")
+    return load_config(RunLayout(run).require().config)
 
 
 def load_classifier(
@@ -73,15 +77,120 @@ def load_classifier(
 ) -> tuple[Classifier, dict[str, str]]:
     """A run's classifier with its best weights, in eval mode on `device`, and the weights' metadata.
 
+    Args:
+        run: the run directory.
+        config: its backbone, head and image size.
+        num_classes: C.
+        device: where the classifier goes.
+
     Raises:
         UserError: no weights yet, or they belong to a model with other classes.
     """
     # The weights come from the run; nothing is downloaded to use it.
-    config.model.pretrained, config.model.weights = False, None
-    classifier = Classifier(config.model, num_classes, config.data.image_size)
-    metadata = load_weights(run / "model.safetensors", classifier)
+    model = dataclasses.replace(config.model, pretrained=False, weights=None)
+    classifier = Classifier(model, num_classes, config.data.image_size)
+    metadata = load_weights(RunLayout(run).weights, classifier)
     classifier.to(device).to(memory_format=torch.channels_last).eval()
     return classifier, metadata
+
+
+class RunContext:
+    """A run opened for use: its configuration and classes at once, its classifier when it is first asked for.
+
+    Args:
+        run: the run directory.
+        device: where the classifier goes.
+        with_data: open the run's Manifest too, whose classes then count; without it the data set may be gone, and the
+            classes are those that the run has kept.
+
+    Attributes:
+        layout: where everything of the run lies.
+        config: its resolved recipe, with what `with_options` changed.
+        device: as given.
+        classes: class names in class-id order.
+
+    Raises:
+        UserError: not a run directory, from another version, or without its data set or list of classes.
+    """
+
+    def __init__(self, run: Path, device: torch.device | None = None, with_data: bool = True) -> None:
+        self.layout = RunLayout(run)
+        self.config = load_run_config(run)
+        self.device = torch.device("cpu") if device is None else device
+        self._manifest = open_data(self.config) if with_data else None
+        self.classes = run_classes(run, self.config) if self._manifest is None else self._manifest.classes
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the Manifest was opened."""
+        return self._manifest is not None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The run's data set. ValueError if it was not opened."""
+        if self._manifest is None:
+            raise ValueError("the run was opened without its data")
+        return self._manifest
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[Classifier, dict[str, str]]:
+        return load_classifier(self.layout.folder, self.config, len(self.classes), self.device)
+
+    @property
+    def classifier(self) -> Classifier:
+        """The classifier with the best weights, in eval mode. `UserError` where there are no weights that fit."""
+        return self._loaded[0]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the weights say of themselves: phase, epoch, val_map, backbone, version."""
+        return self._loaded[1]
+
+    def with_options(self, section: str, **values: Any) -> RunContext:
+        """The same run with other options in one section of its configuration.
+
+        Args:
+            section: `eval`, `model`, ...; of `model`, before the classifier is loaded.
+            **values: new values by option.
+        """
+        if section == "model" and "_loaded" in self.__dict__:
+            raise ValueError("the classifier is loaded already")
+        other = copy.copy(self)
+        changed = dataclasses.replace(getattr(self.config, section), **values)
+        other.config = dataclasses.replace(self.config, **{section: changed})
+        return other
+
+    def on(self, device: torch.device) -> RunContext:
+        """The same run with its classifier on another device."""
+        other = copy.copy(self)
+        other.device = device
+        if "_loaded" in self.__dict__:
+            self.classifier.to(device)
+        return other
+
+    def split(self, name: str | None, default: str = "test") -> Split:
+        """A split that has images.
+
+        Args:
+            name: of the split; None takes the default.
+            default: `test` is the run's test split or, where it has none, its training split; `train` the latter.
+
+        Raises:
+            UserError: there is no such split, or it is empty.
+        """
+        data = self.config.data
+        chosen = self.manifest.split(name or (data.test_split if default == "test" else None) or data.train_split)
+        if len(chosen) == 0:
+            raise UserError(f"split {chosen.name!r} of {self.manifest.folder} has no images")
+        return chosen
+
+    def loader(self, split: Split) -> EvalLoader:
+        """This rank's batches of a split, as evaluation takes them."""
+        return make_eval_loader(self.config, split, self.classifier, self.device)
+
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        """Channel mean and standard deviation."""
+        return input_normalisation(self.config, self.classifier)
 
 
 def load_run(run: Path, device: torch.device) -> tuple[Config, Manifest, Classifier, dict[str, str]]:
@@ -90,7 +199,5 @@ def load_run(run: Path, device: torch.device) -> tuple[Config, Manifest, Classif
     Raises:
         UserError: not a run directory, no weights yet, or the data have other classes than the run.
     """
-    config = load_run_config(run)
-    manifest = open_data(config)
-    classifier, metadata = load_classifier(run, config, manifest.num_classes, device)
-    return config, manifest, classifier, metadata
+    context = RunContext(run, device)
+    return context.config, context.manifest, context.classifier, context.metadata

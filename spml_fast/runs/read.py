@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, TypeVar
 
 from spml_fast.core.config import SECTIONS
 from spml_fast.core.errors import UserError
 from spml_fast.methods import get_method
+from spml_fast.runs.layout import RunLayout
+from spml_fast.runs.recipe import read_recipe
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -100,31 +103,119 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def read_classes(path: Path, errors: str = "strict") -> list[str]:
+    """Class names of a run in class-id order.
+
+    Args:
+        path: the run's list.
+        errors: what to do with bytes that are no UTF-8, as in `bytes.decode`.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is no UTF-8 text.
+    """
+    return path.read_text(encoding="utf-8", errors=errors).split("\n")[:-1]
+
+
+@dataclass(frozen=True)
+class MetricsLog:
+    """A run's metrics.jsonl.
+
+    Attributes:
+        lines: the whole lines in order.
+        damaged: numbers, from 1, of the lines that are not whole.
+    """
+
+    lines: list[dict[str, Any]]
+    damaged: list[int]
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The epoch lines; the last one of an epoch that was repeated after an interruption."""
+        epochs = {(line.get("phase"), line["epoch"]): line for line in self.lines if line["kind"] == "epoch"}
+        return list(epochs.values())
+
+    @property
+    def losses(self) -> list[float | None]:
+        """Loss of every line that has one, None where it was not finite."""
+        return [number(line["loss"]) for line in self.lines if "loss" in line]
+
+    @property
+    def restarts(self) -> int:
+        """How often the log goes back to updates or epochs that it had before."""
+        count = 0
+        reached: dict[Any, tuple[float, float]] = {}
+        for line in self.lines:
+            if line["kind"] in ("update", "epoch"):
+                phase, position = line.get("phase"), _position(line)
+                count += phase in reached and position <= reached[phase]
+                reached[phase] = position
+        return count
+
+
+def _position(line: dict[str, Any]) -> tuple[float, float]:
+    """(epoch, update) of a line; the line of an epoch comes after those of all its updates."""
+    return float(line["epoch"]), float(line["update"]) if line["kind"] == "update" else math.inf
+
+
+def parse_metrics(text: str) -> MetricsLog:
+    """The text of a metrics.jsonl; lines that are not whole are counted and left out."""
+    log = MetricsLog([], [])
+    for place, line in enumerate(text.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            if entry["kind"] in ("update", "epoch"):
+                _position(entry)
+            hash((entry.get("phase"), entry.get("epoch")))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            log.damaged.append(place)
+        else:
+            log.lines.append(entry)
+    return log
+
+
+def read_epochs(run: Path) -> list[dict[str, Any]]:
+    """The epoch lines of a run's metrics.jsonl; the last one of an epoch that was repeated after an interruption.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    path = RunLayout(run).metrics
+    log = parse_metrics(path.read_text(encoding="utf-8"))
+    if log.damaged:
+        raise UserError(f"{path} line {log.damaged[0]} is damaged; delete that line")
+    return log.epochs
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """The final figures of a finished run."""
+    found: dict[str, Any] = json.loads(RunLayout(run).results.read_text(encoding="utf-8"))
+    return found
+
+
 def read_run(folder: Path) -> Run:
     """Everything that is there of a run.
 
     Raises:
         UserError: the folder is no run directory, or its config.yaml cannot be read.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run directory (no config.yaml in it)")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no configuration; is {folder} a run directory?")
-    options = flatten(config)
+    layout = RunLayout(folder).require()
+    recipe = read_recipe(str(layout.config.absolute()))
+    if not recipe:
+        raise UserError(f"{layout.config} holds no configuration; is {folder} a run directory?")
+    options = flatten(recipe)
     run = Run(folder, _defaults(options.get("method.name")) | options)
-    run.results = _read_json(run, "results.json", "there are no test figures")
+    run.results = _read_json(run, layout.results, "there are no test figures")
     if run.results is not None and not _whole(run.results):
-        run.notes.append("results.json does not hold what a run writes there; there are no test figures")
+        run.notes.append(f"{layout.results.name} does not hold what a run writes there; there are no test figures")
         run.results = None
-    run.engine = _read_json(run, "deepspeed.json", "the precision is shown as it was asked for") or {}
-    _read_metrics(run)
-    names = _read_text(run, "classes.txt", "classes are shown by number")
-    run.classes = None if names is None else names.split("\n")[:-1]
+    run.engine = _read_json(run, layout.deepspeed, "the precision is shown as it was asked for") or {}
+    text = _read(run, layout.metrics, "there are no curves", _lenient_text)
+    if text is not None:
+        log = parse_metrics(text)
+        run.notes += [f"line {place} of {layout.metrics.name} is damaged and left out" for place in log.damaged]
+        run.epochs, run.losses, run.restarts = log.epochs, log.losses, log.restarts
+    run.classes = _read(run, layout.classes, "classes are shown by number", lambda p: read_classes(p, "replace"))
     return run
 
 
@@ -139,28 +230,32 @@ def _defaults(method: Any) -> dict[str, Any]:
     return flatten(sections)
 
 
-def _read_text(run: Run, name: str, lost: str) -> str | None:
+def _lenient_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _read(run: Run, path: Path, lost: str, reader: Callable[[Path], T]) -> T | None:
     """A file of the run; where it is missing or cannot be read, None and a note that says what is `lost`."""
     try:
-        return (run.folder / name).read_text(encoding="utf-8", errors="replace")
+        return reader(path)
     except FileNotFoundError:
-        run.notes.append(f"there is no {name}; {lost}")
+        run.notes.append(f"there is no {path.name}; {lost}")
     except OSError as error:
-        run.notes.append(f"{name} cannot be read ({error.strerror}); {lost}")
+        run.notes.append(f"{path.name} cannot be read ({error.strerror}); {lost}")
     return None
 
 
-def _read_json(run: Run, name: str, lost: str) -> dict[str, Any] | None:
+def _read_json(run: Run, path: Path, lost: str) -> dict[str, Any] | None:
     """A file of the run that holds a dictionary; None where it is missing, and with a note where it is damaged."""
-    if not (run.folder / name).exists() or (text := _read_text(run, name, lost)) is None:
+    if not path.exists() or (text := _read(run, path, lost, _lenient_text)) is None:
         return None
     try:
         found = json.loads(text)
     except ValueError as error:
-        run.notes.append(f"{name} is damaged ({error}); {lost}")
+        run.notes.append(f"{path.name} is damaged ({error}); {lost}")
         return None
     if not isinstance(found, dict):
-        run.notes.append(f"{name} is damaged (it holds no dictionary); {lost}")
+        run.notes.append(f"{path.name} is damaged (it holds no dictionary); {lost}")
         return None
     return found
 
@@ -172,46 +267,3 @@ def _whole(results: dict[str, Any]) -> bool:
         return all(float(alpha) > 0 and isinstance(metrics, dict) for alpha, metrics in alphas.items())
     except (AttributeError, ValueError):
         return False
-
-
-def _read_metrics(run: Run) -> None:
-    text = _read_text(run, "metrics.jsonl", "there are no curves")
-    if text is None:
-        return
-    epochs: dict[tuple[Any, Any], dict[str, Any]] = {}
-    reached: dict[Any, tuple[float, float]] = {}
-    for place, line in enumerate(text.splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            kind, phase = entry["kind"], entry.get("phase")
-            if kind in ("update", "epoch"):
-                # The line of an epoch comes after those of all its updates.
-                at = (float(entry["epoch"]), float(entry["update"]) if kind == "update" else math.inf)
-                run.restarts += phase in reached and at <= reached[phase]
-                reached[phase] = at
-        except (ValueError, KeyError, TypeError, AttributeError):
-            run.notes.append(f"line {place} of metrics.jsonl is damaged and left out")
-            continue
-        if "loss" in entry:
-            run.losses.append(number(entry["loss"]))
-        if kind == "epoch":
-            epochs[phase, entry["epoch"]] = entry
-    run.epochs = list(epochs.values())
-
-
-def read_epochs(run: Path) -> list[dict[str, Any]]:
-    """The epoch lines of a run's metrics.jsonl; the last one of an epoch that was repeated after an interruption.
-
-    Raises:
-        UserError: a line is damaged.
-    """
-    path = run / "metrics.jsonl"
-    epochs: dict[tuple[Any, Any], dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            if entry["kind"] == "epoch":
-                epochs[entry.get("phase"), entry["epoch"]] = entry
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} line {number} is damaged; delete that line") from error
-    return list(epochs.values())

@@ -23,6 +23,7 @@ from torch import Tensor
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_json
+from spml_fast.runs.layout import CheckpointLayout, RunLayout, rank_state
 
 TAG = re.compile(r"[a-z]+-e\d{4,}-u\d{6,}-w\d+")
 
@@ -74,7 +75,7 @@ def find_resume(folder: Path, resume: str) -> tuple[Path, CheckpointPosition] | 
     Raises:
         UserError: `never` and there is one, or the path holds none.
     """
-    own = read_position(folder / "newest.json")
+    own = read_position(CheckpointLayout(folder).newest)
     if resume != "never" and own is not None:
         # A run that was started from a path and then killed goes on from its own checkpoints.
         return folder, own
@@ -87,14 +88,14 @@ def find_resume(folder: Path, resume: str) -> tuple[Path, CheckpointPosition] | 
             )
         return None
     path = Path(resume)
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
-    if (path / "newest.json").is_file():
-        mark = read_position(path / "newest.json")
+    inside = RunLayout(path).checkpoints.folder
+    path = inside if inside.is_dir() else path
+    newest = CheckpointLayout(path).newest
+    if newest.is_file():
+        mark = read_position(newest)
         assert mark is not None
         return path, mark
-    marked = path / "mark.json"
-    mark = read_position(marked)
+    mark = read_position(CheckpointLayout(path.parent).position(path.name))
     if mark is None:
         raise UserError(f"--run.resume {resume}: there is no checkpoint (give a run directory or a checkpoint folder)")
     return path.parent, mark
@@ -102,17 +103,18 @@ def find_resume(folder: Path, resume: str) -> tuple[Path, CheckpointPosition] | 
 
 def commit_checkpoint(folder: Path, mark: CheckpointPosition, keep: int, best: bool) -> None:
     """Make a saved checkpoint the newest, and delete older ones beyond `keep` (rank 0; call after all ranks saved)."""
+    layout = CheckpointLayout(folder)
     if distributed.is_main():
-        write_json(folder / mark.tag / "mark.json", asdict(mark))
-        write_json(folder / "newest.json", asdict(mark))
+        write_json(layout.position(mark.tag), asdict(mark))
+        write_json(layout.newest, asdict(mark))
         if best:
-            write_json(folder / "best.json", asdict(mark))
-        kept = read_position(folder / "best.json")
+            write_json(layout.best, asdict(mark))
+        kept = read_position(layout.best)
         # Copies that a user put beside ours have other names and stay. What a killed save left has no mark and goes.
         ours = [p for p in folder.iterdir() if p.is_dir() and TAG.fullmatch(p.name)]
-        ours.sort(key=lambda p: ((p / "mark.json").is_file(), p.stat().st_mtime), reverse=True)
+        ours.sort(key=lambda p: (layout.position(p.name).is_file(), p.stat().st_mtime), reverse=True)
         for place, path in enumerate(ours):
-            whole = place < keep and (path / "mark.json").is_file()
+            whole = place < keep and layout.position(path.name).is_file()
             if not whole and path.name != mark.tag and (kept is None or path.name != kept.tag):
                 shutil.rmtree(path)
     distributed.barrier()
@@ -131,7 +133,7 @@ def save_rank_state(folder: Path, state: dict[str, Tensor]) -> None:
     The checkpoint counts only once `commit_checkpoint` has marked it, so a part that a killed save left does no harm.
     """
     if state:
-        torch.save({name: tensor.to("cpu") for name, tensor in state.items()}, _shard_path(folder, distributed.rank()))
+        torch.save({name: tensor.to("cpu") for name, tensor in state.items()}, rank_state(folder, distributed.rank()))
     distributed.barrier()
 
 
@@ -139,13 +141,9 @@ def load_rank_states(folder: Path, world_size: int) -> list[dict[str, Tensor]]:
     """The parts that `world_size` ranks saved, memory-mapped. `UserError` when one is missing or damaged."""
     shards = []
     for rank in range(world_size):
-        path = _shard_path(folder, rank)
+        path = rank_state(folder, rank)
         try:
             shards.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         except (OSError, RuntimeError, UnpicklingError) as error:
             raise UserError(f"checkpoint part {path} cannot be read ({error})") from error
     return shards
-
-
-def _shard_path(folder: Path, rank: int) -> Path:
-    return folder / f"method_shard_{rank:05d}.pt"

@@ -17,6 +17,7 @@ from spml_fast.core import distributed, env
 from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast_dtype
+from spml_fast.runs.layout import TENSORBOARD
 from spml_fast.train.cluster import free_port, set_environment
 from spml_fast.train.optim import restore_schedule_options, schedule_options
 
@@ -112,7 +113,7 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     if engine.tensorboard:
-        config["tensorboard"] = {"enabled": True, "output_path": str(run_dir), "job_name": "tensorboard"}
+        config["tensorboard"] = {"enabled": True, "output_path": str(run_dir), "job_name": TENSORBOARD}
     return config | engine.extra
 
 

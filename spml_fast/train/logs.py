@@ -16,6 +16,7 @@ from rich.table import Table
 
 from spml_fast.core import distributed
 from spml_fast.core.io import finite
+from spml_fast.runs.layout import RunLayout
 
 
 class Meter:
@@ -74,7 +75,7 @@ class RunLog:
 
     def __init__(self, folder: Path, total_updates: int) -> None:
         self.active = distributed.is_main()
-        self.path = folder / "metrics.jsonl"
+        self.path = RunLayout(folder).metrics
         if self.active:
             drop_half_line(self.path)
         self.console = Console(highlight=False, soft_wrap=True)

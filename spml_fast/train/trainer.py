@@ -36,6 +36,7 @@ from spml_fast.methods import Method, Progress, get_method
 from spml_fast.models.batchnorm import bn_behaviour
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import load_weights, save_weights
+from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import input_normalisation, make_eval_loader, open_data
 from spml_fast.runs.recipe import to_yaml
 from spml_fast.train.checkpoint import (
@@ -115,6 +116,7 @@ class Trainer:
             raise UserError(f"no image of split {self.train_split.name!r} has a positive label; nothing to learn from")
         method_class.check_labels(self.train_split.known if method_class.uses_truth else labels, config.method)
         self.run_dir = self._make_run_dir()
+        self.layout = RunLayout(self.run_dir)
         torch.manual_seed(config.run.seed)
         self.classifier = self._make_classifier(config.model)
         self.store = LabelStore(labels, device)
@@ -181,7 +183,7 @@ class Trainer:
         path = Path(distributed.broadcast_text(folder))
         if distributed.is_main():
             try:
-                (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+                RunLayout(path).checkpoints.folder.mkdir(parents=True, exist_ok=True)
                 probe = path / ".writable"
                 probe.touch()
                 probe.unlink()
@@ -208,21 +210,21 @@ class Trainer:
         """
         distributed.barrier()
         classifier = self._make_classifier(dataclasses.replace(self.config.model, pretrained=False, weights=None))
-        return classifier, load_weights(self.run_dir / "model.safetensors", classifier)
+        return classifier, load_weights(self.layout.weights, classifier)
 
     def _write_description(self, ds_config: dict[str, Any]) -> None:
         """Resolved recipe, DeepSpeed configuration and class names; says what differs when a run goes on."""
         if not distributed.is_main():
             return
         text = to_yaml(self._resolved())
-        path = self.run_dir / "config.yaml"
+        path = self.layout.config
         if path.exists() and path.read_text(encoding="utf-8") != text:
             old, new = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
             changed = [line.strip() for line in new if line not in old]
             self.log.say(f"note: this run goes on with other options than before: {'; '.join(changed) or 'fewer'}")
         path.write_text(text, encoding="utf-8")
-        write_json(self.run_dir / "deepspeed.json", ds_config)
-        (self.run_dir / "classes.txt").write_text("".join(f"{c}\n" for c in self.manifest.classes), encoding="utf-8")
+        write_json(self.layout.deepspeed, ds_config)
+        self.layout.classes.write_text("".join(f"{c}\n" for c in self.manifest.classes), encoding="utf-8")
 
     def _resolved(self) -> Config:
         """The configuration with what was decided on the way, so that the run can be repeated from it."""
@@ -237,7 +239,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train, then evaluate the best weights on the test split; returns what the closing table shows."""
-        found = find_resume(self.run_dir / "checkpoints", self.config.run.resume)
+        found = find_resume(self.layout.checkpoints.folder, self.config.run.resume)
         with RunLog(self.run_dir, self.total_updates) as self.log:
             self.log.say(self._opening())
             if self.val_split is None:
@@ -301,7 +303,7 @@ class Trainer:
             validates = epoch == phase.epochs or epoch % config.eval.every == 0
             self._finish_epoch(phase, epoch, self._validate() if validates else None)
         self.engine.close()
-        if linear and (self.run_dir / "model.safetensors").exists():
+        if linear and self.layout.weights.exists():
             # Fine-tuning starts from the best linear head (spec/boostlu_large_loss.md 1.6).
             self.classifier, _ = self._best_classifier()
             self.best = self.latest = -math.inf
@@ -516,7 +518,7 @@ class Trainer:
     def _save(self, phase: Phase, epoch: int, update: int, best: bool) -> None:
         """Checkpoint (collective); with `best` the weights file too."""
         self._average_bn()
-        folder = self.run_dir / "checkpoints"
+        folder = self.layout.checkpoints.folder
         mark = CheckpointPosition(phase.name, epoch, update, self.world, self.engine.stage)
         state = {
             "version": __version__,
@@ -536,7 +538,7 @@ class Trainer:
                 model = self.ema.module if self.ema is not None else self.classifier
                 metadata = {"phase": phase.name, "epoch": str(epoch), "val_map": f"{self.best:.6f}"}
                 metadata |= {"backbone": self.config.model.backbone, "version": __version__}
-                save_weights(self.run_dir / "model.safetensors", model, metadata)
+                save_weights(self.layout.weights, model, metadata)
         commit_checkpoint(folder, mark, self.config.run.keep, best)
 
     def _restore(self, folder: Path, mark: CheckpointPosition) -> tuple[int, int]:
@@ -588,7 +590,7 @@ class Trainer:
             )
             results |= {"split": self.test_split.name, "alpha": {f"{a:g}": found[a] for a in alphas}}
         if distributed.is_main():
-            write_json(self.run_dir / "results.json", results)
+            write_json(self.layout.results, results)
             self.log.record(
                 "final",
                 {k: v for k, v in results.items() if k != "alpha"}

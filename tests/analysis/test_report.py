@@ -330,6 +330,6 @@ def test_what_users_get_wrong(tmp_path):
         with pytest.raises(UserError, match=message):
             _script.main([str(w) for w in words])
     (run / "config.yaml").write_text("a: [")
-    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"config\.yaml is not valid YAML in line 1"):
         make_page([run])
     assert not (tmp_path / "page.html").exists()

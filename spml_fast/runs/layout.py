@@ -1,0 +1,117 @@
+"""Where everything of a run lies: the only file that spells the names.
+
+RUN/config.yaml                    the recipe with everything that was decided, to repeat the run
+RUN/deepspeed.json                 the configuration that DeepSpeed got
+RUN/classes.txt                    class names, one a line, line number = class id
+RUN/metrics.jsonl                  figures of updates and epochs, one JSON object a line
+RUN/results.json                   the final figures; a run that has it is finished
+RUN/model.safetensors              the best weights, whole
+RUN/options.json                   of `reproduce`: the options that the run was begun with
+RUN/tensorboard/                   TensorBoard's events
+RUN/checkpoints/newest.json        which checkpoint to resume from
+RUN/checkpoints/best.json          which checkpoint has the best weights
+RUN/checkpoints/TAG/               what DeepSpeed saved
+RUN/checkpoints/TAG/mark.json      the position of a whole checkpoint, written last
+RUN/checkpoints/TAG/method_shard_R.pt  rank R's part of a method's state that grows with the samples
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spml_fast.core.errors import UserError
+
+TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """Names within a run's checkpoint directory.
+
+    Attributes:
+        folder: RUN/checkpoints.
+    """
+
+    folder: Path
+
+    @property
+    def newest(self) -> Path:
+        """Position of the checkpoint to resume from."""
+        return self.folder / "newest.json"
+
+    @property
+    def best(self) -> Path:
+        """Position of the checkpoint with the best weights."""
+        return self.folder / "best.json"
+
+    def position(self, tag: str) -> Path:
+        """Position of one checkpoint; it is there once the checkpoint is whole."""
+        return self.folder / tag / "mark.json"
+
+
+def rank_state(checkpoint: Path, rank: int) -> Path:
+    """A rank's part of a method's state in one checkpoint's folder."""
+    return checkpoint / f"method_shard_{rank:05d}.pt"
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Names within a run directory.
+
+    Attributes:
+        folder: the run directory.
+    """
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """The recipe with everything that was decided."""
+        return self.folder / "config.yaml"
+
+    @property
+    def deepspeed(self) -> Path:
+        """DeepSpeed's configuration."""
+        return self.folder / "deepspeed.json"
+
+    @property
+    def classes(self) -> Path:
+        """Class names in class-id order, one a line."""
+        return self.folder / "classes.txt"
+
+    @property
+    def metrics(self) -> Path:
+        """Figures of updates and epochs, one JSON object a line."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """The final figures."""
+        return self.folder / "results.json"
+
+    @property
+    def weights(self) -> Path:
+        """The best weights."""
+        return self.folder / "model.safetensors"
+
+    @property
+    def options(self) -> Path:
+        """What `reproduce` began the run with."""
+        return self.folder / "options.json"
+
+    @property
+    def checkpoints(self) -> CheckpointLayout:
+        """The checkpoint directory."""
+        return CheckpointLayout(self.folder / "checkpoints")
+
+    @property
+    def begun(self) -> bool:
+        """Whether the run has a checkpoint or is finished."""
+        return self.results.exists() or self.checkpoints.newest.exists()
+
+    def require(self) -> RunLayout:
+        """Itself; `UserError` if the folder is not a run directory."""
+        if not self.config.is_file():
+            raise UserError(f"{self.folder} is not a run directory (no {self.config.name} in it)")
+        return self

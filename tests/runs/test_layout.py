@@ -1,0 +1,46 @@
+"""Names of a run's files: they are what older runs have, and what docs and users' scripts spell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spml_fast.core.errors import UserError
+from spml_fast.runs.layout import CheckpointLayout, RunLayout, rank_state
+
+RUN = Path("runs/a")
+
+
+def test_names_have_not_changed():
+    layout = RunLayout(RUN)
+    names = ("config", "deepspeed", "classes", "metrics", "results", "weights", "options")
+    assert [str(getattr(layout, name)) for name in names] == [
+        "runs/a/config.yaml",
+        "runs/a/deepspeed.json",
+        "runs/a/classes.txt",
+        "runs/a/metrics.jsonl",
+        "runs/a/results.json",
+        "runs/a/model.safetensors",
+        "runs/a/options.json",
+    ]
+    checkpoints = layout.checkpoints
+    assert checkpoints == CheckpointLayout(RUN / "checkpoints")
+    assert checkpoints.newest == RUN / "checkpoints" / "newest.json"
+    assert checkpoints.best == RUN / "checkpoints" / "best.json"
+    assert checkpoints.position("tag") == RUN / "checkpoints" / "tag" / "mark.json"
+    assert rank_state(RUN, 3) != rank_state(RUN, 30)
+
+
+def test_what_is_a_run_and_what_has_begun(tmp_path):
+    layout = RunLayout(tmp_path)
+    with pytest.raises(UserError, match=r"is not a run directory \(no config\.yaml in it\)"):
+        layout.require()
+    layout.config.touch()
+    assert layout.require() is layout and not layout.begun
+    layout.checkpoints.folder.mkdir()
+    layout.checkpoints.newest.touch()
+    assert layout.begun
+    layout.checkpoints.newest.unlink()
+    layout.results.touch()
+    assert layout.begun
