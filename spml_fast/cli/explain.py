@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
             split, choices = chosen_samples(args, config, manifest, classifier, device, alpha)
             files, aspects = sample_files(split, choices, stack)
         assert files is not None
+        first: list[list[int]] | None
         if named is not None:
             first = [named] * len(files)
         else:

@@ -102,7 +102,7 @@ def main() -> None:
         # A run that was copied without its log still has maps.
         epochs = read_epochs(args.run) if (args.run / "metrics.jsonl").is_file() else []
         gaps = [e for e in epochs if "gap_histogram" in e]
-        report = {"run": str(args.run), "against": None if args.against is None else str(args.against)}
+        report: dict[str, Any] = {"run": str(args.run), "against": None if args.against is None else str(args.against)}
         report |= {"split": split.name, **found}
         if gaps:
             report["gap_histograms"] = [{"epoch": e["epoch"], **e["gap_histogram"]} for e in gaps]
