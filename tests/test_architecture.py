@@ -148,7 +148,7 @@ def test_kernels_need_torch_and_triton_only():
         ("nvidia.dali", {"spml_fast/data/dali_graph.py", "spml_fast/data/dali_stream.py"}),
         ("deepspeed", {"spml_fast/train/engine.py"}),
         ("timm.models", {"spml_fast/models/backbone.py"}),
-        ("jsonargparse", {"spml_fast/runs/recipe.py"}),
+        ("jsonargparse", {"spml_fast/runs/options.py"}),
     ],
 )
 def test_a_library_has_one_owner(package, owners):

@@ -1,9 +1,4 @@
-"""What a run's class activation maps show: `python launch/diagnose.py --run RUN [--against FULL_RUN] [--plot OUT.png]`.
-
-Highest and lowest cells of the maps of positive and negative labels; with --against, a run with full labels on the same
-data, the rank correlation of the maps of both; the pointing game where the data set has boxes; for IGNORE the histogram
-of its gaps (train with --method.gap_histogram true). Starts under `deepspeed` and `torchrun` as well.
-"""
+"""`spml-fast diagnose --run RUN [--against FULL_RUN] [--plot OUT.png]`: what a run's class activation maps show."""
 
 from __future__ import annotations
 
@@ -11,24 +6,31 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-try:
-    from spml_fast.core.errors import UserError, run_command
-except ImportError as error:
-    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+from spml_fast.cli import common
+from spml_fast.core.errors import UserError
+
+DESCRIPTION = """Highest and lowest cells of the maps of positive and negative labels; with --against, a run with full
+labels on the same data, the rank correlation of the maps of both; the pointing game where the data set has boxes; for
+IGNORE the histogram of its gaps (train with --method.gap_histogram true). Starts under `deepspeed` and `torchrun` as
+well."""
+EXAMPLES = [
+    ("--run RUN", "the test split"),
+    ("--run RUN --against FULL --plot maps.png", "compared with a run with full labels"),
+    ("--run RUN --split val --json maps.json", "figures of another split for a program"),
+]
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser = common.command_parser("diagnose", "--run RUN [--against FULL] [OPTIONS]", DESCRIPTION, EXAMPLES)
+    common.add_run(parser)
     parser.add_argument("--against", type=Path, help="run directory of a model trained with full labels")
     parser.add_argument("--split", help="split to look at; default the run's test split")
     parser.add_argument("--negatives", type=int, default=20, help="known negatives an image (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of their draw (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw them to this PNG file")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return common.parse(parser, argv)
 
 
 def _shown(quartiles: dict[str, float] | None) -> str:
@@ -61,9 +63,9 @@ def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Look and report."""
-    args = parse()
+    args = parse(argv)
     if args.negatives < 0 or args.seed < 0:
         raise UserError("--negatives and --seed must not be negative")
     if args.plot is not None and args.plot.suffix.lower() != ".png":
@@ -116,7 +118,4 @@ def main() -> None:
         except OSError as error:
             raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
     shutdown_distributed()
-
-
-if __name__ == "__main__":
-    run_command(main)
+    return 0

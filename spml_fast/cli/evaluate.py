@@ -1,35 +1,54 @@
-"""Evaluate a run's best weights: `python launch/evaluate.py --run RUN [--alpha A ...] [--split test] [--json OUT]`.
-
-Starts under `deepspeed` and `torchrun` as well; the numbers do not depend on the number of ranks.
-"""
+"""`spml-fast evaluate --run RUN [--alpha A ...] [--split test] [--json OUT]`: metrics of a run's best weights."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-try:
-    from spml_fast.core.errors import UserError, run_command
-except ImportError as error:
-    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+from spml_fast.cli import common
+from spml_fast.core.errors import UserError
+
+if TYPE_CHECKING:
+    from spml_fast.core.config import Config
+
+DESCRIPTION = """Evaluate a run's best weights on a split. Starts under `deepspeed` and `torchrun` as well; the numbers
+do not depend on the number of ranks."""
+EXAMPLES = [
+    ("--run RUN", "the test split"),
+    ("--run RUN --alpha 1 5 --json out.json", "BoostLU's alpha is free at inference"),
+    ("--run RUN --split val --definition voc", "another split and definition"),
+]
+Definition = Literal["sklearn", "rank", "voc"]
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser = common.command_parser("evaluate", "--run RUN [OPTIONS]", DESCRIPTION, EXAMPLES)
+    common.add_run(parser)
     parser.add_argument("--alpha", type=float, nargs="+", help="BoostLU factors; default 1 and the run's alpha_eval")
     parser.add_argument("--split", help="split to evaluate; default the run's test split")
     parser.add_argument("--definition", choices=("sklearn", "rank", "voc"), help="average precision; default the run's")
-    parser.add_argument("--batch-size", type=int, help="images a forward; default the run's")
+    common.add_batch_size(parser)
     parser.add_argument("--json", type=Path, help="write all metrics to this file")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return common.parse(parser, argv)
 
 
-def main() -> None:
+def with_options(config: Config, definition: Definition | None, batch_size: int | None) -> Config:
+    """The run's configuration with what the command line says otherwise."""
+    section = config.eval
+    if definition is not None:
+        section = dataclasses.replace(section, definition=definition)
+    if batch_size is not None:
+        section = dataclasses.replace(section, batch_size=batch_size)
+    return dataclasses.replace(config, eval=section)
+
+
+def main(argv: list[str] | None = None) -> int:
     """Evaluate and print."""
-    args = parse()
+    args = parse(argv)
+    common.check_at_least_one(args, "batch_size")
     from spml_fast.train.engine import init_distributed, shutdown_distributed
 
     device = init_distributed()
@@ -40,12 +59,7 @@ def main() -> None:
     from spml_fast.train.logs import print_table
 
     config, manifest, classifier, _ = load_run(args.run, device)
-    if args.definition:
-        config.eval.definition = args.definition
-    if args.batch_size is not None:
-        if args.batch_size < 1:
-            raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
-        config.eval.batch_size = args.batch_size
+    config = with_options(config, args.definition, args.batch_size)
     split = manifest.split(args.split or config.data.test_split or config.data.train_split)
     if len(split) == 0:
         raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
@@ -61,9 +75,6 @@ def main() -> None:
             try:
                 write_json(args.json, report)
             except OSError as error:
-                raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
+                raise common.write_failed(args.json, error) from error
     shutdown_distributed()
-
-
-if __name__ == "__main__":
-    run_command(main)
+    return 0

@@ -1,16 +1,10 @@
-"""See why a trained run gives a class: `python launch/explain.py --run RUN [IMAGE_OR_DIR ...] [--out FILE.png|DIR]`.
-
-Draws class activation maps over images: red where a map is evidence for the class, blue where it is against it.
-Without images it shows some of the run's test split with their labels: where the model is most wrong, and a few at
-random. Images that cannot be read are named on standard error and left out, and the exit status is then 1.
-"""
+"""`spml-fast explain --run RUN [IMAGE_OR_DIR ...] [--out FILE.png|DIR]`: see why a run gives a class."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import sys
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,19 +18,25 @@ if TYPE_CHECKING:
     from spml_fast.data.manifest import Manifest, Split
     from spml_fast.models.classifier import Classifier
 
-try:
-    from spml_fast.core.errors import UserError, run_command
-except ImportError as error:
-    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+from spml_fast.cli import common
+from spml_fast.core.errors import UserError
 
+DESCRIPTION = """Draw class activation maps over images: red where a map is evidence for the class, blue where it is
+against it. Without images it shows some of the run's test split with their labels: where the model is most wrong, and a
+few at random. Images that cannot be read are named on standard error and left out, and the exit status is then 1."""
+EXAMPLES = [
+    ("--run RUN", "some of the test split, to RUN/explain.png"),
+    ("--run RUN photos/ --out maps/", "a page for each of your images"),
+    ("--run RUN a.jpg --classes cat --classes dog", "the maps of two classes"),
+]
 TOP = 3
 IMAGES = 9
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, help="run directory; its best weights are used")
+    parser = common.command_parser("explain", "--run RUN [OPTIONS] [IMAGE_OR_DIR ...]", DESCRIPTION, EXAMPLES)
+    common.add_run(parser)
     parser.add_argument(
         "images", nargs="*", metavar="IMAGE_OR_DIR", help="image files, and directories to search with all below"
     )
@@ -52,50 +52,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="one page for all images, or a folder for a page each; default explain.png in the run directory",
     )
     parser.add_argument("--maps", type=Path, metavar="DIR", help="write every map too: float32 .npy and maps.json")
-    parser.add_argument(
-        "--alpha", type=float, metavar="A", help="BoostLU factor, 1 for none; default the run's model.alpha_eval"
-    )
+    common.add_alpha(parser)
     parser.add_argument("--split", help="without images: the split to show; default the run's test split")
     parser.add_argument(
         "--count", type=int, default=IMAGES, metavar="N", help="without images: how many (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="without images: of those at random (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images a forward; default the run's")
-    parser.add_argument(
-        "--orientation",
-        choices=("exif", "ignore"),
-        default="exif",
-        help="of the images given. exif: turn them as their EXIF data say; ignore: take the pixels as they are "
-        "stored (default: %(default)s)",
-    )
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    # Options may stand between the images.
-    return parser.parse_intermixed_args(argv)
+    common.add_batch_size(parser)
+    common.add_orientation(parser)
+    return common.parse(parser, argv)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise `UserError` for what makes no sense."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("explain.py works in one process; start it with python")
-    for name in ("top", "count", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    """Validate option combinations. Raises `UserError`."""
+    common.check_one_process("explain")
+    common.check_at_least_one(args, "top", "count", "batch_size")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must not be negative")
     if args.top is not None and args.classes is not None:
         raise UserError("give --top or --classes, not both")
-    if args.alpha is not None and not 0 < args.alpha < float("inf"):
-        raise UserError(f"--alpha is {args.alpha:g}; it must be greater than 0 and finite (1 turns boosting off)")
+    common.check_alpha(args.alpha)
     if args.images and args.split is not None:
         raise UserError("--split chooses among the run's own images; leave it out, or the images")
     if args.out is not None and args.out.suffix and args.out.suffix.lower() != ".png" and not args.out.is_dir():
         raise UserError(f"--out {args.out} must be a file named .png, or a folder")
-
-
-def say(text: str) -> None:
-    """A line on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def class_ids(names: list[str], classes: list[str]) -> list[int]:
@@ -119,10 +99,10 @@ def given_images(args: argparse.Namespace) -> tuple[ImageFiles, list[float], int
     from spml_fast.data.image_check import check_images, choose_level
     from spml_fast.data.image_files import ImageFiles, find_images
 
-    paths = find_images(args.images, lambda text: say(f"note: {text}"))
+    paths = find_images(args.images, lambda text: common.say(f"note: {text}"))
     verified = check_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False)
     for index, why in verified.rejected.items():
-        say(predict.left_out(paths[index], *why))
+        common.say(predict.left_out(paths[index], *why))
     usable = np.flatnonzero(verified.ok)
     if not len(usable):
         raise UserError(f"none of the {len(paths)} images can be used; the reasons stand above")
@@ -199,8 +179,6 @@ def main(argv: list[str] | None = None) -> int:
     """Look and draw; 1 if an image was left out."""
     args = parse(argv)
     check(args)
-    import torch
-
     from spml_fast.analysis import explain, explain_page
     from spml_fast.analysis.predict import left_out
     from spml_fast.evaluation.evaluate import check_alphas
@@ -227,12 +205,12 @@ def main(argv: list[str] | None = None) -> int:
                 f"{len(files)} images are too many for one page, which holds {explain.MAX_IMAGES}; "
                 "--out DIR makes a page each"
             )
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = common.default_device()
     classifier, _ = load_classifier(args.run, config, len(classes), device)
     alpha = classifier.alpha_eval if args.alpha is None else args.alpha
     check_alphas([alpha], classifier, config)
-    if args.batch_size is not None:
-        config.eval.batch_size = args.batch_size
+    batch_size = args.batch_size or config.eval.batch_size
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
     with contextlib.ExitStack() as stack:
         split, choices = None, None
         if manifest is not None:
@@ -244,7 +222,8 @@ def main(argv: list[str] | None = None) -> int:
             first = [named] * len(files)
         else:
             first = [[] if c.class_id is None else [c.class_id] for c in choices or ()] or None
-        config.eval.batch_size = min(config.eval.batch_size, len(files))
+        section = dataclasses.replace(config.eval, batch_size=min(batch_size, len(files)))
+        config = dataclasses.replace(config, eval=section)
         folder = None
         if args.maps is not None:
             about = {"run": str(args.run), "alpha": alpha, "image_size": config.data.image_size}
@@ -270,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         shown = 0
         for place, found in enumerate(found_images):
             if found.refused is not None:
-                say(left_out(found.path, found.refused))
+                common.say(left_out(found.path, found.refused))
                 missing += 1
                 continue
             shown += 1
@@ -288,13 +267,9 @@ def main(argv: list[str] | None = None) -> int:
         if one_page:
             lost = explain_page.draw(out, pages, classes, title, alpha, classifier.head.supports_boostlu)
     if lost:
-        say(
+        common.say(
             f"note: no font of this machine has the characters of {lost} class names, which stand as their ids; "
             "install one that has, such as Noto Sans CJK"
         )
     print(f"{out}: {shown} images" + (f"; {missing} left out, the reasons stand above" if missing else ""))
     return 1 if missing else 0
-
-
-if __name__ == "__main__":
-    run_command(main)

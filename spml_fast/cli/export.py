@@ -1,41 +1,40 @@
-"""Hand a trained run on: `python launch/export.py --run RUN --format {safetensors,onnx} [--out FILE] [--alpha A]`.
-
-onnx: images in, logits and probabilities out; runs in ONNX Runtime and whatever else reads ONNX. safetensors: weights
-that timm takes by itself, where its model of that name is the same; else those of the backbone and of the head. What is
-written is compared with the run before it is kept.
-"""
+"""`spml-fast export --run RUN --format {safetensors,onnx} [--out FILE] [--alpha A]`: hand a trained run on."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import dataclasses
 from pathlib import Path
 
-try:
-    from spml_fast.core.errors import UserError, run_command
-except ImportError as error:
-    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+from spml_fast.cli import common
+from spml_fast.core.errors import UserError
 
+DESCRIPTION = """onnx: images in, logits and probabilities out; runs in ONNX Runtime and whatever else reads ONNX.
+safetensors: weights that timm takes by itself, where its model of that name is the same; else those of the backbone and
+of the head. What is written is compared with the run before it is kept."""
+EXAMPLES = [
+    ("--run RUN --format onnx", "to RUN/export.onnx"),
+    ("--run RUN --format onnx --alpha 1", "without BoostLU in the graph"),
+    ("--run RUN --format safetensors --out model.safetensors", "weights for timm"),
+]
 SUFFIX = {"onnx": ".onnx", "safetensors": ".safetensors"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, help="run directory; its best weights are used")
+    parser = common.command_parser("export", "--run RUN --format {onnx,safetensors} [OPTIONS]", DESCRIPTION, EXAMPLES)
+    common.add_run(parser)
     parser.add_argument("--format", choices=sorted(SUFFIX), required=True, help="what to write")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default export.onnx or export.safetensors in the run")
     parser.add_argument(
         "--alpha", type=float, metavar="A", help="onnx: BoostLU factor, 1 for none; default the run's model.alpha_eval"
     )
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return common.parse(parser, argv)
 
 
 def check(args: argparse.Namespace, out: Path) -> None:
-    """Raise `UserError` for what makes no sense."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("export.py works in one process; start it with python")
+    """Validate option combinations. Raises `UserError`."""
+    common.check_one_process("export")
     if out.suffix != SUFFIX[args.format]:
         raise UserError(f"--out {out} must be named {SUFFIX[args.format]}")
     if out.is_dir():
@@ -46,11 +45,10 @@ def check(args: argparse.Namespace, out: Path) -> None:
         raise UserError(f"--out {out} cannot be written: there is no directory {out.parent}")
     if args.format == "safetensors" and args.alpha is not None:
         raise UserError("--alpha goes into an ONNX graph; weights have none, and boosting is up to who uses them")
-    if args.alpha is not None and not 0 < args.alpha < float("inf"):
-        raise UserError(f"--alpha is {args.alpha:g}; it must be greater than 0 and finite (1 turns boosting off)")
+    common.check_alpha(args.alpha)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Export, and say what was written and how it was checked."""
     args = parse(argv)
     out = args.out or args.run / f"export{SUFFIX[args.format]}"
@@ -67,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     config = load_run_config(args.run)
     classes = run_classes(args.run, config)
     # What is for training alone; checkpointing would be in the graph.
-    config.model.grad_checkpointing, config.model.compile, config.model.drop_path = False, False, None
+    model = dataclasses.replace(config.model, grad_checkpointing=False, compile=False, drop_path=None)
+    config = dataclasses.replace(config, model=model)
     classifier, _ = load_classifier(args.run, config, len(classes), torch.device("cpu"))
     classifier.to(memory_format=torch.contiguous_format)
     if args.format == "onnx":
@@ -86,7 +85,4 @@ def main(argv: list[str] | None = None) -> None:
         else:
             said = f"backbone.* and head.*, since timm's {config.model.backbone} has no such head at alpha 1"
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {said}")
-
-
-if __name__ == "__main__":
-    run_command(main)
+    return 0

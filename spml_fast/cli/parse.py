@@ -1,17 +1,25 @@
-"""From the command line and YAML files to a `Config`, and back to YAML."""
+"""From the command line and YAML files to a `Config`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spml_fast.core.config import Config
-from spml_fast.core.errors import UserError
-from spml_fast.runs.recipe import DEFAULT_METHOD, build_parser, check_keys, read_recipe, to_config
+import yaml
+
+from spml_fast.cli.common import split_plugins, without_launcher_words
+from spml_fast.core.config import Config, ModelConfig
+from spml_fast.models.heads.base import head_options
+from spml_fast.runs.options import DEFAULT_METHOD, build_parser
+from spml_fast.runs.plugins import load_plugins
+from spml_fast.runs.recipe import check_keys, chosen_head, chosen_method, named_plugins, read_recipe, to_config
+
+Recipe = dict[str, Any]
 
 
-def _option_values(argv: list[str], *names: str) -> list[str]:
+def _option_values(argv: Sequence[str], *names: str) -> list[str]:
     """Values given to options on the command line, in order."""
     values = []
     for i, word in enumerate(argv):
@@ -24,59 +32,89 @@ def _option_values(argv: list[str], *names: str) -> list[str]:
     return values
 
 
-def parse_config(argv: list[str], default_recipe: Path | None = None, prog: str | None = None) -> Config:
+def parse_config(argv: Sequence[str], default_recipe: Path | str | None = None, prog: str | None = None) -> Config:
     """Parse a command line.
 
     Args:
         argv: arguments without the program's name. The `--local_rank` that launchers add is accepted and ignored.
-        default_recipe: used when neither `--config` nor `--data.dir` is given.
+        default_recipe: used when neither `--config` nor `--data.dir` is given: a path, or the name of a packaged one.
+        prog: the program's name for usage lines.
 
     Raises:
-        UserError: an unreadable recipe or an unknown method. Unknown options and wrong types end the program with
-            status 2 and a message that names them.
+        UserError: an unreadable recipe, an unknown method or head, or a plugin that cannot be imported. Unknown options
+            and wrong types end the program with status 2 and a message that names them.
     """
-    argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
-    for launchers_own in ("--local_rank", "--local-rank"):
-        if launchers_own in argv:
-            at = argv.index(launchers_own)
-            del argv[at : at + 2]
+    argv = without_launcher_words(argv)
     files = _option_values(argv, "--config")
     if not files and not _option_values(argv, "--data.dir", "--data") and default_recipe is not None:
         files = [str(default_recipe)]
         argv = ["--config", str(default_recipe), *argv]
+    return parse_words(argv, [(path, read_recipe(path)) for path in files], prog)
+
+
+def parse_words(
+    argv: Sequence[str], recipes: Sequence[tuple[str, Recipe]], prog: str | None = None, raises: bool = False
+) -> Config:
+    """Parse a command line whose recipes have been read.
+
+    Args:
+        argv: the words; each `--config NAME` stands where the recipe called NAME belongs.
+        recipes: (name, content).
+        prog: the program's name for usage lines.
+        raises: raise `UserError` for unknown options and wrong types too, instead of ending the program.
+
+    Raises:
+        UserError: as `parse_config`.
+    """
+    argv, given = split_plugins(argv)
+    for value in _option_values(argv, "--run.plugins"):
+        names = yaml.safe_load(value)
+        given += [str(name) for name in names] if isinstance(names, list) else [value]
     argv = [f"--method.name={a.partition('=')[2]}" if a.startswith("--method=") else a for a in argv]
     argv = ["--method.name" if a == "--method" else a for a in argv]
-    recipes = [read_recipe(f) for f in files]
-    from_files = None
-    for recipe, path in zip(recipes, files, strict=True):
-        section = recipe.get("method")
-        if isinstance(section, str):
-            raise UserError(f"recipe {path}: write `method: {{name: {section}}}`")
-        if isinstance(section, dict) and "name" in section:
-            from_files = str(section["name"])
+    plugins: list[str] = []
+    for path, recipe in recipes:
+        plugins += load_plugins(named_plugins(recipe), f"recipe {path}")
+    plugins += load_plugins(given)
+    from_files = next((m for path, r in reversed(recipes) if (m := chosen_method(r, path)) is not None), None)
     chosen = _option_values(argv, "--method.name")
     method = chosen[-1] if chosen else from_files or DEFAULT_METHOD
-    for recipe, path in zip(recipes, files, strict=True):
+    head_from_files = next((h for _, r in reversed(recipes) if (h := chosen_head(r)) is not None), None)
+    heads = _option_values(argv, "--model.head")
+    head = heads[-1] if heads else head_from_files or ModelConfig.head
+    contents: list[Recipe] = []
+    for path, recipe in recipes:
         check_keys(recipe, path, method if from_files == method else None)
-    # `train:` with nothing under it is a section of defaults.
-    recipes = [{k: v for k, v in recipe.items() if v is not None} for recipe in recipes]
-    parser = build_parser(method, prog)
-    if from_files is not None and method != from_files:
-        # The recipe's method options belong to another method; this one starts from its own defaults.
-        recipes = [{k: v for k, v in recipe.items() if k != "method"} for recipe in recipes]
-    for recipe, path in zip(recipes, files, strict=True):
+        # `train:` with nothing under it is a section of defaults.
+        content = {k: v for k, v in recipe.items() if v is not None}
+        if from_files is not None and method != from_files:
+            # The recipe's method options belong to another method; this one starts from its own defaults.
+            content.pop("method", None)
+        if head_from_files is not None and head != head_from_files and "model" in content:
+            content["model"] = {k: v for k, v in content["model"].items() if k != "head_options"}
+        contents.append(content)
+    parser = build_parser(method, prog, head)
+    parser.raises = raises
+    for (path, _), content in zip(recipes, contents, strict=True):
         # Each alone first, so that a wrong value is reported with its file.
         parser.source = f"recipe {path}: "
-        parser.parse_object(recipe)
+        parser.parse_object(content)
     parser.source = ""
-    namespace = parser.parse_args(_with_recipes(argv, files, recipes))
-    return to_config(parser.instantiate_classes(namespace))
+    for value in _option_values(argv, "--model.head_options"):
+        options = yaml.safe_load(value)
+        if isinstance(options, dict):
+            head_options(head, options)
+    names = [path for path, _ in recipes]
+    words = _with_recipes(argv, dict(zip(names, contents, strict=True)))
+    if plugins:
+        words.append("--run.plugins=" + json.dumps(list(dict.fromkeys(plugins))))
+    return to_config(parser, parser.parse_args(words))
 
 
-def _with_recipes(argv: list[str], files: list[str], recipes: list[dict[str, Any]]) -> list[str]:
+def _with_recipes(argv: Sequence[str], recipes: dict[str, Recipe]) -> list[str]:
     """The command line with its recipes as text in place of their paths."""
     # JSON is YAML with every string in quotes: a directory called 1e3 stays a name.
-    texts = {path: json.dumps(recipe, default=str) for path, recipe in zip(files, recipes, strict=True)}
+    texts = {path: json.dumps(recipe, default=str) for path, recipe in recipes.items()}
     out = list(argv)
     for i, word in enumerate(out):
         if word == "--config" and i + 1 < len(out):

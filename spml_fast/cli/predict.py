@@ -1,21 +1,22 @@
-"""Use a trained run on new images: `python launch/predict.py --run RUN IMAGE_OR_DIR ... [--top K] [--csv OUT]`.
-
-Prints a line an image: its most probable classes with their probabilities. The run directory is enough; its data set
-is not needed. Images that cannot be read are named on standard error and left out, and the exit status is then 1.
-"""
+"""`spml-fast predict --run RUN IMAGE_OR_DIR ... [--top K] [--csv OUT]`: use a trained run on new images."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
+import dataclasses
 from pathlib import Path
 
-try:
-    from spml_fast.core.errors import UserError, run_command
-except ImportError as error:
-    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+from spml_fast.cli import common
+from spml_fast.core.errors import UserError
 
+DESCRIPTION = """Print a line an image: its most probable classes with their probabilities. The run directory is enough;
+its data set is not needed. Images that cannot be read are named on standard error and left out, and the exit status is
+then 1."""
+EXAMPLES = [
+    ("--run RUN photos/ --top 3", "the three most probable classes of each image"),
+    ("--run RUN a.jpg b.jpg --threshold 0.5", "all classes of probability 0.5 or more"),
+    ("--run RUN photos/ --csv classes.csv", "a table for a program"),
+]
 TOP = 5
 # Fewer images are checked before a progress bar could be read.
 PROGRESS_FROM = 256
@@ -23,8 +24,8 @@ PROGRESS_FROM = 256
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, help="run directory; its best weights are used")
+    parser = common.command_parser("predict", "--run RUN [OPTIONS] IMAGE_OR_DIR ...", DESCRIPTION, EXAMPLES)
+    common.add_run(parser)
     parser.add_argument(
         "images", nargs="*", metavar="IMAGE_OR_DIR", help="image files, and directories to search with all below"
     )
@@ -34,44 +35,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threshold", type=float, metavar="P", help="show classes of probability P (0 to 1) or more only"
     )
-    parser.add_argument(
-        "--alpha", type=float, metavar="A", help="BoostLU factor, 1 for none; default the run's model.alpha_eval"
-    )
+    common.add_alpha(parser)
     parser.add_argument(
         "--csv", type=Path, metavar="OUT", help="write path, class, probability and rank to this file, not the screen"
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images a forward; default the run's")
-    parser.add_argument(
-        "--orientation",
-        choices=("exif", "ignore"),
-        default="exif",
-        help="exif: turn images as their EXIF data say; ignore: take the pixels as they are stored "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    # Options may stand between the images.
-    return parser.parse_intermixed_args(argv)
+    common.add_batch_size(parser)
+    common.add_orientation(parser)
+    return common.parse(parser, argv)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise `UserError` for what makes no sense."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("predict.py works in one process; start it with python, with its own images for each process")
-    if args.top is not None and args.top < 1:
-        raise UserError(f"--top is {args.top}; it must be at least 1")
+    """Validate option combinations. Raises `UserError`."""
+    common.check_one_process("predict", ", with its own images for each process")
+    common.check_at_least_one(args, "top", "batch_size")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is {args.threshold:g}; it is a probability and must lie between 0 and 1")
-    if args.alpha is not None and not 0 < args.alpha < float("inf"):
-        raise UserError(f"--alpha is {args.alpha:g}; it must be greater than 0 and finite (1 turns boosting off)")
+    common.check_alpha(args.alpha)
     if args.csv is not None and str(args.csv) == "-":
         raise UserError("--csv - is not supported; leave --csv out to see the classes on the screen")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
-
-
-def say(text: str) -> None:
-    """A line on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +60,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     check(args)
     import contextlib
-    import io
 
     import numpy as np
     import torch
@@ -91,12 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     from spml_fast.evaluation.evaluate import check_alphas
     from spml_fast.runs.open import load_classifier, load_run_config, run_classes
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A class name that the terminal's encoding lacks ends nothing.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    common.print_any_text()
     config = load_run_config(args.run)
     classes = run_classes(args.run, config)
-    paths = find_images(args.images, lambda text: say(f"note: {text}"))
+    paths = find_images(args.images, lambda text: common.say(f"note: {text}"))
     classifier, _ = load_classifier(args.run, config, len(classes), torch.device("cpu"))
     alpha = classifier.alpha_eval if args.alpha is None else args.alpha
     check_alphas([alpha], classifier, config)
@@ -108,13 +86,14 @@ def main(argv: list[str] | None = None) -> int:
         progress = len(paths) >= PROGRESS_FROM
         verified = check_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress)
         for index, why in verified.rejected.items():
-            say(predict.left_out(paths[index], *why))
+            common.say(predict.left_out(paths[index], *why))
         usable = np.flatnonzero(verified.ok)
         orientation = verified.orientation[usable] if args.orientation == "exif" else np.ones(len(usable), np.uint8)
         files = ImageFiles([paths[i] for i in usable], orientation)
-        config.eval.batch_size = max(1, min(args.batch_size or config.eval.batch_size, len(files)))
+        batch_size = max(1, min(args.batch_size or config.eval.batch_size, len(files)))
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
         width = predict.path_width(files.paths) if len(files) else 0
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        device = common.default_device()
         predictions = predict.predict(
             classifier.to(device),
             config,
@@ -130,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         for found in predictions:
             advance(1)
             if found.reason is not None:
-                say(predict.left_out(found.path, found.reason))
+                common.say(predict.left_out(found.path, found.reason))
                 continue
             done += 1
             if table is not None:
@@ -144,9 +123,5 @@ def main(argv: list[str] | None = None) -> int:
     if table is not None:
         print(f"{table.out}: {table.rows} rows for {done} images" + (f"; {lost}" if missing else ""))
     elif missing:
-        say(lost)
+        common.say(lost)
     return 1 if missing else 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,26 +1,42 @@
-#!/usr/bin/env python
-"""Turn raw data into a Manifest: `python launch/prepare.py DATASET --out DIR ...`.
-
-`python launch/prepare.py shard --manifest DIR --out DIR` packs the images of a Manifest into tar shards.
-"""
+"""`spml-fast prepare DATASET --out DIR ...`: turn raw data into a Manifest, or pack its images into tar shards."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
-from spml_fast.core.errors import run_command
-from spml_fast.prepare import pack
-from spml_fast.prepare.build import summary
-from spml_fast.prepare.datasets import load_all
-from spml_fast.prepare.datasets.base import add_common_options
+from spml_fast.cli.common import Parser, program, split_plugins, without_launcher_words
+
+EXAMPLES = """examples:
+  {prog} csv --table labels.csv --images . --out data/mine          # a table of your own
+  {prog} voc --root VOCdevkit/VOC2012 --out data/voc                # an official data set
+  {prog} shard --manifest data/mine --out data/mine-shards          # many small files into tar files
+
+Turn raw annotations and images into a Manifest, which training reads. `{prog} DATASET --help` explains
+the options of a data set."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line, prepare, print what was found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    from spml_fast.prepare import pack
+    from spml_fast.prepare.build import summary
+    from spml_fast.prepare.datasets import load_all
+    from spml_fast.prepare.datasets.base import add_common_options
+    from spml_fast.runs.plugins import load_plugins
+
+    # What they register is part of the command line, so they come before it is parsed.
+    words, plugins = split_plugins(without_launcher_words(sys.argv[1:] if argv is None else argv))
+    load_plugins(plugins)
+    prog = program("prepare")
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} DATASET --out DIR [OPTIONS]",
+        description=EXAMPLES.format(prog=prog),
+        epilog=f"{prog} --plugins MODULE ... imports a module (or FILE.py) first, which registers data sets.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    subparsers = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
+    subparsers = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET", prog=prog)
     datasets = load_all()
     for name, candidate in datasets.items():
         text = (candidate.__doc__ or "").strip().splitlines()[0]
@@ -29,14 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         add_common_options(subparser, candidate)
     text = "Pack the images of a Manifest into tar shards, or check shards."
     pack.add_options(subparsers.add_parser("shard", help=text, description=text, allow_abbrev=False))
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     if options.dataset == "shard":
         print(pack.command(options))
         return 0
     dataset = datasets[options.dataset]
     print(summary(dataset().prepare(options), dataset.train_options))
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,8 +1,4 @@
-"""One HTML page about one run, or comparing several: `python launch/report.py RUN [RUN ...] --out FILE.html`.
-
-Test figures, curves over epochs, classes, what differs between the configurations, and what looks unhealthy. Runs that
-differ in their seed alone are shown as one, with mean and deviation. The page needs nothing beside itself.
-"""
+"""`spml-fast report RUN [RUN ...] --out FILE.html`: one HTML page about one run, or comparing several."""
 
 from __future__ import annotations
 
@@ -10,23 +6,30 @@ import argparse
 import os
 from pathlib import Path
 
-try:
-    from spml_fast.core.errors import UserError, run_command
-except ImportError as error:
-    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+from spml_fast.cli import common
+from spml_fast.core.errors import UserError
+
+DESCRIPTION = """Test figures, curves over epochs, classes, what differs between the configurations, and what looks
+unhealthy. Runs that differ in their seed alone are shown as one, with mean and deviation. The page needs nothing beside
+itself."""
+EXAMPLES = [
+    ("RUN --out report.html", "one run, finished or not"),
+    ("runs/a runs/b --out report.html", "two runs compared"),
+    ("runs/ignore-s* runs/an-s* --out report.html", "two settings, several seeds each"),
+]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = common.command_parser("report", "RUN [RUN ...] --out FILE.html", DESCRIPTION, EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, finished or not")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.html", help="the page; an older one is replaced"
     )
-    return parser.parse_intermixed_args(argv)
+    return common.parse(parser, argv)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Make the page."""
     args = parse(argv)
     if args.out.suffix.lower() not in (".html", ".htm"):
@@ -43,9 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if partial.is_file():
             partial.unlink()
-        raise UserError(f"{args.out} cannot be written: {error.strerror}") from error
+        raise common.write_failed(args.out, error) from error
     print(f"{args.out}: {len(args.runs)} run(s), {len(page) / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    run_command(main)
+    return 0

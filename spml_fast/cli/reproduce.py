@@ -1,8 +1,4 @@
-"""Train the papers' comparison and say which of their statements hold: `python launch/reproduce.py [--seeds 3] ...`.
-
-Finished runs are kept and not repeated, so the command can be stopped and started again; with other options it wants
-another --out.
-"""
+"""`spml-fast reproduce [--preset P] [--seeds 3] ...`: the papers' comparison, and which statements hold."""
 
 from __future__ import annotations
 
@@ -14,21 +10,23 @@ import sys
 import time
 from pathlib import Path
 
-try:
-    from spml_fast.core.errors import UserError, run_command
-except ImportError as error:
-    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+from spml_fast.cli import common
+from spml_fast.core.errors import UserError
 
-HERE = Path(__file__).parent
+DESCRIPTION = """Train the papers' comparison and say which of their statements hold. Finished runs are kept and not
+repeated, so the command can be stopped and started again; with other options it wants another --out.
+
+Any other option, such as --train.epochs 2, goes to every training run."""
+EXAMPLES = [
+    ("", "seven settings, three seeds each, on digit scenes"),
+    ("--methods an,ll_r --seeds 1", "two of them, once"),
+    ("--preset voc --data data/voc --ranks 8", "published numbers beside measured ones"),
+]
 
 
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and what is handed on to train.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Any other option, such as --train.epochs 2, goes to every training run.",
-        allow_abbrev=False,
-    )
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what is handed on to `train`."""
+    parser = common.command_parser("reproduce", "[OPTIONS] [OPTIONS OF train]", DESCRIPTION, EXAMPLES)
     parser.add_argument("--preset", default="digits", help="digits, voc, coco, nuswide or cub (default: %(default)s)")
     parser.add_argument("--methods", help="comma-separated entries of the preset; default all")
     parser.add_argument("--seeds", type=int, default=3, help="runs an entry, seeds 0 to N-1 (default: %(default)s)")
@@ -36,14 +34,15 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/reproduce-PRESET)")
     parser.add_argument("--ranks", type=int, default=1, help="ranks a run (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write rows and statements to this file")
-    return parser.parse_known_args()
+    args, more = parser.parse_known_args(argv)
+    common.load_named_plugins(args)
+    return args, [*(word for name in args.plugins for word in ("--plugins", name)), *more]
 
 
 def train(entry_dir: Path, words: list[str], ranks: int) -> None:
     """One run, its output in train.log; `UserError` with the last line when it fails."""
-    script = str(HERE / "train.py")
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    head = [sys.executable, script] if ranks == 1 else [launcher, "--num_accelerators", str(ranks), script]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks), "--module"]
+    head = [*([sys.executable, "-m"] if ranks == 1 else launcher), "spml_fast", "train"]
     entry_dir.mkdir(parents=True, exist_ok=True)
     log = entry_dir / "train.log"
     with log.open("a", encoding="utf-8") as file:
@@ -55,9 +54,9 @@ def train(entry_dir: Path, words: list[str], ranks: int) -> None:
         raise UserError(f"a run failed ({last.strip()}); all of its output is in {log}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Train what is missing, then show and write the table."""
-    args, more = parse()
+    args, more = parse(argv)
     from rich.console import Console
 
     from spml_fast.reproduction.presets import choose_entries, get_preset
@@ -93,7 +92,7 @@ def main() -> None:
         left = f", about {(time.monotonic() - start) / done * (len(todo) - done) / 60:.0f} min left" if done else ""
         console.print(f"run {done + 1} of {len(todo)}: {entry.name}, seed {seed}{left}")
         run = runs[entry.name][seed]
-        words = ["--config", str(HERE / "configs" / entry.recipe), "--method", entry.method, *entry.options]
+        words = ["--config", entry.recipe, "--method", entry.method, *entry.options]
         words += ["--run.seed", str(seed), "--run.dir", str(run), "--eval.alphas", json.dumps(entry.alphas)]
         words += (["--data.dir", args.data] if args.data else []) + more
         note_options(run, chosen[entry.name])
@@ -113,7 +112,4 @@ def main() -> None:
         except OSError as error:
             raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
     console.print(f"table and plot: {out / 'table.md'}, {out / 'table.csv'}, {out / 'table.png'}")
-
-
-if __name__ == "__main__":
-    run_command(main)
+    return 0

@@ -1,21 +1,23 @@
-"""Which labels are probably missing or wrong: `python launch/suggest.py --run RUN [--split train] [--csv OUT]`.
-
-Ranks the unknown pairs (image, class) of a split that the model is most sure are positive, and the observed labels
-that it contradicts most. Where the data set holds labels that training did not see, the precision of the suggestions
-is printed. Starts under `deepspeed` and `torchrun` as well; the lists do not depend on the number of ranks.
-"""
+"""`spml-fast suggest --run RUN [--split train] [--csv OUT]`: which labels are probably missing or wrong."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import dataclasses
 from pathlib import Path
 
-try:
-    from spml_fast.core.errors import UserError, run_command
-except ImportError as error:
-    raise SystemExit(f"error: {error}; run `pip install -e .` in the repository first") from error
+from spml_fast.cli import common
+from spml_fast.core.errors import UserError
 
+DESCRIPTION = """Rank the unknown pairs (image, class) of a split that the model is most sure are positive, and the
+observed labels that it contradicts most. Where the data set holds labels that training did not see, the precision of
+the suggestions is printed. Starts under `deepspeed` and `torchrun` as well; the lists do not depend on the number of
+ranks."""
+EXAMPLES = [
+    ("--run RUN", "of the training split"),
+    ("--run RUN --csv labels.csv", "a table to correct labels from"),
+    ("--run RUN --split val --per-class 20", "the surest 20 of each class"),
+]
 TOP = 100
 # Rows of a list that are shown where a file holds them all.
 SHOWN = 10
@@ -23,8 +25,8 @@ SHOWN = 10
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, help="run directory; its best weights are used")
+    parser = common.command_parser("suggest", "--run RUN [OPTIONS]", DESCRIPTION, EXAMPLES)
+    common.add_run(parser)
     parser.add_argument("--split", help="split to look at; default the run's training split")
     parser.add_argument(
         "--top",
@@ -40,30 +42,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="P",
         help="suggest labels that the model gives at least this probability (0 to 1; default: %(default)s)",
     )
-    parser.add_argument(
-        "--alpha", type=float, metavar="A", help="BoostLU factor, 1 for none; default the run's model.alpha_eval"
-    )
+    common.add_alpha(parser)
     parser.add_argument(
         "--csv",
         type=Path,
         metavar="OUT",
         help=f"write path, class, known, probability, suggestion to this file; the screen then shows {SHOWN} a list",
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images a forward; default the run's")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    common.add_batch_size(parser)
+    return common.parse(parser, argv)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise `UserError` for what makes no sense."""
-    for name in ("top", "per_class", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    """Validate option combinations. Raises `UserError`."""
+    common.check_at_least_one(args, "top", "per_class", "batch_size")
     if not 0 <= args.min_probability < 1:
         raise UserError(f"--min-probability is {args.min_probability:g}; it must be at least 0 and less than 1")
-    if args.alpha is not None and not 0 < args.alpha < float("inf"):
-        raise UserError(f"--alpha is {args.alpha:g}; it must be greater than 0 and finite (1 turns boosting off)")
+    common.check_alpha(args.alpha)
     if args.csv is not None and (str(args.csv) == "-" or args.csv.is_dir()):
         raise UserError(f"--csv {args.csv} is no file name; give the name of a CSV file")
     if args.csv is not None and not args.csv.parent.is_dir():
@@ -71,12 +66,11 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.csv} cannot be written: there is no directory {args.csv.parent}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Rank and print."""
     args = parse(argv)
     check(args)
     import contextlib
-    import io
 
     from spml_fast.train.engine import init_distributed, shutdown_distributed
 
@@ -89,11 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     from spml_fast.runs.open import load_run, make_eval_loader
     from spml_fast.train.logs import print_table
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A class name that the terminal's encoding lacks ends nothing.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    common.print_any_text()
     config, manifest, classifier, _ = load_run(args.run, device)
-    config.eval.batch_size = args.batch_size or config.eval.batch_size
+    batch_size = args.batch_size or config.eval.batch_size
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
     split = manifest.split(args.split or config.data.train_split)
     if len(split) == 0:
         raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
@@ -133,7 +126,4 @@ def main(argv: list[str] | None = None) -> None:
             count = suggest.write_suggestions(args.csv, lists, split, manifest.classes)
             print(f"{args.csv}: {count} suggestions")
     shutdown_distributed()
-
-
-if __name__ == "__main__":
-    run_command(main)
+    return 0

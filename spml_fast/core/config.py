@@ -58,6 +58,11 @@ class DataConfig:
     read_threads: int = 4
 
 
+@dataclass(frozen=True)
+class HeadOptions:
+    """A head without options of its own; those of a head with some are a subclass."""
+
+
 @dataclass
 class ModelConfig:
     """Backbone and head.
@@ -68,7 +73,8 @@ class ModelConfig:
         weights: local file with backbone weights (.safetensors, .pth), used instead of a download.
         head: cam is 1x1 class weights, BoostLU and the spatial mean; query2label reads the features by cross-attention
             (it has no map to boost, so alpha is 1 with it).
-        head_options: options of that head, for example {preset: tiny} for query2label; heads/NAME.py explains them.
+        head_options: options of that head, for example {preset: tiny} or --model.head_options.preset tiny for
+            query2label; --model.head NAME --help explains those of NAME.
         alpha_train: BoostLU's factor on positive cells in training; 1 is the plain class activation map.
         alpha_eval: BoostLU's factor at evaluation.
         output_stride: stride of the feature map, where the backbone allows to choose; null takes its own.
@@ -87,7 +93,7 @@ class ModelConfig:
     pretrained: bool = True
     weights: str | None = None
     head: str = "cam"
-    head_options: dict[str, Any] = field(default_factory=dict)
+    head_options: HeadOptions | dict[str, Any] = field(default_factory=dict)
     alpha_train: float = 5.0
     alpha_eval: float = 5.0
     output_stride: int | None = None
@@ -216,6 +222,8 @@ class RunConfig:
         deterministic: on a GPU, take algorithms that give the same bits in every run, and say so where PyTorch has
             none. Off, cuDNN times its algorithms and takes the fastest, and repeated runs differ by rounding. CPU runs
             repeat bit for bit either way.
+        plugins: modules, or paths of .py files, to import first because they register the run's method, head or data
+            set; --plugins NAME adds one.
     """
 
     dir: str | None = None
@@ -224,6 +232,7 @@ class RunConfig:
     keep: int = 1
     save_updates: int = 0
     deterministic: bool = False
+    plugins: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -3,67 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
-from spml_fast.core.config import (
-    SECTIONS,
-    Config,
-    ModelConfig,
-)
-from spml_fast.core.errors import UserError, fail
+from spml_fast.core.config import SECTIONS, Config, ModelConfig
+from spml_fast.core.errors import UserError
 from spml_fast.methods import get_method
 from spml_fast.models.heads import get_head
 from spml_fast.models.heads.base import head_options
-
-DEFAULT_METHOD = "ll_r"
-
-
-class RunParser(ArgumentParser):
-    """Says what is wrong in one sentence instead of printing every option; exit status 2.
-
-    Attributes:
-        source: what is being parsed, to begin the sentence with; empty for the command line.
-    """
-
-    source: str = ""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message on one line and leave."""
-        text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(message).split()))
-        text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", text)
-        unknown = re.match(r"unrecognized arguments: (--[\w.]+)", text)
-        hint = _closest(unknown[1], self._option_string_actions) if unknown else ""
-        fail(f"{self.source}{text}{hint} (--help lists every option)", status=2)
-
-
-def build_parser(method: str = DEFAULT_METHOD, prog: str | None = None) -> RunParser:
-    """The parser for runs with `method`, whose own options stand under `--method.`."""
-    parser = RunParser(
-        prog=prog,
-        allow_abbrev=False,
-        description="Train a multi-label image classifier from partly labelled images.",
-        epilog="--method X is short for --method.name X; --help shows the options of that method.",
-    )
-    parser.add_argument("--config", action="config", help="YAML recipe; later options and files win over earlier ones")
-    for name, cls in SECTIONS.items():
-        parser.add_argument(f"--{name}", type=cls, default=cls())
-    options = get_method(method).Options
-    parser.add_argument("--method", type=options, default=options(name=method))
-    return parser
+from spml_fast.runs.options import (
+    DEFAULT_METHOD,
+    RunParser,
+    build_parser,
+    closest,
+    method_option_hint,
+    plain_model_config,
+)
+from spml_fast.runs.plugins import load_plugins, used_plugins
+from spml_fast.runs.recipes import find_recipe
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """A YAML recipe as a dictionary; `UserError` names the file and, for bad YAML, the line."""
+    """A YAML recipe as a dictionary; `UserError` names the file and, for bad YAML, the line.
+
+    Args:
+        path: of a file, or the name of a packaged recipe.
+    """
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(find_recipe(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -88,7 +58,7 @@ def check_keys(recipe: dict[str, Any], path: str, method: str | None) -> None:
     sections: dict[str, type | None] = {**SECTIONS, "method": get_method(method).Options if method else None}
     for section, values in recipe.items():
         if section not in sections:
-            raise UserError(f"recipe {path} has no section {section!r}{_closest(section, sections)}")
+            raise UserError(f"recipe {path} has no section {section!r}{closest(section, sections)}")
         cls = sections[section]
         if cls is None or values is None:
             continue
@@ -97,23 +67,53 @@ def check_keys(recipe: dict[str, Any], path: str, method: str | None) -> None:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise UserError(f"recipe {path}: section {section} has no option {key!r}{_closest(str(key), known)}")
+                of_method = section == "method" and method is not None
+                hint = method_option_hint(str(key), str(method)) if of_method else closest(str(key), known)
+                raise UserError(f"recipe {path}: section {section} has no option {key!r}{hint}")
 
 
-def _closest(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def chosen_method(recipe: dict[str, Any], path: str) -> str | None:
+    """The method that a recipe names. `UserError` for one that stands where the section belongs."""
+    section = recipe.get("method")
+    if isinstance(section, str):
+        raise UserError(f"recipe {path}: write `method: {{name: {section}}}`")
+    return str(section["name"]) if isinstance(section, dict) and "name" in section else None
 
 
-def to_config(namespace: Namespace) -> Config:
-    config = Config(method=namespace.method, **{name: getattr(namespace, name) for name in SECTIONS})
+def chosen_head(recipe: dict[str, Any]) -> str | None:
+    """The head that a recipe names."""
+    section = recipe.get("model")
+    return str(section["head"]) if isinstance(section, dict) and "head" in section else None
+
+
+def named_plugins(recipe: dict[str, Any]) -> list[str]:
+    """The modules that a recipe needs."""
+    section = recipe.get("run")
+    names = section.get("plugins") if isinstance(section, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def to_config(parser: RunParser, namespace: Any) -> Config:
+    """What was parsed as a configuration.
+
+    Raises:
+        UserError: values that have the right type but no meaning.
+    """
+    # The older of the supported releases have the second name alone.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    sections = instantiate(namespace)
+    values = {name: getattr(sections, name) for name in SECTIONS}
+    values["model"] = plain_model_config(values["model"])
+    config = resolve_head(Config(method=sections.method, **values))
     validate(config)
-    return config
+    uses = (get_method(config.method.name), get_head(config.model.head))
+    plugins = used_plugins(config.run.plugins, uses)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, plugins=plugins))
 
 
 def validate(config: Config) -> None:
     """Raise `UserError` for values that have the right type but no meaning; names the option."""
-    resolve_head_alpha(config)
+    resolve_head(config)
     positive = {
         "data.image_size": config.data.image_size,
         "data.prefetch": config.data.prefetch,
@@ -180,39 +180,45 @@ def validate(config: Config) -> None:
             raise UserError(f"{name} is {value}; it must not be negative")
 
 
-def resolve_head_alpha(config: Config) -> None:
-    """Check head and head options; alpha becomes 1 for a head that BoostLU has no meaning for.
+def resolve_head(config: Config) -> Config:
+    """The configuration with the head's options as its dataclass, and alpha 1 for a head without a map to boost.
 
     Raises:
         UserError: no such head or option, or another alpha than 1 or the default was asked for with such a head.
     """
     model = config.model
-    head_options(model.head, model.head_options)
-    if get_head(model.head).supports_boostlu:
-        return
-    why = f"but head {model.head} has no class activation map to boost; leave it out or set it to 1"
-    for name in ("alpha_train", "alpha_eval"):
-        value = getattr(model, name)
-        if value not in (1, getattr(ModelConfig, name)):
-            raise UserError(f"model.{name} is {value:g}, {why}")
-        setattr(model, name, 1.0)
-    if any(alpha != 1 for alpha in config.eval.alphas or []):
-        raise UserError(f"eval.alphas is {config.eval.alphas}, {why}")
+    model = dataclasses.replace(model, head_options=head_options(model.head, model.head_options))
+    if not get_head(model.head).supports_boostlu:
+        why = f"but head {model.head} has no class activation map to boost; leave it out or set it to 1"
+        for name in ("alpha_train", "alpha_eval"):
+            value = getattr(model, name)
+            if value not in (1, getattr(ModelConfig, name)):
+                raise UserError(f"model.{name} is {value:g}, {why}")
+        if any(alpha != 1 for alpha in config.eval.alphas or []):
+            raise UserError(f"eval.alphas is {config.eval.alphas}, {why}")
+        model = dataclasses.replace(model, alpha_train=1.0, alpha_eval=1.0)
+    return dataclasses.replace(config, model=model)
 
 
 def to_yaml(config: Config) -> str:
     """A recipe that repeats the run."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    values = dataclasses.asdict(config)
+    if not values["run"]["plugins"]:
+        # Most runs need none, and older versions do not know the option.
+        del values["run"]["plugins"]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: Path) -> Config:
-    """Read a run's resolved recipe. Raises `UserError` when it is missing or from another version."""
-    recipe = read_recipe(str(path))
-    section = recipe.get("method")
-    name = str(section.get("name", DEFAULT_METHOD)) if isinstance(section, dict) else DEFAULT_METHOD
+    """Read a run's resolved recipe, and import the plugins that it names.
+
+    Raises:
+        UserError: it is missing or from another version, or a plugin cannot be imported.
+    """
+    recipe = read_recipe(str(path.absolute()))
+    load_plugins(named_plugins(recipe), f"the run of {path}")
+    name = chosen_method(recipe, str(path)) or DEFAULT_METHOD
     check_keys(recipe, str(path), name)
-    parser = build_parser(name, prog=Path(sys.argv[0]).name)
+    parser = build_parser(name, Path(sys.argv[0]).name, chosen_head(recipe) or ModelConfig.head)
     parser.source = f"recipe {path}: "
-    return to_config(
-        parser.instantiate_classes(parser.parse_object({k: v for k, v in recipe.items() if v is not None}))
-    )
+    return to_config(parser, parser.parse_object({k: v for k, v in recipe.items() if v is not None}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from spml_fast.analysis import explain, explain_page
 from spml_fast.analysis.explain import Choice, choose_classes, choose_samples, with_labels
 from spml_fast.analysis.explain_page import MapFolder, shown_names, tint
 from spml_fast.analysis.suggest import Suggestions
+from spml_fast.cli import explain as explain_command
 from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import printable
@@ -34,11 +34,6 @@ from spml_fast.runs.open import load_run, make_eval_loader
 from spml_fast.runs.recipe import to_yaml
 from tests.support.paths import ROOT
 
-_spec = importlib.util.spec_from_file_location("explain_script", ROOT / "launch" / "explain.py")
-assert _spec is not None and _spec.loader is not None
-_script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_script)
-
 CPU = torch.device("cpu")
 NAMES = ["a $x_1^2$ b", "traffic light", "\u732b\U0001f408\u200b\ue000", "\u0441\u043e\u0431\u0430\u043a\u0430"]
 NAMES += ["W" * 60, r"\frac{1}", "$", "{}<b>", "x", "y"]
@@ -46,7 +41,7 @@ NAMES += ["W" * 60, r"\frac{1}", "$", "{}<b>", "x", "y"]
 
 def call(*arguments: object) -> int:
     """Run the command in this process; a user error stays an exception."""
-    return int(_script.main([str(a) for a in arguments]))
+    return int(explain_command.main([str(a) for a in arguments]))
 
 
 @pytest.fixture(autouse=True)
@@ -286,7 +281,7 @@ class TestCommand:
         Image.new("RGB", (90, 30)).save(tmp_path / "b.png", exif=exif)
         for orientation, aspect in (("exif", 1 / 3), ("ignore", 3)):
             words = ["--run", "x", "--orientation", orientation, str(tmp_path / "b.png")]
-            files, aspects, missing = _script.given_images(_script.parse(words))
+            files, aspects, missing = explain_command.given_images(explain_command.parse(words))
             assert aspects == [pytest.approx(aspect)] and missing == 0 and len(files) == 1
 
     def test_sharded_split(self, run: Path, small_digits: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import textwrap
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from spml_fast.analysis import export
 from spml_fast.analysis.predict import predict
+from spml_fast.cli import export as export_command
 from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.data.image_files import ImageFiles
@@ -29,11 +29,6 @@ from spml_fast.models.weights import save_weights
 from spml_fast.runs.open import load_classifier, load_run_config, make_eval_loader
 from spml_fast.runs.recipe import to_yaml
 from tests.support.paths import ROOT
-
-_spec = importlib.util.spec_from_file_location("export_script", ROOT / "launch" / "export.py")
-assert _spec is not None and _spec.loader is not None
-_script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_script)
 
 CPU = torch.device("cpu")
 CLASSES = [str(i) for i in range(10)]
@@ -64,7 +59,7 @@ def make_run(folder: Path, *words: str, data: Path | None = None) -> Path:
 
 
 def call(*arguments: object) -> None:
-    _script.main([str(a) for a in arguments])
+    export_command.main([str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from spml_fast.analysis import predict
 from spml_fast.analysis.predict import Prediction, PredictionTable, prediction_line
+from spml_fast.cli import predict as predict_command
 from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.data import image_check, image_files
@@ -33,18 +33,13 @@ from spml_fast.runs.recipe import to_yaml
 from tests.support.paths import ROOT
 from tests.support.runs import command, environment
 
-_spec = importlib.util.spec_from_file_location("predict_script", ROOT / "launch" / "predict.py")
-assert _spec is not None and _spec.loader is not None
-_script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_script)
-
 CPU = torch.device("cpu")
 Row = tuple[str, str, float, int]
 
 
 def call(*arguments: object) -> int:
     """Run the command in this process; a user error stays an exception."""
-    return int(_script.main([str(a) for a in arguments]))
+    return int(predict_command.main([str(a) for a in arguments]))
 
 
 def read(path: Path) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import statistics
@@ -24,18 +23,13 @@ from spml_fast.analysis.report.tables import (
     summary,
     training_counts,
 )
+from spml_fast.cli import report as report_command
 from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
 from spml_fast.runs.read import Run, flatten, read_epochs, read_run
 from spml_fast.runs.recipe import to_yaml
 from spml_fast.train.logs import RunLog
-from tests.support.paths import ROOT
-
-_spec = importlib.util.spec_from_file_location("report_script", ROOT / "launch" / "report.py")
-assert _spec is not None and _spec.loader is not None
-_script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_script)
 
 NAMES = ["cat", "<script>alert(1)</script>", "never there", "$x^2$ & Straße"]
 
@@ -311,7 +305,7 @@ def test_small_helpers():
 def test_the_command_writes_the_page_whole(tmp_path, capsys):
     run, out = make_run(tmp_path / "run"), tmp_path / "page.html"
     out.write_text("older")
-    _script.main([str(run), "--out", str(out)])
+    report_command.main([str(run), "--out", str(out)])
     assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>") and "1 run(s)" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "run"]
 
@@ -328,7 +322,7 @@ def test_what_users_get_wrong(tmp_path):
         ([run, tmp_path / "link", "--out", tmp_path / "page.html"], "given twice"),
     ):
         with pytest.raises(UserError, match=message):
-            _script.main([str(w) for w in words])
+            report_command.main([str(w) for w in words])
     (run / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml is not valid YAML in line 1"):
         make_page([run])

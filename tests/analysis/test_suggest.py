@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from spml_fast.analysis import suggest
 from spml_fast.analysis.suggest import BestPairs, codes_of, hidden_positives, precision_at
+from spml_fast.cli import suggest as suggest_command
 from spml_fast.cli.parse import parse_config
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
@@ -26,17 +26,12 @@ from spml_fast.runs.open import load_run, make_eval_loader
 from spml_fast.runs.recipe import to_yaml
 from tests.support.paths import ROOT
 
-_spec = importlib.util.spec_from_file_location("suggest_script", ROOT / "launch" / "suggest.py")
-assert _spec is not None and _spec.loader is not None
-_script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_script)
-
 CPU = torch.device("cpu")
 
 
 def call(*arguments: object) -> None:
     """Run the command in this process; a user error stays an exception."""
-    _script.main([str(a) for a in arguments])
+    suggest_command.main([str(a) for a in arguments])
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import io
 import itertools
 import json
@@ -23,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from spml_fast.cli import prepare
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError
 from spml_fast.data import shards as reading
@@ -32,7 +32,6 @@ from spml_fast.data.manifest import Manifest, Split
 from spml_fast.prepare import pack as packing
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.pack import PackOptions, pack
-from tests.support.paths import ROOT
 from tests.support.pil import make_split, photo
 
 GREY = {"device": torch.device("cpu"), "mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
@@ -605,9 +604,6 @@ def test_damage_is_named_and_can_be_put_right(spoil, says, packed, tmp_path):
 
 def test_check_finds_one_flipped_bit(packed, tmp_path, capsys):
     split = _copy(packed, tmp_path)
-    spec = importlib.util.spec_from_file_location("prepare_shards", ROOT / "launch" / "prepare.py")
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
     assert prepare.main(["shard", "--check", str(tmp_path / "copy")]) == 0
     assert "every checksum is right" in capsys.readouterr().out
     path = Path(split.shards.path(2))

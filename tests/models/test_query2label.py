@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.evaluation.evaluate import evaluate_split
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.heads import MaskOptions, make_head
-from spml_fast.models.heads.query2label import Query2LabelHead, sine_position
+from spml_fast.models.heads.query2label import Query2LabelHead, Query2LabelOptions, sine_position
 from tests.support.paths import ROOT
 from tests.support.runs import Run, read_metrics
 
@@ -155,7 +156,7 @@ class TestMaps:
         head = make(dropout=0.5, encoder_layers=0, decoder_layers=1)
         clean = head.eval()(x, classes=classes)[2]
         torch.testing.assert_close(head.train()(x, classes=classes)[2], clean)
-        head.options.map_dropout = True
+        head.options = dataclasses.replace(head.options, map_dropout=True)
         noisy = head(x, classes=classes)[2]
         assert not torch.allclose(noisy, clean)
         torch.testing.assert_close(head.eval()(x, classes=classes)[2], clean)
@@ -269,9 +270,9 @@ class TestClassifier:
     def test_command_line(self):
         words = ["--data.dir", "x", "--model.head", "query2label", "--model.head_options", '{"preset": "tiny"}']
         config = parse_config(words)
-        assert config.model.head_options == {"preset": "tiny"}
+        assert config.model.head_options == Query2LabelOptions(preset="tiny")
         assert config.model.alpha_train == config.model.alpha_eval == 1
-        assert parse_config([*words, "--model.head_options.heads", "8"]).model.head_options["heads"] == 8
+        assert parse_config([*words, "--model.head_options.heads", "8"]).model.head_options.heads == 8
         for more, word in (
             (["--model.alpha_train", "3"], "alpha_train is 3"),
             (["--eval.alphas", "[1, 5]"], "eval.alphas"),

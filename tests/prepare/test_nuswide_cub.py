@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,24 +9,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from spml_fast.cli import prepare as prepare_command
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.datasets import cub, nuswide
 from spml_fast.prepare.observed_labels import draw_published, published_split
 from tests.support import data as make
-from tests.support.paths import ROOT
-
-_spec = importlib.util.spec_from_file_location("prepare_nuswide_script", ROOT / "launch" / "prepare.py")
-assert _spec is not None and _spec.loader is not None
-_script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_script)
 
 
 def prepare(*arguments: object) -> Manifest:
     """Run the command in this process; a user error stays an exception."""
     words = [str(a) for a in arguments]
-    assert _script.main(words) == 0
+    assert prepare_command.main(words) == 0
     return Manifest(words[words.index("--out") + 1])
 
 

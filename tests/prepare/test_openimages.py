@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.make_openimages import Release, draw_rows, hex_ids, make_release, zipf_cdf
+from spml_fast.cli import prepare as prepare_command
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import Manifest, Split
@@ -23,12 +23,7 @@ from spml_fast.prepare.datasets import openimages
 from spml_fast.prepare.datasets.openimages import csv as files
 from spml_fast.prepare.observed_labels import draw_published
 from tests.support import data as make
-from tests.support.paths import ROOT, need_data
-
-_spec = importlib.util.spec_from_file_location("prepare_openimages_script", ROOT / "launch" / "prepare.py")
-assert _spec is not None and _spec.loader is not None
-_script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_script)
+from tests.support.paths import need_data
 
 Labels = dict[tuple[int, str], int]
 NAMES = {"train": "train", "val": "validation", "test": "test"}
@@ -40,7 +35,7 @@ def prepare(release: Release, out: Path, *words: object, images: object = None, 
     chosen = labels or release.labels.values()
     arguments = ["openimages", "--labels", *chosen, "--classes", release.classes]
     arguments += ["--descriptions", release.descriptions, "--images", images or release.images or "none"]
-    assert _script.main([str(a) for a in (*arguments, "--out", out, *words)]) == 0
+    assert prepare_command.main([str(a) for a in (*arguments, "--out", out, *words)]) == 0
     return Manifest(out)
 
 
@@ -126,7 +121,7 @@ def test_real_class_descriptions():
 def test_one_split_and_no_descriptions(tmp_path, release):
     train = shutil.copy(release.labels["train"], tmp_path / "mine.csv")
     words = ["openimages", "--labels", train, "--classes", release.classes, "--images", "none", "--out", tmp_path / "m"]
-    assert _script.main([str(w) for w in words]) == 0
+    assert prepare_command.main([str(w) for w in words]) == 0
     manifest = Manifest(tmp_path / "m")
     assert list(manifest.splits) == ["train"] and manifest.classes == release.classes.read_text().split()
     notes = " ".join(report_of(manifest)["notes"])
@@ -201,7 +196,7 @@ def test_tar_files_of_the_bucket(tmp_path, layout):
     made = make_release(tmp_path, "v6", images={"train": 30, "test": 6}, pictures=0.8, layout=layout)
     prepare(made, tmp_path / "labels", images="none")
     words = ["shard", "--manifest", tmp_path / "labels", "--tars", made.images, "--leave-out", "--out", tmp_path / "m"]
-    assert _script.main([str(w) for w in (*words, "--workers", "1")]) == 0
+    assert prepare_command.main([str(w) for w in (*words, "--workers", "1")]) == 0
     manifest = Manifest(tmp_path / "m")
     class_ids = made.classes.read_text().split()
     for name in ("train", "test"):
@@ -506,7 +501,7 @@ def test_a_image_is_in_one_split(tmp_path, release):
     (tmp_path / "classes.txt").write_text(f"{A}\n")
     words = ["openimages", "--classes", tmp_path / "classes.txt", "--images", "none", "--out", tmp_path / "m"]
     with pytest.raises(UserError, match=message):
-        _script.main([str(w) for w in (*words, "--labels", train, test)])
+        prepare_command.main([str(w) for w in (*words, "--labels", train, test)])
     assert not (tmp_path / "m").exists()
 
 

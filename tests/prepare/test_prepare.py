@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from spml_fast.cli import prepare as prepare_command
 from spml_fast.core import workers
 from spml_fast.core.errors import UserError
 from spml_fast.data.image_check import check_image, check_images, choose_level
@@ -30,12 +30,7 @@ from spml_fast.prepare import build, raw
 from spml_fast.prepare.datasets import base, csv_table, digits, load_all
 from spml_fast.prepare.observed_labels import draw_published, published_split
 from tests.support import data as make
-from tests.support.paths import ROOT, need_data
-
-_spec = importlib.util.spec_from_file_location("prepare_script", ROOT / "launch" / "prepare.py")
-assert _spec is not None and _spec.loader is not None
-_script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_script)
+from tests.support.paths import need_data
 
 
 def wait_for(happens: Callable[[], bool]) -> None:
@@ -49,7 +44,7 @@ def wait_for(happens: Callable[[], bool]) -> None:
 def prepare(*arguments: object) -> Manifest:
     """Run the command in this process; a user error stays an exception."""
     words = [str(a) for a in arguments]
-    assert _script.main(words) == 0
+    assert prepare_command.main(words) == 0
     return Manifest(words[words.index("--out") + 1])
 
 
@@ -738,7 +733,7 @@ def test_every_data_set_has_a_subcommand_and_help(capsys):
     assert {"coco", "csv", "digits", "voc"} <= set(load_all())
     for name in load_all():
         with pytest.raises(SystemExit) as stop:
-            _script.main([name, "--help"])
+            prepare_command.main([name, "--help"])
         text = capsys.readouterr().out
         assert stop.value.code == 0
         assert all(
@@ -749,7 +744,7 @@ def test_every_data_set_has_a_subcommand_and_help(capsys):
 @pytest.mark.parametrize("words", [[], ["imagenet"], ["digits"], ["digits", "--ou", "x"], ["csv", "--out", "x"]])
 def test_command_line_mistakes(words, capsys):
     with pytest.raises(SystemExit) as stop:
-        _script.main(words)
+        prepare_command.main(words)
     assert stop.value.code == 2 and "usage:" in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 from spml_kernels.cam_mask.op import MapNorm
 from torch import Tensor, nn
 
+from spml_fast.core.config import HeadOptions as HeadOptions
 from spml_fast.core.errors import UserError
 from spml_fast.core.registry import Registry
 
@@ -28,11 +29,6 @@ class MaskOptions:
     threshold: float
     norm: MapNorm
     group: int
-
-
-@dataclass
-class HeadOptions:
-    """A head without options of its own."""
 
 
 class Head(nn.Module):
@@ -124,13 +120,17 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def head_options(name: str, values: dict[str, Any]) -> HeadOptions:
-    """The options of a head from `model.head_options`.
+def head_options(name: str, values: HeadOptions | dict[str, Any]) -> HeadOptions:
+    """The options of a head from `model.head_options`: as they are, or made from a dictionary.
 
     Raises:
-        UserError: no such head or option, or a value of the wrong type.
+        UserError: no such head or option, a value of the wrong type, or options of another head.
     """
     cls = get_head(name).Options
+    if isinstance(values, HeadOptions):
+        if type(values) is not cls:
+            raise UserError(f"model.head_options are those of another head than {name} ({type(values).__name__})")
+        return values
     hints = get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
     for key, value in values.items():
@@ -144,6 +144,8 @@ def head_options(name: str, values: dict[str, Any]) -> HeadOptions:
     return cls(**values)
 
 
-def make_head(name: str, values: dict[str, Any], channels: int, num_classes: int, grid: tuple[int, int]) -> Head:
+def make_head(
+    name: str, values: HeadOptions | dict[str, Any], channels: int, num_classes: int, grid: tuple[int, int]
+) -> Head:
     """The head called `name` with its options. Raises `UserError` for options that do not fit."""
     return get_head(name)(channels, num_classes, grid, head_options(name, values))

@@ -34,7 +34,7 @@ from spml_fast.core.precision import no_autocast
 from spml_fast.models.heads.base import Head, HeadOptions, MaskOptions, register
 
 
-@dataclass
+@dataclass(frozen=True)
 class Query2LabelOptions(HeadOptions):
     """Query2Label.
 
