@@ -1,17 +1,30 @@
 """Package metadata. `kernels/` holds the package `spml_kernels`, which can be used without the trainer."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
+VERSION = re.search(
+    r'^__version__ = "(.+)"', Path(__file__).with_name("spml_fast").joinpath("__init__.py").read_text(), re.M
+)
+assert VERSION is not None
 
 setup(
     name="spml_fast",
-    version="0.1.0",
+    version=VERSION[1],
     description="Fast distributed training of multi-label image classifiers from partly labelled images",
     python_requires=">=3.11",
     packages=find_packages(".", include=["spml_fast", "spml_fast.*"]) + find_packages("kernels"),
     package_dir={"spml_fast": "spml_fast", "spml_kernels": "kernels/spml_kernels"},
-    package_data={"spml_fast": ["py.typed", "analysis/report/*.html"], "spml_kernels": ["py.typed"]},
+    package_data={
+        "spml_fast": ["py.typed"],
+        "spml_fast.analysis.report": ["*.html"],
+        "spml_fast.runs.recipes": ["*.yaml"],
+        "spml_kernels": ["py.typed"],
+    },
+    entry_points={"console_scripts": ["spml-fast = spml_fast.cli.main:entry"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",

@@ -24,6 +24,7 @@ FLOORS = [
     {"runs"},
     {"train", "analysis", "reproduction"},
     {"cli"},
+    {"api"},
 ]
 
 

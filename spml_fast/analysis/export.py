@@ -10,6 +10,7 @@ file is in its metadata.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import io
@@ -78,6 +79,7 @@ def describe(config: Config, classifier: Classifier, classes: list[str], alpha: 
         "std": json.dumps(std),
         "backbone": config.model.backbone,
         "head": config.model.head,
+        "head_options": json.dumps(dataclasses.asdict(classifier.head.options)),
         "alpha": f"{alpha:g}",
         "prefix_tokens": str(classifier.prefix_tokens),
         "method": str(config.method.name),
