@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
-import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from spml_fast.core import env
 from spml_fast.core.errors import UserError, fail
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def check_one_process(command: str, more: str = "") -> None:
         command: its name.
         more: what else to say of the way to start it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if env.world_size() > 1:
         raise UserError(f"{command} works in one process; start it without a launcher{more}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.runs.layout import RunLayout
 
 DESCRIPTION = """Highest and lowest cells of the maps of positive and negative labels; with --against, a run with full
 labels on the same data, the rank correlation of the maps of both; the pointing game where the data set has boxes; for
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     if table is not None and distributed.is_main():
         found = summarise(table)
         # A run that was copied without its log still has maps.
-        epochs = read_epochs(args.run) if (args.run / "metrics.jsonl").is_file() else []
+        epochs = read_epochs(args.run) if RunLayout(args.run).metrics.is_file() else []
         gaps = [e for e in epochs if "gap_histogram" in e]
         report: dict[str, Any] = {"run": str(args.run), "against": None if args.against is None else str(args.against)}
         report |= {"split": split.name, **found}

@@ -86,7 +86,7 @@ def class_ids(names: list[str], classes: list[str]) -> list[int]:
     for name in names:
         if name not in place:
             close = difflib.get_close_matches(name, classes, n=3)
-            hint = f"did you mean {', '.join(close)}?" if close else "classes.txt of the run lists them"
+            hint = f"did you mean {', '.join(close)}?" if close else "the run directory lists its classes"
             raise UserError(f"--classes: the run has no class {name!r}; {hint}")
     return list(dict.fromkeys(place[name] for name in names))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.runs.layout import RunLayout
 
 DESCRIPTION = """onnx: images in, logits and probabilities out; runs in ONNX Runtime and whatever else reads ONNX.
 safetensors: weights that timm takes by itself, where its model of that name is the same; else those of the backbone and
@@ -15,7 +16,7 @@ of the head. What is written is compared with the run before it is kept."""
 EXAMPLES = [
     ("--run RUN --format onnx", "to RUN/export.onnx"),
     ("--run RUN --format onnx --alpha 1", "without BoostLU in the graph"),
-    ("--run RUN --format safetensors --out model.safetensors", "weights for timm"),
+    ("--run RUN --format safetensors --out weights.safetensors", "weights for timm"),
 ]
 SUFFIX = {"onnx": ".onnx", "safetensors": ".safetensors"}
 
@@ -39,7 +40,7 @@ def check(args: argparse.Namespace, out: Path) -> None:
         raise UserError(f"--out {out} must be named {SUFFIX[args.format]}")
     if out.is_dir():
         raise UserError(f"--out {out} is a directory; give the name of a file")
-    if out.resolve() == (args.run / "model.safetensors").resolve():
+    if out.resolve() == RunLayout(args.run).weights.resolve():
         raise UserError(f"--out {out} is where the run keeps its own weights; give another name")
     if args.run.is_dir() and not out.parent.is_dir():
         raise UserError(f"--out {out} cannot be written: there is no directory {out.parent}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from spml_fast.cli import common
@@ -37,15 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a directory; give the name of a file")
     from spml_fast.analysis.report.page import make_page
+    from spml_fast.core.io import write_text
 
     page = make_page(args.runs)
-    partial = args.out.with_name(args.out.name + ".partial")
     try:
-        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, args.out)
+        write_text(args.out, page, errors="backslashreplace")
     except OSError as error:
-        if partial.is_file():
-            partial.unlink()
         raise common.write_failed(args.out, error) from error
     print(f"{args.out}: {len(args.runs)} run(s), {len(page) / 1e6:.1f} MB")
     return 0

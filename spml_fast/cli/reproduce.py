@@ -12,6 +12,7 @@ from pathlib import Path
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.runs.layout import RunLayout
 
 DESCRIPTION = """Train the papers' comparison and say which of their statements hold. Finished runs are kept and not
 repeated, so the command can be stopped and started again; with other options it wants another --out.
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     for entry in entries:
         for run in runs[entry.name]:
             check_options(run, chosen[entry.name])
-    todo = [(e, s) for s in range(args.seeds) for e in entries if not (runs[e.name][s] / "results.json").exists()]
+    todo = [(e, s) for s in range(args.seeds) for e in entries if not RunLayout(runs[e.name][s]).results.exists()]
     start = time.monotonic()
     for done, (entry, seed) in enumerate(todo):
         left = f", about {(time.monotonic() - start) / done * (len(todo) - done) / 60:.0f} min left" if done else ""
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         words += (["--data.dir", args.data] if args.data else []) + more
         note_options(run, chosen[entry.name])
         train(run, words, args.ranks)
-    heads = {e.name: load_config(runs[e.name][0] / "config.yaml").model.head for e in entries}
+    heads = {e.name: load_config(RunLayout(runs[e.name][0]).config).model.head for e in entries}
     rows = collect(runs, entries, heads)
     statements = check_claims(preset, rows)
     console.print(as_table(preset, rows))
