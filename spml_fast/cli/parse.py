@@ -12,7 +12,7 @@ import yaml
 from spml_fast.cli.common import split_plugins, without_launcher_words
 from spml_fast.core.config import Config, ModelConfig
 from spml_fast.models.heads.base import head_options
-from spml_fast.runs.options import DEFAULT_METHOD, build_parser
+from spml_fast.runs.options import DEFAULT_METHOD, build_parser, option_names
 from spml_fast.runs.plugins import load_plugins
 from spml_fast.runs.recipe import check_keys, chosen_head, chosen_method, named_plugins, read_recipe, to_config
 
@@ -100,6 +100,10 @@ def parse_words(
         parser.source = f"recipe {path}: "
         parser.parse_object(content)
     parser.source = ""
+    for word in argv:
+        name = word.partition("=")[0]
+        if name.startswith("--model.head_options.") and name.rpartition(".")[2] not in option_names(head):
+            parser.error(f"unrecognized arguments: {word}")
     for value in _option_values(argv, "--model.head_options"):
         options = yaml.safe_load(value)
         if isinstance(options, dict):

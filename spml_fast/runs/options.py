@@ -113,6 +113,11 @@ def closest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def option_names(head: str) -> list[str]:
+    """Names of the options of a head."""
+    return _names(get_head(head).Options)
+
+
 def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
