@@ -18,10 +18,10 @@ the options of a data set."""
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, prepare, print what was found."""
-    from spml_fast.prepare import pack
     from spml_fast.prepare.build import summary
     from spml_fast.prepare.datasets import load_all
     from spml_fast.prepare.datasets.base import add_common_options
+    from spml_fast.prepare.pack import command as pack
     from spml_fast.runs.plugins import load_plugins
 
     # What they register is part of the command line, so they come before it is parsed.

@@ -23,7 +23,7 @@ from spml_fast.prepare.observed_labels import published_split
 from spml_fast.prepare.raw import CommonOptions, Orientation, RawDataset, RawSplit
 
 # At most this many left-out images are named one by one in report.json.
-_MAX_LISTED = 100_000
+MAX_LISTED = 100_000
 
 
 def build(raw: RawDataset, common: CommonOptions) -> Manifest:
@@ -87,7 +87,7 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
             checked = checked.among(present, len(official))
         for index, (reason, detail) in checked.rejected.items():
             reasons[reason] += 1
-            if len(left_out) < _MAX_LISTED:
+            if len(left_out) < MAX_LISTED:
                 path = official.relative_path(index)
                 left_out.append({"split": official.name, "path": path, "reason": reason, "detail": detail})
         if not checked.ok.any():

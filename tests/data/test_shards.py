@@ -29,9 +29,9 @@ from spml_fast.data import shards as reading
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.loader import EvalLoader, TrainLoader
 from spml_fast.data.manifest import Manifest, Split
-from spml_fast.prepare import pack as packing
 from spml_fast.prepare.manifest_writer import ManifestWriter
-from spml_fast.prepare.pack import PackOptions, pack
+from spml_fast.prepare.pack import PackOptions, command, images, pack, run
+from spml_fast.prepare.pack import writer as shard_writer
 from tests.support.pil import make_split, photo
 
 GREY = {"device": torch.device("cpu"), "mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
@@ -211,7 +211,7 @@ def _killed(source: Path, out: Path, after: int) -> None:
     """Pack in a process that is killed in the middle of writing an image."""
 
     def work() -> None:
-        made = packing._make_image
+        made = images.make_image
         count = itertools.count()
 
         def make(*args):
@@ -219,7 +219,7 @@ def _killed(source: Path, out: Path, after: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return made(*args)
 
-        packing._make_image = make
+        images.make_image = make
         _pack(source, out)
 
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -244,14 +244,14 @@ def test_a_killed_run_goes_on(files, packed, tmp_path):
     with pytest.raises(UserError, match="holds shards of another command"):
         _pack(source, out, short_side=10)
     written: list[str] = []
-    finish = packing._ShardWriter.finish
+    finish = shard_writer.ShardWriter.finish
 
     def note(writer):
-        written.append(writer._planned.name)
+        written.append(writer.planned.name)
         finish(writer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing._ShardWriter, "finish", note)
+        patch.setattr(shard_writer.ShardWriter, "finish", note)
         manifest = _pack(source, out)
     assert _checksums(manifest) == [f.sha256 for f in packed.shards.files]
     assert done[0] in written and not set(done[1:]) & set(written)
@@ -267,7 +267,7 @@ def test_cut_off_at_the_very_end(files, packed, tmp_path, monkeypatch):
         patch.setattr(ManifestWriter, "finish", fail)
         with pytest.raises(KeyboardInterrupt):
             _pack(files.folder.parent, tmp_path / "m")
-    monkeypatch.setattr(packing, "_make_image", lambda *args: pytest.fail("packed again"))
+    monkeypatch.setattr(images, "make_image", lambda *args: pytest.fail("packed again"))
     assert _checksums(_pack(files.folder.parent, tmp_path / "m")) == [f.sha256 for f in packed.shards.files]
 
 
@@ -275,7 +275,7 @@ def test_no_room_is_one_sentence(files, tmp_path, monkeypatch):
     def full(self, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packing._HashingFile, "write", full)
+    monkeypatch.setattr(shard_writer.HashingFile, "write", full)
     with pytest.raises(UserError, match=r"failed \(No space left on device\); what is whole is kept"):
         _pack(files.folder.parent, tmp_path / "m")
 
@@ -287,9 +287,9 @@ def test_the_images_are_never_overwritten(files, packed, tmp_path):
             _pack(files.folder.parent, out, overwrite=True)
     assert (files.folder.parent / "manifest.json").exists()
     with (
-        packing._locked(tmp_path),
+        run.locked(tmp_path),
         pytest.raises(UserError, match="another command is packing"),
-        packing._locked(tmp_path),
+        run.locked(tmp_path),
     ):
         pass
 
@@ -592,11 +592,11 @@ def test_damage_is_named_and_can_be_put_right(spoil, says, packed, tmp_path):
     first = _flat(loader.epoch(0))
     spoil(split, path, offset)
     split.shards.forget(shard)
-    for run in (lambda: list(loader.epoch(2)), lambda: list(EvalLoader(split, _config(), batch_size=4, **GREY))):
+    for read in (lambda: list(loader.epoch(2)), lambda: list(EvalLoader(split, _config(), batch_size=4, **GREY))):
         with pytest.raises(UserError, match=f"{says}.*; restore the shard, or pack the images again"):
-            run()
+            read()
     with pytest.raises(UserError, match=rf"shard {re.escape(str(path))} \(samples \d+ to \d+ of split 'train'\)"):
-        packing._check(Manifest(tmp_path / "copy"))
+        command.check(Manifest(tmp_path / "copy"))
     path.write_bytes(whole)
     split.shards.forget(shard)
     assert all(_same(a, b) for a, b in zip(_flat(loader.epoch(0)), first, strict=True))
