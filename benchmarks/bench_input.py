@@ -1,13 +1,13 @@
-"""Images a second of the input pipeline, against the usual ways of feeding a GPU, in one run on one machine.
+"""Images per second of the loaders, against the usual ways of feeding a GPU, in one run on one machine.
 
     python benchmarks/bench_input.py [--images DIR] [--image-size 448] [--batch-size 16] [--json OUT]
 
-Loaders, each with the same decoding threads (or workers) and the same work to do:
-    spml_fast      spml_fast.pipeline: DALI fed with what order.py decides
+Loaders, each with the same decoding threads (or workers) and the same work:
+    spml_fast      spml_fast.data.loader: DALI fed with what the sampler decides
     shards         the same, with the images in tar shards
     dali_readers   DALI with readers.file, random numbers and RandAugment of DALI's own
     pil            torchvision transforms on Pillow images in a torch DataLoader with worker processes
-First the views are compared with Pillow's and torchvision's; a pipeline that is fast and wrong is not timed.
+First the views are compared with Pillow's and torchvision's; wrong views are not timed.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from tests.support.pil import ReferenceViews, make_split, photo
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MODES: dict[str, tuple[str, ...]] = {"eval": ("eval",), "weak": ("weak",), "weak+strong": ("weak", "strong")}
-# Mean distance in grey levels from Pillow's and torchvision's view that is still the same view.
+# Largest mean distance in grey levels from Pillow's and torchvision's views.
 ALLOWED = {"eval": 1.0, "weak": 1.0, "strong": 1.5}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Hardware and versions that the results are of."""
     import nvidia.dali
     import PIL
     import torchvision
@@ -79,18 +79,30 @@ def images(folder: Path | None, count: int, scratch: Path) -> Split:
     return make_split(scratch / "manifest", root, names)
 
 
-class Bench:
-    """One set of images and everything that loads them."""
+class Loaders:
+    """One set of images, and the loaders to compare.
+
+    Each loader is a method that takes the mode and returns a function of the epoch, which loads one epoch and yields
+    the number of images of every batch.
+
+    Args:
+        split: the images as files.
+        config: the `data` section.
+        batch_size: images of a batch.
+        device: where the views are made.
+        packed: the images in shards.
+    """
 
     def __init__(self, split: Split, config: DataConfig, batch_size: int, device: torch.device, packed: Split) -> None:
         self.split, self.config, self.batch_size, self.device = split, config, batch_size, device
         self.packed = packed
 
     def ours(self, mode: str) -> Callable[[int], Iterator[int]]:
-        """Returns a function that loads one epoch and yields the images of every batch; so do the others."""
+        """Our loaders, from files."""
         return self._ours(self.split, mode)
 
     def shards(self, mode: str) -> Callable[[int], Iterator[int]]:
+        """Our loaders, from shards."""
         return self._ours(self.packed, mode)
 
     def _ours(self, split: Split, mode: str) -> Callable[[int], Iterator[int]]:
@@ -102,6 +114,7 @@ class Bench:
         return lambda epoch: (views.real for update in train.epoch(epoch) for views in update)
 
     def dali_readers(self, mode: str) -> Callable[[int], Iterator[int]]:
+        """DALI with its own reader and RandAugment."""
         from nvidia.dali import fn, pipeline_def, types
         from nvidia.dali.auto_aug import rand_augment
         from nvidia.dali.plugin.base_iterator import LastBatchPolicy
@@ -156,6 +169,7 @@ class Bench:
         return lambda epoch: (len(batch[0]["index"]) for batch in iterator)
 
     def pil(self, mode: str) -> Callable[[int], Iterator[int]]:
+        """torchvision transforms on Pillow images, in worker processes."""
         data = ReferenceViews(self.split, self.config, MODES[mode], mean=MEAN, std=STD)
         loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
             data,
@@ -176,7 +190,7 @@ class Bench:
         return epoch
 
     def rate(self, batches: Iterator[int]) -> float:
-        """Images a second, from when the batches that may have been made ahead of the epoch are used up."""
+        """Images per second, without the batches that may have been made ahead of the epoch."""
         for _ in range(self.config.prefetch):
             next(batches)
         start = time.perf_counter()
@@ -198,15 +212,15 @@ class Bench:
                 index = int(views.index[position])
                 image = reference.image(index)
                 for name, tensor in views.views.items():
-                    apart = (tensor[position].cpu() - reference.view(image, name, index)) * scale
-                    distance.setdefault(name, []).append(float(apart.abs().mean()))
+                    difference = (tensor[position].cpu() - reference.view(image, name, index)) * scale
+                    distance.setdefault(name, []).append(float(difference.abs().mean()))
         return {name: statistics.mean(values) for name, values in distance.items()}
 
 
-def slow_reads(bench: Bench, latency: float, rounds: int) -> dict[str, float]:
-    """Images a second of the weak view from shards on a mount where every read takes `latency` milliseconds more."""
-    preadv, config = os.preadv, bench.config
-    found = {}
+def slow_reads(loaders: Loaders, latency: float, rounds: int) -> dict[str, float]:
+    """Images per second of the weak view from shards on a mount where every read takes `latency` milliseconds more."""
+    preadv, config = os.preadv, loaders.config
+    rates = {}
 
     def slow(*arguments: Any) -> int:
         time.sleep(latency / 1000)
@@ -214,19 +228,42 @@ def slow_reads(bench: Bench, latency: float, rounds: int) -> dict[str, float]:
 
     print(f"\nevery read of a shard takes {latency:g} ms more, {config.read_threads} reading threads: images/s")
     for shuffle in ("global", "window"):
-        # Several windows an epoch, so that reading goes on while decoding does.
-        bench.config = replace(config, shuffle=shuffle, shuffle_window=max(64, len(bench.split) // 4), shuffle_block=32)
-        epoch = bench.shards("weak")
+        # Several windows per epoch, so that images are read while others are decoded.
+        window = max(64, len(loaders.split) // 4)
+        loaders.config = replace(config, shuffle=shuffle, shuffle_window=window, shuffle_block=32)
+        epoch = loaders.shards("weak")
         sum(epoch(0))
         os.preadv = slow
-        found[shuffle] = statistics.median(bench.rate(epoch(turn)) for turn in range(1, rounds + 1))
+        rates[shuffle] = statistics.median(loaders.rate(epoch(turn)) for turn in range(1, rounds + 1))
         os.preadv = preadv
-        print(f"{shuffle:12s}{found[shuffle]:12.1f}", flush=True)
-    bench.config = config
-    return found
+        print(f"{shuffle:12s}{rates[shuffle]:12.1f}", flush=True)
+    loaders.config = config
+    return rates
 
 
-def main() -> int:
+def time_mode(loaders: Loaders, mode: str, rounds: int) -> dict[str, Any]:
+    """Images per second of every loader, in turns, so that a slow moment of the machine affects all of them."""
+    functions = {"spml_fast": loaders.ours, "shards": loaders.shards}
+    functions |= {"dali_readers": loaders.dali_readers, "pil": loaders.pil}
+    epochs = {name: make(mode) for name, make in functions.items()}
+    rates: dict[str, list[float]] = {name: [] for name in epochs}
+    for epoch in epochs.values():
+        sum(epoch(0))
+    for turn in range(1, rounds + 1):
+        for name, epoch in epochs.items():
+            rates[name].append(loaders.rate(epoch(turn)))
+            # A loader's work ahead of its next epoch must not slow down the next loader.
+            time.sleep(0.5)
+    # Round by round: loaders that took turns ran on the same machine.
+    ratio = {
+        name: statistics.median(a / b for a, b in zip(rates["spml_fast"], rates[name], strict=True))
+        for name in ("shards", "dali_readers", "pil")
+    }
+    return {"median": {name: statistics.median(values) for name, values in rates.items()}, "all": rates, "ratio": ratio}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -241,65 +278,57 @@ def main() -> int:
     parser.add_argument("--shard-size", type=float, default=256, metavar="MB", help="of shards, in 10^6 bytes")
     parser.add_argument("--read-latency", type=float, default=0, metavar="MS", help="also time shards on a slow mount")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="file for the results")
+    return parser.parse_args()
 
+
+def compare(args: argparse.Namespace, loaders: Loaders) -> dict[str, Any]:
+    """Check the views, time all loaders and print a table; returns the results."""
+    distance = loaders.check()
+    result: dict[str, Any] = {"grey_levels_from_reference": distance, "images_per_second": {}}
+    print("grey levels from Pillow and torchvision: " + ", ".join(f"{k} {v:.2f}" for k, v in distance.items()))
+    for view, value in distance.items():
+        if value > ALLOWED[view]:
+            raise UserError(f"the {view} view is {value:.2f} grey levels from the reference; nothing is timed")
+    head = f"{'spml_fast':>12s}{'shards':>9s}{'dali_readers':>14s}{'pil':>8s}"
+    print(f"\n{'':12s}{head}   images/s (median of {args.rounds})")
+    for mode in args.modes:
+        timed = result["images_per_second"][mode] = time_mode(loaders, mode, args.rounds)
+        rate = timed["median"]
+        print(
+            f"{mode:12s}{rate['spml_fast']:12.1f}{rate['shards']:9.1f}{rate['dali_readers']:14.1f}"
+            f"{rate['pil']:8.1f}   " + ", ".join(f"{value:.2f} x {name}" for name, value in timed["ratio"].items()),
+            flush=True,
+        )
+    if args.read_latency:
+        result["slow_reads"] = slow_reads(loaders, args.read_latency, args.rounds)
+    return result
+
+
+def main() -> int:
+    """Parse the command line, compare, write the results."""
+    args = parse()
     # DALI's own RandAugment calls operators by their old names, and DALI turns the filters for its warnings back on.
     warnings.showwarning = lambda *args, **kwargs: None
     device = torch.device(args.device)
     threads = args.threads or len(os.sched_getaffinity(0))
     config = DataConfig(image_size=args.image_size, threads=threads, shuffle=args.shuffle)
-    about = machine(device)
-    result: dict[str, Any] = {"machine": about, "threads": threads, "image_size": args.image_size}
+    hardware = machine(device)
     with tempfile.TemporaryDirectory() as scratch:
         split = images(args.images, args.count, Path(scratch))
         packing = PackOptions(
             split.folder.parent, Path(scratch) / "packed", shard_size=int(args.shard_size * 1e6), progress=False
         )
-        bench = Bench(split, config, args.batch_size, device, pack(packing).split("train"))
-        if len(bench.split) < (config.prefetch + 2) * args.batch_size:
-            raise UserError(f"{len(bench.split)} images are too few for batches of {args.batch_size}; give more")
-        print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
+        loaders = Loaders(split, config, args.batch_size, device, pack(packing).split("train"))
+        if len(split) < (config.prefetch + 2) * args.batch_size:
+            raise UserError(f"{len(split)} images are too few for batches of {args.batch_size}; give more")
+        print(", ".join(f"{key} {value}" for key, value in hardware.items() if value is not None))
         print(
-            f"{len(bench.split)} images of {args.images or 'generated noise, 640 x 480'}, to {args.image_size} px, "
+            f"{len(split)} images of {args.images or 'generated noise, 640 x 480'}, to {args.image_size} px, "
             f"batches of {args.batch_size}, {threads} threads or workers"
         )
-        apart = result["grey_levels_from_reference"] = bench.check()
-        print("grey levels from Pillow and torchvision: " + ", ".join(f"{k} {v:.2f}" for k, v in apart.items()))
-        for view, value in apart.items():
-            if value > ALLOWED[view]:
-                raise UserError(f"the {view} view is {value:.2f} grey levels from the reference; nothing is timed")
-
-        head = f"{'spml_fast':>12s}{'shards':>9s}{'dali_readers':>14s}{'pil':>8s}"
-        print(f"\n{'':12s}{head}   images/s (median of {args.rounds})")
-        result["images_per_second"] = {}
-        for mode in args.modes:
-            loaders = {"spml_fast": bench.ours, "shards": bench.shards}
-            loaders |= {"dali_readers": bench.dali_readers, "pil": bench.pil}
-            epochs = {name: make(mode) for name, make in loaders.items()}
-            rates: dict[str, list[float]] = {name: [] for name in epochs}
-            for epoch in epochs.values():
-                sum(epoch(0))
-            # In turns, so that a slow moment of the machine meets all of them.
-            for turn in range(1, args.rounds + 1):
-                for name, epoch in epochs.items():
-                    rates[name].append(bench.rate(epoch(turn)))
-                    # What a loader makes ahead of the next epoch must not cost the next loader its time.
-                    time.sleep(0.5)
-            rate = {name: statistics.median(values) for name, values in rates.items()}
-            # Round by round: loaders that took turns met the same machine.
-            ratio = {
-                name: statistics.median(a / b for a, b in zip(rates["spml_fast"], rates[name], strict=True))
-                for name in ("shards", "dali_readers", "pil")
-            }
-            result["images_per_second"][mode] = {"median": rate, "all": rates, "ratio": ratio}
-            print(
-                f"{mode:12s}{rate['spml_fast']:12.1f}{rate['shards']:9.1f}{rate['dali_readers']:14.1f}"
-                f"{rate['pil']:8.1f}   " + ", ".join(f"{value:.2f} x {name}" for name, value in ratio.items()),
-                flush=True,
-            )
-        if args.read_latency:
-            result["slow_reads"] = slow_reads(bench, args.read_latency, args.rounds)
+        settings = {"machine": hardware, "threads": threads, "image_size": args.image_size}
+        result = {**settings, **compare(args, loaders)}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     return 0

@@ -3,7 +3,7 @@
     python benchmarks/bench_labels.py [--json OUT] [--images 9011219] [--labels 58783034] [--classes 9668]
                                       [--corrections 1000000] [--epochs 3] [--batch 512]
 
-Labels are made up (class ids evenly spread over a row, two in three positive); sizes default to the training set of
+Labels are random (class ids evenly spread over a row, two in three positive); sizes default to the training set of
 OpenImages V7. Reported are the bytes of the store and the time of a batch of rows with and without corrections; then,
 for each of some epochs of LL-Cp: time to collect the corrections step by step, to merge them when the epoch ends, to
 make and write their part of a checkpoint, and to read it back, with its bytes. One rank; other ranks add one gather.
@@ -18,6 +18,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,20 @@ import torch
 from spml_fast.data.labels import UNKNOWN, LabelStore, SparseLabels, class_dtype
 
 
-def made_up(images: int, labels: int, classes: int) -> SparseLabels:
-    """Partly known labels of that size; every row has labels / images of them, give or take a factor of two."""
+def random_labels(images: int, labels: int, classes: int) -> SparseLabels:
+    """Partly known labels of that size; every row has at most twice labels / images of them."""
     rng = np.random.default_rng(0)
     counts = rng.integers(1, max(2, 2 * labels // images), images)
     indptr = np.zeros(images + 1, np.int64)
     np.cumsum(counts, out=indptr[1:])
-    lane = np.arange(indptr[-1]) - np.repeat(indptr[:-1], counts)
+    number = np.arange(indptr[-1]) - np.repeat(indptr[:-1], counts)
     step, first = classes // counts, rng.integers(0, classes // counts.max(), images)
-    class_id = (np.repeat(first, counts) + lane * np.repeat(step, counts)).astype(class_dtype(classes))
-    return SparseLabels(indptr, class_id, (rng.random(len(lane)) < 0.66).astype(np.int8), classes, UNKNOWN)
+    class_id = (np.repeat(first, counts) + number * np.repeat(step, counts)).astype(class_dtype(classes))
+    return SparseLabels(indptr, class_id, (rng.random(len(number)) < 0.66).astype(np.int8), classes, UNKNOWN)
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall seconds of one call, and what it gave."""
+    """Wall seconds of one call, and its result."""
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
@@ -50,11 +51,19 @@ def rows_seconds(store: LabelStore, batch: int, repeats: int = 20) -> float:
     """Median seconds of the codes of one batch."""
     generator = torch.Generator().manual_seed(0)
     indices = [torch.randint(len(store), (batch,), generator=generator) for _ in range(repeats)]
-    return float(np.median([timed(lambda index=index: store.rows(index))[0] for index in indices]))
+    return float(np.median([timed(partial(store.rows, index))[0] for index in indices]))
 
 
 def epoch_of_corrections(store: LabelStore, number: int, batch: int, epoch: int, folder: Path) -> dict[str, Any]:
-    """One epoch: as many calls of `correct` as there are steps, the merge, and the checkpoint's part."""
+    """One epoch: as many calls of `correct` as there are steps, the merge, and the checkpoint's part.
+
+    Args:
+        store: the label store.
+        number: corrections of the epoch.
+        batch: samples per step.
+        epoch: number of the epoch.
+        folder: for the checkpoint.
+    """
     rng = np.random.default_rng(epoch)
     steps = max(1, len(store) // batch)
     each = -(-number // steps)
@@ -82,17 +91,18 @@ def epoch_of_corrections(store: LabelStore, number: int, batch: int, epoch: int,
 
 
 def main() -> None:
+    """Parse the command line, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there as well")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="file for the results")
     parser.add_argument("--images", type=int, default=9_011_219)
     parser.add_argument("--labels", type=int, default=58_783_034)
     parser.add_argument("--classes", type=int, default=9668)
-    parser.add_argument("--corrections", type=int, default=1_000_000, help="an epoch")
+    parser.add_argument("--corrections", type=int, default=1_000_000, help="per epoch")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=512)
     args = parser.parse_args()
 
-    labels = made_up(args.images, args.labels, args.classes)
+    labels = random_labels(args.images, args.labels, args.classes)
     out: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     out["images"], out["classes"], out["labels"] = len(labels), args.classes, len(labels.codes)
     with tempfile.TemporaryDirectory() as name:
@@ -117,7 +127,7 @@ def main() -> None:
         out["rows_corrected_s"] = rows_seconds(store, args.batch)
         out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f"{args.batch} rows with corrections in {1e3 * out['rows_corrected_s']:.1f} ms;", end=" ")
-        print(f"most memory of the process {out['peak_rss_bytes'] / 1e9:.1f} GB, made-up labels and PyTorch included")
+        print(f"peak memory of the process {out['peak_rss_bytes'] / 1e9:.1f} GB, labels and PyTorch included")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(out, indent=1) + "\n")

@@ -2,13 +2,13 @@
 
     python benchmarks/bench_shuffle.py [--samples 200000] [--classes 80] [--batch-size 16] [--json OUT]
 
-Sorted by class is the worst case: neighbours on the disk are alike. Figures, each over some epochs:
+Sorted by class is the worst case: neighbours on the disk are similar. Each over some epochs:
     distance      between two neighbours on the disk, in the order of the epoch, median; a third of the data is perfect
-    same batch    chance that two neighbours on the disk share a batch, times what it is in a global shuffle
-    same block    share of a batch's samples that have another sample of their block in the same batch, per cent
-    batch         variance of how many samples a class has in a batch, times what it is in a global shuffle
-    64 updates    the same for 64 updates in a row
-    reads         pieces on the disk that 1,000 samples are read in, by 1 rank and by one of 8 ranks
+    same batch    probability that two neighbours on the disk are in one batch, divided by that of a global shuffle
+    same block    samples that have another sample of their block in the same batch, per cent
+    batch         variance of how many samples a class has in a batch, divided by that of a global shuffle
+    64 updates    the same for 64 consecutive updates
+    reads         separate reads of 1,000 samples, by 1 rank and by one of 8 ranks
 """
 
 from __future__ import annotations
@@ -39,12 +39,19 @@ def spread(classes: npt.NDArray[np.int64], rows: int, num_classes: int) -> float
     return float(counts.reshape(-1, num_classes).var(axis=0).mean())
 
 
-def measure(order: TrainSampler, classes: npt.NDArray[np.int64], block: int, epochs: int) -> dict[str, float]:
-    """The figures of one order, not yet divided by those of the global shuffle."""
-    size, batch, num_classes = order.size, order.batch_size, int(classes.max()) + 1
-    found: list[dict[str, float]] = []
+def measure(sampler: TrainSampler, classes: npt.NDArray[np.int64], block: int, epochs: int) -> dict[str, float]:
+    """What one sampler gives, not yet divided by what a global shuffle gives.
+
+    Args:
+        sampler: the sampler.
+        classes: int64 [N], class of every sample.
+        block: samples of a block.
+        epochs: epochs to average over.
+    """
+    size, batch, num_classes = sampler.size, sampler.batch_size, int(classes.max()) + 1
+    measured: list[dict[str, float]] = []
     for epoch in range(epochs):
-        rows = order.permutation(epoch)
+        rows = sampler.permutation(epoch)
         position = np.empty(size, np.int64)
         position[rows] = np.arange(size)
         whole = size // batch * batch
@@ -53,7 +60,7 @@ def measure(order: TrainSampler, classes: npt.NDArray[np.int64], block: int, epo
         shared = np.zeros(blocks.shape, np.bool_)
         shared[:, 1:] |= equal
         shared[:, :-1] |= equal
-        found.append(
+        measured.append(
             {
                 "distance": float(np.median(np.abs(np.diff(position)))),
                 "same_batch": float((position[1:] // batch == position[:-1] // batch).mean()),
@@ -62,16 +69,16 @@ def measure(order: TrainSampler, classes: npt.NDArray[np.int64], block: int, epo
                 "stretch": spread(classes[rows], STRETCH * batch, num_classes),
             }
         )
-    figures = {name: float(np.mean([entry[name] for entry in found])) for name in found[0]}
-    return figures | {f"reads_{ranks}": reads(order, ranks) for ranks in (1, 8)}
+    figures = {name: float(np.mean([entry[name] for entry in measured])) for name in measured[0]}
+    return figures | {f"reads_{ranks}": reads(sampler, ranks) for ranks in (1, 8)}
 
 
-def reads(order: TrainSampler, ranks: int) -> float:
+def reads(sampler: TrainSampler, ranks: int) -> float:
     """Runs of samples that follow each other on the disk, for 1,000 samples of rank 0 of `ranks`."""
-    mine = TrainSampler(order.size, order.batch_size, 1, ranks, 0, order.seed, order.windows)
+    first = TrainSampler(sampler.size, sampler.batch_size, 1, ranks, 0, sampler.seed, sampler.windows)
     together: dict[int, list[npt.NDArray[np.int64]]] = {}
-    for update, micro in enumerate(mine.epoch(0)):
-        window = mine.window(update)
+    for update, micro in enumerate(first.epoch(0)):
+        window = first.window(update)
         together.setdefault(update if window is None else window, []).append(micro[0].index)
     samples = [np.sort(np.concatenate(index)) for index in together.values()]
     pieces = sum(int((np.diff(index) > 1).sum()) + 1 for index in samples)
@@ -79,6 +86,7 @@ def reads(order: TrainSampler, ranks: int) -> float:
 
 
 def main() -> int:
+    """Parse the command line, measure, print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -86,12 +94,12 @@ def main() -> int:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=16, help="over all ranks")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
 
     # Class sizes fall like 1 / rank, from the most frequent class to the rarest, as in real data.
-    share = 1 / np.arange(1, args.classes + 1)
-    edges = np.rint(np.cumsum(share / share.sum()) * args.samples).astype(np.int64)
+    frequency = 1 / np.arange(1, args.classes + 1)
+    edges = np.rint(np.cumsum(frequency / frequency.sum()) * args.samples).astype(np.int64)
     classes = np.searchsorted(edges, np.arange(args.samples), "right")
     print(f"{args.samples:,} samples of {args.classes} classes sorted by class, batches of {args.batch_size}")
     print(f"{'window':>8s}{'block':>7s}{'distance':>10s}{'same batch':>12s}{'same block':>12s}{'batch':>8s}", end="")
@@ -101,8 +109,8 @@ def main() -> int:
     for setting in [None, *SETTINGS]:
         windows = None if setting is None else Windows(*setting)
         block = 64 if windows is None else windows.block
-        order = TrainSampler(args.samples, args.batch_size, windows=windows)
-        figures = measure(order, classes, block, args.epochs)
+        sampler = TrainSampler(args.samples, args.batch_size, windows=windows)
+        figures = measure(sampler, classes, block, args.epochs)
         base = base or figures
         for name in ("same_batch", "batch", "stretch"):
             figures[f"{name}_ratio"] = figures[name] / base[name]

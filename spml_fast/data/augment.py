@@ -1,4 +1,9 @@
-"""Augmentation parameters as pure functions of (seed, epoch, image index): flips, crops, RandAugment."""
+"""Augmentation parameters as pure functions of (seed, epoch, sample index): flips, crops, RandAugment.
+
+A sample looks the same on whatever rank and in whatever batch it is, and nothing has to be saved for a resume.
+
+Source: docs/sources.md#randaugment; torchvision.transforms.RandAugment and RandomResizedCrop.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +14,13 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
-
+# Increment of splitmix64, and the mask of its 64 bits.
 _GAMMA = 0x9E3779B97F4A7C15
-
 _MASK = (1 << 64) - 1
-
 # Streams: what a random number is for. A stream has room for 2**16 draws of one sample.
 _FLIP = {"weak": 0, "strong": 1}
 _CROP, _OPERATION, _SIGN = 2, 3, 4
-
 _CROP_TRIES = 10
-
-
-def _mix(value: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def _mix_array(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-def uniform(seed: int, epoch: int, index: npt.ArrayLike, stream: int, draw: int = 0) -> FloatArray:
-    """Uniform numbers in [0, 1), float64 [n], one per sample index, by hashing (seed, epoch, stream, draw, index).
-
-    Args:
-        index: integers [n], at least 0.
-        stream, draw: what the number is for; different pairs give independent numbers.
-    """
-    key = 0
-    for part in (seed, epoch, (stream << 16) | draw):
-        key = _mix((key + part + _GAMMA) & _MASK)
-    counter = np.asarray(index).astype(np.uint64)
-    # Twice: splitmix sequences share one increment, so keys that differ by a multiple of it would be shifted copies.
-    bits = _mix_array(_mix_array(counter * np.uint64(_GAMMA) + np.uint64(key)) ^ np.uint64(_mix(key)))
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
 # The operations of torchvision.transforms.RandAugment in its order.
 RANDAUGMENT_OPS = (
     "Identity",
@@ -67,16 +38,53 @@ RANDAUGMENT_OPS = (
     "AutoContrast",
     "Equalize",
 )
-
 RANDAUGMENT_BINS = 31
-
-_GEOMETRIC = slice(1, 6)
-
 _SIGNED = np.array([1 <= op <= 9 for op in range(len(RANDAUGMENT_OPS))])
 
 
+def _mix(value: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014)."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _mix_array(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """`_mix` of every element."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def uniform(seed: int, epoch: int, index: npt.ArrayLike, stream: int, draw: int = 0) -> FloatArray:
+    """Uniform numbers in [0, 1), float64 [n], one per sample index, by hashing (seed, epoch, stream, draw, index).
+
+    Args:
+        seed: of the run.
+        epoch: number of the epoch.
+        index: integers [n], at least 0.
+        stream: what the numbers are for; different pairs of stream and draw give independent numbers.
+        draw: number of the draw within the stream.
+    """
+    key = 0
+    for part in (seed, epoch, (stream << 16) | draw):
+        key = _mix((key + part + _GAMMA) & _MASK)
+    counter = np.asarray(index).astype(np.uint64)
+    # Twice: splitmix sequences share one increment, so keys that differ by a multiple of it would be shifted copies.
+    bits = _mix_array(_mix_array(counter * np.uint64(_GAMMA) + np.uint64(key)) ^ np.uint64(_mix(key)))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def flips(seed: int, epoch: int, index: npt.ArrayLike, view: str, probability: float) -> npt.NDArray[np.bool_]:
-    """Whether each sample is mirrored in `view` ("weak" or "strong", independent of each other), bool [n]."""
+    """Whether each sample is mirrored in a view, bool [n].
+
+    Args:
+        seed: of the run.
+        epoch: number of the epoch.
+        index: sample indices, int [n].
+        view: "weak" or "strong", which are independent of each other.
+        probability: of a flip.
+    """
     return uniform(seed, epoch, index, _FLIP[view]) < probability
 
 
@@ -86,6 +94,12 @@ def randaugment_choice(
     """Operation ids into `RANDAUGMENT_OPS` and signs (1 or -1; 1 where the operation has none), int32 [n, num_ops].
 
     As torchvision draws them: uniform with replacement, and a fair sign for signed operations.
+
+    Args:
+        seed: of the run.
+        epoch: number of the epoch.
+        index: sample indices, int [n].
+        num_ops: operations per image.
     """
     draws = range(num_ops)
     ops = [uniform(seed, epoch, index, _OPERATION, k) * len(RANDAUGMENT_OPS) for k in draws]
@@ -113,12 +127,14 @@ def randaugment_matrices(
     """Maps from output to input pixel coordinates of the geometric operations, float32 [n, 2, 3]; else the identity.
 
     The same maps as torchvision hands to Pillow: shears keep the top left corner, rotations the centre, translations
-    are whole pixels towards zero of a share of the image's side.
+    are whole pixels towards zero of a fraction of the image's side.
 
     Args:
-        ops, signs: int32 [n].
+        ops: int32 [n], ids into `RANDAUGMENT_OPS`.
+        signs: int32 [n], 1 or -1.
         magnitude: RandAugment magnitude 0..30.
-        width, height: of the images as shown, in pixels, [n].
+        width: of the images as shown, in pixels, int [n].
+        height: of the images as shown, in pixels, int [n].
     """
     widths, heights = np.asarray(width, np.float64), np.asarray(height, np.float64)
     sign = signs.astype(np.float64)
@@ -165,8 +181,12 @@ def crop_boxes(
     log-uniform in [3/4, 4/3], ten tries, and then the largest central box with an allowed ratio.
 
     Args:
-        width, height: of the images as shown, in pixels, [n].
-        scale: smallest share of the area.
+        seed: of the run.
+        epoch: number of the epoch.
+        index: sample indices, int [n].
+        width: of the images as shown, in pixels, int [n].
+        height: of the images as shown, in pixels, int [n].
+        scale: smallest fraction of the area.
     """
     widths, heights = np.asarray(width, np.int64), np.asarray(height, np.int64)
     low, high = 3.0 / 4.0, 4.0 / 3.0

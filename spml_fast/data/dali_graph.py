@@ -1,4 +1,13 @@
-"""The DALI graphs: decode, resize, flip, RandAugment, normalise; on the CPU or the GPU."""
+"""The DALI graphs: decode, resize, flip, RandAugment, normalise; on the CPU or the GPU.
+
+With a GPU, nvJPEG decodes and everything after it runs on the GPU; without one the same graph runs on the CPU. One
+decode serves all views of an image.
+
+Source: docs/sources.md#randaugment. RandAugment follows torchvision's operations on Pillow images: Pillow's blends cut
+fractions off while DALI rounds, so half a grey level (less a little, so that whole values stay whole) is taken off
+first. Every operation has a branch for the CPU where named arguments may come from the image itself, which is faster;
+on the GPU they may not, and plain arithmetic does the same.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +16,28 @@ from typing import Any
 
 from nvidia.dali import fn, math, pipeline_def, types
 
+# What is taken off a grey level before it is rounded, so that fractions are cut off.
+_CUT = 0.4999
+# From this many pixels per step on, Pillow's whole-number step changes no value by more than a grey level.
+_FINE_STEP = 255.0
+
 
 @dataclass(frozen=True)
-class Plan:
-    """What a pipeline is built for."""
+class GraphOptions:
+    """What a graph is built for.
+
+    Attributes:
+        views: the views to make, "eval", "weak" or "strong".
+        image_size: width and height of the views in pixels.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
+        gpu: run on the GPU.
+        sharded: encoded images are handed in; else their paths are.
+        oriented: some images must be turned.
+        flipped: some images are mirrored.
+        cropped: images are cropped.
+        randaugment_ops: RandAugment operations of the strong view.
+    """
 
     views: tuple[str, ...]
     image_size: int
@@ -25,24 +52,16 @@ class Plan:
 
 
 def _scalar(name: str, dtype: Any = types.INT32) -> Any:
+    """An input with one number per image."""
     return fn.external_source(name=name, dtype=dtype, ndim=0)
-
-
-# RandAugment. Pillow's blends cut fractions off while DALI rounds, so half a grey level (less a little, so that whole
-# values stay whole) is taken off first. Every operation has a branch for the CPU where named arguments may come from
-# the image itself, which is faster; on the GPU they may not, and plain arithmetic does the same.
-_CUT = 0.4999
-
-# From this many pixels a step on, Pillow's whole-number step changes no value by more than a grey level.
-_FINE_STEP = 255.0
 
 
 def _white() -> Any:
     return types.Constant(255, dtype=types.UINT8)
 
 
-def _placed(value: Any, gpu: bool) -> Any:
-    """A number of the sample where arithmetic with the image needs it."""
+def _on_device(value: Any, gpu: bool) -> Any:
+    """An input where arithmetic with the image needs it."""
     return value.gpu() if gpu else value
 
 
@@ -53,7 +72,7 @@ def _grey(image: Any) -> Any:
 def _contrast(image: Any, factor: Any, gpu: bool) -> Any:
     centre = math.floor(fn.reductions.mean(_grey(image)) + 0.5)
     if gpu:
-        scale = _placed(factor, gpu)
+        scale = _on_device(factor, gpu)
         return fn.cast(image * scale + (centre * (1.0 - scale) - _CUT), dtype=types.UINT8)
     return fn.brightness_contrast(
         image, contrast=factor, contrast_center=centre, brightness_shift=-_CUT / 255.0, dtype=types.UINT8
@@ -62,7 +81,7 @@ def _contrast(image: Any, factor: Any, gpu: bool) -> Any:
 
 def _color(image: Any, factor: Any, gpu: bool) -> Any:
     grey = fn.color_space_conversion(_grey(image), image_type=types.GRAY, output_type=types.RGB)
-    scale = _placed(factor, gpu)
+    scale = _on_device(factor, gpu)
     return fn.cast(image * scale + (grey * (1.0 - scale) - _CUT), dtype=types.UINT8)
 
 
@@ -81,8 +100,8 @@ def _auto_contrast(image: Any, gpu: bool) -> Any:
 def _equalize(image: Any, gpu: bool) -> Any:
     """Pillow's equalize by OpenCV's.
 
-    Pillow counts the pixels below a value, OpenCV those up to it: the same thing on the negative. What is left is that
-    Pillow divides by a whole number of pixels a step, which is put right where it shows.
+    Pillow counts the pixels below a value, OpenCV those up to it: the same on the negative. Besides, Pillow divides by
+    a whole number of pixels per step, which is corrected where it changes a value.
     """
     even = fn.equalize(image ^ _white()) ^ _white()
     high = fn.reductions.max(image, axes=[0, 1], keep_dims=True)
@@ -96,14 +115,14 @@ def _equalize(image: Any, gpu: bool) -> Any:
 
 
 def _whole_step(image: Any, even: Any, below: Any, step: Any) -> Any:
-    """Scale an equalized image to Pillow's whole step; a channel with fewer than 255 pixels to share out is kept."""
+    """Scale an equalized image to Pillow's whole step; a channel with fewer than 255 pixels to distribute is kept."""
     usable = step > 0
     scale = usable * (below / (255.0 * math.max(step, types.Constant(1.0))))
     return fn.cast(even * scale + image * (usable ^ True), dtype=types.UINT8)
 
 
 def _randaugment(image: Any, step: int, gpu: bool) -> Any:
-    """Apply the `step`-th operation that order.py chose for each image."""
+    """Apply the `step`-th operation that augment.py chose for each image."""
     op = _scalar(f"op{step}")
     factor = _scalar(f"factor{step}", types.FLOAT)
     matrix = fn.external_source(name=f"matrix{step}", dtype=types.FLOAT, ndim=2)
@@ -121,11 +140,11 @@ def _randaugment(image: Any, step: int, gpu: bool) -> Any:
             image = _contrast(image, factor, gpu)
         elif op == 9:
             # Rounded where Pillow cuts off, and mirrored at the border where Pillow leaves one row of pixels alone.
-            image = fn.filter(image, _placed(kernel, gpu))
+            image = fn.filter(image, _on_device(kernel, gpu))
         elif op == 10:
-            image = image & _placed(mask, gpu)
+            image = image & _on_device(mask, gpu)
         elif op == 11:
-            image = image ^ (_white() * (image >= _placed(threshold, gpu)))
+            image = image ^ (_white() * (image >= _on_device(threshold, gpu)))
         elif op == 12:
             image = _auto_contrast(image, gpu)
         else:
@@ -134,44 +153,44 @@ def _randaugment(image: Any, step: int, gpu: bool) -> Any:
 
 
 @pipeline_def(enable_conditionals=True)
-def graph(plan: Plan) -> Any:
+def graph(options: GraphOptions) -> Any:
     """Declare the pipeline; its inputs are those that the loaders' `_inputs` make, its outputs the views in order."""
-    if plan.sharded:
+    if options.sharded:
         # `Stream` keeps the arrays until a batch is handed out. On a GPU it may not be finished then, so DALI copies.
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not plan.gpu)
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not options.gpu)
     else:
         encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
     image = fn.decoders.image(
-        encoded, device="mixed" if plan.gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+        encoded, device="mixed" if options.gpu else "cpu", output_type=types.RGB, adjust_orientation=False
     )
-    if plan.oriented:
+    if options.oriented:
         # Only images that need it pay for it.
         turn = _scalar("turn")
         if turn > 0:
             if turn == 2:
                 image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
             image = fn.flip(image, horizontal=_scalar("turn_horizontal"), vertical=_scalar("turn_vertical"))
-    if plan.cropped:
+    if options.cropped:
         crop_start = fn.external_source(name="crop_start", dtype=types.INT32, ndim=1)
         crop_shape = fn.external_source(name="crop_shape", dtype=types.INT32, ndim=1)
     outputs = []
-    for view in plan.views:
+    for view in options.views:
         out = image
         if view == "strong":
-            for step in range(plan.randaugment_ops):
-                out = _randaugment(out, step, plan.gpu)
-        if plan.cropped:
+            for step in range(options.randaugment_ops):
+                out = _randaugment(out, step, options.gpu)
+        if options.cropped:
             out = fn.slice(out, start=crop_start, shape=crop_shape, axes=[0, 1])
         out = fn.resize(
-            out, size=[plan.image_size, plan.image_size], interp_type=types.INTERP_TRIANGULAR, antialias=True
+            out, size=[options.image_size, options.image_size], interp_type=types.INTERP_TRIANGULAR, antialias=True
         )
         outputs.append(
             # The mirror is free here, and the output is written once, in the layout that channels_last needs.
             fn.crop_mirror_normalize(
                 out,
-                mirror=_scalar(f"flip_{view}") if plan.flipped else 0,
-                mean=[255.0 * m for m in plan.mean],
-                std=[255.0 * s for s in plan.std],
+                mirror=_scalar(f"flip_{view}") if options.flipped else 0,
+                mean=[255.0 * m for m in options.mean],
+                std=[255.0 * s for s in options.std],
                 output_layout="HWC",
                 dtype=types.FLOAT,
             )
@@ -181,5 +200,6 @@ def graph(plan: Plan) -> Any:
 
 @pipeline_def
 def decode_graph() -> Any:
+    """Declare a pipeline that decodes alone: its input is `encoded`, its output the images uint8 [H, W, 3]."""
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)

@@ -1,4 +1,8 @@
-"""Runs a DALI graph some batches ahead of the training loop, and names the image that it cannot decode."""
+"""Runs a DALI graph some batches ahead of the training loop, and names the image that it cannot decode.
+
+Images that are files are read by DALI's threads. Images in tar shards are read ahead by threads of shards.py, and their
+bytes are handed to DALI as they are (without a copy on the CPU): the same bytes, so the same batches.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +24,19 @@ from torch.utils.dlpack import from_dlpack
 from spml_fast.core import env
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError
-from spml_fast.data.dali_graph import Plan, decode_graph, graph
+from spml_fast.data.dali_graph import GraphOptions, decode_graph, graph
 from spml_fast.data.manifest import Split
-from spml_fast.data.shards import MEND as _MEND_SHARD
-from spml_fast.data.shards import Encoded, Reading, ShardReader
+from spml_fast.data.shards import RESTORE_SHARD, Encoded, PendingImages, ShardReader
 
+# Input of the graph by name: an array with one row per image, or a list of arrays.
 Inputs = dict[str, Any]
+
+# Reading threads have this many images each ahead of DALI's queue, where images are read a batch at a time.
+_IMAGES_PER_THREAD = 4
 
 
 def _threads(config: DataConfig) -> int:
-    """Decoding threads of this rank: as configured, or an even share of the cores this process may use."""
+    """Decoding threads of this rank: as configured, or an equal part of the cores this process may use."""
     if config.threads > 0:
         return config.threads
     return max(1, len(os.sched_getaffinity(0)) // env.local_world_size())
@@ -40,14 +47,14 @@ def _device_id(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Request:
+class BatchRequest:
     """One batch to make.
 
     Attributes:
         key: which batch it is.
         index: int64 [n] sample indices.
         item: what the loader needs when the batch is done.
-        group: requests in a row with the same group are read from shards together, in the order of the disk.
+        group: consecutive requests with the same group are read from shards together, in the order of the disk.
     """
 
     key: tuple[int, ...]
@@ -56,15 +63,15 @@ class Request:
     group: tuple[int, ...]
 
 
-class _Group:
+class _ReadGroup:
     """Requests whose images are read from shards together."""
 
-    def __init__(self, requests: Sequence[Request], reader: ShardReader) -> None:
+    def __init__(self, requests: Sequence[BatchRequest], reader: ShardReader) -> None:
         self.requests = deque(requests)
-        self.reading: Reading = reader.submit(np.concatenate([request.index for request in self.requests]))
+        self.reading: PendingImages = reader.submit(np.concatenate([request.index for request in self.requests]))
         self._used = 0
 
-    def take(self) -> tuple[Request, list[Encoded | None]]:
+    def take(self) -> tuple[BatchRequest, list[Encoded | None]]:
         """Wait for the images, and take the next request with its own. `UserError` if one cannot be read."""
         images = self.reading.result()
         request = self.requests.popleft()
@@ -75,22 +82,28 @@ class _Group:
         return request, taken
 
 
-# Reading threads have this many images each ahead of DALI's queue, where images are read a batch at a time.
-_AHEAD = 4
-
-
 class Stream:
     """A DALI pipeline with batches in flight.
 
-    What was asked for and not yet delivered is remembered here, so a consumer may stop anywhere: the next `run` takes
-    over what fits its own requests and throws the rest away.
+    Requests that are not delivered yet are remembered, so a consumer may stop anywhere: the next `run` takes over those
+    that are its own and throws the rest away.
+
+    Args:
+        split: the images.
+        graph_options: what the graph makes.
+        inputs: request -> the graph's inputs, but for `encoded`.
+        batch_size: samples of the largest batch.
+        config: the `data` section of the run.
+        prefetch: batches in flight.
+        device: where the views are made.
+        windowed: requests come in large groups, the windows of a shuffle.
     """
 
     def __init__(
         self,
         split: Split,
-        plan: Plan,
-        inputs: Callable[[Request], Inputs],
+        graph_options: GraphOptions,
+        inputs: Callable[[BatchRequest], Inputs],
         *,
         batch_size: int,
         config: DataConfig,
@@ -98,32 +111,32 @@ class Stream:
         device: torch.device,
         windowed: bool = False,
     ) -> None:
-        self._split, self._plan, self._inputs, self._device = split, plan, inputs, device
+        self._split, self._graph_options, self._inputs, self._device = split, graph_options, inputs, device
         self._prefetch = prefetch
-        self._options = {
+        self._pipeline_options = {
             "batch_size": batch_size,
             "num_threads": _threads(config),
-            "device_id": _device_id(device) if plan.gpu else None,
+            "device_id": _device_id(device) if graph_options.gpu else None,
             "prefetch_queue_depth": prefetch,
         }
         self._pipe: Any = None
-        self._flight: deque[Request] = deque()
+        self._flight: deque[BatchRequest] = deque()
         # Encoded images of the batches in flight, which DALI reads in place.
         self._held: deque[list[Encoded | None]] = deque()
         self._current: object = None
         self._reader = ShardReader(split.shards, config.read_threads) if split.shards is not None else None
         # Groups being read and, at the front, being used up: a window and the one after it, or some batches.
-        self._ahead: deque[_Group] = deque()
-        self._groups = 2 if windowed else max(2, -(-_AHEAD * config.read_threads // batch_size))
+        self._ahead: deque[_ReadGroup] = deque()
+        self._groups = 2 if windowed else max(2, -(-_IMAGES_PER_THREAD * config.read_threads // batch_size))
 
-    def _source(self, requests: Iterator[Request]) -> Iterator[list[Request]]:
+    def _source(self, requests: Iterator[BatchRequest]) -> Iterator[list[BatchRequest]]:
         """Requests that are taken together: one by one, or the groups that are read from shards."""
         if self._reader is None:
             return ([request] for request in requests)
         return (list(group) for _, group in itertools.groupby(requests, key=lambda request: request.group))
 
-    def _take(self, source: Iterator[list[Request]]) -> list[tuple[Request, Inputs]]:
-        """The next requests that DALI's queue has room for, with what it is fed for them.
+    def _take(self, source: Iterator[list[BatchRequest]]) -> list[tuple[BatchRequest, Inputs]]:
+        """The next requests that DALI's queue has room for, with their inputs.
 
         Images that are still being read are waited for only when there is nothing else to do.
         """
@@ -132,11 +145,11 @@ class Stream:
         needed = count if self._pipe is None else int(not self._flight)
         if self._reader is None:
             return [(request, self._inputs(request)) for (request,) in itertools.islice(source, count)]
-        taken: list[tuple[Request, Inputs]] = []
+        taken: list[tuple[BatchRequest, Inputs]] = []
         try:
             while len(taken) < count:
                 while len(self._ahead) < self._groups and (members := next(source, None)):
-                    self._ahead.append(_Group(members, self._reader))
+                    self._ahead.append(_ReadGroup(members, self._reader))
                 if not self._ahead or (len(taken) >= needed and not self._ahead[0].reading.done()):
                     break
                 request, encoded = self._ahead[0].take()
@@ -144,7 +157,7 @@ class Stream:
                     self._ahead.popleft()
                 taken.append((request, {"encoded": encoded, **self._inputs(request)}))
         except UserError:
-            # Read again when it is asked for again: the shard may have been put right.
+            # Read again when it is asked for again: the shard may have been restored.
             self._stop_reading()
             raise
         return taken
@@ -153,12 +166,12 @@ class Stream:
         while self._ahead:
             self._ahead.popleft().reading.cancel()
 
-    def _submit(self, taken: Sequence[tuple[Request, Inputs]]) -> None:
+    def _submit(self, taken: Sequence[tuple[BatchRequest, Inputs]]) -> None:
         """Hand batches to DALI and start them."""
         first = self._pipe is None
         try:
             if first:
-                self._pipe = graph(plan=self._plan, **self._options)
+                self._pipe = graph(options=self._graph_options, **self._pipeline_options)
                 self._pipe.build()
             for request, arrays in taken:
                 for name, value in arrays.items():
@@ -171,10 +184,10 @@ class Stream:
         except RuntimeError as error:
             self._fail(error)
 
-    def _receive(self) -> tuple[Request, tuple[Tensor, ...]]:
+    def _receive(self) -> tuple[BatchRequest, tuple[Tensor, ...]]:
         """Wait for the oldest batch in flight. `UserError` if an image in flight is missing or damaged."""
         try:
-            if self._plan.gpu:
+            if self._graph_options.gpu:
                 shared = self._pipe.share_outputs(cuda_stream=torch.cuda.current_stream(self._device))
             else:
                 shared = self._pipe.share_outputs()
@@ -187,7 +200,7 @@ class Stream:
         return self._flight.popleft(), views
 
     def _fail(self, error: RuntimeError) -> NoReturn:
-        """Throw the dead pipeline away and say which image killed it; the error itself if none did."""
+        """Throw the failed pipeline away and raise `UserError` naming the image that it failed on, or else `error`."""
         flight, self._pipe = list(self._flight), None
         self._flight.clear()
         self._held.clear()
@@ -208,32 +221,33 @@ class Stream:
                 self._held.popleft()
                 self._flight.popleft()
         except RuntimeError:
-            # A bad image in a batch that nobody asks for any more; it will be named if it is asked for again.
+            # An image in a batch that is not wanted any more cannot be decoded; it is named if it is wanted again.
             self._pipe = None
             self._flight.clear()
             self._held.clear()
 
-    def run(self, requests: Iterator[Request], count: int) -> Iterator[tuple[Request, tuple[Tensor, ...]]]:
+    def run(self, requests: Iterator[BatchRequest], count: int) -> Iterator[tuple[BatchRequest, tuple[Tensor, ...]]]:
         """Yield the first `count` batches of `requests`; those after them are started ahead of the next `run`."""
-        ticket = self._current = object()
-        known = [*self._flight, *itertools.chain.from_iterable(group.requests for group in self._ahead)]
-        taken = list(itertools.islice(requests, len(known)))
-        if [r.key for r in taken] != [r.key for r in known]:
+        current = self._current = object()
+        started = [*self._flight, *itertools.chain.from_iterable(group.requests for group in self._ahead)]
+        first = list(itertools.islice(requests, len(started)))
+        if [request.key for request in first] != [request.key for request in started]:
             self._discard()
-            requests = itertools.chain(taken, requests)
+            requests = itertools.chain(first, requests)
         source = self._source(requests)
         for _ in range(count):
-            if self._current is not ticket:
+            if self._current is not current:
                 raise RuntimeError("this epoch was abandoned: the loader has been asked for another one since")
             self._submit(self._take(source))
             out = self._receive()
-            # Started before the consumer gets to work, so that decoding goes on meanwhile.
+            # Started before the consumer computes with this batch, so that both happen at the same time.
             self._submit(self._take(source))
             yield out
 
 
-def _mend(split: Split) -> str:
-    return _MEND_SHARD if split.shards is not None else "restore it, or prepare the data again to leave it out"
+def _advice(split: Split) -> str:
+    """What to do about an image that cannot be read."""
+    return RESTORE_SHARD if split.shards is not None else "restore it, or prepare the data again to leave it out"
 
 
 def read_size(split: Split, index: int, decode: bool = False) -> tuple[int, int]:
@@ -241,15 +255,15 @@ def read_size(split: Split, index: int, decode: bool = False) -> tuple[int, int]
     try:
         source = split.path(index) if split.shards is None else io.BytesIO(split.read(index))
         if (os.stat(source).st_size if isinstance(source, str) else len(source.getbuffer())) == 0:
-            raise UserError(f"image {split.place(index)} is empty; {_mend(split)}")
+            raise UserError(f"image {split.place(index)} is empty; {_advice(split)}")
         with Image.open(source) as image:
             width, height = image.size
             if decode:
                 image.load()
     except FileNotFoundError as error:
-        raise UserError(f"image {split.place(index)} is missing; {_mend(split)}") from error
+        raise UserError(f"image {split.place(index)} is missing; {_advice(split)}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {split.place(index)} cannot be read ({error}); {_mend(split)}") from error
+        raise UserError(f"image {split.place(index)} cannot be read ({error}); {_advice(split)}") from error
     return (width, height) if split.orientation[index] < 5 else (height, width)
 
 
@@ -260,7 +274,7 @@ def _check_image(split: Split, index: int) -> None:
     if all(known) and size != known:
         raise UserError(
             f"image {split.place(index)} is {size[0]} x {size[1]} pixels now and was {known[0]} x {known[1]} when "
-            f"the data were prepared; {_mend(split)}"
+            f"the data were prepared; {_advice(split)}"
         )
 
 

@@ -1,14 +1,14 @@
-"""Looks at every image once, so that a bad file is a line in a report and never a dead training run.
+"""Checks every image once, so that a bad file is a line in a report and never the end of a training run.
 
 The loader stops for good at the first file that it cannot decode. Which files those are was found by decoding a
 hundred kinds of file, whole and damaged, with DALI 2.4 on the CPU and with Pillow 13. The two agree on JPEG
 (progressive, grey, CMYK), PNG (grey, palette, RGBA, 16 bit), WebP, BMP, PNM, JPEG 2000 and most TIFF. DALI alone
 refuses GIF, AVIF, ICO, TGA, 32-bit TIFF, TIFF without BitsPerSample, two rare kinds of BMP, JPEG 2000 of grey with
 transparency, PNG whose checksums are wrong and JPEG with stray bytes between its segments; `check_image` refuses
-those by name. Of 2,200 JPEG, PNG, WebP and BMP files spoiled at random, none that DALI refuses got past it; of 600
-TIFF, JPEG 2000 and PPM files, 9 did.
+those by name. Of 2,200 JPEG, PNG, WebP and BMP files damaged at random, it passed none that DALI refuses; of 600
+TIFF, JPEG 2000 and PPM files, it passed 9.
 
-This module imports neither torch nor DALI, and its workers are light.
+This module imports neither torch nor DALI, so that its worker processes start fast and take little memory.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from spml_fast.core.workers import worker_pool
 
 Level = Literal["decode", "header", "none"]
 
+# Up to so many images are decoded by default.
 DECODE_LIMIT = 200_000
-
+# Pillow's names of the formats that the loader reads.
 LOADER_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"})
 
 _EXIF_ORIENTATION = 0x0112
-
 _TIFF_BITS_PER_SAMPLE = 258
-
+# First bytes of files that are images, whatever follows.
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP")
 
 # Restart markers, start and end of image, and markers without a segment; none belongs before the first scan.
 _JPEG_NO_SEGMENT = frozenset(bytes([m]) for m in (0x00, 0x01, *range(0xD0, 0xDA)))
-
+# Frames with arithmetic, lossless or hierarchical coding.
 _JPEG_UNUSUAL_FRAMES = frozenset(bytes([m]) for m in (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
 
+# Images that a worker process checks at a time.
 _CHUNK = 128
-
-# Below this, starting processes takes longer than looking at the images.
+# Below this, starting processes takes longer than checking the images.
 _POOL_FROM = 64
 
 
@@ -61,11 +61,11 @@ class CheckResult(NamedTuple):
     """What one image is like. `reason` None means that the loader can read it.
 
     Attributes:
-        reason: why the image must be left out, worded alike for like images so that it can be counted.
-        detail: what the decoder said about this one.
+        reason: why the image must be left out, in the same words for the same fault, so that faults can be counted.
+        detail: the decoder's message about this one.
         width: stored width in pixels, before orientation.
         height: stored height in pixels, before orientation.
-        orientation: EXIF orientation, 1 to 8; 1 when absent or senseless.
+        orientation: EXIF orientation, 1 to 8; 1 when absent or invalid.
     """
 
     reason: str | None
@@ -77,13 +77,13 @@ class CheckResult(NamedTuple):
 
 @dataclass
 class CheckResults:
-    """What verification found over N images.
+    """What the check of N images gave.
 
     Attributes:
         ok: bool [N].
         width: int32 [N] stored widths, 0 when the image was not opened.
         height: int32 [N] stored heights.
-        orientation: uint8 [N] EXIF orientation, 1 when not looked at.
+        orientation: uint8 [N] EXIF orientation, 1 when the image was not opened.
         rejected: index -> (reason, detail) of the images that are not ok.
         seconds: time taken.
     """
@@ -96,13 +96,13 @@ class CheckResults:
     seconds: float
 
     def among(self, rows: npt.NDArray[np.int64], size: int) -> CheckResults:
-        """The same over `size` images, of which only `rows` (int64 [N]) were looked at; the others are not ok."""
+        """The same over `size` images, of which only `rows` (int64 [N]) were checked; the others are not ok."""
         out = CheckResults(
             np.zeros(size, np.bool_),
             np.zeros(size, np.int32),
             np.zeros(size, np.int32),
             np.ones(size, np.uint8),
-            {int(rows[index]): why for index, why in self.rejected.items()},
+            {int(rows[index]): fault for index, fault in self.rejected.items()},
             self.seconds,
         )
         out.ok[rows], out.width[rows], out.height[rows] = self.ok, self.width, self.height
@@ -118,7 +118,7 @@ def choose_level(level: Level | None, num_images: int) -> Level:
 
 
 def check_image(path: str, level: Literal["decode", "header"] = "decode") -> CheckResult:
-    """Look at one file as the loader will. Never raises for a bad image.
+    """Check one file as the loader will read it. Never raises for a bad image.
 
     Args:
         path: full path.
@@ -129,7 +129,7 @@ def check_image(path: str, level: Literal["decode", "header"] = "decode") -> Che
             if os.stat(path).st_size == 0:
                 return CheckResult("empty file")
             with open(path, "rb") as file:
-                return _check_stream(file, path, level)
+                return _check_stream(file, level)
         with open(path, "rb") as file:
             data = file.read()
         return check_bytes(data, level)
@@ -145,11 +145,12 @@ def check_image(path: str, level: Literal["decode", "header"] = "decode") -> Che
 
 
 def check_bytes(data: bytes, level: Literal["decode", "header"] = "decode") -> CheckResult:
-    """Look at an encoded image in memory as `check_image` looks at a file."""
-    return _check_stream(io.BytesIO(data), "", level) if data else CheckResult("empty file")
+    """Check an encoded image in memory as `check_image` checks a file."""
+    return _check_stream(io.BytesIO(data), level) if data else CheckResult("empty file")
 
 
-def _check_stream(stream: io.BytesIO | io.BufferedReader, path: str, level: str) -> CheckResult:
+def _check_stream(stream: io.BytesIO | io.BufferedReader, level: str) -> CheckResult:
+    """Check an encoded image."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -190,13 +191,13 @@ def _check_header(image: Image.Image, stream: io.BytesIO | io.BufferedReader) ->
     width, height = image.size
     orientation = _exif_orientation(image)
     if fmt == "TIFF" and orientation >= 5:
-        # Pillow turns TIFF by itself and reports the turned size.
+        # Pillow turns TIFF when it opens it, and reports the turned size.
         width, height = height, width
     return CheckResult(None, "", width, height, orientation)
 
 
 def _unreadable_kind(fmt: str, mode: str, image: Image.Image, stream: io.BytesIO | io.BufferedReader) -> str:
-    """Name of a kind of file that Pillow reads and the loader does not; empty when the loader does."""
+    """Name of a kind of file that Pillow reads and the loader does not; empty when the loader reads it, too."""
     # Pillow opens 16-bit PGM in its 32-bit mode.
     if mode == "F" or mode.startswith("I;32") or (mode == "I" and fmt not in ("PPM", "PNG")):
         return f"{fmt} with 32 bits a pixel channel"
@@ -221,28 +222,28 @@ def _unreadable_kind(fmt: str, mode: str, image: Image.Image, stream: io.BytesIO
 def _jpeg_damage(stream: io.BytesIO | io.BufferedReader) -> str:
     """What is wrong with the segments before the first scan; empty when nothing is.
 
-    libjpeg and Pillow skip stray bytes between segments; the loader's parser gives up on them. The stream's position
+    libjpeg and Pillow skip stray bytes between segments; the loader's parser fails on them. The stream's position
     is kept.
     """
     position = stream.tell()
     stream.seek(2)
     try:
         while True:
-            place = stream.tell()
+            offset = stream.tell()
             byte = stream.read(1)
             if byte != b"\xff":
-                return f"stray bytes between JPEG segments at byte {place}"
+                return f"stray bytes between JPEG segments at byte {offset}"
             while byte == b"\xff":
                 byte = stream.read(1)
             if not byte or byte in _JPEG_NO_SEGMENT:
-                return f"unexpected JPEG marker at byte {place}"
+                return f"unexpected JPEG marker at byte {offset}"
             if byte in _JPEG_UNUSUAL_FRAMES:
                 return "JPEG with arithmetic, lossless or hierarchical coding, which the loader does not read"
             if byte == b"\xda":
                 return ""
             length = int.from_bytes(stream.read(2), "big")
             if length < 2:
-                return f"JPEG segment of impossible length at byte {place}"
+                return f"JPEG segment of impossible length at byte {offset}"
             stream.seek(length - 2, os.SEEK_CUR)
     finally:
         stream.seek(position)
@@ -269,7 +270,7 @@ def _png_damage(stream: io.BytesIO | io.BufferedReader) -> str:
 
 
 def _exif_orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8 of an opened image; 1 when absent, damaged or senseless."""
+    """EXIF orientation 1..8 of an opened image; 1 when absent, damaged or invalid."""
     if image.format == "PNG" and "exif" not in image.info:
         # Pillow would decode the whole image to look for an EXIF chunk behind the pixels.
         return 1
@@ -282,6 +283,7 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 def _check_chunk(paths: list[str], level: Literal["decode", "header"]) -> list[CheckResult]:
+    """Check some files."""
     return [check_image(path, level) for path in paths]
 
 
@@ -297,10 +299,10 @@ def check_images(
 
     Args:
         count: number of images N.
-        path_of: index 0..N-1 -> full path; called in this process, in order, shortly before an image's turn.
+        path_of: index 0..N-1 -> full path; called in this process, in order, shortly before an image is checked.
         level: "decode", "header" or "none" (nothing is opened).
-        workers: processes; None takes one a core that this process may use.
-        label: what is being checked, for the progress line.
+        workers: processes; None takes one per core that this process may use.
+        label: names the images in the progress line.
         progress: show progress on standard error.
 
     Raises:
@@ -334,7 +336,7 @@ def check_images(
 def _checked_chunks(
     count: int, path_of: Callable[[int], str], level: Literal["decode", "header"], workers: int
 ) -> Iterator[tuple[int, list[CheckResult]]]:
-    """Results in order, a chunk at a time, with a bounded number of chunks under way."""
+    """(first index, results) of each chunk in order, with a bounded number of chunks in work."""
 
     def chunk(start: int) -> list[str]:
         return [path_of(i) for i in range(start, min(start + _CHUNK, count))]
@@ -344,17 +346,17 @@ def _checked_chunks(
         for start in starts:
             yield start, _check_chunk(chunk(start), level)
         return
-    under_way: deque[tuple[int, Future[list[CheckResult]]]] = deque()
+    in_work: deque[tuple[int, Future[list[CheckResult]]]] = deque()
     first = 0
     with worker_pool(workers) as pool:
         try:
             for start in starts:
-                under_way.append((start, pool.submit(_check_chunk, chunk(start), level)))
-                if len(under_way) >= 4 * workers:
-                    first, future = under_way.popleft()
+                in_work.append((start, pool.submit(_check_chunk, chunk(start), level)))
+                if len(in_work) >= 4 * workers:
+                    first, future = in_work.popleft()
                     yield first, future.result()
-            while under_way:
-                first, future = under_way.popleft()
+            while in_work:
+                first, future = in_work.popleft()
                 yield first, future.result()
         except BrokenProcessPool as error:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Images that are named on a command line: found in folders, read like a split."""
+"""Images that are named on a command line: found in directories, read like a split."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def find_images(sources: Sequence[str], note: Callable[[str], None]) -> list[str
         note: called with a sentence about each directory that adds nothing.
 
     Raises:
-        UserError: nothing given or found, a path that does not exist or is neither file nor directory, or a directory
-            that cannot be read.
+        UserError: no image is given or exists, a path does not exist or is neither file nor directory, or a directory
+            cannot be read.
     """
     if not sources:
         raise UserError("no image given; name image files, or directories to search for them")
     suffixes = image_suffixes()
-    found: dict[tuple[str, str], str] = {}
+    path_of: dict[tuple[str, str], str] = {}
     searched: set[str] = set()
     for source in sources:
         try:
@@ -55,16 +55,16 @@ def find_images(sources: Sequence[str], note: Callable[[str], None]) -> list[str
             raise UserError(f"{printable(source)} is neither a file nor a directory")
         for path in paths:
             folder, name = os.path.split(path)
-            # A link to an image is an image of its own name; a link to a directory adds none.
-            found.setdefault((os.path.realpath(folder), name), path)
-    if not found:
-        raise UserError(f"there is no image to look at; files are taken that end in {' '.join(sorted(suffixes))}")
-    return list(found.values())
+            # A link to an image counts as another image; a link to a directory does not.
+            path_of.setdefault((os.path.realpath(folder), name), path)
+    if not path_of:
+        raise UserError(f"there is no image; files are taken that end in {' '.join(sorted(suffixes))}")
+    return list(path_of.values())
 
 
 def _search(top: str, suffixes: frozenset[str], searched: set[str]) -> list[str]:
-    """Images in a directory and below it, sorted; directories in `searched` are passed over, new ones added to it."""
-    found: list[str] = []
+    """Images in a directory and below it, sorted; directories in `searched` are skipped, new ones added to it."""
+    paths: list[str] = []
     # Linked directories come last, so that images keep the path without a link where there is one.
     plain, linked = [top], list[str]()
     while plain or linked:
@@ -82,10 +82,10 @@ def _search(top: str, suffixes: frozenset[str], searched: set[str]) -> list[str]
             link = entry.is_symlink()
             if os.path.isdir(entry.path) if link else entry.is_dir():
                 (linked if link else plain).append(entry.path)
-            # A link to nothing is kept: it is named when it is checked. Pipes and devices are no images.
+            # A broken link is kept: the check names it. Pipes and devices are no images.
             elif os.path.splitext(entry.name)[1].lower() in suffixes and (link or entry.is_file()):
-                found.append(entry.path)
-    return sorted(found)
+                paths.append(entry.path)
+    return sorted(paths)
 
 
 class ImageFiles(Split):

@@ -1,7 +1,9 @@
 """Label codes, sparse label arrays, and the label store that turns sample indices into code rows on the device.
 
 One int8 code per (sample, class) everywhere: 1 observed positive, 0 observed negative, -1 unknown.
-Treating an unknown label as a negative is a method's decision, never the data's. Source: spec/README.md, "Label code".
+Treating an unknown label as a negative is a method's decision, never the data's.
+
+Source: docs/sources.md#label-encodings.
 """
 
 from __future__ import annotations
@@ -65,7 +67,19 @@ class SparseLabels:
         num_classes: int,
         default: int = UNKNOWN,
     ) -> SparseLabels:
-        """Build from coordinate lists in any order. Raises `ValueError` on a repeated (row, class) or a bad value."""
+        """Build from coordinate lists in any order.
+
+        Args:
+            rows: row of each entry, int [nnz].
+            classes: class id of each entry, int [nnz].
+            codes: code of each entry, 1, 0 or -1, [nnz].
+            num_rows: N.
+            num_classes: C.
+            default: code of entries that are not listed.
+
+        Raises:
+            ValueError: a (row, class) is listed twice, or a value is out of range.
+        """
         rows_a = np.asarray(rows, dtype=np.int64)
         classes_a = np.asarray(classes, dtype=np.int64)
         codes_a = np.asarray(codes, dtype=np.int8)
@@ -119,8 +133,8 @@ class SparseLabels:
             kept[index_a] = True
             mask = np.repeat(kept, np.diff(self.indptr))
             return SparseLabels(indptr, self.classes[mask], self.codes[mask], self.num_classes, self.default)
-        take = np.repeat(np.asarray(self.indptr)[:-1][index_a] - indptr[:-1], counts) + np.arange(indptr[-1])
-        return SparseLabels(indptr, self.classes[take], self.codes[take], self.num_classes, self.default)
+        entries = np.repeat(np.asarray(self.indptr)[:-1][index_a] - indptr[:-1], counts) + np.arange(indptr[-1])
+        return SparseLabels(indptr, self.classes[entries], self.codes[entries], self.num_classes, self.default)
 
     def class_counts(self, code: int) -> npt.NDArray[np.int64]:
         """Number of listed entries with `code` per class, int64 [C] (unlisted entries are not counted)."""
@@ -162,9 +176,9 @@ class SparseLabels:
         return cls(indptr, classes, codes, int(meta["num_classes"]), int(meta["default"]))
 
 
-# Padded places for corrections that may wait on the device before they are packed: about 40 MB.
-_WAITING_PLACES = 1 << 22
-# Rows whose entries are counted at once.
+# Corrections, padding included, that may wait on the device before they are packed: about 40 MB.
+_MAX_WAITING = 1 << 22
+# Rows whose entries are counted at a time.
 _COUNT_ROWS = 1 << 20
 
 
@@ -191,14 +205,14 @@ class LabelStore:
         self._classes = self._resident(labels.classes)
         self._codes = self._resident(labels.codes)
         self._max_row = int(np.diff(labels.indptr).max()) if len(labels) else 0
-        # Corrections of this epoch as `correct` got them: keys, which of them are none, code, number of the call.
+        # Corrections of this epoch as `correct` got them: keys, which of them are no padding, code, number of the call.
         self._waiting: list[tuple[Tensor, Tensor | None, int, int]] = []
-        self._waiting_places = 0
+        self._waiting_size = 0
         # The same without padding: keys int64, codes int8, calls int32.
         self._packed: list[tuple[Tensor, Tensor, Tensor]] = []
         self._calls = 0
         self._overlay_keys, self._overlay_codes = np.empty(0, np.int64), np.empty(0, np.int8)
-        self._show_overlay()
+        self._rebuild_overlay()
 
     def _resident(self, array: npt.NDArray[Any]) -> Tensor:
         """The array as a tensor on the device; copied on a CPU only where it may not be written."""
@@ -237,9 +251,10 @@ class LabelStore:
         return counts
 
     def rows(self, index: Tensor, corrected: bool = True) -> Tensor:
-        """Codes int8 [B, C] of the samples `index` (int64 [B], on the store's device).
+        """Codes int8 [B, C] of samples.
 
         Args:
+            index: int64 [B] sample indices, on the store's device.
             corrected: with the overlay of committed corrections (default), or the observed codes alone.
         """
         out = label_rows(self._indptr, self._classes, self._codes, index, self.num_classes, self.default, self._max_row)
@@ -252,8 +267,8 @@ class LabelStore:
     def correct(self, index: Tensor, classes: Tensor, code: int, valid: Tensor | None = None) -> None:
         """Remember corrections of this epoch, for `commit`.
 
-        Nothing is read back from the device, but once in some thousand steps: padding is dropped when four million
-        places wait, or the lists of methods that cannot bound their corrections well would fill the memory.
+        Nothing is read back from the device, except once in some thousand steps: padding is dropped when four million
+        corrections wait, or the lists of methods that cannot bound their corrections well would fill the memory.
 
         Args:
             index: int64 [K] sample indices.
@@ -264,16 +279,16 @@ class LabelStore:
         keys = index.detach() * self.num_classes + classes.detach()
         self._waiting.append((keys, None if valid is None else valid.detach(), code, self._calls))
         self._calls += 1
-        self._waiting_places += len(keys)
-        if self._waiting_places > _WAITING_PLACES:
+        self._waiting_size += len(keys)
+        if self._waiting_size > _MAX_WAITING:
             self._pack()
 
     def _pack(self) -> None:
-        """Drop the padding of what waits."""
+        """Drop the padding of the corrections that wait."""
         if not self._waiting:
             return
         lengths = torch.tensor([len(k) for k, *_ in self._waiting], device=self.device)
-        size = self._waiting_places
+        size = self._waiting_size
         keys = torch.cat([k for k, *_ in self._waiting])
         valid = torch.cat([torch.ones_like(k, dtype=torch.bool) if v is None else v for k, v, *_ in self._waiting])
         columns = (
@@ -283,7 +298,7 @@ class LabelStore:
         codes, calls = (c.repeat_interleave(lengths, output_size=size)[valid] for c in columns)
         self._packed.append((keys[valid], codes, calls))
         self._waiting.clear()
-        self._waiting_places = 0
+        self._waiting_size = 0
 
     def _gather_pending(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], npt.NDArray[np.int32]]:
         """Keys (index * C + class), codes and call numbers of all ranks' pending corrections, in rank order."""
@@ -310,20 +325,20 @@ class LabelStore:
             keys, codes = keys[order], codes[order]
             last = np.append(keys[1:] != keys[:-1], True)
             self._merge(keys[last], codes[last])
-            self._show_overlay()
+            self._rebuild_overlay()
         return self.num_corrections - before
 
     def _merge(self, keys: npt.NDArray[np.int64], codes: npt.NDArray[np.int8]) -> None:
-        """Put ascending, unique keys into the ascending ones of the overlay; they win over those that are there."""
-        place = np.searchsorted(self._overlay_keys, keys)
+        """Put ascending, unique keys into the ascending ones of the overlay; they replace equal ones."""
+        position = np.searchsorted(self._overlay_keys, keys)
         known = np.zeros(len(keys), np.bool_)
-        inside = place < len(self._overlay_keys)
-        known[inside] = self._overlay_keys[place[inside]] == keys[inside]
-        self._overlay_codes[place[known]] = codes[known]
-        self._overlay_codes = np.insert(self._overlay_codes, place[~known], codes[~known])
-        self._overlay_keys = np.insert(self._overlay_keys, place[~known], keys[~known])
+        inside = position < len(self._overlay_keys)
+        known[inside] = self._overlay_keys[position[inside]] == keys[inside]
+        self._overlay_codes[position[known]] = codes[known]
+        self._overlay_codes = np.insert(self._overlay_codes, position[~known], codes[~known])
+        self._overlay_keys = np.insert(self._overlay_keys, position[~known], keys[~known])
 
-    def _show_overlay(self) -> None:
+    def _rebuild_overlay(self) -> None:
         """Make the overlay's CSR arrays on the device from its keys."""
         keys = self._overlay_keys
         self._overlay: tuple[Tensor, ...] = ()
@@ -368,17 +383,17 @@ class LabelStore:
             UserError: it belongs to other labels.
         """
         if not torch.equal(state["fingerprint"].cpu(), self.fingerprint):
-            then, now = state["fingerprint"].tolist(), self.fingerprint.tolist()
+            theirs, ours = state["fingerprint"].tolist(), self.fingerprint.tolist()
             raise UserError(
-                f"the checkpoint belongs to other training labels ({then[0]:,} samples, {then[1]:,} classes, "
-                f"{then[2]:,} labels; now {now[0]:,}, {now[1]:,} and {now[2]:,}"
-                + (" with other content" if then[:3] == now[:3] else "")
-                + "); go on with the data set it was trained on, or start afresh in another --run.dir"
+                f"the checkpoint belongs to other training labels ({theirs[0]:,} samples, {theirs[1]:,} classes, "
+                f"{theirs[2]:,} labels; now {ours[0]:,}, {ours[1]:,} and {ours[2]:,}"
+                + (" with other content" if theirs[:3] == ours[:3] else "")
+                + "); resume with the data set it was trained on, or start a new run in another --run.dir"
             )
         self._overlay_keys, self._overlay_codes = state["keys"].numpy().copy(), state["codes"].numpy().copy()
-        self._show_overlay()
+        self._rebuild_overlay()
         self._waiting.clear()
-        self._waiting_places = 0
+        self._waiting_size = 0
         self._packed.clear()
         self._calls = int(state["calls"])
         if is_main():

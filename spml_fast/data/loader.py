@@ -1,19 +1,15 @@
-"""The input pipeline: images in, normalised views on the device out. The only file that imports nvidia.dali.
+"""The loaders: images in, normalised views on the device out.
 
-`order.py` decides which images a rank sees and how each is changed; this file hands those decisions to a DALI
-pipeline through `fn.external_source` and keeps `DataConfig.prefetch` batches in flight, also from one micro-step,
-update and epoch to the next. One decode serves all views of an image. With a GPU, nvJPEG decodes and everything after
-it runs on the GPU; without one the same pipeline runs on the CPU.
-
-Images that are files are read by DALI's threads. Images in tar shards are read ahead by threads of `shards.py`,
-and their bytes are handed to DALI as they are (without a copy on the CPU): the same bytes, so the same batches.
+sampler.py decides which images a rank sees, and augment.py how each is changed; the loaders hand those decisions to a
+DALI graph (dali_graph.py) and keep `DataConfig.prefetch` batches in flight (dali_stream.py), also from one micro-step,
+update and epoch to the next.
 
 Views, all float32 [B, 3, S, S] in channels_last memory, (value / 255 - mean) / std:
     eval    the image resized to S x S, aspect ratio ignored, antialiased triangular filter as Pillow's bilinear
     weak    crop (with `train_crop: random_resized`), resize, horizontal flip
     strong  RandAugment on the image in its own size, crop (the weak view's box), resize, a flip of its own
 RandAugment comes before the crop, as IGNORE's released code applies it to the whole image, and both views show the
-same box, so that what one view's prediction says about the other is about the same content.
+same box, so that the prediction for one view and the loss of the other are about the same content.
 """
 
 from __future__ import annotations
@@ -29,14 +25,15 @@ from torch import Tensor
 from spml_fast.core import distributed
 from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import DataConfig
-from spml_fast.data import augment, sampler
-from spml_fast.data.dali_graph import Plan
-from spml_fast.data.dali_stream import Inputs, Request, Stream, read_size
+from spml_fast.data import augment
+from spml_fast.data.dali_graph import GraphOptions
+from spml_fast.data.dali_stream import BatchRequest, Inputs, Stream, read_size
 from spml_fast.data.manifest import Split
+from spml_fast.data.sampler import EvalBatchIndex, EvalSampler, MicroBatchIndex, TrainSampler, Windows
 
 
 def _paths(split: Split, index: npt.NDArray[np.int64]) -> Inputs:
-    """File names as DALI wants them: bytes, whatever they are. Nothing where `Stream` hands in the images."""
+    """File names as DALI takes them: bytes, in any encoding. Nothing for shards, whose images `Stream` hands in."""
     if split.shards is not None:
         return {}
     return {"path": [np.frombuffer(split.path(i).encode("utf-8", "surrogateescape"), np.uint8) for i in index.tolist()]}
@@ -55,6 +52,7 @@ _TURNS = np.array(
 
 
 def _turns(split: Split, index: npt.NDArray[np.int64]) -> Inputs:
+    """How each image is turned upright."""
     turns = _TURNS[np.asarray(split.orientation[index])]
     return {
         name: np.ascontiguousarray(turns[:, k]) for k, name in enumerate(("turn", "turn_horizontal", "turn_vertical"))
@@ -70,7 +68,7 @@ def _sharpness_kernels(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
 
 
 def _sizes(split: Split, index: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Widths and heights as shown, int64 [n] each; data prepared without looking at the images are looked at here."""
+    """Widths and heights as shown, int64 [n] each; read from the images where preparation did not."""
     width, height = split.width[index].astype(np.int64), split.height[index].astype(np.int64)
     for position in np.flatnonzero((width <= 0) | (height <= 0)).tolist():
         sample = int(index[position])
@@ -79,6 +77,7 @@ def _sizes(split: Split, index: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.i
 
 
 def _to_device(index: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    """Sample indices as a tensor, int64 [n]."""
     tensor = torch.from_numpy(np.array(index))
     if device.type == "cuda":
         # From pinned memory the copy does not make the host wait.
@@ -95,14 +94,16 @@ class TrainLoader:
         views: ("weak",) or ("weak", "strong").
         batch_size: samples of one optimizer update over all ranks and accumulation steps.
         accumulation: micro-steps of one update.
-        seed: of the run; order and augmentation follow from it and the epoch alone.
+        seed: of the run; samples and augmentation follow from it and the epoch alone.
         device: where the views are made; "cuda" decodes on the GPU.
-        mean, std: per channel, in 0..1.
-        world_size, rank: of the data-parallel group; None asks torch.distributed.
-        make_order: gives the order to follow from the arguments of `TrainSampler`.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
+        world_size: ranks of the data-parallel group; None asks torch.distributed.
+        rank: of this process in that group; None asks torch.distributed.
+        make_sampler: makes the sampler from the arguments of `TrainSampler`.
 
     Attributes:
-        order: the `TrainSampler` followed.
+        sampler: which samples come when.
         updates_per_epoch: optimizer updates of one epoch.
 
     Raises:
@@ -123,22 +124,22 @@ class TrainLoader:
         std: Sequence[float],
         world_size: int | None = None,
         rank: int | None = None,
-        make_order: Callable[..., sampler.TrainSampler] = sampler.TrainSampler,
+        make_sampler: Callable[..., TrainSampler] = TrainSampler,
     ) -> None:
         if views not in (("weak",), ("weak", "strong")):
             raise ValueError(f"views {views!r}")
         self.split, self.config, self.views, self.seed, self.device = split, config, views, seed, device
-        self.order = make_order(
+        self.sampler = make_sampler(
             len(split),
             batch_size,
             accumulation,
             distributed.world_size() if world_size is None else world_size,
             distributed.rank() if rank is None else rank,
             seed,
-            sampler.Windows(config.shuffle_window, config.shuffle_block) if config.shuffle == "window" else None,
+            Windows(config.shuffle_window, config.shuffle_block) if config.shuffle == "window" else None,
         )
-        self.updates_per_epoch = self.order.updates_per_epoch
-        self._plan = Plan(
+        self.updates_per_epoch = self.sampler.updates_per_epoch
+        self._graph_options = GraphOptions(
             views,
             config.image_size,
             tuple(mean),
@@ -152,33 +153,33 @@ class TrainLoader:
         )
         self._stream = Stream(
             split,
-            self._plan,
+            self._graph_options,
             self._inputs,
-            batch_size=self.order.largest_micro_batch,
+            batch_size=self.sampler.largest_micro_batch,
             config=config,
             prefetch=max(1, config.prefetch),
             device=device,
-            windowed=self.order.windows is not None,
+            windowed=self.sampler.windows is not None,
         )
 
-    def _inputs(self, request: Request) -> Inputs:
-        epoch, index, plan = request.key[0], request.index, self._plan
+    def _inputs(self, request: BatchRequest) -> Inputs:
+        epoch, index, graph = request.key[0], request.index, self._graph_options
         inputs = _paths(self.split, index)
-        if plan.oriented:
+        if graph.oriented:
             inputs |= _turns(self.split, index)
-        if plan.flipped:
-            for view in plan.views:
+        if graph.flipped:
+            for view in graph.views:
                 flips = augment.flips(self.seed, epoch, index, view, self.config.hflip)
                 inputs[f"flip_{view}"] = flips.astype(np.int32)
-        if plan.cropped or plan.randaugment_ops:
+        if graph.cropped or graph.randaugment_ops:
             width, height = _sizes(self.split, index)
-        if plan.cropped:
+        if graph.cropped:
             box = augment.crop_boxes(self.seed, epoch, index, width, height, self.config.crop_scale)
             inputs["crop_start"], inputs["crop_shape"] = box[:, :2].copy(), box[:, 2:].copy()
-        if plan.randaugment_ops:
+        if graph.randaugment_ops:
             magnitude = self.config.randaugment_magnitude
-            ops, signs = augment.randaugment_choice(self.seed, epoch, index, plan.randaugment_ops)
-            for step in range(plan.randaugment_ops):
+            ops, signs = augment.randaugment_choice(self.seed, epoch, index, graph.randaugment_ops)
+            for step in range(graph.randaugment_ops):
                 op, sign = ops[:, step].copy(), signs[:, step]
                 factor = augment.randaugment_factor(magnitude, sign)
                 inputs[f"op{step}"] = op
@@ -189,28 +190,28 @@ class TrainLoader:
                 inputs[f"threshold{step}"] = np.full(len(index), augment.solarize_threshold(magnitude), np.uint8)
         return inputs
 
-    def _requests(self, epoch: int, start_update: int) -> Iterator[Request]:
-        """All micro-batches from there on, without end: what follows an epoch is started while its tail is used."""
+    def _requests(self, epoch: int, start_update: int) -> Iterator[BatchRequest]:
+        """All micro-batches from that update on, without end: epochs follow each other without a pause."""
         for current in itertools.count(epoch):
             start = start_update if current == epoch else 0
-            for update, micro in enumerate(self.order.epoch(current, start), start):
-                window = self.order.window(update)
+            for update, micro in enumerate(self.sampler.epoch(current, start), start):
+                window = self.sampler.window(update)
                 for step, batch in enumerate(micro):
                     key = (current, update, step)
-                    yield Request(key, batch.index, batch, key if window is None else (current, window))
+                    yield BatchRequest(key, batch.index, batch, key if window is None else (current, window))
 
     def epoch(self, epoch: int, start_update: int = 0) -> Iterator[list[MicroBatch]]:
         """Yield the updates of `epoch` from `start_update` on: `accumulation` micro-batches each.
 
         The iterator may be left at any point. Starting another epoch ends this one.
         """
-        steps = self.order.accumulation
+        steps = self.sampler.accumulation
         batches = self._stream.run(
             self._requests(epoch, start_update), max(0, self.updates_per_epoch - start_update) * steps
         )
         micro: list[MicroBatch] = []
         for request, tensors in batches:
-            item: sampler.MicroBatchIndex = request.item
+            item: MicroBatchIndex = request.item
             views = dict(zip(self.views, tensors, strict=True))
             index = _to_device(item.index, self.device)
             micro.append(MicroBatch(views, index, len(item.index), item.global_size, item.update_size))
@@ -223,8 +224,14 @@ class EvalLoader:
     """The evaluation views of one rank: every sample once over all ranks, padded batches, view "eval".
 
     Args:
-        split, config, device, mean, std, world_size, rank: as in `TrainLoader`.
+        split: the images.
+        config: the `data` section of the run.
         batch_size: samples of one batch of one rank.
+        device: where the views are made.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
+        world_size: ranks of the data-parallel group; None asks torch.distributed.
+        rank: of this process in that group; None asks torch.distributed.
 
     Raises:
         UserError: the split is empty, or (while iterating) an image is missing or damaged.
@@ -243,13 +250,13 @@ class EvalLoader:
         rank: int | None = None,
     ) -> None:
         self.split, self.device = split, device
-        self.order = sampler.EvalSampler(
+        self.sampler = EvalSampler(
             len(split),
             batch_size,
             distributed.world_size() if world_size is None else world_size,
             distributed.rank() if rank is None else rank,
         )
-        self._plan = Plan(
+        self._graph_options = GraphOptions(
             ("eval",),
             config.image_size,
             tuple(mean),
@@ -260,31 +267,31 @@ class EvalLoader:
         )
         self._stream = Stream(
             split,
-            self._plan,
+            self._graph_options,
             self._inputs,
             batch_size=min(batch_size, len(split)),
             config=config,
             # DALI wants its queue filled at the start, and an evaluation may be shorter than the queue.
-            prefetch=min(max(1, config.prefetch), len(self.order)),
+            prefetch=min(max(1, config.prefetch), len(self.sampler)),
             device=device,
         )
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.sampler)
 
-    def _inputs(self, request: Request) -> Inputs:
+    def _inputs(self, request: BatchRequest) -> Inputs:
         inputs = _paths(self.split, request.index)
-        if self._plan.oriented:
+        if self._graph_options.oriented:
             inputs |= _turns(self.split, request.index)
         return inputs
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        requests = (Request((j,), b.index[: max(1, b.real)], b, (j,)) for j, b in enumerate(self.order))
-        for request, (tensor,) in self._stream.run(requests, len(self.order)):
-            batch: sampler.EvalBatchIndex = request.item
+        requests = (BatchRequest((j,), b.index[: max(1, b.real)], b, (j,)) for j, b in enumerate(self.sampler))
+        for request, (tensor,) in self._stream.run(requests, len(self.sampler)):
+            batch: EvalBatchIndex = request.item
             missing = len(batch.index) - len(tensor)
             if missing:
-                # Padding is repeated here, not decoded again.
+                # The last view is repeated, not decoded again.
                 tensor = torch.cat([tensor, tensor[-1:].expand(missing, -1, -1, -1)])
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
             index = _to_device(batch.index, self.device)

@@ -2,20 +2,20 @@
 
     MANIFEST/
       manifest.json      format, name, image root, split sizes; written last, so a folder without it is not a Manifest
-      classes.txt        one class name a line, line number = class id
-      report.json        what preparation found: counts, images left out and why
+      classes.txt        one class name per line, line number = class id
+      report.json        counts, images left out and why
       SPLIT/             train, val, test, or any other name
         width.npy height.npy    int32 [N], as shown (after orientation)
         orientation.npy         uint8 [N], EXIF orientation 1..8 that the loader applies; 1 = as stored
         paths.bin + paths.npy   UTF-8 bytes of all relative paths and int64 [N + 1] offsets; or, with a path template,
         ids.npy                 uint64 [N] numeric ids, and with several templates
         template.npy            number of each image's template, uint16 or uint32 [N]
-        known/ observed/        SparseLabels: everything that is annotated, and what training may see
+        known/ observed/        SparseLabels: all annotated labels, and those that training may see
         boxes.npy + boxes_indptr.npy   optional, float32 [K, 5] (class, x0, y0, x1, y1 as fractions), int64 [N + 1]
-        shards.json + shard_index.npy  when the images lie in tar shards: see shards.py
+        shards.json + shard_index.npy  when the images lie in tar shards: see data/shards.py
 
-A column whose values are all alike has no file: manifest.json holds the one value. All arrays are opened memory-mapped:
-a Manifest of nine million images opens without being read.
+A column whose values are all equal has no file: manifest.json holds the one value. All arrays are opened memory-mapped:
+a Manifest of nine million images opens without being read whole.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ class Split:
 
     @cached_property
     def width(self) -> npt.NDArray[np.int32]:
-        """Image widths in pixels after orientation, int32 [N]; 0 where nobody looked."""
+        """Image widths in pixels after orientation, int32 [N]; 0 where unknown."""
         return self._column("width", np.int32)
 
     @cached_property
     def height(self) -> npt.NDArray[np.int32]:
-        """Image heights in pixels after orientation, int32 [N]; 0 where nobody looked."""
+        """Image heights in pixels after orientation, int32 [N]; 0 where unknown."""
         return self._column("height", np.int32)
 
     @cached_property
@@ -123,11 +123,11 @@ class Split:
 
     @cached_property
     def shards(self) -> Shards | None:
-        """The tar shards that hold the images; None when they are files of their own."""
+        """The tar shards that hold the images; None when each image is a file."""
         return Shards(self.folder, self.image_root) if (self.folder / SHARDS_FILE).exists() else None
 
     def path(self, index: int) -> str:
-        """Full path of an image; with `shards`, where it would lie as a file of its own (`read` finds it there)."""
+        """Full path of an image; with `shards` there is no such file, and `read` reads the image from its shard."""
         return os.path.join(self.image_root, self.relative_path(index))
 
     def read(self, index: int) -> bytes:
@@ -138,19 +138,19 @@ class Split:
             return file.read()
 
     def place(self, index: int) -> str:
-        """Where an image lies, in words for a message: its path, or its name, shard and offset."""
+        """Where an image lies, for a message: its path, or its name, shard and offset."""
         if self.shards is not None:
             return f"{self.relative_path(index)} {self.shards.place(index)}"
         return self.path(index)
 
     @cached_property
     def known(self) -> SparseLabels:
-        """Everything that is annotated: the truth that evaluation uses."""
+        """All annotated labels: the truth that evaluation uses."""
         return SparseLabels.load(self.folder / "known")
 
     @cached_property
     def observed(self) -> SparseLabels:
-        """What training may see; the same as `known` when nothing was hidden."""
+        """The labels that training may see; the same as `known` when none was hidden."""
         folder = self.folder / "observed"
         return SparseLabels.load(folder) if folder.exists() else self.known
 

@@ -1,9 +1,8 @@
-"""Who sees which sample when, and how it is changed: pure functions of (seed, epoch, sample index).
+"""Which rank sees which sample when: pure functions of (seed, epoch).
 
 The order of an epoch depends on the seed and the epoch alone (and on the windows that it is shuffled within, if any);
-ranks and accumulation steps take slices of the same global batch. Augmentation parameters depend on seed, epoch and
-sample index alone, so a sample looks the same on whatever rank and in whatever batch it is met, and the position in the
-epoch is all that a resume has to know.
+ranks and accumulation steps take slices of the same global batch, so the position in the epoch is all that a resume has
+to know.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from spml_fast.core.errors import UserError
 IntArray = npt.NDArray[np.int64]
 
 
-def _part(size: int, parts: int, which: int) -> tuple[int, int]:
+def _part(size: int, parts: int, number: int) -> tuple[int, int]:
     """First and one-past-last position of a near-equal contiguous part, as `np.array_split` cuts them."""
     base, extra = divmod(size, parts)
-    start = which * base + min(which, extra)
-    return start, start + base + (which < extra)
+    start = number * base + min(number, extra)
+    return start, start + base + (number < extra)
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class MicroBatchIndex:
-    """One rank's share of one micro-step.
+    """One rank's part of one micro-step.
 
     Attributes:
         index: int64 [n], n >= 1, sample indices within the split.
@@ -73,20 +72,21 @@ class MicroBatchIndex:
 
 
 class TrainSampler:
-    """The training order of one rank.
+    """The training samples of one rank.
 
     Update u of an epoch takes rows [u * batch_size, (u + 1) * batch_size) of the epoch's permutation; its micro-step a
     takes the a-th of `accumulation` near-equal contiguous parts, and rank r the r-th near-equal part of that. The
-    last, smaller batch is kept unless it has fewer than accumulation * world_size samples: then it is left out,
+    last, smaller batch is kept unless it has fewer than accumulation * world_size samples: then it is dropped,
     because no rank may get an empty micro-batch.
 
     Args:
         size: samples of the split.
         batch_size: samples of one optimizer update over all ranks and accumulation steps.
         accumulation: micro-steps of one update.
-        world_size, rank: of the data-parallel group.
+        world_size: ranks of the data-parallel group.
+        rank: of this process in that group.
         seed: of the run.
-        windows: shuffle within windows of blocks; None draws the order from all samples.
+        windows: shuffle within windows of blocks; None shuffles all samples at once.
 
     Attributes:
         updates_per_epoch: optimizer updates of one epoch.
@@ -112,21 +112,21 @@ class TrainSampler:
         if not 0 <= seed < 2**63:
             raise UserError(f"run.seed is {seed}; it must be 0 or more and less than 2**63")
         smallest = accumulation * world_size
-        for value, what in ((batch_size, "a batch"), (size, "a training split")):
+        for value, name in ((batch_size, "a batch"), (size, "a training split")):
             if value < smallest:
                 raise UserError(
-                    f"{what} of {value} samples cannot be shared by {world_size} ranks with {accumulation} accumulation"
+                    f"{name} of {value} samples cannot be shared by {world_size} ranks with {accumulation} accumulation"
                     f" steps; it needs {smallest} samples, or use fewer ranks or accumulation steps"
                 )
         self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
         self.world_size, self.rank, self.seed, self.windows = world_size, rank, seed, windows
-        whole, rest = divmod(size, batch_size)
-        self.updates_per_epoch = whole + (rest >= smallest)
+        full, rest = divmod(size, batch_size)
+        self.updates_per_epoch = full + (rest >= smallest)
         self.samples_per_epoch = min(size, self.updates_per_epoch * batch_size)
 
     @property
     def largest_micro_batch(self) -> int:
-        """Samples of the largest micro-batch that this rank meets."""
+        """Samples of the largest micro-batch of this rank."""
         update = min(self.size, self.batch_size)
         start, stop = _part(_part(update, self.accumulation, 0)[1], self.world_size, self.rank)
         return stop - start
@@ -169,7 +169,7 @@ class TrainSampler:
 
     @property
     def updates_per_window(self) -> int:
-        """Updates that one window is used up in."""
+        """Updates that one window lasts for."""
         return max(1, self.windows.samples // self.batch_size) if self.windows is not None else self.updates_per_epoch
 
     def window(self, update: int) -> int | None:
@@ -205,16 +205,17 @@ class EvalBatchIndex:
 
 
 class EvalSampler:
-    """The evaluation order of one rank: every sample once, in batches that do not depend on the world size.
+    """The evaluation samples of one rank: every sample once, in batches that do not depend on the world size.
 
     Batch j holds the samples [j * batch_size, (j + 1) * batch_size) and goes to rank j % world_size. All batches are
     padded to full size and all ranks get the same number of them, so that collectives in the forward stay in step;
-    surplus batches count nothing and show sample 0.
+    surplus batches count nothing and repeat sample 0.
 
     Args:
         size: samples of the split, at least 1.
         batch_size: samples of one batch of one rank.
-        world_size, rank: of the data-parallel group.
+        world_size: ranks of the data-parallel group.
+        rank: of this process in that group.
 
     Raises:
         UserError: the split is empty.
@@ -226,8 +227,7 @@ class EvalSampler:
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch size {batch_size}, world size {world_size}, rank {rank}")
         self.size, self.batch_size, self.world_size, self.rank = size, batch_size, world_size, rank
-        whole = math.ceil(size / batch_size)
-        self.batches = math.ceil(whole / world_size)
+        self.batches = math.ceil(math.ceil(size / batch_size) / world_size)
 
     def __len__(self) -> int:
         return self.batches

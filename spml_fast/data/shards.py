@@ -2,10 +2,10 @@
 
     MANIFEST/SPLIT/shards.json       name, bytes, samples and SHA-256 of every shard, in order
     MANIFEST/SPLIT/shard_index.npy   int64 [N, 3]: shard number, offset and size in bytes of every image
-    IMAGE_ROOT/SPLIT-00000.tar ...   plain tar, one member an image: 000000123.jpg; tar and webdataset readers take it
+    IMAGE_ROOT/SPLIT-00000.tar ...   plain tar, one member per image: 000000123.jpg; tar and webdataset readers take it
 
-Images lie in the order of their sample indices, so samples that follow each other are read without seeking. `pack.py`
-writes shards. This file reads them with `pread` and not through a memory map: a shard that is cut short, or a mount
+Images lie in the order of their sample indices, so consecutive samples are read without seeking. prepare/pack writes
+shards. This file reads them with `pread` and not through a memory map: a shard that is cut short, or a mount
 that fails, is then an error with a sentence and not a signal that kills the process.
 """
 
@@ -30,13 +30,14 @@ import numpy.typing as npt
 from spml_fast.core.errors import UserError
 
 SHARDS_FILE, INDEX_FILE = "shards.json", "shard_index.npy"
-MEND = "restore the shard, or pack the images again"
+# What to do about a damaged shard, for messages.
+RESTORE_SHARD = "restore the shard, or pack the images again"
 
 # Open files are kept, but a data set may have more shards than a process may open files.
 _MAX_OPEN = 64
-# Bytes between two wanted images that are read and dropped, where moving a disk's head takes longer.
+# Bytes between two wanted images that are read and dropped, where a disk takes longer to seek.
 _READ_THROUGH = 512 << 10
-# Bytes of one task of a reading thread. Linux takes at most 1,024 buffers a call, half of them images here.
+# Bytes of one task of a reading thread. Linux takes at most 1,024 buffers per call, half of them images.
 _TASK_BYTES, _TASK_IMAGES = 8 << 20, 500
 
 Encoded = npt.NDArray[np.uint8]
@@ -105,21 +106,21 @@ class Shards:
         return os.path.join(self.root, self.files[number].name)
 
     def place(self, index: int) -> str:
-        """Where an image lies, in words for a message."""
+        """Where an image lies, for a message."""
         shard, offset, _ = self.table[index].tolist()
         return f"at offset {offset} of shard {self.path(shard)} (sample {index} of split {self.folder.name!r})"
 
     def file(self, number: int) -> _OpenFile:
         """An open shard. Raises `OSError`."""
         with self._lock:
-            found = self._open.get(number)
-            if found is None:
-                found = self._open[number] = _OpenFile(self.path(number))
+            file = self._open.get(number)
+            if file is None:
+                file = self._open[number] = _OpenFile(self.path(number))
                 if len(self._open) > _MAX_OPEN:
                     # A thread that is reading from it keeps it open until it has finished.
                     self._open.popitem(last=False)
             self._open.move_to_end(number)
-            return found
+            return file
 
     def forget(self, number: int) -> None:
         """Open a shard anew the next time, because it may have been replaced."""
@@ -127,7 +128,7 @@ class Shards:
             self._open.pop(number, None)
 
     def read(self, index: int) -> bytes:
-        """The encoded image of a sample. `UserError` names the shard if it is missing or too short."""
+        """The encoded image of a sample. Raises `UserError` naming the shard if it is missing or too short."""
         return self.read_many([index])[0].tobytes()
 
     def read_many(self, index: Sequence[int]) -> list[Encoded]:
@@ -152,12 +153,12 @@ class Shards:
             samples: int64 [n] sample indices.
             rows: int64 [n, 3], their rows of `table`.
             spans: positions in `samples`, each in the order of the disk and within one shard.
-            out: n places for the images.
+            out: n elements, which the images are put into.
 
         Raises:
             UserError: a shard is missing, cannot be read, or ends too early.
         """
-        hole = bytearray(_READ_THROUGH)
+        unused = bytearray(_READ_THROUGH)
         for span in spans:
             shard = int(rows[span[0], 0])
             start = end = int(rows[span[0], 1])
@@ -165,28 +166,28 @@ class Shards:
             arrays = []
             for _, offset, size in rows[span].tolist():
                 if offset > end:
-                    buffers.append(memoryview(hole)[: offset - end])
+                    buffers.append(memoryview(unused)[: offset - end])
                 arrays.append(np.empty(size, np.uint8))
                 if size:
                     buffers.append(arrays[-1].data)
                 end = offset + size
             try:
                 file = self.file(shard)
-                reached = start + _read_into(file.fd, buffers, start)
+                end_read = start + _read_into(file.fd, buffers, start)
                 length = os.fstat(file.fd).st_size
             except OSError as error:
                 self.forget(shard)
                 reason = "the shard is missing" if isinstance(error, FileNotFoundError) else error.strerror
                 raise UserError(
-                    f"the image {self.place(int(samples[span[0]]))} cannot be read ({reason}); {MEND}"
+                    f"the image {self.place(int(samples[span[0]]))} cannot be read ({reason}); {RESTORE_SHARD}"
                 ) from error
-            if reached < end:
+            if end_read < end:
                 self.forget(shard)
                 ends = rows[span, 1] + rows[span, 2]
-                first = int(span[np.argmax(ends > reached)])
+                first = int(span[np.argmax(ends > end_read)])
                 raise UserError(
                     f"the image {self.place(int(samples[first]))} cannot be read (the shard ends at byte {length}); "
-                    f"{MEND}"
+                    f"{RESTORE_SHARD}"
                 )
             for position, array in zip(span.tolist(), arrays, strict=True):
                 out[position] = array
@@ -196,19 +197,19 @@ def _read_into(fd: int, buffers: list[memoryview], offset: int) -> int:
     """Fill buffers one after the other from `offset` of a file on. Returns the bytes read, fewer at the file's end."""
     done = 0
     while buffers:
-        got = os.preadv(fd, buffers, offset + done)
-        if got == 0:
+        count = os.preadv(fd, buffers, offset + done)
+        if count == 0:
             break
-        done += got
-        while buffers and got >= len(buffers[0]):
-            got -= len(buffers.pop(0))
-        if got:
-            buffers[0] = buffers[0][got:]
+        done += count
+        while buffers and count >= len(buffers[0]):
+            count -= len(buffers.pop(0))
+        if count:
+            buffers[0] = buffers[0][count:]
     return done
 
 
 def _tasks(rows: npt.NDArray[np.int64], threads: int) -> list[list[npt.NDArray[np.int64]]]:
-    """Cut images into spans that are read in one go, and share the spans out.
+    """Cut images into spans that are read in one go, and distribute the spans over tasks.
 
     Args:
         rows: int64 [n, 3] shard, offset, size.
@@ -221,9 +222,9 @@ def _tasks(rows: npt.NDArray[np.int64], threads: int) -> list[list[npt.NDArray[n
         return []
     order = np.lexsort((rows[:, 1], rows[:, 0]))
     shard, offset, size = rows[order].T
-    hole = offset[1:] - (offset[:-1] + size[:-1])
-    # What begins before the last one ends is the same image, asked for twice.
-    cut = (shard[1:] != shard[:-1]) | (hole < 0) | (hole > _READ_THROUGH)
+    gap = offset[1:] - (offset[:-1] + size[:-1])
+    # An image that begins before the previous one ends is the same image, asked for twice.
+    cut = (shard[1:] != shard[:-1]) | (gap < 0) | (gap > _READ_THROUGH)
     tasks: list[list[npt.NDArray[np.int64]]] = [[]]
     filled = images = 0
     most = -(-len(rows) // threads)
@@ -231,21 +232,21 @@ def _tasks(rows: npt.NDArray[np.int64], threads: int) -> list[list[npt.NDArray[n
         ends = np.cumsum(rows[span, 2])
         while len(span):
             # No more than fits into the task that is being filled; one image at least.
-            room = int(np.searchsorted(ends, _TASK_BYTES - filled, "right"))
-            room = min(room, min(most, _TASK_IMAGES) - images)
-            if room < 1 and tasks[-1]:
+            count = int(np.searchsorted(ends, _TASK_BYTES - filled, "right"))
+            count = min(count, min(most, _TASK_IMAGES) - images)
+            if count < 1 and tasks[-1]:
                 tasks.append([])
                 filled = images = 0
                 continue
-            room = max(1, room)
-            tasks[-1].append(span[:room])
-            filled, images = filled + int(ends[room - 1]), images + room
-            span, ends = span[room:], ends[room:] - ends[room - 1]
+            count = max(1, count)
+            tasks[-1].append(span[:count])
+            filled, images = filled + int(ends[count - 1]), images + count
+            span, ends = span[count:], ends[count:] - ends[count - 1]
     return tasks
 
 
-class Reading:
-    """Images on their way into memory."""
+class PendingImages:
+    """Images that are being read."""
 
     def __init__(self, futures: list[Future[None]], out: list[Encoded | None]) -> None:
         self._futures, self._out = futures, out
@@ -253,7 +254,7 @@ class Reading:
     def result(self) -> list[Encoded | None]:
         """Wait, and return the encoded images, uint8 each, in the order asked for. `UserError` if one is unreadable.
 
-        The list is the caller's: what is taken out of it is freed when the caller drops it.
+        The list belongs to the caller: an image that is taken out of it is freed when the caller drops it.
         """
         for future in self._futures:
             future.result()
@@ -265,7 +266,7 @@ class Reading:
         return all(future.done() for future in self._futures)
 
     def cancel(self) -> None:
-        """Do not start what has not been started."""
+        """Do not start reads that have not been started."""
         for future in self._futures:
             future.cancel()
 
@@ -273,7 +274,7 @@ class Reading:
 _Job = tuple[Future[None], Callable[[], None]]
 
 
-def _work(jobs: SimpleQueue[_Job | None]) -> None:
+def _read_jobs(jobs: SimpleQueue[_Job | None]) -> None:
     """What a reading thread does until it is handed None."""
     while (job := jobs.get()) is not None:
         future, read = job
@@ -286,11 +287,12 @@ def _work(jobs: SimpleQueue[_Job | None]) -> None:
             future.set_exception(error)
         else:
             future.set_result(None)
-        # Not kept until the next job comes: it holds images.
+        # A job holds images; they are not kept until the next one comes.
         del job, future, read
 
 
-def _dismiss(jobs: SimpleQueue[_Job | None], threads: int) -> None:
+def _end_threads(jobs: SimpleQueue[_Job | None], threads: int) -> None:
+    """Let that many reading threads end."""
     for _ in range(threads):
         jobs.put(None)
 
@@ -299,11 +301,11 @@ class ShardReader:
     """Reads images of a split on threads of its own, in the order of the disk.
 
     The threads are daemons, which those of a `ThreadPoolExecutor` are not: a program that ends, or is interrupted, does
-    not wait until a window that nobody needs any more has been read.
+    not wait until a window that is not needed any more has been read.
 
     Args:
         shards: the split's shards.
-        threads: reads that are under way at a time.
+        threads: reads at a time.
     """
 
     def __init__(self, shards: Shards, threads: int) -> None:
@@ -313,11 +315,11 @@ class ShardReader:
     def _jobs(self) -> SimpleQueue[_Job | None]:
         jobs: SimpleQueue[_Job | None] = SimpleQueue()
         for _ in range(self.threads):
-            threading.Thread(target=_work, args=(jobs,), name="shards", daemon=True).start()
-        weakref.finalize(self, _dismiss, jobs, self.threads)
+            threading.Thread(target=_read_jobs, args=(jobs,), name="shards", daemon=True).start()
+        weakref.finalize(self, _end_threads, jobs, self.threads)
         return jobs
 
-    def submit(self, samples: npt.NDArray[np.int64]) -> Reading:
+    def submit(self, samples: npt.NDArray[np.int64]) -> PendingImages:
         """Start reading samples, int64 [n]; returns at once."""
         rows = np.asarray(self.shards.table[samples])
         out: list[Encoded | None] = [None] * len(samples)
@@ -325,7 +327,7 @@ class ShardReader:
         for task in _tasks(rows, self.threads):
             futures.append(Future())
             self._jobs.put((futures[-1], partial(self.shards.read_spans, samples, rows, task, out)))
-        return Reading(futures, out)
+        return PendingImages(futures, out)
 
 
 def check_shards(shards: Shards, threads: int = 4) -> int:
@@ -342,18 +344,20 @@ def check_shards(shards: Shards, threads: int = 4) -> int:
     def check(number: int) -> int:
         file, path = shards.files[number], shards.path(number)
         rows = np.flatnonzero(numbers == number)
-        held = f"samples {rows[0]} to {rows[-1]} of split {shards.folder.name!r}" if len(rows) else "no sample"
+        samples = f"samples {rows[0]} to {rows[-1]} of split {shards.folder.name!r}" if len(rows) else "no sample"
         try:
             size = os.stat(path).st_size
             if size != file.size:
-                raise UserError(f"shard {path} ({held}) has {size} bytes instead of {file.size}; {MEND}")
+                raise UserError(f"shard {path} ({samples}) has {size} bytes instead of {file.size}; {RESTORE_SHARD}")
             if len(rows) != file.samples or ends[rows].max(initial=0) > size:
                 raise UserError(f"{shards.folder / INDEX_FILE} does not fit shard {path}; pack the images again")
-            found = file_sha256(path)
+            checksum = file_sha256(path)
         except OSError as error:
-            raise UserError(f"shard {path} ({held}) cannot be read ({error.strerror}); {MEND}") from error
-        if found != file.sha256:
-            raise UserError(f"shard {path} ({held}) is damaged: its checksum has changed since it was packed; {MEND}")
+            raise UserError(f"shard {path} ({samples}) cannot be read ({error.strerror}); {RESTORE_SHARD}") from error
+        if checksum != file.sha256:
+            raise UserError(
+                f"shard {path} ({samples}) is damaged: its checksum has changed since it was packed; {RESTORE_SHARD}"
+            )
         return size
 
     with ThreadPoolExecutor(threads) as pool:

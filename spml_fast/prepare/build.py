@@ -1,4 +1,5 @@
-"""From a raw data set to a Manifest: draw observed labels, cut off validation, check images, write."""
+"""From a raw data set to a Manifest: draw observed labels over all official rows, cut off the validation split, check
+every image, drop the bad ones from every column, write the Manifest and its report."""
 
 from __future__ import annotations
 
@@ -15,19 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.image_check import CheckResults, check_images, choose_level
+from spml_fast.data.image_check import CheckResults, Level, check_images, choose_level
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.observed_labels import published_split
-from spml_fast.prepare.raw import CommonOptions, Orientation, RawDataset, RawSplit
+from spml_fast.prepare.raw import CommonOptions, RawDataset, RawSplit
 
 # At most this many left-out images are named one by one in report.json.
 MAX_LISTED = 100_000
 
 
 def build(raw: RawDataset, common: CommonOptions) -> Manifest:
-    """Draw, cut, look, drop, write. Nothing is left at `common.out` when this raises.
+    """Draw, cut, check, drop, write. Nothing is left at `common.out` when this raises.
 
     Raises:
         UserError: the output folder cannot be used, a split is empty, training has no positive, every image of a
@@ -58,66 +59,100 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
         root = Path()
     if root is None:
         raise ValueError("a data set needs an image root, or a way to make its images")
+    present = [np.arange(len(s)) if s.present is None else np.flatnonzero(s.present) for s in raw.splits]
+    level = "none" if raw.labels_alone else choose_level(common.verify, sum(len(rows) for rows in present))
+    preparation = _Preparation(raw, common, writer, root, level)
+    for official, rows in zip(raw.splits, present, strict=True):
+        preparation.add(official, rows)
+    if not preparation.splits[raw.splits[0].name]["known"]["positive"]:
+        raise UserError(f"split {raw.splits[0].name!r} has no positive label at all; check classes and annotations")
+    return writer.finish(preparation.report())
 
-    looked_at = [np.arange(len(s)) if s.present is None else np.flatnonzero(s.present) for s in raw.splits]
-    level = "none" if raw.labels_alone else choose_level(common.verify, sum(len(rows) for rows in looked_at))
-    report_splits: dict[str, Any] = {}
-    left_out: list[dict[str, str]] = []
-    reasons: Counter[str] = Counter()
-    notes = list(raw.notes)
-    if level == "none" and common.orientation == "exif":
-        notes.append(
-            "no image was looked at, so --orientation exif turns none; leave out --verify none to turn images as "
-            "their EXIF data say"
-            if not raw.labels_alone
-            else "there are no images to look at, so --orientation exif turns none"
-        )
-    for official, present in zip(raw.splits, looked_at, strict=True):
-        observed = common.observe.draw(official.known, common.seed, official.name)
+
+class _Preparation:
+    """Draws, cuts, checks and writes one official split after the other, and keeps the report.
+
+    Args:
+        raw: the data set.
+        common: options of every data set.
+        writer: of the Manifest.
+        root: folder of the images.
+        level: how closely they are checked.
+
+    Attributes:
+        splits: final split -> its entry in the report.
+    """
+
+    def __init__(
+        self, raw: RawDataset, common: CommonOptions, writer: ManifestWriter, root: Path, level: Level
+    ) -> None:
+        self.raw, self.common, self.writer, self.root, self.level = raw, common, writer, root, level
+        self.splits: dict[str, Any] = {}
+        self._left_out: list[dict[str, str]] = []
+        self._reasons: Counter[str] = Counter()
+        self._notes = list(raw.notes)
+        if level == "none" and common.orientation == "exif":
+            self._notes.append(
+                "no image was checked, so --orientation exif turns none; leave out --verify none to turn images as "
+                "their EXIF data say"
+                if not raw.labels_alone
+                else "there are no images to check, so --orientation exif turns none"
+            )
+
+    def add(self, official: RawSplit, present: npt.NDArray[np.int64]) -> None:
+        """Write an official split, in two parts where validation is cut off it.
+
+        Labels are drawn over all of its rows, so that those of an image do not depend on which other images are left
+        out.
+        """
+        observed = self.common.observe.draw(official.known, self.common.seed, official.name)
         hides_labels = observed is not None
         if official.extra is not None:
             observed = merge_labels(official.known if observed is None else observed, official.extra)
-        if level == "none":
+        checked = self._check(official, present)
+        parts = [(official.name, np.arange(len(official)))]
+        if self.raw.carve is not None and self.raw.carve[0] == official.name:
+            kept, cut = published_split(len(official))
+            parts = [(official.name, kept), (self.raw.carve[1], cut)]
+        for name, rows in parts:
+            usable = rows[checked.ok[rows]]
+            if not len(usable):
+                raise UserError(f"split {name!r} is empty ({len(official)} rows in the official {official.name!r})")
+            part = official.select(usable, name)
+            seen = None if observed is None else observed.select(usable)
+            entry = self._write(part, seen, hides_labels, checked, usable)
+            entry["left_out"] = len(rows) - len(usable)
+            self.splits[name] = entry
+
+    def _check(self, official: RawSplit, present: npt.NDArray[np.int64]) -> CheckResults:
+        """Check the images `present`, int64, of a split. Raises `UserError` if none of them can be used."""
+        if self.level == "none":
             checked = check_images(len(present), str, "none")
         else:
+            common, path_of = self.common, _full_path(official, self.root, present)
             label = f"{official.name} images"
-            path_of = _full_path(official, root, present)
-            checked = check_images(len(present), path_of, level, common.workers, label, common.progress)
+            checked = check_images(len(present), path_of, self.level, common.workers, label, common.progress)
         if official.present is not None:
             checked = checked.among(present, len(official))
         for index, (reason, detail) in checked.rejected.items():
-            reasons[reason] += 1
-            if len(left_out) < MAX_LISTED:
+            self._reasons[reason] += 1
+            if len(self._left_out) < MAX_LISTED:
                 path = official.relative_path(index)
-                left_out.append({"split": official.name, "path": path, "reason": reason, "detail": detail})
-        if not checked.ok.any():
-            if not len(present):
-                raise UserError(f"there is no image for any of the {len(official)} rows of split {official.name!r}")
-            first, (reason, detail) = next(iter(checked.rejected.items()))
-            raise UserError(
-                f"none of the {len(present)} images of split {official.name!r} can be used; the first is "
-                f"{os.path.join(root, official.relative_path(first))}: {reason}{f' ({detail})' if detail else ''}"
-            )
-        everything = np.arange(len(official))
-        parts = [(official.name, everything)]
-        if raw.carve is not None and raw.carve[0] == official.name:
-            kept, cut = published_split(len(official))
-            parts = [(official.name, kept), (raw.carve[1], cut)]
-        for name, rows in parts:
-            official_rows = len(rows)
-            rows = rows[checked.ok[rows]]
-            if not len(rows):
-                raise UserError(f"split {name!r} is empty ({len(official)} rows in the official {official.name!r})")
-            part = official.select(rows, name)
-            seen = None if observed is None else observed.select(rows)
-            entry = _write(part, seen, hides_labels, checked, rows, common.orientation, writer, notes)
-            entry["left_out"] = official_rows - len(rows)
-            report_splits[name] = entry
+                self._left_out.append({"split": official.name, "path": path, "reason": reason, "detail": detail})
+        if checked.ok.any():
+            return checked
+        if not len(present):
+            raise UserError(f"there is no image for any of the {len(official)} rows of split {official.name!r}")
+        first, (reason, detail) = next(iter(checked.rejected.items()))
+        raise UserError(
+            f"none of the {len(present)} images of split {official.name!r} can be used; the first is "
+            f"{os.path.join(self.root, official.relative_path(first))}: {reason}{f' ({detail})' if detail else ''}"
+        )
 
-    if not report_splits[raw.splits[0].name]["known"]["positive"]:
-        raise UserError(f"split {raw.splits[0].name!r} has no positive label at all; check classes and annotations")
-    return writer.finish(
-        {
+    def report(self) -> dict[str, Any]:
+        """The content of report.json."""
+        raw, common, reasons = self.raw, self.common, self._reasons
+        return {
             "name": raw.name,
             "classes": len(raw.classes),
             "observe": {
@@ -126,19 +161,83 @@ def _build(raw: RawDataset, common: CommonOptions, writer: ManifestWriter) -> Ma
                 "fraction": common.observe.fraction,
                 "seed": common.seed,
             },
-            "verify": level,
+            "verify": self.level,
             "labels_alone": raw.labels_alone,
             "orientation": common.orientation,
             "settings": raw.settings,
             "coverage": raw.coverage,
-            "notes": notes,
-            "splits": report_splits,
-            "left_out": {"total": sum(reasons.values()), "reasons": dict(reasons.most_common()), "images": left_out},
+            "notes": self._notes,
+            "splits": self.splits,
+            "left_out": {
+                "total": sum(reasons.values()),
+                "reasons": dict(reasons.most_common()),
+                "images": self._left_out,
+            },
         }
-    )
+
+    def _write(
+        self,
+        part: RawSplit,
+        observed: SparseLabels | None,
+        hides_labels: bool,
+        checked: CheckResults,
+        rows: npt.NDArray[np.int64],
+    ) -> dict[str, Any]:
+        """Write one final split, the rows `rows` of the official one, and return its entry in the report."""
+        notes = self._notes
+        size = len(part)
+        annotated_width = np.zeros(size, np.int32) if part.width is None else np.asarray(part.width, np.int32)
+        annotated_height = np.zeros(size, np.int32) if part.height is None else np.asarray(part.height, np.int32)
+        width, height = checked.width[rows], checked.height[rows]
+        opened = width > 0
+        applied = checked.orientation[rows] if self.common.orientation == "exif" else np.ones(size, np.uint8)
+        listed = np.zeros(size, np.bool_) if part.orientation is None else part.orientation > 0
+        if part.orientation is not None:
+            applied = np.where(listed, part.orientation, applied)
+        differ = opened & (annotated_width > 0) & ((width != annotated_width) | (height != annotated_height))
+        if differ.any():
+            notes.append(
+                f"{part.name}: another size than the annotation says: {int(differ.sum()):,} images "
+                f"(first: {part.relative_path(int(np.argmax(differ)))}); the images' own sizes are kept"
+            )
+        width, height = np.where(opened, width, annotated_width), np.where(opened, height, annotated_height)
+        boxes = None
+        if part.boxes is not None:
+            frame_width = np.where(annotated_width > 0, annotated_width, width)
+            frame_height = np.where(annotated_height > 0, annotated_height, height)
+            if (frame_width > 0).all() and (frame_height > 0).all():
+                boxes = part.boxes[0], _fractions(part.boxes, frame_width, frame_height, applied)
+            else:
+                notes.append(f"{part.name}: boxes are left out, since the sizes of some images are unknown")
+        turned = applied >= 5
+        self.writer.add_split(
+            part.name,
+            known=part.known,
+            observed=observed,
+            width=np.where(turned, height, width),
+            height=np.where(turned, width, height),
+            orientation=applied,
+            paths=part.paths,
+            ids=part.ids,
+            template=part.template,
+            template_of=part.template_of,
+            hides_labels=hides_labels,
+            boxes=boxes,
+        )
+        seen = part.known if observed is None else observed
+        return {
+            "samples": size,
+            "known": count_labels(part.known),
+            "observed": count_labels(seen),
+            "without_positive": int((part.known.row_counts(POSITIVE) == 0).sum()),
+            "classes_without_positive": int((part.known.class_counts(POSITIVE) == 0).sum()),
+            "turned_by_exif": int(((applied != 1) & ~listed).sum()),
+            "turned_by_list": int(((applied != 1) & listed).sum()),
+        }
 
 
 def _full_path(split: RawSplit, root: Path, rows: npt.NDArray[np.int64]) -> Callable[[int], str]:
+    """Number of an image among `rows` -> its full path."""
     return lambda index: os.path.join(root, split.relative_path(int(rows[index])))
 
 
@@ -150,7 +249,7 @@ def merge_labels(first: SparseLabels, second: SparseLabels) -> SparseLabels:
         out += part.classes
         out <<= 1
         out |= np.asarray(part.codes == POSITIVE)
-    # Sorting the values themselves needs no memory and a fraction of the time of sorting their places.
+    # Sorting the values in place needs no memory and a fraction of the time of sorting their positions.
     keys.sort()
     codes = (keys & 1).astype(np.int8)
     keys >>= 1
@@ -158,76 +257,14 @@ def merge_labels(first: SparseLabels, second: SparseLabels) -> SparseLabels:
     return SparseLabels(first.indptr + second.indptr, classes, codes, first.num_classes, UNKNOWN)
 
 
-def _write(
-    part: RawSplit,
-    observed: SparseLabels | None,
-    hides_labels: bool,
-    checked: CheckResults,
-    rows: npt.NDArray[np.int64],
-    orientation: Orientation,
-    writer: ManifestWriter,
-    notes: list[str],
-) -> dict[str, Any]:
-    """Write one final split and return its entry in the report."""
-    size = len(part)
-    annotated_width = np.zeros(size, np.int32) if part.width is None else np.asarray(part.width, np.int32)
-    annotated_height = np.zeros(size, np.int32) if part.height is None else np.asarray(part.height, np.int32)
-    width, height = checked.width[rows], checked.height[rows]
-    opened = width > 0
-    applied = checked.orientation[rows] if orientation == "exif" else np.ones(size, np.uint8)
-    listed = np.zeros(size, np.bool_) if part.orientation is None else part.orientation > 0
-    if part.orientation is not None:
-        applied = np.where(listed, part.orientation, applied)
-    differ = opened & (annotated_width > 0) & ((width != annotated_width) | (height != annotated_height))
-    if differ.any():
-        notes.append(
-            f"{part.name}: another size than the annotation says: {int(differ.sum()):,} images "
-            f"(first: {part.relative_path(int(np.argmax(differ)))}); the images' own sizes are kept"
-        )
-    width, height = np.where(opened, width, annotated_width), np.where(opened, height, annotated_height)
-    boxes = None
-    if part.boxes is not None:
-        frame_width = np.where(annotated_width > 0, annotated_width, width)
-        frame_height = np.where(annotated_height > 0, annotated_height, height)
-        if (frame_width > 0).all() and (frame_height > 0).all():
-            boxes = part.boxes[0], _fractions(part.boxes, frame_width, frame_height, applied)
-        else:
-            notes.append(f"{part.name}: boxes are left out, since some images' sizes are not known")
-    turned = applied >= 5
-    writer.add_split(
-        part.name,
-        known=part.known,
-        observed=observed,
-        width=np.where(turned, height, width),
-        height=np.where(turned, width, height),
-        orientation=applied,
-        paths=part.paths,
-        ids=part.ids,
-        template=part.template,
-        template_of=part.template_of,
-        hides_labels=hides_labels,
-        boxes=boxes,
-    )
-    seen = part.known if observed is None else observed
-    return {
-        "samples": size,
-        "known": count_labels(part.known),
-        "observed": count_labels(seen),
-        "without_positive": int((part.known.row_counts(POSITIVE) == 0).sum()),
-        "classes_without_positive": int((part.known.class_counts(POSITIVE) == 0).sum()),
-        "turned_by_exif": int(((applied != 1) & ~listed).sum()),
-        "turned_by_list": int(((applied != 1) & listed).sum()),
-    }
-
-
 def count_labels(labels: SparseLabels) -> dict[str, int]:
     """Numbers of positive, negative and unknown (image, class) pairs."""
-    listed = {code: int((np.asarray(labels.codes) == code).sum()) for code in (POSITIVE, NEGATIVE)}
+    counts = {code: int((np.asarray(labels.codes) == code).sum()) for code in (POSITIVE, NEGATIVE)}
     total = len(labels) * labels.num_classes
     if labels.default == NEGATIVE:
-        listed[NEGATIVE] += total - len(labels.codes)
-    known = listed[POSITIVE] + listed[NEGATIVE]
-    return {"positive": listed[POSITIVE], "negative": listed[NEGATIVE], "unknown": total - known}
+        counts[NEGATIVE] += total - len(labels.codes)
+    known = counts[POSITIVE] + counts[NEGATIVE]
+    return {"positive": counts[POSITIVE], "negative": counts[NEGATIVE], "unknown": total - known}
 
 
 def _fractions(
@@ -249,8 +286,8 @@ def turn_boxes(boxes: npt.NDArray[np.float32], orientation: npt.NDArray[np.uint8
     """Boxes [K, 5] as fractions of the stored image -> of the image that EXIF `orientation` [K] shows."""
     out = boxes.copy()
     x, y = boxes[:, [1, 3]], boxes[:, [2, 4]]
-    # Orientation o: (shown x, shown y) of a stored point (x, y); EXIF 2.3, tag 0x0112.
-    shown = {
+    # Orientation o: the point as shown of a stored point (x, y); EXIF 2.3, tag 0x0112.
+    turned = {
         2: (1 - x, y),
         3: (1 - x, 1 - y),
         4: (x, 1 - y),
@@ -259,7 +296,7 @@ def turn_boxes(boxes: npt.NDArray[np.float32], orientation: npt.NDArray[np.uint8
         7: (1 - y, 1 - x),
         8: (y, 1 - x),
     }
-    for code, (new_x, new_y) in shown.items():
+    for code, (new_x, new_y) in turned.items():
         mask = orientation == code
         out[mask, 1], out[mask, 3] = new_x[mask].min(1), new_x[mask].max(1)
         out[mask, 2], out[mask, 4] = new_y[mask].min(1), new_y[mask].max(1)
@@ -267,7 +304,12 @@ def turn_boxes(boxes: npt.NDArray[np.float32], orientation: npt.NDArray[np.uint8
 
 
 def summary(manifest: Manifest, train_options: str = "") -> str:
-    """What preparation found, for the end of the command: counts, what was left out and why, the next command."""
+    """What the command prints at its end: counts, what was left out and why, the next command.
+
+    Args:
+        manifest: that was prepared.
+        train_options: that the next command has besides --data.dir.
+    """
     report = cast(dict[str, Any], json.loads((manifest.folder / "report.json").read_text(encoding="utf-8")))
     lines = [f"{report['name']}: {report['classes']} classes"]
     header = ("split", "samples", "known +", "known -", "unknown", "observed +", "observed -", "unknown")
@@ -295,13 +337,13 @@ def summary(manifest: Manifest, train_options: str = "") -> str:
         lines.append(f"left out: {left_out['total']:,} images (each is named in {manifest.folder / 'report.json'})")
         lines += [f"  {count:,}  {reason}" for reason, count in left_out["reasons"].items()]
     elif report["verify"] == "none":
-        lines.append("no image was looked at (--verify none)")
+        lines.append("no image was checked (--verify none)")
     else:
         how = "decoded" if report["verify"] == "decode" else "headers read"
-        lines.append(f"left out: no image (all were checked: {how})")
+        lines.append(f"0 images left out (all were checked: {how})")
     lines.append(f"Manifest: {manifest.folder}")
-    words = f"{train_options} --data.dir {shlex.quote(str(manifest.folder))}".strip()
+    options = f"{train_options} --data.dir {shlex.quote(str(manifest.folder))}".strip()
     if report["labels_alone"]:
-        words += " --data.image_root FOLDER_OF_THE_IMAGES"
-    lines.append(f"next: deepspeed launch/train.py {words}")
+        options += " --data.image_root FOLDER_OF_THE_IMAGES"
+    lines.append(f"next: deepspeed launch/train.py {options}")
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Label arrays in the encodings of published code, converted to label codes."""
+"""Label arrays in the encodings of published code, converted to label codes.
+
+Source: docs/sources.md#label-encodings.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ ImportFormat = Literal["spml", "openimages", "nan", "soft"]
 
 @dataclass(frozen=True)
 class Imported:
-    """Labels read from an array in somebody's encoding.
+    """Labels read from an array in one of the published encodings.
 
     Attributes:
         labels: the codes.
@@ -37,10 +40,24 @@ _MEANING = {
 }
 
 
+def _check_array(values: npt.NDArray[Any], fmt: ImportFormat, num_classes: int | None, source: str) -> None:
+    """Raise `UserError` if an array cannot hold labels, whatever its values."""
+    if fmt not in get_args(ImportFormat):
+        raise UserError(f"label format {fmt!r} does not exist; choose {', '.join(get_args(ImportFormat))}")
+    if values.ndim != 2:
+        raise UserError(f"{source} has shape {values.shape}; labels need two dimensions, images x classes")
+    if values.dtype.kind not in "biuf":
+        raise UserError(f"{source} has dtype {values.dtype}; labels must be bool, integers or floats")
+    if values.shape[1] == 0:
+        raise UserError(f"{source} has no class (shape {values.shape})")
+    if num_classes is not None and values.shape[1] != num_classes:
+        raise UserError(f"{source} has {values.shape[1]} columns, but there are {num_classes} classes")
+
+
 def import_labels(
     values: npt.NDArray[Any], fmt: ImportFormat, num_classes: int | None = None, source: str = "label array"
 ) -> Imported:
-    """Read a dense label array [N, C] of bool, integers or floats in one of the four encodings in the wild.
+    """Read a dense label array [N, C] of bool, integers or floats in one of the four published encodings.
 
     The caller names the encoding; it is never guessed, since "spml" and "openimages" use the same values with 0 and
     -1 swapped. The array may be memory-mapped; it is read in blocks of rows. Unobserved entries are not listed.
@@ -55,17 +72,7 @@ def import_labels(
         UserError: unknown format, wrong shape or dtype, or a value that the format does not have; names the first
             offending row and column.
     """
-    if fmt not in get_args(ImportFormat):
-        raise UserError(f"label format {fmt!r} does not exist; choose {', '.join(get_args(ImportFormat))}")
-    if values.ndim != 2:
-        raise UserError(f"{source} has shape {values.shape}; labels need two dimensions, images x classes")
-    if values.dtype.kind not in "biuf":
-        raise UserError(f"{source} has dtype {values.dtype}; labels must be bool, integers or floats")
-    if values.shape[1] == 0:
-        raise UserError(f"{source} has no class (shape {values.shape})")
-    if num_classes is not None and values.shape[1] != num_classes:
-        raise UserError(f"{source} has {values.shape[1]} columns, but there are {num_classes} classes")
-
+    _check_array(values, fmt, num_classes, source)
     classes_type = class_dtype(values.shape[1])
     row_counts = [np.zeros(1, np.int64)]
     classes = [np.empty(0, classes_type)]
@@ -77,17 +84,9 @@ def import_labels(
         if block.dtype.kind in "bu":
             # Unsigned values must not wrap when they are negated below.
             block = block.astype(np.float64)
-        allowed, listed = _understand(block, fmt)
+        allowed, listed = _read_block(block, fmt)
         if not allowed.all():
-            row, column = (int(i) for i in np.argwhere(~allowed)[0])
-            value = block[row, column]
-            hint = ""
-            if fmt == "soft" and value == -1:
-                hint = "; -1 would be a soft label of exactly 1, so this may be an array in the format spml"
-            raise UserError(
-                f"{source}: row {start + row}, column {column} holds {value}, "
-                f"which the format {fmt} does not have ({_MEANING[fmt]}){hint}"
-            )
+            raise _invalid_value(block, allowed, start, fmt, source)
         rows, columns = np.nonzero(listed)
         entries = block[rows, columns]
         row_counts.append(np.bincount(rows, minlength=len(block)))
@@ -107,7 +106,22 @@ def import_labels(
     return Imported(labels, np.concatenate(soft) if fmt == "soft" else None)
 
 
-def _understand(block: npt.NDArray[Any], fmt: ImportFormat) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def _invalid_value(
+    block: npt.NDArray[Any], allowed: npt.NDArray[np.bool_], start: int, fmt: ImportFormat, source: str
+) -> UserError:
+    """The error that names the first value of a block, the rows from `start` on, that a format does not have."""
+    row, column = (int(i) for i in np.argwhere(~allowed)[0])
+    value = block[row, column]
+    hint = ""
+    if fmt == "soft" and value == -1:
+        hint = "; -1 would be a soft label of exactly 1, so this may be an array in the format spml"
+    return UserError(
+        f"{source}: row {start + row}, column {column} holds {value}, "
+        f"which the format {fmt} does not have ({_MEANING[fmt]}){hint}"
+    )
+
+
+def _read_block(block: npt.NDArray[Any], fmt: ImportFormat) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """(entries whose value the format has, entries that are to be listed), bool of the block's shape."""
     one, zero = block == 1, block == 0
     if fmt == "spml":

@@ -25,11 +25,19 @@ class ManifestWriter:
     """Writes a Manifest beside its final place and moves it there when it is whole.
 
     Args:
-        folder: the Manifest directory to make. `UserError` if it exists and is not an empty folder, unless `overwrite`
-            and it is a Manifest, or if another process is writing it.
+        folder: the Manifest directory to make.
         name: name of the data set.
         classes: class names in class-id order.
         image_root: folder that the images' paths are relative to. A folder inside `staging` is stored relative.
+        overwrite: replace an older Manifest at `folder`.
+
+    Attributes:
+        staging: folder that the Manifest is written to.
+        splits: entries of manifest.json.
+
+    Raises:
+        UserError: `folder` is neither an empty folder nor (with `overwrite`) a Manifest, another process is writing it,
+            or a class has an unusable name.
     """
 
     def __init__(
@@ -55,7 +63,7 @@ class ManifestWriter:
         self.staging = partial_path(self.folder)
         try:
             if (self.staging / LOCK).exists():
-                # Of a writer that is at work, or of one that was killed.
+                # Of a writer that is still writing, or of one that was killed.
                 weakref.finalize(self, os.close, self._lock())
             if self.staging.exists():
                 shutil.rmtree(self.staging)
@@ -77,7 +85,7 @@ class ManifestWriter:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Anything else means a file system without locks, which must do without.
+            # Any other error means a file system without locks.
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 os.close(file)
                 raise UserError(
@@ -120,12 +128,24 @@ class ManifestWriter:
         hides_labels: bool | None = None,
         boxes: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
     ) -> None:
-        """Write one split.
+        """Write one split. Give `paths`, or `ids` with a `template`.
 
-        Give `paths` (relative to the image root), or `ids` with a `template` such as `{split}/{id:016x}.jpg`. With
-        several templates, `template_of` [N] holds the number of each image's. `observed` None means that training
-        sees everything that is known. `hides_labels` says whether `observed` leaves out labels that are known
-        (default: if it is given).
+        Args:
+            name: of the split.
+            known: all annotated labels, N rows.
+            width: of the images as shown, int [N], 0 where unknown.
+            height: of the images as shown, int [N], 0 where unknown.
+            orientation: EXIF orientation that the loader applies, int [N]; None for 1 everywhere.
+            paths: N paths relative to the image root.
+            ids: numeric ids, int [N].
+            template: path from an id, such as `{split}/{id:016x}.jpg`; or several of them.
+            template_of: number of each image's template, int [N]; needed with several templates.
+            observed: labels that training sees, N rows; None for all known ones.
+            hides_labels: whether `observed` leaves out known labels; None: if it is given.
+            boxes: (indptr int [N + 1], float [K, 5] of class, x0, y0, x1, y1 as fractions of the image as shown).
+
+        Raises:
+            ValueError: an array has another length than N, or paths are given in both ways or in none.
         """
         size = len(known)
         if (paths is None) == (ids is None or template is None):
@@ -135,23 +155,10 @@ class ManifestWriter:
             raise ValueError("with several templates, say which one each image has")
         folder = self.staging / name
         folder.mkdir()
-        constant: dict[str, int] = {}
-        for key, values, dtype in (
-            ("width", width, np.int32),
-            ("height", height, np.int32),
-            ("orientation", np.ones(size, np.uint8) if orientation is None else orientation, np.uint8),
-        ):
-            column = np.asarray(values, dtype=dtype)
-            if size and len(column) == size and column.min() == column.max():
-                constant[key] = int(column[0])
-            else:
-                self._save(folder / f"{key}.npy", column, size)
+        orientation = np.ones(size, np.uint8) if orientation is None else orientation
+        constant = self._write_columns(folder, size, width, height, orientation)
         if paths is not None:
-            encoded = [p.encode("utf-8", "surrogateescape") for p in paths]
-            offsets = np.zeros(len(encoded) + 1, np.int64)
-            np.cumsum([len(e) for e in encoded], out=offsets[1:])
-            (folder / "paths.bin").write_bytes(b"".join(encoded))
-            self._save(folder / "paths.npy", offsets, size + 1)
+            self._write_paths(folder, size, paths)
         else:
             self._save(folder / "ids.npy", np.asarray(ids, dtype=np.uint64), size)
             if len(templates) > 1:
@@ -172,6 +179,31 @@ class ManifestWriter:
         if observed is not None and hides_labels is not None:
             info["hides_labels"] = hides_labels
         self.splits[name] = info
+
+    def _write_columns(
+        self, folder: Path, size: int, width: npt.ArrayLike, height: npt.ArrayLike, orientation: npt.ArrayLike
+    ) -> dict[str, int]:
+        """Write the columns whose values differ; returns those with one value for all images."""
+        constant: dict[str, int] = {}
+        for key, values, dtype in (
+            ("width", width, np.int32),
+            ("height", height, np.int32),
+            ("orientation", orientation, np.uint8),
+        ):
+            column = np.asarray(values, dtype=dtype)
+            if size and len(column) == size and column.min() == column.max():
+                constant[key] = int(column[0])
+            else:
+                self._save(folder / f"{key}.npy", column, size)
+        return constant
+
+    def _write_paths(self, folder: Path, size: int, paths: Iterable[str]) -> None:
+        """Write all paths as one run of bytes with offsets."""
+        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
+        offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(path) for path in encoded], out=offsets[1:])
+        (folder / "paths.bin").write_bytes(b"".join(encoded))
+        self._save(folder / "paths.npy", offsets, size + 1)
 
     @staticmethod
     def _save(path: Path, values: npt.NDArray[Any], size: int) -> None:

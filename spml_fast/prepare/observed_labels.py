@@ -1,9 +1,11 @@
-"""What training may see: published single-positive draws, random known fractions, the published split, label importers.
+"""Which labels training may see: the published single-positive draw, random fractions, and the published split.
 
-All generators take known labels (`SparseLabels`) and give observed labels (`SparseLabels`) of the same rows; what is
-not observed becomes unknown. They run over *all* official rows in file order, before a validation split is cut off
+All draws take known labels (`SparseLabels`) and give observed labels (`SparseLabels`) of the same rows; labels that are
+not observed become unknown. They run over *all* official rows in file order, before a validation split is cut off
 and before unreadable images are dropped, so that neither changes the labels of any other image.
-Sources: spec/protocol.md 1.1, 1.2 and 2.3, spec/ignore.md 1.8, spec/README.md "Importers".
+
+Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, section 5 (split and draw);
+docs/sources.md#protocol, docs/sources.md#golden-values.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, cla
 
 PUBLISHED_SEED = 1200
 
-# Entries drawn at a time where a fully annotated set has to be walked through densely (int8 and bool temporaries).
+# Entries drawn at a time where a fully annotated set has to be drawn densely (int8 and bool temporaries).
 CHUNK_ENTRIES = 1 << 22
 
 
@@ -29,8 +31,8 @@ class ObservationScheme:
     """How observed labels are drawn.
 
     Attributes:
-        kind: "all" shows everything that is known, "single" the published draw, "keep" a random share.
-        positives: positives a row that "single" keeps.
+        kind: "all" shows all known labels, "single" the published draw, "keep" a random fraction.
+        positives: positives per row that "single" keeps.
         fraction: probability that "keep" keeps a known label.
     """
 
@@ -62,7 +64,7 @@ class ObservationScheme:
         raise UserError(f"--observe {text}: choose all, single, single=K or keep=P")
 
     def draw(self, known: SparseLabels, seed: int, phase: str) -> SparseLabels | None:
-        """Observed labels of one phase (the official train rows, or the official test rows), None for "all"."""
+        """Observed labels of one phase, such as the official train rows; None for "all"."""
         if self.kind == "single":
             return draw_published(known, seed, self.positives)
         if self.kind == "keep":
@@ -73,11 +75,16 @@ class ObservationScheme:
 def draw_published(known: SparseLabels, seed: int = PUBLISHED_SEED, positives: int = 1) -> SparseLabels:
     """The observed labels that the single-positive literature uses, bit for bit.
 
-    Legacy MT19937, one fresh generator a phase; for every row in file order the positives (ascending) are shuffled
+    Legacy MT19937, one fresh generator per phase; for every row in file order the positives (ascending) are shuffled
     and the first `positives` kept; then the negatives are shuffled as well. The second shuffle has no result, but it
-    moves the generator on, and leaving it out changes a large part of the picks.
+    advances the generator, and leaving it out changes a large part of the drawn labels.
 
     Rows without a positive observe nothing. In partly annotated sets only known negatives are shuffled.
+
+    Args:
+        known: labels of one phase.
+        seed: 1200 is the published one.
+        positives: positives per row that are kept.
 
     Returns:
         Labels with default -1 that list nothing but observed positives.
@@ -105,8 +112,14 @@ def draw_fraction(known: SparseLabels, fraction: float, seed: int, phase: str = 
     """Keep every known label, positive or negative, independently with probability `fraction`.
 
     A pure function of (known labels, fraction, seed, phase name). Work and memory follow the listed entries for
-    partly annotated sets; a fully annotated set is walked through in blocks of rows, and the result lists either what
-    was kept or what was hidden, whichever is shorter.
+    partly annotated sets; a fully annotated set is drawn in blocks of rows, and the result lists either the kept or the
+    hidden labels, whichever are fewer.
+
+    Args:
+        known: labels of one phase.
+        fraction: probability, 0 to 1.
+        seed: of the draw.
+        phase: name of the phase; each has its own random numbers.
 
     Raises:
         ValueError: `fraction` is not in 0..1.

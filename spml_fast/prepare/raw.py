@@ -1,4 +1,4 @@
-"""What a data set file reads: raw splits before anything is drawn, checked or dropped."""
+"""What a data set reads: raw splits before labels are drawn and images checked or dropped; and the common options."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Orientation = Literal["exif", "ignore"]
 
 @dataclass
 class RawSplit:
-    """One official split as a data set file reads it; rows in official order, before anything is dropped.
+    """One official split as a data set reads it; rows in official order, before any is dropped.
 
     Attributes:
         name: train, val, test, or any other name.
-        known: everything that is annotated, N rows.
+        known: all annotated labels, N rows.
         paths: N paths relative to the data set's image root (or absolute); or None with `ids` and `template`.
         ids: numeric ids, N.
         template: path from an id, such as `{split}/{id:016x}.jpg`; or several of them, with `template_of`.
         template_of: number of each image's template, N.
-        present: bool [N], False for annotated images that are not there; None when nobody has looked. Labels are
-            drawn for all rows, so that those of an image do not depend on which others are there.
+        present: bool [N], False for annotated images without a file; None when that is not known yet. Labels are
+            drawn for all rows, so that those of an image do not depend on which others exist.
         extra: labels of the same rows that training sees besides the observed ones, and that are not part of the truth;
             they name no (image, class) that `known` does.
         orientation: annotated EXIF orientation 1..8, uint8 [N], 0 where unknown; it is applied whatever the images'
@@ -104,7 +104,7 @@ class RawSplit:
 
 @dataclass
 class RawDataset:
-    """What a data set file gives to the shared steps.
+    """What a data set gives to `build`.
 
     Attributes:
         name: name of the data set.
@@ -114,10 +114,10 @@ class RawDataset:
         splits: the official splits.
         carve: (from, to): cut the published fifth off split `from` as the new split `to`; None for no cut.
         notes: sentences for the summary, such as how unlisted classes were read.
-        settings: what determined the content, kept in report.json.
+        settings: options that the content depends on, kept in report.json.
         make_images: called with an empty folder; writes the images there.
-        labels_alone: there are no images to look at (yet).
-        coverage: which annotated images are there, kept in report.json.
+        labels_alone: there are no images (yet).
+        coverage: which annotated images exist, kept in report.json.
     """
 
     name: str
@@ -140,7 +140,7 @@ class CommonOptions:
         out: Manifest directory to write.
         observe: how observed labels are drawn.
         seed: seed of that draw; 1200 is the published one.
-        verify: how closely images are looked at; None decides by their number.
+        verify: how closely images are checked; None decides by their number.
         orientation: whether the loader turns images as their EXIF data say.
         overwrite: replace an older Manifest.
         workers: processes that check images; None for all cores.

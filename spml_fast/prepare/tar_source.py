@@ -1,7 +1,7 @@
 """Tar files that others made, such as OpenImages' train_0.tar.gz, as a source of images.
 
-They are read as streams from their start to their end, since compressed ones have no other way. Nothing is unpacked:
-names are only compared with those of a Manifest, so no name, link or device in them can lead anywhere.
+They are read as streams from their start to their end, the only way to read compressed ones. Nothing is unpacked to
+disk: names are only compared with those of a Manifest, so an unsafe name, link or device in them does no harm.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Split
 
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-# No photograph has so many bytes; a forged header may ask for any number.
+# No photograph has so many bytes; a forged header may claim any number.
 _MAX_IMAGE = 256 << 20
 
 
 class MemberIndex:
-    """Finds the sample of a file name among all splits, in eight bytes a sample.
+    """Finds the sample of a file name among all splits, in eight bytes per sample.
 
     Names are compared without their folders where every image has a file name of its own, else with them.
 
@@ -38,11 +38,11 @@ class MemberIndex:
         if self._repeated() is not None:
             self._flat = False
             self._sort()
-            twice = self._repeated()
-            if twice is not None:
-                split, row = self.locate(twice)
+            repeated = self._repeated()
+            if repeated is not None:
+                split, row = self.locate(repeated)
                 raise UserError(
-                    f"{split.relative_path(row)} is the image of two samples; --tars needs one image a sample"
+                    f"{split.relative_path(row)} is the image of two samples; --tars needs one image per sample"
                 )
 
     def _name(self, path: str) -> str:
@@ -63,6 +63,7 @@ class MemberIndex:
         self._hashes = hashes[self._order]
 
     def _repeated(self) -> int | None:
+        """A sample whose name another one has; None if there is none."""
         equal = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
         return int(self._order[equal[0]]) if len(equal) else None
 
@@ -74,16 +75,16 @@ class MemberIndex:
     def find(self, path: str) -> int:
         """Number over all splits of the sample with that path, or -1."""
         name = self._name(path)
-        place = int(np.searchsorted(self._hashes, np.uint64(self._hash(name))))
-        if place == len(self._hashes):
+        position = int(np.searchsorted(self._hashes, np.uint64(self._hash(name))))
+        if position == len(self._hashes):
             return -1
-        sample = int(self._order[place])
+        sample = int(self._order[position])
         split, row = self.locate(sample)
         return sample if self._name(split.relative_path(row)) == name else -1
 
 
 def find_tars(folder: Path) -> list[Path]:
-    """The tar files of a folder, by name. `UserError` if there is none."""
+    """The tar files of a folder, by name. Raises `UserError` if there is none."""
     if not folder.is_dir():
         raise UserError(f"--tars {folder} is not a folder")
     tars = sorted(path for path in folder.iterdir() if path.name.lower().endswith(_TAR_ENDINGS))
@@ -99,25 +100,28 @@ def read_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo,
         with tarfile.open(path, "r|*", errorlevel=2) as archive:
             for member in archive:
                 last = repr(member.name)
-                # A stream keeps every member it has met otherwise: gigabytes over millions of images.
+                # Otherwise a stream keeps every member that it has read: gigabytes over millions of images.
                 archive.members = []  # type: ignore[attr-defined]
                 if not member.isdir():
                     yield archive, member, _ignored(member)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"tar file {path} cannot be read on from {last} ({error}); fetch it again") from error
+        raise UserError(f"tar file {path} cannot be read beyond {last} ({error}); download it again") from error
 
 
 def member_bytes(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Content of the member that `read_members` is at. `UserError` if the file is damaged or cut off."""
+    """Content of the member that `read_members` has yielded. Raises `UserError` if the file is damaged or cut off."""
     try:
         file = archive.extractfile(member)
         assert file is not None
         return file.read()
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"tar file {path} cannot be read on from {member.name!r} ({error}); fetch it again") from error
+        raise UserError(
+            f"tar file {path} cannot be read beyond {member.name!r} ({error}); download it again"
+        ) from error
 
 
 def _ignored(member: tarfile.TarInfo) -> str:
+    """Why a member is ignored; empty when it is not."""
     if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
         return "with an unsafe path"
     if member.issym() or member.islnk():

@@ -138,7 +138,7 @@ class Trainer:
             device=device,
             mean=mean,
             std=std,
-            make_order=self._make_order(labels),
+            make_sampler=self._make_order(labels),
         )
         self.train_scorer: EvalLoader | None = None
         self.val_loader = make_eval_loader(config, self.val_split, self.classifier, device) if self.val_split else None

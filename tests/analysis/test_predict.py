@@ -364,7 +364,7 @@ class TestRuns:
         ("--run RUN --csv TMP/no/out.csv IMAGE", "out.csv cannot be written: No such file"),
         ("--run RUN TMP/gone.jpg", "gone.jpg cannot be read: No such file"),
         ("--run RUN /dev/null", "/dev/null is neither a file nor a directory"),
-        ("--run RUN TMP/empty", r"there is no image to look at; files are taken that end in .*\.jpg"),
+        ("--run RUN TMP/empty", r"there is no image; files are taken that end in .*\.jpg"),
         ("--run RUN TMP/words.txt", "none of the 1 images can be used"),
         ("--run TMP/gone IMAGE", "gone is not a run directory"),
         ("--run TMP/young IMAGE", r"model\.safetensors cannot be read .* has the run finished an epoch"),

@@ -1,16 +1,15 @@
-"""Sparse label arrays and the label store with its corrections."""
+"""Label codes and sparse label arrays."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.labels import LabelStore, SparseLabels, class_dtype
+from spml_fast.data.labels import SparseLabels, class_dtype
 
 codes_arrays = hnp.arrays(np.int8, st.tuples(st.integers(1, 10), st.integers(1, 8)), elements=st.integers(-1, 1))
 defaults = st.sampled_from([0, -1])
@@ -102,64 +101,3 @@ def test_damaged_files_are_named(tmp_path, damage, how):
         path.write_bytes(path.read_bytes()[:5])
     with pytest.raises(UserError, match=f"label files in {tmp_path}"):
         SparseLabels.load(tmp_path)
-
-
-@settings(deadline=None, max_examples=40)
-@given(codes_arrays, defaults, st.data())
-def test_store_rows_are_sparse_rows(codes, default, data):
-    labels = SparseLabels.from_dense(codes, default)
-    store = LabelStore(labels)
-    index = data.draw(st.lists(st.integers(0, len(codes) - 1), min_size=1, max_size=12))
-    rows = store.rows(torch.tensor(index))
-    assert rows.dtype == torch.int8
-    assert np.array_equal(rows.numpy(), labels.rows(index))
-
-
-corrections = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(-1, 1), st.booleans()), max_size=12)
-
-
-@settings(deadline=None, max_examples=60)
-@given(hnp.arrays(np.int8, (6, 4), elements=st.integers(-1, 1)), defaults, corrections, corrections, st.booleans())
-def test_corrections_take_effect_at_commit_and_survive_a_restart(codes, default, first, second, restart):
-    labels = SparseLabels.from_dense(codes, default)
-    store = LabelStore(labels)
-    everything = torch.arange(6)
-    expected = codes.copy()
-    corrected: set[tuple[int, int]] = set()
-
-    def record(batch):
-        for row, column, code, valid in batch:
-            store.correct(torch.tensor([row]), torch.tensor([column]), code, torch.tensor([valid]))
-
-    for batch in (first, second):
-        record(batch)
-        assert np.array_equal(store.rows(everything).numpy(), expected), "corrections must wait for commit"
-        if restart:
-            state = {k: v.clone() for k, v in store.state_dict().items()}
-            store = LabelStore(labels)
-            store.load_state_dict(state)
-        new = {(r, c) for r, c, _, v in batch if v} - corrected
-        assert store.commit() == len(new)
-        corrected |= new
-        for row, column, code, valid in batch:
-            if valid:
-                expected[row, column] = code
-        assert np.array_equal(store.rows(everything).numpy(), expected)
-        assert store.num_corrections == len(corrected)
-    assert np.array_equal(store.rows(everything, corrected=False).numpy(), codes), "observed codes are never written"
-    copy = LabelStore(labels)
-    copy.load_state_dict(store.state_dict())
-    assert np.array_equal(copy.rows(everything).numpy(), expected)
-
-
-def test_corrections_of_other_data_are_refused():
-    store = LabelStore(SparseLabels.from_positives([[0], [1], [0]], 2, -1))
-    store.correct(torch.tensor([2]), torch.tensor([1]), 1)
-    store.commit()
-    smaller = LabelStore(SparseLabels.from_positives([[0], [1]], 2, -1))
-    with pytest.raises(UserError, match=r"other training labels \(3 samples, 2 classes, 3 labels; now 2, 2 and 2\)"):
-        smaller.load_state_dict(store.state_dict())
-    # The same size, but other images.
-    other = LabelStore(SparseLabels.from_positives([[0], [0], [1]], 2, -1))
-    with pytest.raises(UserError, match="with other content"):
-        other.load_state_dict(store.state_dict())

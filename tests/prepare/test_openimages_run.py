@@ -28,15 +28,15 @@ def test_made_prepared_sharded_killed_resumed_and_evaluated(tmp_path: Path, monk
     for name, value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}.items():
         monkeypatch.setenv(name, value)
     benchmark = load_benchmark()
-    words = ["--out", tmp_path, "--images", 160, 30, 40, "--classes", 40, "--images", 1, "--batch-size", 16]
-    words += ["--save-updates", 2, "--log-every", 4, "--port", free_port()]
-    stages = {s.name: s for s in benchmark.simulate(benchmark.parse([str(w) for w in words]))}
+    arguments = ["--out", tmp_path, "--images", 160, 30, 40, "--classes", 40, "--pictures", 1, "--batch-size", 16]
+    arguments += ["--save-updates", 2, "--log-every", 4, "--port", free_port()]
+    stages = {s.name: s for s in benchmark.simulate(benchmark.parse([str(w) for w in arguments]))}
     assert list(stages) == [
         "make the release",
         "prepare",
         "pack into shards",
         "train until killed",
-        "go on to the end",
+        "resume to the end",
         "evaluate",
     ]
     assert all(s.seconds > 0 and s.disk_bytes > 0 for s in stages.values())
@@ -44,6 +44,6 @@ def test_made_prepared_sharded_killed_resumed_and_evaluated(tmp_path: Path, monk
     run = tmp_path / "run"
     epochs = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
     assert {line["epoch"] for line in epochs if line["kind"] == "epoch"} == {1, 2}
-    found = json.loads((tmp_path / "test.json").read_text())["alpha"]["1"]
-    assert len(found["groups"]) == 5 and sum(g["num_classes"] for g in found["groups"]) == 40
-    assert 0 <= found["map"] <= 100
+    results = json.loads((tmp_path / "test.json").read_text())["alpha"]["1"]
+    assert len(results["groups"]) == 5 and sum(g["num_classes"] for g in results["groups"]) == 40
+    assert 0 <= results["map"] <= 100

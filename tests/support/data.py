@@ -14,6 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from spml_fast.data.labels import SparseLabels
+from spml_fast.data.manifest import Manifest
+from spml_fast.prepare.manifest_writer import ManifestWriter
+
 WIDTH, HEIGHT = 48, 32
 VOC_CLASSES = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -126,7 +130,17 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
 
 def make_voc(root: Path, train: int = 20, val: int = 6, xml: bool = True) -> Path:
     """A VOC tree of 20 classes: image i of a split has class i mod 20, every third also `person`, every fourth a
-    difficult `dog`. Returns the folder that holds ImageSets."""
+    difficult `dog`.
+
+    Args:
+        root: folder to make.
+        train: official training images.
+        val: official validation images.
+        xml: write annotation files.
+
+    Returns:
+        The folder that holds ImageSets.
+    """
     main = root / "ImageSets" / "Main"
     main.mkdir(parents=True)
     (root / "Annotations").mkdir()
@@ -169,7 +183,7 @@ def coco_instances(labels: Mapping[int, Sequence[int]], size: tuple[int, int] = 
         {"id": i, "file_name": f"{i:012d}.jpg", "width": size[0], "height": size[1]}
         for i in sorted(labels, reverse=True)
     ]
-    pairs = [(i, c) for i, found in labels.items() for c in found]
+    pairs = [(i, c) for i, categories in labels.items() for c in categories]
     annotations = [
         {"id": n, "image_id": i, "category_id": c, "bbox": [12, 8, 12, 8], "iscrowd": 0}
         for n, (i, c) in enumerate(pairs)
@@ -183,3 +197,46 @@ def make_coco(folder: Path, name: str, labels: Mapping[int, Sequence[int]]) -> t
     path = folder / f"instances_{name}.json"
     path.write_text(json.dumps(coco_instances(labels)))
     return path, images
+
+
+# Paths that are hard to store: spaces, other alphabets, bytes that are not UTF-8, nothing at all.
+ODD_PATHS = ["a.jpg", "sub folder/ünï.jpg", "日本/🦊.png", "not\udcffutf8.jpg", ""]
+
+
+def small_labels(size: int = 5) -> SparseLabels:
+    """Full labels of three classes; sample i has class i mod 3."""
+    return SparseLabels.from_positives([[i % 3] for i in range(size)], 3, 0)
+
+
+def write_manifest(
+    folder: Path, image_root: Path, classes: Sequence[str] = ("ant", "bee", "cat"), overwrite: bool = False
+) -> Manifest:
+    """A Manifest of `ODD_PATHS` with `small_labels`, without their images.
+
+    Args:
+        folder: the Manifest.
+        image_root: image folder that it names.
+        classes: names of its three classes.
+        overwrite: replace an older Manifest.
+    """
+    writer = ManifestWriter(folder, "mine", classes, image_root, overwrite)
+    writer.add_split("train", known=small_labels(), width=range(1, 6), height=range(6, 11), paths=ODD_PATHS)
+    return writer.finish({"note": "ü"})
+
+
+def some_labels(images: int, classes: int, each: int, seed: int = 0) -> SparseLabels:
+    """Partly known labels, rare classes at the end.
+
+    Args:
+        images: number of samples.
+        classes: number of classes.
+        each: labels drawn per image; repeated ones count once.
+        seed: of the draw.
+    """
+    rng = np.random.default_rng(seed)
+    frequency = 1 / np.arange(1, classes + 1)
+    rows = np.repeat(np.arange(images), each)
+    chosen = rng.choice(classes, images * each, p=frequency / frequency.sum())
+    keys = np.unique(rows * classes + chosen)
+    codes = (rng.random(len(keys)) < 0.6).astype(np.int8)
+    return SparseLabels.from_entries(keys // classes, keys % classes, codes, images, classes)

@@ -1,6 +1,6 @@
-"""The loader that this program does not have: Pillow and torchvision, for tests and as the rival in benchmarks.
+"""A loader of Pillow and torchvision, which tests and benchmarks compare ours with.
 
-It follows the same decisions of `spml_fast.data.sampler`, so that a view can be compared with the one from DALI.
+Its augmentation parameters are those of `spml_fast.data.augment`, so that its views can be compared with DALI's.
 """
 
 from __future__ import annotations
@@ -63,7 +63,15 @@ def make_split(
     orientation: list[int] | None = None,
     sizes: list[tuple[int, int]] | None = None,
 ) -> Split:
-    """A Manifest of the images `names` in `root`, with one class that all of them have."""
+    """A Manifest of images, with one class that all of them have.
+
+    Args:
+        folder: the Manifest.
+        root: image folder.
+        names: paths of the images, relative to it.
+        orientation: EXIF orientation of each; None for 1.
+        sizes: width and height of each as shown; None reads them from the images.
+    """
     turned = orientation or [1] * len(names)
     if sizes is None:
         sizes = []
@@ -86,8 +94,13 @@ class ReferenceViews(Dataset[dict[str, Any]]):
     """Views of single samples, {"index": int, view: float32 [3, S, S]}, by Pillow and torchvision.
 
     Args:
-        split, config, views, seed, mean, std: as in `spml_fast.data.loader.TrainLoader`; "eval" is a view too.
+        split: the images.
+        config: the `data` section of a run.
+        views: as in `spml_fast.data.loader.TrainLoader`; "eval" is a view too.
+        seed: of the run.
         epoch: whose augmentation.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
     """
 
     def __init__(

@@ -1,10 +1,11 @@
-"""Data sets that `launch/prepare.py` can read: one file each, found by being in this folder."""
+"""Data sets that `launch/prepare.py` can read: one file each in this folder, and those that others have registered."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 
+from spml_fast.prepare.datasets import base
 from spml_fast.prepare.datasets.base import DATASETS, Dataset, register
 from spml_fast.prepare.raw import RawDataset, RawSplit
 
@@ -12,7 +13,7 @@ __all__ = ["DATASETS", "Dataset", "RawDataset", "RawSplit", "load_all", "registe
 
 
 def load_all() -> dict[str, type[Dataset]]:
-    """Import every file of this folder, so that each registers itself; name -> data set, in alphabetical order."""
+    """Name -> data set, in alphabetical order: those of this folder, and all that were registered from elsewhere."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return dict(DATASETS.items())
+    return dict(base.DATASETS.items())

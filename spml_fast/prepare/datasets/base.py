@@ -1,6 +1,7 @@
-"""What all data sets share: from raw annotations to a Manifest.
+"""Base class of data sets, their registry, and the options that all of them have.
 
-A data set is one file in this folder. It reads annotations into a `RawDataset` and registers itself:
+A data set is one file: in this folder, or anywhere else if it is imported before the command line is read. It reads
+annotations into a `RawDataset` and registers itself:
 
     @register("mine")
     class Mine(Dataset):
@@ -11,8 +12,7 @@ A data set is one file in this folder. It reads annotations into a `RawDataset` 
 
         def read(self, options): return RawDataset("mine", classes, image_root, [RawSplit("train", known, paths=paths)])
 
-The steps after that are here, in this order: draw observed labels over all official rows, cut off the validation
-split, look at every image, drop the bad ones from every column, write the Manifest and its report.
+prepare/build.py does the rest: draws observed labels, cuts off the validation split, checks every image and writes.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def register(name: str) -> Callable[[type[Dataset]], type[Dataset]]:
 
 
 def _seed(text: str) -> int:
+    """A seed from the command line."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError("the seed must be between 0 and 4294967295")
@@ -90,6 +91,7 @@ def _seed(text: str) -> int:
 
 
 def _workers(text: str) -> int:
+    """A number of processes from the command line."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("at least one process is needed")
@@ -97,7 +99,7 @@ def _workers(text: str) -> int:
 
 
 def add_val_fraction(parser: argparse.ArgumentParser) -> None:
-    """The option of data sets that the papers cut a validation split off."""
+    """Declare the option of data sets that the papers cut a validation split off."""
     parser.add_argument(
         "--val-fraction",
         choices=["published", "0"],
@@ -116,7 +118,7 @@ def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) 
         "--observe",
         default=dataset.default_observe,
         metavar="{all,single,single=K,keep=P}",
-        help="labels that training sees: all that is known; the published draw of one (or K) positives an image; or "
+        help="labels that training sees: all known ones; the published draw of one (or K) positives per image; or "
         "each known label, positive or negative, with probability P (default: %(default)s)",
     )
     group.add_argument(
@@ -125,7 +127,7 @@ def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) 
     group.add_argument(
         "--verify",
         choices=["decode", "header", "none"],
-        help="look at every image: decode all of it, its header, or not at all "
+        help="check every image: decode all of it, its header, or not at all "
         "(default: decode up to 200,000 images, else header, which misses truncated files)",
     )
     group.add_argument(
@@ -135,4 +137,4 @@ def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) 
         help="exif: turn images as their EXIF data say; ignore: take the pixels as they are stored, as the papers' "
         "loader does (default: %(default)s)",
     )
-    group.add_argument("--workers", type=_workers, help="processes that look at images (default: one a core)")
+    group.add_argument("--workers", type=_workers, help="processes that check images (default: one per core)")

@@ -1,8 +1,10 @@
 """COCO (2014, 2017, or anything else in its instances format).
 
-Protocol (spec/protocol.md 1): only images with at least one annotation, image ids sorted as strings, class index
+Protocol: only images with at least one annotation, image ids sorted as strings, class index
 in the order of the categories in the JSON file; a fifth of the training images becomes validation, the official
 validation file is the test set.
+
+Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, section 5; docs/sources.md#coco.
 """
 
 from __future__ import annotations
@@ -39,29 +41,29 @@ def read_instances(path: Path) -> dict[str, Any]:
         entries = data.get(section) if isinstance(data, dict) else None
         if not isinstance(entries, list):
             raise UserError(f"{path} has no list {section!r}; it is not a COCO instances file")
-        for place, entry in enumerate(entries):
+        for number, entry in enumerate(entries):
             for key in keys:
                 if not isinstance(entry, dict) or key not in entry:
-                    raise UserError(f"{path}: entry {place} of {section!r} has no {key!r}")
+                    raise UserError(f"{path}: entry {number} of {section!r} has no {key!r}")
                 wanted = str if key in ("file_name", "name") else (int, str)
                 if not isinstance(entry[key], wanted):
-                    raise UserError(f"{path}: entry {place} of {section!r} has {entry[key]!r} as its {key!r}")
+                    raise UserError(f"{path}: entry {number} of {section!r} has {entry[key]!r} as its {key!r}")
     return dict(data)
 
 
-def _number(entry: dict[str, Any], key: str, path: Path, place: int) -> int:
+def _side(entry: dict[str, Any], key: str, path: Path, number: int) -> int:
     """Width or height of an image's entry; 0 where it is absent."""
     value = entry.get(key) or 0
     if not isinstance(value, (int, float)) or not 0 <= value < 2**31:
-        raise UserError(f"{path}: entry {place} of 'images' has {value!r} as its {key!r}")
+        raise UserError(f"{path}: entry {number} of 'images' has {value!r} as its {key!r}")
     return int(value)
 
 
-def _corners(entry: dict[str, Any], path: Path, place: int) -> tuple[float, float, float, float]:
+def _corners(entry: dict[str, Any], path: Path, number: int) -> tuple[float, float, float, float]:
     """Corners x0, y0, x1, y1 of an annotation's box; all 0 where it has none."""
     box = entry.get("bbox") or (0, 0, 0, 0)
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
-        raise UserError(f"{path}: annotation {place} has {box!r} as its 'bbox', not [x, y, width, height]")
+        raise UserError(f"{path}: annotation {number} has {box!r} as its 'bbox', not [x, y, width, height]")
     x, y, width, height = box
     return x, y, x + width, y + height
 
@@ -70,29 +72,37 @@ def read_split(data: dict[str, Any], path: Path, name: str, class_id: dict[int, 
     """One instances file as a split.
 
     Args:
+        data: as `read_instances` gives it.
+        path: the file, for messages.
+        name: of the split.
         class_id: category id -> class index.
         prefix: put before every file name.
+
+    Raises:
+        UserError: naming the entry that is wrong.
     """
     images: dict[Any, dict[str, Any]] = {}
     sizes: dict[Any, tuple[int, int]] = {}
-    for place, image in enumerate(data["images"]):
-        sizes[image["id"]] = _number(image, "width", path, place), _number(image, "height", path, place)
+    for number, image in enumerate(data["images"]):
+        sizes[image["id"]] = _side(image, "width", path, number), _side(image, "height", path, number)
         if image["id"] in images:
             raise UserError(f"{path}: image id {image['id']} is listed twice in 'images'")
         images[image["id"]] = image
-    found: dict[Any, list[list[float]]] = {}
-    for place, entry in enumerate(data["annotations"]):
+    objects: dict[Any, list[list[float]]] = {}
+    for number, entry in enumerate(data["annotations"]):
         if entry["image_id"] not in images:
-            raise UserError(f"{path}: annotation {place} is of image {entry['image_id']}, which 'images' does not list")
+            raise UserError(
+                f"{path}: annotation {number} is of image {entry['image_id']}, which 'images' does not list"
+            )
         if entry["category_id"] not in class_id:
             raise UserError(
-                f"{path}: annotation {place} has category {entry['category_id']}, which the training file lacks"
+                f"{path}: annotation {number} has category {entry['category_id']}, which the training file lacks"
             )
-        box = [class_id[entry["category_id"]], *_corners(entry, path, place)]
-        found.setdefault(entry["image_id"], []).append(box)
-    ids = sorted(found, key=str)
-    known = SparseLabels.from_positives([{int(b[0]) for b in found[i]} for i in ids], len(class_id), NEGATIVE)
-    boxes = [[b for b in found[i] if b[3] > b[1] and b[4] > b[2]] for i in ids]
+        box = [class_id[entry["category_id"]], *_corners(entry, path, number)]
+        objects.setdefault(entry["image_id"], []).append(box)
+    ids = sorted(objects, key=str)
+    known = SparseLabels.from_positives([{int(b[0]) for b in objects[i]} for i in ids], len(class_id), NEGATIVE)
+    boxes = [[b for b in objects[i] if b[3] > b[1] and b[4] > b[2]] for i in ids]
     indptr = np.concatenate([[0], np.cumsum([len(b) for b in boxes])]).astype(np.int64)
     return RawSplit(
         name,
@@ -126,7 +136,7 @@ class Coco(Dataset):
             if not folder.is_dir():
                 raise UserError(f"image folder {folder} does not exist")
         data = read_instances(options.annotations)
-        class_id = {category["id"]: place for place, category in enumerate(data["categories"])}
+        class_id = {category["id"]: number for number, category in enumerate(data["categories"])}
         if len(class_id) != len(data["categories"]):
             raise UserError(f"{options.annotations}: two categories have the same id")
         # One root for both folders, so that the Manifest can move with them.
@@ -159,4 +169,6 @@ class Coco(Dataset):
     @staticmethod
     def _left_out(data: dict[str, Any], split: RawSplit) -> str:
         number = len(data["images"]) - len(split)
-        return f"{split.name}: not used, as in the papers: {number:,} without any annotation" if number else ""
+        return (
+            f"{split.name}: {number:,} images without any annotation are not used, as in the papers" if number else ""
+        )

@@ -1,4 +1,4 @@
-"""Any data set as a CSV table: a row an image, class names separated by semicolons.
+"""Any data set as a CSV table: one row per image, class names separated by semicolons.
 
     path,positives,negatives,unknowns,split
     photos/001.jpg,cat;sofa,dog,,train
@@ -24,6 +24,7 @@ from spml_fast.prepare.raw import Orientation, RawDataset, RawSplit
 
 COLUMNS = {"path", "positives", "negatives", "unknowns", "split"}
 LABEL_COLUMNS = {"positives": POSITIVE, "negatives": NEGATIVE, "unknowns": UNKNOWN}
+CODE_NAMES = {POSITIVE: "positive", NEGATIVE: "negative", UNKNOWN: "unknown"}
 
 
 @dataclass
@@ -39,7 +40,14 @@ class Row:
 
 @dataclass
 class Table:
-    """A parsed table: images in order of first appearance, and which columns there were."""
+    """A parsed table.
+
+    Attributes:
+        rows: path -> row, in order of first appearance.
+        columns: of the header.
+        merged: lines that named an image again.
+        conflicts: contradicting labels that were taken as positive.
+    """
 
     rows: dict[str, Row]
     columns: list[str]
@@ -72,7 +80,7 @@ def _parse(reader: Any, path: Path, conflicts: str) -> Table:
         for required in ("path", "positives"):
             if required not in header:
                 raise UserError(
-                    f"{path}, line 1: there is no column {required!r}; found {', '.join(header) or 'nothing'}"
+                    f"{path}, line 1: there is no column {required!r}, only {', '.join(header) or 'an empty line'}"
                 )
         unknown = [name for name in header if name not in COLUMNS]
         if unknown:
@@ -80,7 +88,7 @@ def _parse(reader: Any, path: Path, conflicts: str) -> Table:
                 f"{path}, line 1: column {unknown[0]!r} is not one of path, positives, negatives, unknowns, split"
             )
         if len(set(header)) != len(header):
-            raise UserError(f"{path}, line 1: a column is there twice")
+            raise UserError(f"{path}, line 1: a column is listed twice")
         table = Table({}, header)
         for values in reader:
             line = reader.line_num
@@ -108,20 +116,19 @@ def _add(table: Table, fields: dict[str, str], line: int, path: Path, conflicts:
         table.merged += 1
         if row.split != split:
             raise UserError(
-                f"{path}, line {line}: image {image} is in split {split!r} here and in {row.split!r} in line {row.line}"
+                f"{path}, line {line}: image {image} is in split {split!r} and in line {row.line} in {row.split!r}"
             )
     for column, code in LABEL_COLUMNS.items():
         for name in filter(None, (part.strip() for part in fields.get(column, "").split(";"))):
-            before = row.codes.get(name)
-            if before is not None and before != code:
+            earlier = row.codes.get(name)
+            if earlier is not None and earlier != code:
                 if conflicts == "error":
-                    words = {POSITIVE: "positive", NEGATIVE: "negative", UNKNOWN: "unknown"}
                     raise UserError(
-                        f"{path}, line {line}: class {name!r} of image {image} is {words[code]} here and "
-                        f"{words[before]} in line {row.lines[name]}; mend it or pass --conflicts positive"
+                        f"{path}, line {line}: class {name!r} of image {image} is {CODE_NAMES[code]}, and "
+                        f"{CODE_NAMES[earlier]} in line {row.lines[name]}; fix it or pass --conflicts positive"
                     )
                 table.conflicts += 1
-                code_kept = max(before, code)
+                code_kept = max(earlier, code)
             else:
                 code_kept = code
             row.codes[name] = code_kept
@@ -129,7 +136,7 @@ def _add(table: Table, fields: dict[str, str], line: int, path: Path, conflicts:
 
 
 def read_classes(path: Path) -> list[str]:
-    """Class names, one a line. Raises `UserError` naming file and line."""
+    """Class names, one per line. Raises `UserError` naming file and line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
@@ -161,7 +168,7 @@ def unlisted_code(columns: list[str], choice: str | None) -> int:
 
 @register("csv")
 class Csv(Dataset):
-    """Your own images: a CSV with a path a row and its known classes."""
+    """Your own images: a CSV with one image per row and its known classes."""
 
     default_observe: ClassVar[str] = "all"
     default_orientation: ClassVar[Orientation] = "exif"
@@ -174,7 +181,7 @@ class Csv(Dataset):
         )
         parser.add_argument("--images", required=True, type=Path, help="folder that the paths are relative to")
         parser.add_argument(
-            "--classes", type=Path, help="class names, one a line; fixes their order and refuses others"
+            "--classes", type=Path, help="class names, one per line; fixes their order and refuses others"
         )
         choices = ["unknown", "negative"]
         parser.add_argument(
@@ -216,13 +223,13 @@ class Csv(Dataset):
         for image, row in table.rows.items():
             by_split.setdefault(row.split if has_splits else "train", []).append(image)
         if "train" not in by_split:
-            raise UserError(f"{options.table}: no row has split train (found {', '.join(sorted(by_split))})")
+            raise UserError(f"{options.table}: no row has split train (only {', '.join(sorted(by_split))})")
         train_code = unlisted_code(table.columns, options.unlisted)
         eval_code = train_code if options.unlisted_eval is None else unlisted_code(table.columns, options.unlisted_eval)
-        words = {UNKNOWN: "unknown", NEGATIVE: "absent (negative)"}
-        notes.append(f"classes that a row does not list were read as {words[train_code]}")
+        meaning = {UNKNOWN: "unknown", NEGATIVE: "absent (negative)"}
+        notes.append(f"classes that a row does not list were read as {meaning[train_code]}")
         if eval_code != train_code:
-            notes.append(f"in splits other than train as {words[eval_code]}")
+            notes.append(f"in splits other than train as {meaning[eval_code]}")
         order = sorted(by_split, key=lambda s: (s != "train", s))
         splits = [
             self._split(name, by_split[name], table, class_id, train_code if name == "train" else eval_code)
@@ -238,10 +245,10 @@ class Csv(Dataset):
     @staticmethod
     def _split(name: str, images: list[str], table: Table, class_id: dict[str, int], default: int) -> RawSplit:
         rows, ids, codes = [], [], []
-        for place, image in enumerate(images):
+        for number, image in enumerate(images):
             for class_name, code in table.rows[image].codes.items():
                 if code != default:
-                    rows.append(place)
+                    rows.append(number)
                     ids.append(class_id[class_name])
                     codes.append(code)
         known = SparseLabels.from_entries(rows, ids, codes, len(images), len(class_id), default)

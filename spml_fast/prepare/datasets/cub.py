@@ -6,8 +6,10 @@
     ROOT/attributes/attributes.txt               attribute number and name; also found in ROOT or in the folder above
     ROOT/images/...
 
-Protocol (spec/protocol.md 1): the official split in the order of images.txt; an attribute is positive where "is
+Protocol: the official split in the order of images.txt; an attribute is positive where "is
 present" says so, however certain; everything else is negative; a fifth of the training images becomes validation.
+
+Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, section 5; docs/sources.md#cub.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def read_numbered(path: Path) -> list[str]:
 def read_attributes(path: Path, images: int, attributes: int) -> npt.NDArray[np.int64]:
     """Rows of image_attribute_labels.txt: image, attribute (both from 0) and is present, int64 [n, 3].
 
-    Some lines of the official file have a field too many behind these three; what follows them is not looked at.
+    Some lines of the official file have a field too many behind these three; what follows them is ignored.
 
     Raises:
         UserError: naming file and line.
@@ -72,11 +74,11 @@ def _wrong_line(path: Path, images: int, attributes: int) -> UserError | None:
     """The error that names the first wrong line."""
     with path.open(encoding="utf-8", errors="backslashreplace") as file:
         for number, line in enumerate(file, 1):
-            words = line.split()
-            if not words:
+            fields = line.split()
+            if not fields:
                 continue
             try:
-                image, attribute, present = (int(word) for word in words[:3])
+                image, attribute, present = (int(field) for field in fields[:3])
             except ValueError:
                 return UserError(f"{path}, line {number}: expected three whole numbers, not {line.strip()[:60]!r}")
             if not 1 <= image <= images:
@@ -107,11 +109,11 @@ class Cub(Dataset):
         flags = read_numbered(root / "train_test_split.txt")
         if len(flags) != len(paths) or not {"0", "1"}.issuperset(flags):
             raise UserError(f"{root / 'train_test_split.txt'} must have 0 or 1 for each of {len(paths)} images")
-        places = [root / "attributes" / "attributes.txt", root / "attributes.txt", root.parent / "attributes.txt"]
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
+        paths_tried = [root / "attributes" / "attributes.txt", root / "attributes.txt", root.parent / "attributes.txt"]
+        names = next((path for path in paths_tried if path.is_file()), None)
+        if names is None:
             raise UserError(f"attributes.txt is neither in {root}, its attributes folder nor the folder above; copy it")
-        classes = read_numbered(found)
+        classes = read_numbered(names)
         notes = []
         if len(classes) != NUM_ATTRIBUTES:
             notes.append(f"{len(classes)} attributes found, not the official {NUM_ATTRIBUTES}")
@@ -129,15 +131,15 @@ class Cub(Dataset):
     def _known(path: Path, images: int, attributes: int, notes: list[str]) -> SparseLabels:
         image, attribute, present = read_attributes(path, images, attributes).T
         pairs = image * attributes + attribute
-        keys, first, place = np.unique(pairs, return_index=True, return_inverse=True)
+        keys, first, group = np.unique(pairs, return_index=True, return_inverse=True)
         if len(keys) < len(image):
-            wrong = np.flatnonzero(present[first][place] != present)
+            wrong = np.flatnonzero(present[first][group] != present)
             if len(wrong):
-                at = int(wrong[0])
+                entry = int(wrong[0])
                 raise UserError(
-                    f"{path} contradicts itself: attribute {attribute[at] + 1} of image {image[at] + 1} is both"
+                    f"{path} contradicts itself: attribute {attribute[entry] + 1} of image {image[entry] + 1} is both"
                 )
-            notes.append(f"{len(image) - len(keys):,} lines of {path.name} are there twice")
+            notes.append(f"{len(image) - len(keys):,} lines of {path.name} repeat others")
         missing = images * attributes - len(keys)
         if missing:
             notes.append(f"{missing:,} attributes of images are not annotated and count as absent")

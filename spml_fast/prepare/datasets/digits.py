@@ -4,6 +4,8 @@
 test scenes only. A scene is a 64 x 64 image: a patchwork of 4 x 4 colours with a little noise, and on it one to five
 digits of 20 pixels, each in another cell of a 3 x 3 grid, shifted a little and coloured. Its label is the set of
 digits. Everything is a pure function of the seeds.
+
+Source: docs/sources.md#digits.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ NOISE = 8.0
 JPEG_QUALITY = 90
 # Raised whenever a scene changes for equal seeds.
 VERSION = 1
-# Ink above this share counts as part of the digit when its box is drawn.
+# Ink above this fraction counts as part of the digit when its box is drawn.
 _INK = 0.3
 # Scenes rendered at a time: 25 MB of float32.
 _BLOCK = 512
@@ -44,7 +46,7 @@ _BLOCK = 512
 
 @dataclass
 class Scenes:
-    """Plan of N scenes with K digits in all; small beside the images.
+    """N scenes with K digits in all, before they are drawn; much smaller than the images.
 
     Attributes:
         indptr: int64 [N + 1], digits of scene i are `indptr[i]:indptr[i + 1]`.
@@ -94,14 +96,14 @@ def plan_scenes(count: int, sources: npt.NDArray[np.int64], labels: npt.NDArray[
     indptr = np.concatenate([[0], np.cumsum(per_scene)]).astype(np.int64)
     total = int(indptr[-1])
     # A random order of the nine cells for every scene; its digits take the first ones.
-    order = rng.random((count, GRID * GRID)).argsort(axis=1)
-    cell = order[np.arange(GRID * GRID) < per_scene[:, None]]
+    shuffled = rng.random((count, GRID * GRID)).argsort(axis=1)
+    cell = shuffled[np.arange(GRID * GRID) < per_scene[:, None]]
     source = rng.choice(sources, total)
-    room = SIDE / GRID
+    cell_side = SIDE / GRID
     jitter = rng.integers(-2, 3, (2, total))
-    x = np.clip(np.round(cell % GRID * room).astype(np.int64) + jitter[0], 0, SIDE - DIGIT)
-    y = np.clip(np.round(cell // GRID * room).astype(np.int64) + jitter[1], 0, SIDE - DIGIT)
-    # Digits are bright, patches are dark: any hue of one can stand on any hue of the other.
+    x = np.clip(np.round(cell % GRID * cell_side).astype(np.int64) + jitter[0], 0, SIDE - DIGIT)
+    y = np.clip(np.round(cell // GRID * cell_side).astype(np.int64) + jitter[1], 0, SIDE - DIGIT)
+    # Digits are bright, patches are dark: a digit of any hue is visible on a patch of any hue.
     colour = rng.uniform(90, 255, (total, 3))
     colour[np.arange(total), rng.integers(0, 3, total)] = 255
     patches = rng.integers(0, 130, (count, PATCHES, PATCHES, 3)).astype(np.uint8)
@@ -109,10 +111,10 @@ def plan_scenes(count: int, sources: npt.NDArray[np.int64], labels: npt.NDArray[
 
 
 def render_scenes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Images uint8 [N, 64, 64, 3] of a plan.
+    """Images uint8 [N, 64, 64, 3] of scenes.
 
     Args:
-        scenes: the plan.
+        scenes: what they show.
         ink: float32 [1797, 20, 20] in 0..1.
     """
     rng = np.random.default_rng(scenes.noise_seed)
@@ -186,6 +188,7 @@ def read_digits(sizes: Mapping[str, int] = SIZES, scene_seed: int = 0) -> RawDat
 
 
 def _settings(sizes: Mapping[str, int], scene_seed: int) -> dict[str, Any]:
+    """What the content depends on."""
     return {"version": VERSION, "sizes": dict(sizes), "scene_seed": scene_seed}
 
 
@@ -205,7 +208,7 @@ def prepare_digits(
         out: Manifest directory.
         seed: seed of the observed labels.
         sizes: split -> number of scenes.
-        observe: as `--observe` of launch/prepare.py.
+        observe: as the option `--observe`.
         scene_seed: seed of the scenes.
         progress: show progress.
 
@@ -213,7 +216,7 @@ def prepare_digits(
         UserError: `out` cannot be written, or holds something else.
     """
     out = Path(out)
-    drawn = ObservationScheme.parse(observe)
+    scheme = ObservationScheme.parse(observe)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = open(out.parent / f".{out.name}.lock", "w")  # noqa: SIM115
@@ -222,14 +225,14 @@ def prepare_digits(
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (out / "manifest.json").is_file():
-            common = CommonOptions(out, drawn, seed, verify="none", progress=progress)
+            common = CommonOptions(out, scheme, seed, verify="none", progress=progress)
             return build(read_digits(sizes, scene_seed), common)
     manifest = Manifest(out)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     wanted = {
         "name": "digits",
         "settings": _settings(sizes, scene_seed),
-        "observe": {"kind": drawn.kind, "positives": drawn.positives, "fraction": drawn.fraction, "seed": seed},
+        "observe": {"kind": scheme.kind, "positives": scheme.positives, "fraction": scheme.fraction, "seed": seed},
     }
     for key, value in wanted.items():
         if report.get(key) != value:

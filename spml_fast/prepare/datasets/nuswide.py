@@ -1,4 +1,4 @@
-"""NUS-WIDE with its 81 concepts, in either of the two forms that are about.
+"""NUS-WIDE with its 81 concepts, in either of its two published forms.
 
 The arrays of the single-positive papers (150,000 training and 60,260 test images, crawled again in 2020):
 
@@ -8,14 +8,16 @@ The arrays of the single-positive papers (150,000 training and 60,260 test image
 
 The original distribution (161,789 and 107,859 images), which other papers use:
 
-    ROOT/ConceptsList/Concepts81.txt                              a concept a line
-    ROOT/ImageList/{Train,Test}Imagelist.txt                      a path a line, with backslashes
-    ROOT/Groundtruth/TrainTestLabels/Labels_CONCEPT_{Train,Test}.txt   0 or 1 a line
+    ROOT/ConceptsList/Concepts81.txt                              one concept per line
+    ROOT/ImageList/{Train,Test}Imagelist.txt                      one path per line, with backslashes
+    ROOT/Groundtruth/TrainTestLabels/Labels_CONCEPT_{Train,Test}.txt   0 or 1 per line
     ROOT/Flickr/...
 
-Protocol (spec/protocol.md 1): rows in the order of the files; images without any label are kept (22 per cent) and
+Protocol: rows in the order of the files; images without any label are kept (22 per cent) and
 observe nothing; a fifth of the training images becomes validation. The papers do not state the order of the arrays'
 columns; alphabetical, as in the original distribution, is assumed.
+
+Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, section 5; docs/sources.md#nuswide.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ CONCEPTS = [
 # Images, and images without any label, of the published arrays; images of the original lists.
 PUBLISHED = {"train": (150_000, 33_410), "test": (60_260, 13_412)}
 ORIGINAL = {"train": 161_789, "test": 107_859}
+# Rows read at a time.
 _ROWS = 1 << 14
 
 
@@ -66,7 +69,7 @@ def labels_of_array(path: Path, rows: int) -> SparseLabels:
             f"{path} has shape {values.shape} and type {values.dtype}; {rows} x {len(CONCEPTS)} numbers are needed, as "
             f"many rows as images"
         )
-    found_rows, found_classes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    row_parts, class_parts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for start in range(0, rows, _ROWS):
         block = np.asarray(values[start : start + _ROWS])
         wrong = (block != 0) & (block != 1)
@@ -74,9 +77,9 @@ def labels_of_array(path: Path, rows: int) -> SparseLabels:
             row, column = (int(i) for i in np.argwhere(wrong)[0])
             raise UserError(f"{path}: row {start + row}, column {column} holds {block[row, column]}, not 0 or 1")
         row_of, class_of = np.nonzero(block)
-        found_rows.append(row_of + start)
-        found_classes.append(class_of)
-    row_of, class_of = np.concatenate(found_rows), np.concatenate(found_classes)
+        row_parts.append(row_of + start)
+        class_parts.append(class_of)
+    row_of, class_of = np.concatenate(row_parts), np.concatenate(class_parts)
     return SparseLabels.from_entries(row_of, class_of, np.ones(len(row_of)), rows, len(CONCEPTS), NEGATIVE)
 
 
@@ -147,8 +150,8 @@ class NusWide(Dataset):
             size, empty = PUBLISHED[name]
             if len(paths) != size:
                 notes.append(f"{name}: {len(paths):,} images, not the published {size:,}")
-            elif (found := int((np.diff(known.indptr) == 0).sum())) != empty:
-                notes.append(f"{name}: {found:,} images without a label, not the published {empty:,}")
+            elif (unlabelled := int((np.diff(known.indptr) == 0).sum())) != empty:
+                notes.append(f"{name}: {unlabelled:,} images without a label, not the published {empty:,}")
         return splits, notes
 
     @staticmethod

@@ -4,8 +4,10 @@
     ROOT/Annotations/NAME.xml                            boxes and size, where present
     ROOT/JPEGImages/NAME.jpg
 
-Protocol (spec/protocol.md 1): difficult counts as negative, classes in alphabetical order, image names sorted; a
+Protocol: difficult counts as negative, classes in alphabetical order, image names sorted; a
 fifth of the official training set becomes validation, the official validation set is the test set.
+
+Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, section 5; docs/sources.md#voc.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ def read_flags(path: Path) -> dict[str, int]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
     for number, line in enumerate(lines, 1):
-        words = line.split()
-        if not words:
+        fields = line.split()
+        if not fields:
             continue
-        if len(words) != 2 or words[1] not in ("1", "0", "-1"):
+        if len(fields) != 2 or fields[1] not in ("1", "0", "-1"):
             raise UserError(f"{path}, line {number}: expected an image name and 1, 0 or -1, not {line.strip()!r}")
-        if words[0] in flags:
-            raise UserError(f"{path}, line {number}: image {words[0]} is listed twice")
-        flags[words[0]] = int(words[1])
+        if fields[0] in flags:
+            raise UserError(f"{path}, line {number}: image {fields[0]} is listed twice")
+        flags[fields[0]] = int(fields[1])
     return flags
 
 
@@ -55,8 +57,8 @@ def read_annotation(path: Path, class_id: dict[str, int]) -> tuple[tuple[int, in
         width = int(float(size.findtext("width", "0"))) if size is not None else 0
         height = int(float(size.findtext("height", "0"))) if size is not None else 0
         boxes = []
-        for thing in root.iter("object"):
-            name, box = thing.findtext("name", ""), thing.find("bndbox")
+        for element in root.iter("object"):
+            name, box = element.findtext("name", ""), element.find("bndbox")
             if name not in class_id or box is None:
                 continue
             x0, y0, x1, y1 = (float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
@@ -99,17 +101,18 @@ class Voc(Dataset):
         return RawDataset("voc", classes, options.root / "JPEGImages", splits, carve, notes)
 
     def _read_split(self, root: Path, classes: list[str], official: str, name: str, notes: list[str]) -> RawSplit:
+        """The official split `official` (train or val) as the split `name`."""
         main = root / "ImageSets" / "Main"
         flags = [read_flags(main / f"{class_name}_{official}.txt") for class_name in classes]
         names = sorted(flags[0])
-        for class_name, found in zip(classes, flags, strict=True):
-            if found.keys() != flags[0].keys():
-                other = sorted(found.keys() ^ flags[0].keys())[0]
+        for class_name, listed in zip(classes, flags, strict=True):
+            if listed.keys() != flags[0].keys():
+                other = sorted(listed.keys() ^ flags[0].keys())[0]
                 raise UserError(
                     f"{main / f'{class_name}_{official}.txt'} does not list the same images as "
                     f"{classes[0]}_{official}.txt (first difference: {other})"
                 )
-        positives = [[c for c, found in enumerate(flags) if found[n] == 1] for n in names]
+        positives = [[c for c, listed in enumerate(flags) if listed[n] == 1] for n in names]
         known = SparseLabels.from_positives(positives, len(classes), NEGATIVE)
         split = RawSplit(name, known, paths=[f"{n}.jpg" for n in names])
         missing = [n for n in names if not (root / "Annotations" / f"{n}.xml").is_file()]

@@ -58,7 +58,7 @@ class UnusableImageError(Exception):
     """An image that cannot be packed.
 
     Attributes:
-        reason: worded alike for like images, so that it can be counted.
+        reason: in the same words for the same fault, so that faults can be counted.
         detail: what is wrong with this one.
     """
 

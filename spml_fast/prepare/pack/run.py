@@ -19,7 +19,7 @@ from spml_fast.core.progress import show_progress
 from spml_fast.data.image_check import Level, choose_level
 from spml_fast.data.manifest import Manifest, Split
 from spml_fast.prepare.manifest_writer import ManifestWriter
-from spml_fast.prepare.pack import images
+from spml_fast.prepare.pack.images import UnusableImageError, make_image, read_image
 from spml_fast.prepare.pack.options import PackOptions
 from spml_fast.prepare.pack.plan import PackPlan, TarSource, load_or_make_plan
 from spml_fast.prepare.pack.result import write_manifest
@@ -60,8 +60,8 @@ def _add_image(work: _Work, writer: ShardWriter, split: Split, row: int, read: C
     """Pack one image, or leave it out if that is allowed."""
     options = work.options
     try:
-        image = images.make_image(read(), split, row, work.level, options.short_side, options.quality)
-    except images.UnusableImageError as unusable:
+        image = make_image(read(), split, row, work.level, options.short_side, options.quality)
+    except UnusableImageError as unusable:
         if not options.leave_out:
             what = f"{unusable.reason} ({unusable.detail})" if unusable.detail else unusable.reason
             raise UserError(
@@ -80,7 +80,7 @@ def _pack_files(work: _Work, number: int) -> int:
     writer = ShardWriter(work.folder, planned)
     try:
         for row in planned.rows.tolist():
-            _add_image(work, writer, split, row, partial(images.read_image, split, row))
+            _add_image(work, writer, split, row, partial(read_image, split, row))
         writer.finish()
     finally:
         writer.close()

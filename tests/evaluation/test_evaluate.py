@@ -1,0 +1,158 @@
+"""Evaluation of partly known labels: annotated pairs alone, conventions, groups of classes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from spml_fast.core.batch import MicroBatch
+from spml_fast.core.config import Config
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, POSITIVE, SparseLabels
+from spml_fast.data.manifest import Manifest
+from spml_fast.evaluation.evaluate import class_groups, evaluate_split, score_split, table_rows, top_k_rows
+from spml_fast.evaluation.metrics import evaluate_scores, groups_by_count
+from spml_fast.evaluation.thresholds import top_k_mask
+from spml_fast.methods import get_method
+from spml_fast.models.classifier import HeadOutput
+from spml_fast.runs.recipe import validate
+from tests.support.data import some_labels
+
+CPU = torch.device("cpu")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 8)), elements=st.sampled_from([-1, 0, 0.5, 2])),
+    st.integers(1, 4),
+)
+def test_top_k_where_the_scores_are(scores, k):
+    assert np.array_equal(top_k_rows(torch.from_numpy(scores), k).numpy(), top_k_mask(scores, k))
+
+
+class Scripted:
+    """A classifier and loader whose two means of image i are given."""
+
+    def __init__(self, mean: torch.Tensor, relu: torch.Tensor, batch: int) -> None:
+        self.mean, self.relu, self.batch, self.device = mean, relu, batch, CPU
+        self.training, self.head = False, SimpleNamespace(supports_boostlu=True)
+        self.widest = 0
+
+    def eval(self) -> None:
+        pass
+
+    def train(self, mode: bool) -> None:
+        pass
+
+    def __call__(self, images: torch.Tensor, boost: bool) -> HeadOutput:
+        index = images[:, 0, 0, 0].long()
+        self.widest = max(self.widest, len(index))
+        return HeadOutput(self.mean[index], self.relu[index] if boost else None, self.mean[index])
+
+    def __iter__(self) -> Any:
+        for start in range(0, len(self.mean), self.batch):
+            index = torch.arange(start, start + self.batch).clamp(max=len(self.mean) - 1)
+            images = index.float()[:, None, None, None].expand(-1, 3, 1, 1)
+            real = min(self.batch, len(self.mean) - start)
+            yield MicroBatch({"eval": images}, index, real, real, real)
+
+
+@pytest.fixture(scope="module")
+def partly() -> tuple[Scripted, SparseLabels]:
+    """300 images, 9,605 classes, about 13 labels an image."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(300, 9605, generator=generator)
+    return Scripted(mean, mean.clamp(min=0) + 0.1, 64), some_labels(300, 9605, 13)
+
+
+def test_scores_of_annotated_pairs_alone_are_held(partly):
+    scripted, known = partly
+    scores = score_split(scripted, scripted, known, [1.0, 5.0], None)
+    pairs = len(known.codes)
+    assert scores is not None and scores.nbytes == pairs * 19 < scripted.mean.nbytes // 50
+    assert scripted.widest == 64
+    rows = known.entry_rows()
+    assert np.array_equal(scores.index, rows) and np.array_equal(scores.class_id, known.classes)
+    assert np.array_equal(scores.mean, scripted.mean.numpy()[rows, known.classes])
+
+
+def test_pairs_give_what_dense_scores_give(partly):
+    scripted, known = partly
+    config = Config(method=get_method("an").Options(name="an"))
+    groups = groups_by_count(known.class_counts(POSITIVE) + known.class_counts(NEGATIVE))
+    split = SimpleNamespace(known=known)
+    names = [str(c) for c in range(9605)]
+    found = evaluate_split(scripted, scripted, split, [1.0, 5.0], config, names, groups)
+    for alpha in (1.0, 5.0):
+        dense = scripted.mean + (alpha - 1) * scripted.relu
+        expected = evaluate_scores(
+            dense.numpy(), known.rows(range(300)), empty_classes="skip_unlabelled", groups=groups
+        )
+        assert found[alpha] == expected
+        assert [g["num_classes"] for g in found[alpha]["groups"]] == [1921] * 5
+    config.eval.empty_classes = "zero"
+    again = evaluate_split(scripted, scripted, split, [5.0], config, names)[5.0]
+    assert again["map"] == found[5.0]["map_zero"] < found[5.0]["map"] and "groups" not in again
+
+
+def test_table_shows_conventions_and_groups(partly):
+    scripted, known = partly
+    config = Config(method=get_method("an").Options(name="an"))
+    groups = groups_by_count(known.class_counts(POSITIVE) + known.class_counts(NEGATIVE))
+    found = evaluate_split(scripted, scripted, SimpleNamespace(known=known), [1.0], config, ["x"] * 9605, groups)[1.0]
+    rows = dict(table_rows(found))
+    assert rows["mAP (skip_unlabelled)"] == f"{found['map']:.2f}"
+    assert rows["mAP, classes without a positive count 0"] == f"{found['map_zero']:.2f}"
+    assert rows["mAP, classes without a positive left out"] == f"{found['map_skipping']:.2f}"
+    (shown,) = (value for name, value in rows.items() if "5 groups of about 1921" in name)
+    # The rarest classes have no label in these images.
+    assert shown.split(" / ")[0] == "not defined" and shown.split(" / ")[-1] == f"{found['groups'][-1]['map']:.2f}"
+    assert rows["classes without a label"] == str(found["classes_without_label"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 0, 1, 2, 3, 4]),
+        ({"groups": 2}, [0, 0, 0, 1, 1, 1]),
+        ({"groups": 2, "group_by": "positives"}, [1, 0, 0, 1, 1, 0]),
+        ({"groups": 0}, None),
+    ],
+)
+def test_groups_by_training_labels(options, expected):
+    # Classes 0 to 5 have 2, 3, 4, 5, 6, 7 labels, of which 2, 0, 1, 3, 4, 1 are positive.
+    positives, total = [2, 0, 1, 3, 4, 1], [2, 3, 4, 5, 6, 7]
+    entries = [(row, c, int(row < positives[c])) for c in range(6) for row in range(total[c])]
+    rows, classes, codes = zip(*entries, strict=True)
+    known = SparseLabels.from_entries(rows, classes, codes, 7, 6)
+    manifest = SimpleNamespace(splits={"train": None}, split=lambda name: SimpleNamespace(known=known), num_classes=6)
+    config = Config(method=None)
+    for key, value in options.items():
+        setattr(config.eval, key, value)
+    groups = class_groups(manifest, config)
+    assert (None if groups is None else groups.tolist()) == expected
+
+
+def test_groups_are_for_partly_known_data_unless_asked_for(small_digits):
+    manifest, config = Manifest(small_digits), Config(method=None)
+    assert class_groups(manifest, config) is None
+    config.eval.groups = 2
+    assert np.bincount(class_groups(manifest, config)).tolist() == [5, 5]
+    config.data.train_split = "trian"
+    with pytest.raises(UserError, match=r"'trian', which .* does not have; set eval.groups to 0"):
+        class_groups(manifest, config)
+    config.eval.groups = None
+    assert class_groups(manifest, config) is None
+    config.data.train_split, config.eval.groups = "train", 11
+    with pytest.raises(UserError, match="10 classes cannot be cut into 11 groups"):
+        class_groups(manifest, config)
+    config.eval.groups = -1
+    with pytest.raises(UserError, match=r"eval.groups is -1"):
+        validate(Config(method=get_method("an").Options(), eval=config.eval))

@@ -1,0 +1,120 @@
+"""NUS-WIDE from its files to a Manifest, and what can be wrong with those files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from spml_fast.core.errors import UserError
+from spml_fast.prepare.datasets import nuswide
+from tests.support import data as make
+from tests.support.prepare import check_protocol, notes_of, prepare
+
+TRAIN, TEST = 20, 6
+
+
+def nus_labels(rows: int, seed: int) -> npt.NDArray[np.int64]:
+    """0 or 1 [rows, 81]; every fourth row has no label at all."""
+    labels = (np.random.default_rng(seed).random((rows, 81)) < 0.05).astype(np.int64)
+    labels[::4] = 0
+    return labels
+
+
+def nus_paths(rows: int, folder: str) -> list[str]:
+    return [f"{folder}/{i:04d}_{i * 77}.jpg" for i in range(rows)]
+
+
+def make_nus(root: Path, kind: str) -> Path:
+    """A small NUS-WIDE with arrays ("arrays") or in its original files ("lists")."""
+    root.mkdir()
+    parts = {"train": (TRAIN, "actor"), "val": (TEST, "zoo")}
+    for seed, (part, (rows, folder)) in enumerate(parts.items()):
+        labels, paths = nus_labels(rows, seed), nus_paths(rows, folder)
+        make.write_files(root / "Flickr", {p: make.encoded() for p in paths})
+        if kind == "arrays":
+            np.save(root / f"formatted_{part}_images.npy", np.array(paths))
+            np.save(root / f"formatted_{part}_labels.npy", labels.astype(np.float64 if part == "train" else np.int64))
+            continue
+        official = {"train": "Train", "val": "Test"}[part]
+        files = {f"ImageList/{official}Imagelist.txt": "".join(p.replace("/", "\\") + "\r\n" for p in paths)}
+        for c, concept in enumerate(nuswide.CONCEPTS):
+            name = f"Groundtruth/TrainTestLabels/Labels_{concept}_{official}.txt"
+            files[name] = "".join(f"{v}\n" for v in labels[:, c])
+        make.write_files(root, {name: text.encode() for name, text in files.items()})
+    return root
+
+
+@pytest.mark.parametrize("kind", ["arrays", "lists"])
+def test_nuswide(tmp_path, kind):
+    root = make_nus(tmp_path / "NUS", kind)
+    manifest = prepare("nuswide", "--root", root, "--out", tmp_path / "m")
+    assert len(manifest.classes) == 81 and manifest.classes == sorted(manifest.classes)
+    assert (manifest.classes[0], manifest.classes[55], manifest.classes[80]) == ("airport", "sky", "zebra")
+    check_protocol(manifest, nus_labels(TRAIN, 0), nus_labels(TEST, 1), nus_paths(TRAIN, "actor"))
+    # Rows without a label are kept and observe nothing.
+    assert sum((np.diff(manifest.split(n).known.indptr) == 0).sum() for n in ("train", "val")) >= TRAIN // 4
+    notes = notes_of(manifest)
+    assert "5 official images have no label at all and are kept" in notes
+    assert ("20 images, not the published 150,000" in notes) == (kind == "arrays")
+    assert ("20 images, not the official 161,789" in notes) == (kind == "lists")
+
+
+def test_nuswide_images_elsewhere_and_no_cut(tmp_path):
+    root = make_nus(tmp_path / "NUS", "arrays")
+    (root / "Flickr").rename(tmp_path / "photos")
+    # Names as bytes, from an older NumPy.
+    names = root / "formatted_train_images.npy"
+    np.save(names, np.load(names).astype("S"))
+    with pytest.raises(UserError, match="Flickr does not exist; name it with --images"):
+        prepare("nuswide", "--root", root, "--out", tmp_path / "m")
+    options = ("--images", tmp_path / "photos", "--val-fraction", "0", "--observe", "all")
+    manifest = prepare("nuswide", "--root", root, "--out", tmp_path / "m", *options)
+    assert set(manifest.splits) == {"train", "test"} and len(manifest.split("train")) == TRAIN
+
+
+def save_labels(root: Path, change) -> None:
+    path = root / "formatted_val_labels.npy"
+    np.save(path, change(np.load(path)))
+
+
+def put(values: npt.NDArray, row: int, column: int, value: float) -> npt.NDArray:
+    values[row, column] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "message"),
+    [
+        ("arrays", lambda r: (r / "formatted_train_images.npy").unlink(), "holds neither formatted_train_images"),
+        ("arrays", lambda r: (r / "formatted_val_labels.npy").unlink(), r"formatted_val_labels\.npy cannot be read"),
+        ("arrays", lambda r: (r / "formatted_val_labels.npy").write_bytes(b"x"), "is not a NumPy array"),
+        ("arrays", lambda r: save_labels(r, lambda v: v[:, :80]), r"shape \(6, 80\).*6 x 81 numbers"),
+        ("arrays", lambda r: save_labels(r, lambda v: v[1:]), r"shape \(5, 81\)"),
+        ("arrays", lambda r: save_labels(r, lambda v: put(v, 4, 7, -1)), "row 4, column 7 holds -1, not 0 or 1"),
+        ("arrays", lambda r: np.save(r / "formatted_train_images.npy", np.zeros(20)), "is not a list of paths"),
+        (
+            "lists",
+            lambda r: (r / "Groundtruth/TrainTestLabels/Labels_sky_Test.txt").write_text("0\n1\n"),
+            r"Labels_sky_Test\.txt has 2 lines, but .*TestImagelist\.txt lists 6",
+        ),
+        (
+            "lists",
+            lambda r: (r / "Groundtruth/TrainTestLabels/Labels_sky_Test.txt").write_text("0\n1\n1\n2\n0\n0\n"),
+            r"Labels_sky_Test\.txt, line 4: expected 0 or 1, not '2'",
+        ),
+        (
+            "lists",
+            lambda r: make.write_files(r, {"ConceptsList/Concepts81.txt": b"zebra\nairport\n"}),
+            r"Concepts81\.txt does not list the 81 concepts",
+        ),
+    ],
+)
+def test_nuswide_bad_input(tmp_path, kind, damage, message):
+    root = make_nus(tmp_path / "NUS", kind)
+    damage(root)
+    with pytest.raises(UserError, match=message):
+        prepare("nuswide", "--root", root, "--out", tmp_path / "m")
+    assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()
