@@ -27,7 +27,7 @@ from spml_fast.core.precision import autocast, autocast_dtype
 from spml_fast.data.image_files import ImageFiles
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.manifest import Split
-from spml_fast.models.classifier import Classifier, boosted
+from spml_fast.models.classifier import Classifier
 from spml_fast.runs.open import input_normalisation
 
 # A class counts as predicted from here on.
@@ -159,12 +159,12 @@ def explain(
         number = len(views)
         with autocast(device, dtype):
             features = classifier.features(views)
-            plain, relu, _, _ = classifier.head(features, alpha != 1)
-            logits = boosted(plain, relu, alpha)
+            output = classifier.classify(features, alpha)
+            plain, logits = output.mean, output.logits
             check_numbers(logits, classes, functools.partial(place_of, files, start))
             given = None if first is None else first[start : start + number]
             chosen = choose_classes(logits, top, given)
-            maps = classifier.head(features, False, chosen)[2]
+            maps = classifier.classify(features, classes=chosen).maps
         if maps is None:
             raise UserError(f"head {config.model.head} has no class maps; use a run with head cam")
         pixels = (views * std + mean).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

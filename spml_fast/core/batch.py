@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -38,7 +37,8 @@ class Batch:
         global_size: samples of this micro-step over all ranks.
         truth: int8 [B, C] known labels where they are more than `labels` (simulations), for diagnostics and
             oracles only.
-        plan: what the method's `plan` made for this micro-batch ahead of the step (exact accumulation), else None.
+        update_statistics: this micro-batch's part of what the method's `update_statistics` made ahead of the update
+            (exact accumulation), else None; only the method knows its type (`Method.statistics_of`).
     """
 
     views: dict[str, Tensor]
@@ -46,4 +46,4 @@ class Batch:
     index: Tensor
     global_size: int
     truth: Tensor | None = None
-    plan: Any = None
+    update_statistics: object = None

@@ -126,7 +126,7 @@ def average_precision(
         UserError: a NaN score, a code outside {1, 0, -1}, or an unknown definition.
         ValueError: wrong shape or dtype.
 
-    Source: protocol.md, 3.1.
+    Source: docs/sources.md#metrics.
     """
     check_choice("definition", definition, get_args(Definition))
     scores_a, codes_a = as_dense(scores, codes)

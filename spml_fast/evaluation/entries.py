@@ -53,6 +53,7 @@ def row_chunks(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `UserError` unless the value of the option `what` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{what} is {value!r}; choose one of {', '.join(choices)}")
 
@@ -83,7 +84,20 @@ def as_pairs(
     row: npt.ArrayLike | None,
     class_names: Sequence[str] | None,
 ) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.floating], npt.NDArray[np.integer], npt.NDArray[np.integer] | None]:
-    """Checked one-dimensional arrays of one length."""
+    """Checked one-dimensional arrays of one length.
+
+    Args:
+        class_id: integer [M], 0..C-1.
+        score: floating [M] without NaN.
+        code: integer or bool [M]: 1, 0, -1.
+        num_classes: C.
+        row: non-negative integer [M], or None.
+        class_names: names for error messages.
+
+    Raises:
+        UserError: a NaN score, a code outside {1, 0, -1}, or a class outside 0..C-1.
+        ValueError: wrong shape or dtype.
+    """
     class_a, score_a, code_a = np.asarray(class_id), np.asarray(score), np.asarray(code)
     row_a = None if row is None else np.asarray(row)
     arrays = [class_a, score_a, code_a] + ([] if row_a is None else [row_a])
@@ -128,7 +142,17 @@ def check_dense(
     start: int,
     class_names: Sequence[str] | None,
 ) -> None:
-    """Refuse NaN scores and impossible codes in the rows from `start` on."""
+    """Refuse NaN scores and impossible codes.
+
+    Args:
+        scores: floating [n, C].
+        codes: integer [n, C].
+        start: number of the first of these rows, for error messages.
+        class_names: names for error messages.
+
+    Raises:
+        UserError: a NaN score or a code outside {1, 0, -1}.
+    """
     bad = np.isnan(scores)
     if bad.any():
         r, c = (int(i[0]) for i in np.nonzero(bad))
@@ -158,6 +182,7 @@ def dense_label_counts(
 
 
 def as_groups(groups: npt.ArrayLike, num_classes: int) -> IntArray:
+    """int64 [C] of integers [C]; raises `ValueError` for another shape or dtype."""
     groups_a = np.asarray(groups)
     if groups_a.shape != (num_classes,) or groups_a.dtype.kind not in "iu":
         raise ValueError(f"groups must be integers [{num_classes}], not {groups_a.dtype} {groups_a.shape}")

@@ -1,7 +1,7 @@
 """Evaluation: one pass over a split, any number of alphas, the same numbers for any number of ranks.
 
-Batches are cut and padded in the same way whatever the world size (order.EvalSampler), so an image's logits do not
-depend on how many ranks share the work; scores are brought together in sample order before anything is averaged.
+Batches are cut and padded in the same way whatever the world size (sampler.EvalSampler), so an image's logits do not
+depend on how many ranks do the work; scores are brought together in sample order before anything is averaged.
 
 Where a split is partly annotated, what is kept of a batch's [B, C] logits are the annotated pairs: 13 bytes each (17
 with BoostLU's second mean) and one for each alpha, 38 MB for the two million pairs of the OpenImages V7 test set with
@@ -28,7 +28,7 @@ from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Manifest, Split
 from spml_fast.evaluation.metrics import evaluate_pairs, evaluate_scores, groups_by_count
 from spml_fast.evaluation.thresholds import logit_threshold
-from spml_fast.models.classifier import Classifier, boosted, check_alpha
+from spml_fast.models.classifier import Classifier, boosted_logits, check_alpha
 
 TOP_K = 3
 
@@ -58,7 +58,7 @@ class Scores:
     def at_alpha(self, alpha: float) -> npt.NDArray[np.float32]:
         """fp32 logits of the shape of `mean`."""
         relu = None if self.mean_relu is None else torch.from_numpy(self.mean_relu)
-        return boosted(torch.from_numpy(self.mean), relu, alpha).numpy()
+        return boosted_logits(torch.from_numpy(self.mean), relu, alpha).numpy()
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +75,30 @@ def top_k_rows(scores: Tensor, k: int) -> Tensor:
     above, level = scores > edge, scores == edge
     places = k - above.sum(1, keepdim=True)
     return above | (level & (level.cumsum(1) <= places))
+
+
+def _columns(
+    index: Tensor, mean: Tensor, relu: Tensor | None, store: LabelStore | None, alphas: Sequence[float]
+) -> list[Tensor]:
+    """What is kept of a batch: index, means, and with a store class, code and top-k of each annotated pair.
+
+    Args:
+        index: int64 [B] samples.
+        mean: fp32 [B, C], mean(M).
+        relu: fp32 [B, C], mean(relu M), or None.
+        store: labels of a partly annotated split; None keeps whole rows.
+        alphas: BoostLU's factors whose top-k are wanted.
+    """
+    if store is None:
+        return [index, mean] + ([] if relu is None else [relu])
+    codes = store.rows(index)
+    row, column = torch.nonzero(codes != UNKNOWN, as_tuple=True)
+    part = [index[row].int(), mean[row, column]] + ([] if relu is None else [relu[row, column]])
+    part += [column.int(), codes[row, column]]
+    for alpha in alphas:
+        top = top_k_rows(boosted_logits(mean, relu, alpha), TOP_K)
+        part.append(top[row, column].to(torch.int8))
+    return part
 
 
 @torch.no_grad()
@@ -100,29 +124,17 @@ def score_split(
     Returns:
         Scores on rank 0, None elsewhere.
     """
-    device = loader.device
-    pairs = labels.default == UNKNOWN
+    device, pairs = loader.device, labels.default == UNKNOWN
     store = LabelStore(labels, device) if pairs else None
     boost = any(a != 1 for a in alphas)
     parts: list[list[Tensor]] = []
     for batch in loader:
         with autocast(device, dtype), no_cudnn_benchmark():
             output = classifier(batch.views["eval"], boost=boost)
-        if batch.real == 0:
-            continue
-        index, mean = batch.index[: batch.real], output.mean[: batch.real]
-        relu = None if output.mean_relu is None else output.mean_relu[: batch.real]
-        if store is None:
-            part = [index, mean] + ([] if relu is None else [relu])
-        else:
-            codes = store.rows(index)
-            row, column = torch.nonzero(codes != UNKNOWN, as_tuple=True)
-            part = [index[row].int(), mean[row, column]] + ([] if relu is None else [relu[row, column]])
-            part += [column.int(), codes[row, column]]
-            for alpha in alphas:
-                top = top_k_rows(boosted(mean, relu, alpha), TOP_K)
-                part.append(top[row, column].to(torch.int8))
-        parts.append([t.cpu() for t in part])
+        if batch.real:
+            relu = None if output.mean_relu is None else output.mean_relu[: batch.real]
+            part = _columns(batch.index[: batch.real], output.mean[: batch.real], relu, store, alphas)
+            parts.append([t.cpu() for t in part])
     width = labels.num_classes
     shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((0,), torch.int32 if pairs else torch.int64)]
     shapes += [((0,) if pairs else (0, width), torch.float32)] * (2 if boost else 1)
@@ -157,7 +169,11 @@ def measure(
     """All metrics at one alpha, in per cent; see `metrics.evaluate_scores`.
 
     Args:
+        scores: of the split, with this alpha's top-k where they are pairs.
+        labels: known labels of the split.
+        alpha: BoostLU's factor.
         config: definition of average precision, threshold, and the convention for classes without positives.
+        classes: names for error messages.
         groups: int64 [C], group of each class, or None.
     """
     logits = scores.at_alpha(alpha)
@@ -196,7 +212,7 @@ def class_groups(manifest: Manifest, config: Config) -> npt.NDArray[np.int64] | 
     Raises:
         UserError: groups were asked for and there is no training split, or there are fewer classes than groups.
 
-    Source: spec/protocol.md 4.
+    Source: the groups of BoostLU's and Large Loss's OpenImages V3 tables; docs/sources.md#openimages.
     """
     number, name = config.eval.groups, config.data.train_split
     if number == 0:
@@ -220,31 +236,31 @@ def class_groups(manifest: Manifest, config: Config) -> npt.NDArray[np.int64] | 
     return groups_by_count(counts, number)
 
 
-def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+def table_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures of one alpha for people: (name, value) pairs of a table."""
 
     def text(value: float | None) -> str:
         return "not defined" if value is None else f"{value:.2f}"
 
-    names = {"map": f"mAP ({found['empty_classes']})"}
-    if found["classes_without_positive"]:
+    names = {"map": f"mAP ({metrics['empty_classes']})"}
+    if metrics["classes_without_positive"]:
         names |= {
             "map_zero": "mAP, classes without a positive count 0",
             "map_skip_unlabelled": "mAP, classes without a label left out",
             "map_skipping": "mAP, classes without a positive left out",
         }
-    if found["classes_without_negative"]:
+    if metrics["classes_without_negative"]:
         names["map_skip_one_sided"] = "mAP, classes without a positive or a negative left out"
-    if found["num_negatives"] and (found["classes_without_positive"] or found["classes_without_negative"]):
+    if metrics["num_negatives"] and (metrics["classes_without_positive"] or metrics["classes_without_negative"]):
         names["map_weighted"] = "mAP weighted by positives"
-    rows = [(shown, text(found[name])) for name, shown in names.items()]
-    if "groups" in found:
-        size = found["groups"][0]["num_classes"]
-        shown = f"mAP of {len(found['groups'])} groups of about {size} classes, rarest in training first"
-        rows.append((shown, " / ".join(text(g["map"]) for g in found["groups"])))
-    rows += [(name, text(found[name])) for name in ("OF1", "CF1", "OF1_top3", "CF1_top3") if name in found]
-    rows.append(("classes without a positive", str(found["classes_without_positive"])))
-    rows.append(("classes without a label", str(found["classes_without_label"])))
+    rows = [(title, text(metrics[name])) for name, title in names.items()]
+    if "groups" in metrics:
+        size = metrics["groups"][0]["num_classes"]
+        title = f"mAP of {len(metrics['groups'])} groups of about {size} classes, rarest in training first"
+        rows.append((title, " / ".join(text(g["map"]) for g in metrics["groups"])))
+    rows += [(name, text(metrics[name])) for name in ("OF1", "CF1", "OF1_top3", "CF1_top3") if name in metrics]
+    rows.append(("classes without a positive", str(metrics["classes_without_positive"])))
+    rows.append(("classes without a label", str(metrics["classes_without_label"])))
     return rows
 
 
@@ -292,9 +308,9 @@ def evaluate_split(
     maps = torch.zeros(len(alphas), dtype=torch.float64, device=loader.device)
     if scores is not None:
         for i, alpha in enumerate(alphas):
-            found = measure(scores, split.known, alpha, config.eval, classes, groups)
-            results[alpha] = found
-            maps[i] = float("nan") if found["map"] is None else found["map"]
+            metrics = measure(scores, split.known, alpha, config.eval, classes, groups)
+            results[alpha] = metrics
+            maps[i] = float("nan") if metrics["map"] is None else metrics["map"]
     # NaN survives the sum, so every rank takes the same decisions.
     maps = distributed.all_reduce_sum(maps)
     for i, alpha in enumerate(alphas):

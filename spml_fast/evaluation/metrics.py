@@ -10,7 +10,7 @@ what remains is arithmetic on the positives alone; no Python loop runs over clas
 * pairs, one (class, score, code) for every annotated entry (OpenImages: two million pairs of 125 thousand images
   times ten thousand classes).
 
-Definitions, conventions and golden values: spec/protocol.md, sections 3 and 4.
+Source of definitions, conventions and golden values: docs/sources.md#metrics.
 
 Input order. `"sklearn"` groups ties, so its result is bit-identical for every order of the rows. `"rank"` and `"voc"`
 depend on the order within a tie: among equal scores of a class the smaller row comes first (the place in the input
@@ -60,7 +60,7 @@ def groups_by_count(counts: npt.ArrayLike, num_groups: int = 5) -> IntArray:
     Returns:
         int64 [C], group of each class, 0 the rarest; equal counts stay in the order of the class ids.
 
-    Source: protocol.md, section 4.
+    Source: the groups of BoostLU's and Large Loss's OpenImages V3 tables; docs/sources.md#openimages.
     """
     counts_a = np.asarray(counts)
     if counts_a.ndim != 1 or counts_a.dtype.kind not in "iu":
@@ -122,7 +122,8 @@ def evaluate_scores(
         codes: integer or bool [N, C]: 1, 0, -1 (unknown).
         definition: of average precision, see `average_precision`.
         empty_classes: convention of `map`, see `ClassAP.included`; the other conventions are reported beside it.
-        threshold, inclusive: see `count_at_threshold`.
+        threshold: logit from which a class counts as predicted, see `count_at_threshold`.
+        inclusive: whether the threshold itself counts.
         top_k: of the top-k variants of the threshold metrics.
         groups: integer [C], see `group_means`; None: no groups.
         class_names: names for error messages.
@@ -167,10 +168,19 @@ def evaluate_pairs(
     """`evaluate_scores` from annotated pairs; the top-k variants are there when `in_top_k` is given.
 
     Args:
-        class_id, score, code, num_classes, row: as in `average_precision_pairs`.
+        class_id: integer [M], 0..C-1.
+        score: floating [M], fp32 logits wherever published numbers are compared.
+        code: integer or bool [M]: 1, 0, -1 (dropped).
+        num_classes: C.
+        row: integer [M], which sample a pair belongs to; see `average_precision_pairs`.
         in_top_k: bool [M], as in `count_at_threshold_pairs`, made with the same `top_k`.
+        definition: of average precision, see `average_precision`.
         empty_classes: the default here is the convention of the partially annotated sets.
-        definition, threshold, inclusive, top_k, groups, class_names: as in `evaluate_scores`.
+        threshold: as in `evaluate_scores`.
+        inclusive: as in `evaluate_scores`.
+        top_k: as in `evaluate_scores`; names the variants.
+        groups: integer [C], see `group_means`; None: no groups.
+        class_names: names for error messages.
 
     Raises:
         UserError, ValueError: as `average_precision_pairs`.

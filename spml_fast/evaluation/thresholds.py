@@ -54,7 +54,8 @@ class ThresholdCounts:
         A ratio whose denominator is 0 (nothing predicted, no positive) is 0. CF1 is the harmonic mean of CP and CR
         (SSGRL, HCP, Query2Label), CF1_mean the mean over classes of F1 (ASL, SPLC). Class means run over the classes
         with a known label, which are all classes of a fully annotated set; NaN when there is none.
-        Source: protocol.md, 3.2.
+
+        Source: docs/sources.md#metrics.
         """
         overall_p = ratio(self.true_positives.sum(), self.predicted.sum())
         overall_r = ratio(self.true_positives.sum(), self.positives.sum())
@@ -149,10 +150,15 @@ def count_at_threshold_pairs(
     """`count_at_threshold` from annotated pairs.
 
     Args:
+        class_id: integer [M], 0..C-1.
+        score: floating [M] logits.
+        code: integer or bool [M]: 1, 0, -1 (unknown).
+        num_classes: C.
+        threshold: as in `count_at_threshold`.
+        inclusive: as in `count_at_threshold`.
         in_top_k: bool [M], whether the pair's class was among the k highest of its image over all classes, which
             the pairs alone cannot tell (`top_k_mask` of the image's whole row); None: no such condition.
-        class_id, score, code, num_classes: as in `average_precision_pairs`.
-        threshold, inclusive, class_names: as in `count_at_threshold`.
+        class_names: names for error messages.
 
     Raises:
         UserError, ValueError: as `average_precision_pairs`.
@@ -180,7 +186,16 @@ def dense_threshold_counts(
     top_ks: Sequence[int | None],
     class_names: Sequence[str] | None,
 ) -> list[ThresholdCounts]:
-    """Counts for each of `top_ks` (None: no top-k condition) in one pass over the rows."""
+    """Counts for each of `top_ks` in one pass over the rows.
+
+    Args:
+        scores: floating [N, C] logits.
+        codes: integer [N, C]: 1, 0, -1 (unknown).
+        threshold: as in `count_at_threshold`.
+        inclusive: as in `count_at_threshold`.
+        top_ks: numbers of highest scores of a row that may be predicted; None: no such condition.
+        class_names: names for error messages.
+    """
     num_rows, num_classes = scores.shape
     sums = np.zeros((2 + 2 * len(top_ks), num_classes), dtype=np.int64)
     for start, stop in row_chunks(num_rows, num_classes):

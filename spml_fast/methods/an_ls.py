@@ -1,10 +1,12 @@
-"""AN-LS: assume negative, with label smoothing (Cole et al., CVPR 2021; spec/baselines.md 2).
+"""AN-LS: assume negative, with label smoothing.
 
 L = 1/(B C) sum [ (1 - e) l+ + e l- on observed positives, (1 - e) l- + e l+ elsewhere ], e = 0.1, l+ = -log(p + 1e-5),
 l- = -log(1 - p + 1e-5).
 
 Where released code differs: Cole's code gives the wrong label the weight e, the line of L48 e / 2 (form: half). With
 smoothing 0 and the released logarithms this is the AN of Cole's code.
+
+Source: Cole et al., CVPR 2021; docs/sources.md#cole.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ from spml_fast.methods.pointwise import LogForm, PointMethod, log_terms, require
 
 
 def an_ls_point(logits: Tensor, codes: Tensor, smoothing: float, guard: float) -> Tensor:
-    """Smoothed cross-entropy with unknown as negative, element-wise."""
+    """Smoothed cross-entropy with unknown as negative, element-wise.
+
+    Args:
+        logits: floating, any shape.
+        codes: int8, the same shape.
+        smoothing: weight of the wrong label.
+        guard: added inside the logarithms; 0 takes them from the logits.
+    """
     positive, negative = log_terms(logits, guard)
     right, wrong = 1 - smoothing, smoothing
     return torch.where(codes == 1, right * positive + wrong * negative, right * negative + wrong * positive)
@@ -34,8 +43,8 @@ def an_ls_point(logits: Tensor, codes: Tensor, smoothing: float, guard: float) -
 def an_ls_point_jit(z, code, smoothing, guard):
     """`an_ls_point` and its derivative, for the fused kernel."""
     positive, d_positive, negative, d_negative = log_terms_jit(z, guard)
-    share = tl.where(code == 1, 1.0 - smoothing, smoothing)
-    return share * positive + (1.0 - share) * negative, share * d_positive + (1.0 - share) * d_negative
+    target = tl.where(code == 1, 1.0 - smoothing, smoothing)
+    return target * positive + (1.0 - target) * negative, target * d_positive + (1.0 - target) * d_negative
 
 
 @dataclass
@@ -60,6 +69,7 @@ class AssumeNegativeSmoothed(PointMethod):
     """Smoothed binary cross-entropy with every unknown label as a negative."""
 
     Options: ClassVar[type[MethodOptions]] = ANLSOptions
+    options: ANLSOptions
     point: ClassVar[PointLoss] = PointLoss("an_ls", an_ls_point, an_ls_point_jit)
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:

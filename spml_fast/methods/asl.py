@@ -1,4 +1,4 @@
-"""ASL: asymmetric loss (Ridnik et al., ICCV 2021; spec/baselines.md 2 and 3.3).
+"""ASL: asymmetric loss.
 
 L = sum [ (1 - p)^g+ l+ on observed positives, pm^g- (-log(1 - pm)) elsewhere ], pm = max(p - m, 0);
 g+ = 0, g- = 4, m = 0.05; logarithms of values clamped at 1e-8; a sum over B C, not a mean.
@@ -10,6 +10,8 @@ Where released code differs, and the option that gives its behaviour:
 - its images are not normalised beyond 0..1. data.mean: [0, 0, 0], data.std: [1, 1, 1].
 Published recipe: Adam 1e-4, one-cycle with warmup_share 0.2, weight decay 1e-4, EMA 0.9997, batch 128, 448 px, Cutout
 and RandAugment, the one-cycle of 80 epochs stopped at 40. The authors advise to step BCE -> focal -> ASL.
+
+Source: Ridnik et al., "Asymmetric Loss for Multi-Label Classification", ICCV 2021; docs/sources.md#asl.
 """
 
 from __future__ import annotations
@@ -39,14 +41,29 @@ from spml_fast.methods.pointwise import (
 
 
 def focal_positive(logits: Tensor, gamma: float, clamp: float, attached: bool) -> Tensor:
-    """(1 - p)^gamma (-log p), element-wise."""
+    """(1 - p)^gamma (-log p), element-wise.
+
+    Args:
+        logits: floating, any shape.
+        gamma: focal exponent.
+        clamp: lower end of p inside the logarithm; 0 takes it from the logits.
+        attached: whether the focal weight carries gradient.
+    """
     log = -torch.log(torch.sigmoid(logits).clamp(min=clamp)) if clamp else -logsigmoid(logits)
     weight = power_q(logits, gamma)
     return (weight if attached else weight.detach()) * log
 
 
 def focal_negative(logits: Tensor, gamma: float, margin: float, clamp: float, attached: bool) -> Tensor:
-    """pm^gamma (-log(1 - pm)) with pm = max(p - margin, 0), element-wise; exactly 0 for p <= margin."""
+    """pm^gamma (-log(1 - pm)) with pm = max(p - margin, 0), element-wise; exactly 0 for p <= margin.
+
+    Args:
+        logits: floating, any shape.
+        gamma: focal exponent.
+        margin: probability up to which nothing is lost.
+        clamp: lower end of 1 - pm inside the logarithm; 0 takes it from the logits where there is no margin.
+        attached: whether the focal weight carries gradient.
+    """
     if margin == 0:
         log = -torch.log(torch.sigmoid(-logits).clamp(min=clamp)) if clamp else -logsigmoid(-logits)
         weight = power_p(logits, gamma)
@@ -69,7 +86,17 @@ def asl_point(
     clamp: float,
     attached: float,
 ) -> Tensor:
-    """The asymmetric loss with unknown as negative, element-wise."""
+    """The asymmetric loss with unknown as negative, element-wise.
+
+    Args:
+        logits: floating, any shape.
+        codes: int8, the same shape.
+        gamma_positive: focal exponent of observed positives.
+        gamma_negative: focal exponent of everything else.
+        margin: probability up to which a negative costs nothing.
+        clamp: lower end of probabilities inside the logarithms; 0 takes them from the logits.
+        attached: 0 takes no gradient through the focal weights.
+    """
     positive = focal_positive(logits, gamma_positive, clamp, attached != 0)
     negative = focal_negative(logits, gamma_negative, margin, clamp, attached != 0)
     return torch.where(codes == 1, positive, negative)
@@ -143,6 +170,7 @@ class AsymmetricLoss(PointMethod):
     """Assume negative, with easy negatives turned down and a probability margin."""
 
     Options: ClassVar[type[MethodOptions]] = ASLOptions
+    options: ASLOptions
     point: ClassVar[PointLoss] = PointLoss("asl", asl_point, asl_point_jit)
     guard: ClassVar[float] = ASL_CLAMP
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -64,20 +64,32 @@ class LossOutput:
     metrics: dict[str, Tensor]
 
 
-class Method(nn.Module):
+Forward = TypeVar("Forward")
+Statistics = TypeVar("Statistics")
+
+
+class Method(nn.Module, Generic[Forward, Statistics]):
     """A loss with its state. Subclass, set the class attributes, implement `loss`, and decorate with `@register`.
+
+    A method with `batch_statistics` is `Method[Forward, Statistics]`: what `statistics_forward` gives of a micro-step
+    (as a rule logits, a `Tensor`), and what `update_statistics` makes of these for each of them. Others are plainly
+    `Method`.
 
     State lives in buffers, so that it is moved and checkpointed like any other; state whose size changes goes through
     `get_extra_state` and `set_extra_state`. Checkpoints hold rank 0's, so state is the same on every rank whenever one
     is saved: after every update for methods that change it in the step, else after `on_epoch_end`. State that grows
-    with the samples is spread over ranks (sample_rows.py) and goes through `rank_state` and `load_rank_state`.
+    with the samples is spread over ranks (state/sample_rows.py) and goes through `rank_state` and `load_rank_state`.
 
     Attributes:
         views: views the method needs; the first is the one that `forward` passes through the classifier.
         label_source: `observed`, what training may see, or `known`, everything annotated (the oracle).
-        batch_statistics: whether the loss depends on statistics of the whole batch, so that `plan` matters.
+        batch_statistics: whether the loss depends on statistics of the whole batch, so that `update_statistics`
+            matters.
         uses_truth: whether the loss reads `batch.truth` (oracles alone); `check_labels` then gets the known labels.
         one_visit_per_step: whether an image must not come twice in a micro-step, because the step writes its row.
+        needs_samples: whether the loss reads state that is kept for single samples, so that logits and codes alone do
+            not tell it.
+        options: an instance of `Options`; a subclass with options of its own declares their type.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
@@ -86,10 +98,12 @@ class Method(nn.Module):
     batch_statistics: ClassVar[bool] = False
     uses_truth: ClassVar[bool] = False
     one_visit_per_step: ClassVar[bool] = False
+    needs_samples: ClassVar[bool] = False
+    options: MethodOptions
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__()
-        self.options: Any = options
+        self.options = options
         self.store = store
 
     @classmethod
@@ -101,7 +115,7 @@ class Method(nn.Module):
         """Whether the loss is a sum over the batch (ASL, SPLC, Hill, CSL as published) rather than a mean."""
         return getattr(self.options, "reduction", "mean") == "sum"
 
-    def share_of_update(self, micro_size: int, update_size: int) -> float:
+    def fraction_of_update(self, micro_size: int, update_size: int) -> float:
         """Factor of a micro-step's loss, such that the factors' losses add up to the loss of the whole update.
 
         Args:
@@ -120,27 +134,34 @@ class Method(nn.Module):
         """Loss of logits [B, C] fp32 of this rank's part of the micro-step."""
         raise NotImplementedError
 
-    def statistics_forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> Any:
-        """What `plan` needs of one micro-step, from a pass without gradient: the first view's logits [B, C]."""
-        return classifier(batch.views[self.views[0]], alpha=classifier.alpha_train).logits
+    def statistics_forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> Forward:
+        """What `update_statistics` needs of one micro-step, from a pass without gradient: the first view's logits."""
+        return cast("Forward", classifier(batch.views[self.views[0]], alpha=classifier.alpha_train).logits)
 
-    def plan(self, logits: list[Any], batches: list[Batch], progress: Progress) -> list[Any]:
+    def update_statistics(
+        self, forwards: list[Forward], batches: list[Batch], progress: Progress
+    ) -> Sequence[Statistics | None]:
         """Batch statistics of a whole update ahead of its micro-steps (exact accumulation).
 
         Args:
-            logits: per micro-step, what `statistics_forward` gave on this rank.
+            forwards: per micro-step, what `statistics_forward` gave on this rank.
             batches: the micro-steps.
+            progress: where training stands.
 
         Returns:
-            What `loss` finds in `batch.plan`, per micro-step.
+            Per micro-step, what `statistics_of` gives the loss.
         """
         return [None] * len(batches)
+
+    def statistics_of(self, batch: Batch) -> Statistics | None:
+        """The statistics made ahead for this micro-step; None where it is an update of its own."""
+        return cast("Statistics | None", batch.update_statistics)
 
     def rank_state(self) -> dict[str, Tensor]:
         """This rank's part of state that grows with the samples; saved by every rank in a file of its own."""
         return {}
 
-    def load_rank_state(self, shards: list[dict[str, Tensor]]) -> None:
+    def load_rank_state(self, rank_states: list[dict[str, Tensor]]) -> None:
         """Restore it from what every rank of the run that saved it gave, in rank order, on the CPU."""
 
     def on_epoch_start(self, progress: Progress) -> None:
@@ -164,8 +185,8 @@ class Method(nn.Module):
         return {}
 
 
-M = TypeVar("M", bound=type[Method])
-METHODS: Registry[Method] = Registry("method")
+M = TypeVar("M", bound="type[Method[Any, Any]]")
+METHODS: Registry[Method[Any, Any]] = Registry("method")
 
 
 def register(name: str) -> Callable[[M], M]:
@@ -178,13 +199,13 @@ def method_names() -> list[str]:
     return METHODS.names()
 
 
-def get_method(name: str) -> type[Method]:
+def get_method(name: str) -> type[Method[Any, Any]]:
     """The method class called `name`; `UserError` lists the names that exist."""
     return METHODS.get(name)
 
 
 def global_mean(local_sum: Tensor, count: Tensor | float) -> Tensor:
-    """This rank's share of sum / count over all ranks, such that the mean over ranks is the global mean.
+    """This rank's part of sum / count over all ranks, such that the mean over ranks is the global mean.
 
     Args:
         local_sum: 0-d sum over this rank's entries, differentiable.
@@ -194,14 +215,14 @@ def global_mean(local_sum: Tensor, count: Tensor | float) -> Tensor:
 
 
 def global_sum(local_sum: Tensor) -> Tensor:
-    """This rank's share of a sum over all ranks, such that the mean over ranks is the global sum."""
+    """This rank's part of a sum over all ranks, such that the mean over ranks is the global sum."""
     return local_sum * distributed.world_size()
 
 
 def attached_global_sum(local_sum: Tensor) -> Tensor:
     """The sum over ranks itself, on every rank, for losses that are not linear in it.
 
-    Its gradient reaches this rank's share alone, scaled so that the mean over ranks of the parameter gradients is that
+    Its gradient reaches this rank's part alone, scaled so that the mean over ranks of the parameter gradients is that
     of the global loss.
     """
     total = distributed.all_reduce_sum(local_sum.detach())

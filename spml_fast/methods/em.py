@@ -1,4 +1,4 @@
-"""EM: entropy maximisation (Zhou et al., "Acknowledging the Unknown", ECCV 2022; spec/baselines.md 2 and 3.2).
+"""EM: entropy maximisation.
 
 L = 1/(B C) sum [ -log(p + 1e-5) on observed positives, -alpha H(p) on unknown ],
 H(p) = -p log(p + 1e-5) - (1 - p) log(1 - p + 1e-5).
@@ -10,6 +10,9 @@ learning rate for backbone and head (train.head_lr_multiplier 1). The authors co
 on (eval.threshold 0.75).
 An image without an observed positive, and a class that is never observed, only get the pull towards p = 0.5; that is
 the method. It is reported (`rows_without_positive_count`, `classes_without_positives`), not mended.
+
+Source: Zhou et al., "Acknowledging the Unknown for Multi-label Learning with Single Positive Labels", ECCV 2022;
+docs/sources.md#em.
 """
 
 from __future__ import annotations
@@ -30,7 +33,14 @@ from spml_fast.methods.pointwise import LogForm, PointMethod, log_terms, require
 
 
 def em_point(logits: Tensor, codes: Tensor, alpha: float, guard: float) -> Tensor:
-    """Cross-entropy on known entries, minus alpha times the entropy on unknown ones, 0 on other codes; element-wise."""
+    """Cross-entropy on known entries, minus alpha times the entropy on unknown ones, 0 on other codes; element-wise.
+
+    Args:
+        logits: floating, any shape.
+        codes: int8, the same shape.
+        alpha: weight of the entropy.
+        guard: added inside the logarithms; 0 takes them from the logits.
+    """
     positive, negative = log_terms(logits, guard)
     entropy = torch.sigmoid(logits) * positive + torch.sigmoid(-logits) * negative
     known = torch.where(codes == POSITIVE, positive, torch.where(codes == NEGATIVE, negative, 0))
@@ -69,6 +79,7 @@ class EntropyMaximisation(PointMethod):
     """Observed positives up, unknown labels towards uncertainty."""
 
     Options: ClassVar[type[MethodOptions]] = EMOptions
+    options: EMOptions
     point: ClassVar[PointLoss] = PointLoss("em", em_point, em_point_jit)
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:

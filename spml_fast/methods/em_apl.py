@@ -1,5 +1,4 @@
-"""EM + APL: entropy maximisation with asymmetric pseudo-labels (Zhou et al., "Acknowledging the Unknown", ECCV 2022;
-spec/baselines.md 2 and 3.2).
+"""EM + APL: entropy maximisation with asymmetric pseudo-labels.
 
 EM (see em.py), and after every epoch from `warm_up` on a pass over the training images in evaluation mode: of every
 class the floor(theta U_c / (T - warm_up)) unknown entries of lowest p that are not yet pseudo-labelled get the soft
@@ -18,9 +17,12 @@ view; it also labels after the last epoch, which nothing uses; it stores -s in t
 a linear-init run nothing is labelled.
 
 The selection is exact over all ranks: of equal scores the lower sample index comes first. State: the frozen entries in
-CSR form, 6 to 8 bytes each (theta N C of them in the end, COCO about 30 MB), spread over the ranks (sample_rows.py; a
-step gathers those of its samples, B C numbers) and in the checkpoint, in a file a rank.
+CSR form, 6 to 8 bytes each (theta N C of them in the end, COCO about 30 MB), spread over the ranks
+(state/sample_rows.py; a step gathers those of its samples, B C numbers) and in the checkpoint, in one file per rank.
 The pass holds N C / ranks scores of 4 bytes on the host until the epoch's end.
+
+Source: Zhou et al., "Acknowledging the Unknown for Multi-label Learning with Single Positive Labels", ECCV 2022;
+docs/sources.md#em.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class EMAPLOptions(EMOptions):
         name: the method.
         alpha: weight of the entropy of unknown labels (VOC 0.2, COCO 0.1, NUS-WIDE 0.1, CUB 0.01).
         log_form: released guards the logarithms with 1e-5; logits is exact.
-        theta: share of every class's unknown labels that are pseudo-labelled by the end.
+        theta: fraction of every class's unknown labels that are pseudo-labelled by the end.
         warm_up: first epoch after which labels are made (VOC 5, COCO 5, NUS-WIDE 4, CUB 3).
         beta: weight of pseudo-labels (VOC 0.02, COCO 0.9, NUS-WIDE 0.2, CUB 0.4).
         memory_limit: GiB that the pseudo-labels may take on a rank; null allows half of what is free.
@@ -69,7 +71,14 @@ class EMAPLOptions(EMOptions):
 
 
 def apl_quota(unknown: int, theta: float, epochs: int, warm_up: int) -> int:
-    """Entries of one class that are labelled after one epoch."""
+    """Entries of one class that are labelled after one epoch.
+
+    Args:
+        unknown: unknown entries of the class at the start.
+        theta: fraction of them that is labelled by the end.
+        epochs: T.
+        warm_up: first epoch after which labels are made.
+    """
     return math.floor(Fraction(str(theta)) * unknown / (epochs - warm_up))
 
 
@@ -128,6 +137,8 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
     """Entropy maximisation, with the least likely unknown labels frozen as soft negatives epoch by epoch."""
 
     Options: ClassVar[type[MethodOptions]] = EMAPLOptions
+    options: EMAPLOptions
+    needs_samples: ClassVar[bool] = True
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)
@@ -155,8 +166,8 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
         codes, metrics = self.codes(logits, batch, progress)
         if self.total == 0:
             return LossOutput(self.reduce(label_loss(logits, codes, self.point, self.params(progress)), batch), metrics)
-        index, here = sample_rows.gather_batch(batch.index, batch.global_size)
-        soft = self.soft_rows(index)[here]
+        index, place = sample_rows.gather_batch(batch.index, batch.global_size)
+        soft = self.soft_rows(index)[place]
         frozen = ~soft.isnan() & (codes == UNKNOWN)
         total = label_loss(logits, torch.where(frozen, LEFT_OUT, codes), self.point, self.params(progress))
         target = torch.where(frozen, soft, 0).to(logits.dtype)
@@ -170,8 +181,8 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
 
     def add(self, index: Tensor, classes: Tensor, values: Tensor) -> None:
         """Freeze entries (sample, class, soft label), the same list on every rank; each keeps those of its samples."""
-        mine = sample_rows.owned(index)
-        self.soft.add(sample_rows.place(index[mine]), classes[mine], values[mine])
+        owned = sample_rows.owned(index)
+        self.soft.add(sample_rows.place(index[owned]), classes[owned], values[owned])
         self.total += len(index)
 
     def soft_rows(self, index: Tensor) -> Tensor:
@@ -218,7 +229,7 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
         step = max(1, _SELECTION_ELEMENTS // max(len(index), 1))
         own_rows, own_classes, _ = self.soft.entries()
         own_samples = own_rows * distributed.world_size() + distributed.rank()
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        frozen: list[tuple[Tensor, Tensor, Tensor]] = []
         for first in range(0, width, step):
             part = own_scores[:, first : first + step].contiguous().to(device)
             # Rows in sample order and a stable sort: of equal scores the lower index first, whatever the ranks were.
@@ -233,8 +244,8 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
             lane = torch.arange(len(scores), device=device)[:longest, None]
             chosen = (lane < wanted[first : first + step]) & (scores[:longest] < torch.inf)
             row, column = torch.nonzero(chosen, as_tuple=True)
-            found.append((index[place[row, column]], column + first, torch.sigmoid(scores[row, column])))
-        rows, classes, values = (torch.cat(columns) for columns in zip(*found, strict=True))
+            frozen.append((index[place[row, column]], column + first, torch.sigmoid(scores[row, column])))
+        rows, classes, values = (torch.cat(columns) for columns in zip(*frozen, strict=True))
         self.add(rows, classes, values)
 
     def rank_state(self) -> dict[str, Tensor]:
@@ -244,10 +255,10 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
         # Class ids in their narrow type: this is all that a checkpoint holds of them.
         return {"index": index, "classes": classes.to(self.soft.classes.dtype), "values": values}
 
-    def load_rank_state(self, shards: list[dict[str, Tensor]]) -> None:
-        """Take this rank's entries out of the shards."""
+    def load_rank_state(self, rank_states: list[dict[str, Tensor]]) -> None:
+        """Take this rank's entries out of all ranks'."""
         self.soft = SoftLabels(self.soft.num_rows, self.soft.num_classes, self.soft.device)
         self.total = 0
-        for shard in shards:
-            index, classes, values = (shard[name].to(self.soft.device) for name in ("index", "classes", "values"))
+        for state in rank_states:
+            index, classes, values = (state[name].to(self.soft.device) for name in ("index", "classes", "values"))
             self.add(index, classes.long(), values)

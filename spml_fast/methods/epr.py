@@ -1,4 +1,4 @@
-"""EPR: expected positive regularisation (Cole et al., CVPR 2021; spec/baselines.md 2 and 3.1).
+"""EPR: expected positive regularisation.
 
 L = 1/(B C) sum over observed positives of -log(p + 1e-5)  +  lambda ( (1/B sum_b sum_c p) - k )^2 / C^2, lambda = 1.
 Unknown entries, and observed negatives too, act through the second term alone. k is the expected number of positives of
@@ -6,12 +6,14 @@ an image, a statistic of the fully labelled data that single-positive labels do 
     VOC 1.5, COCO 2.9 (2.5 in one revision), NUS-WIDE 1.9, CUB 31.4.
 
 The mean over b runs over the micro-step of all ranks (over the whole update with train.exact_accumulation).
+
+Source: Cole et al., CVPR 2021; docs/sources.md#cole.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from spml_kernels import PointLoss, label_loss
@@ -42,26 +44,30 @@ def epr_point_jit(z, code, guard):
 EPR_POINT = PointLoss("epr", epr_point, epr_point_jit)
 
 
-def require_expected_positives(options: MethodOptions) -> None:
-    """Raise `UserError` unless k is given."""
-    k = getattr(options, "expected_positives", None)
+def require_expected_positives(options: MethodOptions) -> float:
+    """k of EPR's and ROLE's options; raises `UserError` unless it is given."""
+    k: float | None = getattr(options, "expected_positives", None)
     if k is None or not k > 0:
         raise UserError(
             f"method {options.name} needs --method.expected_positives, the mean number of positives of an image when "
             "all labels are known; published values: VOC 1.5, COCO 2.9, NUS-WIDE 1.9, CUB 31.4"
         )
+    return k
 
 
-def mean_positives(logits: Tensor, global_size: int, planned: Tensor | None) -> Tensor:
-    """1/B sum p over all ranks, differentiable (see `attached_global_sum`).
+def mean_positives(logits: Tensor, global_size: int, update_mean: Tensor | None) -> Tensor:
+    """1/B sum p over all ranks, 0-d, differentiable (see `attached_global_sum`).
 
     Args:
-        planned: the value, when it was computed for a whole update beforehand; the gradient is still this micro-step's.
+        logits: [B, C] of this rank.
+        global_size: images of the micro-step over all ranks.
+        update_mean: the value, when it was computed for a whole update beforehand; the gradient is still this
+            micro-step's.
     """
     local = torch.sigmoid(logits).sum()
-    if planned is None:
+    if update_mean is None:
         return attached_global_sum(local) / global_size
-    return planned + (distributed.world_size() / global_size) * (local - local.detach())
+    return update_mean + (distributed.world_size() / global_size) * (local - local.detach())
 
 
 @dataclass
@@ -87,12 +93,13 @@ class ExpectedPositives(PointMethod):
     """Observed positives up, the mean number of predicted positives towards k."""
 
     Options: ClassVar[type[MethodOptions]] = EPROptions
+    options: EPROptions
     batch_statistics: ClassVar[bool] = True
     point: ClassVar[PointLoss] = EPR_POINT
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)
-        require_expected_positives(options)
+        self.expected_positives = require_expected_positives(options)
         require_not_negative(options, "penalty")
 
     @classmethod
@@ -104,15 +111,15 @@ class ExpectedPositives(PointMethod):
         """Guard."""
         return (self.log_guard,)
 
-    def plan(self, logits: list[Tensor], batches: list[Batch], progress: Progress) -> list[Any]:
+    def update_statistics(self, forwards: list[Tensor], batches: list[Batch], progress: Progress) -> list[Tensor]:
         """The mean number of predicted positives over a whole update."""
-        total = distributed.all_reduce_sum(torch.stack([torch.sigmoid(z).sum() for z in logits]).sum())
+        total = distributed.all_reduce_sum(torch.stack([torch.sigmoid(z).sum() for z in forwards]).sum())
         return [total / sum(b.global_size for b in batches)] * len(batches)
 
     def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
         """Positives' mean over B x C plus the regularisation."""
-        found = self.reduce(label_loss(logits, batch.labels, self.point, self.params(progress)), batch)
-        mean = mean_positives(logits, batch.global_size, batch.plan)
-        gap = (mean - self.options.expected_positives) / logits.shape[1]
+        positives = self.reduce(label_loss(logits, batch.labels, self.point, self.params(progress)), batch)
+        mean = mean_positives(logits, batch.global_size, self.statistics_of(batch))
+        gap = (mean - self.expected_positives) / logits.shape[1]
         metrics = {"predicted_positives_count": torch.sigmoid(logits.detach()).sum()}
-        return LossOutput(found + self.options.penalty * gap**2, metrics)
+        return LossOutput(positives + self.options.penalty * gap**2, metrics)

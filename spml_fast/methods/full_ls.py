@@ -1,7 +1,8 @@
-"""Full labels with label smoothing, BCE-LS of Cole et al. (CVPR 2021; spec/baselines.md 2): the AN-LS loss on the
-complete annotation, e = 0.1.
+"""Full labels with label smoothing, BCE-LS: the AN-LS loss on the complete annotation, e = 0.1.
 
 Where released code differs: as for AN-LS.
+
+Source: Cole et al., CVPR 2021; docs/sources.md#cole.
 """
 
 from __future__ import annotations

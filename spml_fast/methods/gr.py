@@ -1,5 +1,4 @@
-"""GR: generalised robust loss (Chen et al., "Boosting Single Positive Multi-label Classification with Generalized
-Robust Loss", IJCAI 2024; spec/baselines.md 2 and 3.6).
+"""GR: generalised robust loss.
 
 L = 1/(B C) sum [ -log(p + 1e-7) on observed positives,
                   v(p) { k(p) (1 - p^q2)/q2 + (1 - k(p)) (1 - (1 - p)^q3)/q3 } on unknown ],
@@ -14,6 +13,9 @@ q2 = 0.01; q3 = 1 (CUB 1.5). Adam 1e-5, head learning rate x 10, batch 8, 8 to 1
 Where released code differs: it takes 1 - p in single precision, whose rounding is as large as the guard; here 1 - p
 comes from the logits. Its options for the schedules cannot be set from a shell. Its learned k, off by default, is left
 out.
+
+Source: Chen et al., "Boosting Single Positive Multi-label Classification with Generalized Robust Loss", IJCAI 2024;
+docs/sources.md#gr.
 """
 
 from __future__ import annotations
@@ -45,7 +47,19 @@ def gr_point(
     q3: float,
     guard: float,
 ) -> Tensor:
-    """Cross-entropy on known entries, the weighted robust loss on unknown ones; element-wise."""
+    """Cross-entropy on known entries, the weighted robust loss on unknown ones; element-wise.
+
+    Args:
+        logits: floating, any shape.
+        codes: int8, the same shape.
+        w: slope of the belief that an unknown label is positive.
+        b: offset of that belief.
+        mu: centre of the weight over probabilities.
+        s: width of that weight.
+        q2: exponent of the loss as a positive.
+        q3: exponent of the loss as a negative.
+        guard: added inside the logarithms of known entries; 0 takes them from the logits.
+    """
     positive, negative = log_terms(logits, guard)
     p = torch.sigmoid(logits.detach())
     belief = torch.sigmoid(w * p + b)
@@ -123,6 +137,7 @@ class GeneralisedRobust(PointMethod):
     """Unknown labels as a mixture of both labels, by what the model believes of them."""
 
     Options: ClassVar[type[MethodOptions]] = GROptions
+    options: GROptions
     point: ClassVar[PointLoss] = PointLoss("gr", gr_point, gr_point_jit)
     guard: ClassVar[float] = GR_GUARD
 

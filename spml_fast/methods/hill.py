@@ -1,5 +1,4 @@
-"""Hill: a loss that turns down confident "negatives" (Zhang et al., "Simple and Robust Loss Design for Multi-Label
-Learning with Missing Labels", 2021; spec/baselines.md 2).
+"""Hill: a loss that turns down confident "negatives".
 
 L = sum [ (1 - pm)^g (-log pm) on observed positives, (lambda - p) p^2 elsewhere ], pm = sigmoid(z - m);
 lambda = 1.5, m = 1, g = 2; a sum over B C; the focal weight carries gradient. The negative term's slope is 0 at p = 1,
@@ -7,6 +6,9 @@ so an unknown label that the model is sure of is left alone.
 
 Where released code differs: it takes log(sigmoid) without guard (infinite below z = -100 or so), here from the logits.
 GR's repository has a Hill without margin and with a mean: margin 0, gamma 0, reduction mean. Recipe as for SPLC.
+
+Source: Zhang et al., "Simple and Robust Loss Design for Multi-Label Learning with Missing Labels", 2021;
+docs/sources.md#hill.
 """
 
 from __future__ import annotations
@@ -27,7 +29,16 @@ from spml_fast.methods.pointwise import PointMethod, Reduction, power_q, require
 
 
 def hill_point(logits: Tensor, codes: Tensor, lam: float, margin: float, gamma: float, attached: float) -> Tensor:
-    """Focal margin loss on observed positives, the hill elsewhere; element-wise."""
+    """Focal margin loss on observed positives, the hill elsewhere; element-wise.
+
+    Args:
+        logits: floating, any shape.
+        codes: int8, the same shape.
+        lam: where the hill has its top, p = 2/3 lam.
+        margin: taken off the logits of observed positives.
+        gamma: focal exponent of observed positives.
+        attached: 0 takes no gradient through the focal weight.
+    """
     shifted = logits - margin
     weight = power_q(shifted, gamma)
     p = torch.sigmoid(logits)
@@ -74,6 +85,7 @@ class Hill(PointMethod):
     """Assume negative with a loss that flattens out on confident predictions."""
 
     Options: ClassVar[type[MethodOptions]] = HillOptions
+    options: HillOptions
     point: ClassVar[PointLoss] = PointLoss("hill", hill_point, hill_point_jit)
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:

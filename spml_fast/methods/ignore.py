@@ -1,8 +1,8 @@
-"""IGNORE: ECCV 2024 (first released as CALR); spec/ignore.md 1.
+"""An unknown label is likely a false negative if its logit drops when everything but the observed class's evidence is
+masked: IGNORE.
 
-A label that nobody gave is probably a false negative when the image loses its evidence together with everything but
-the observed class. Three views go through one network in one step: weak z, strong z_s, and masked z_m, the weak
-image kept only where the map of its observed class is high.
+Three views go through one network in one step: weak z, strong z_s, and masked z_m, the weak image kept only where the
+map of its observed class is high.
     gap g = |z - z_m|
     T_gap <- l T_gap + (1 - l) mean of g over observed positives;   T_avg[c] <- l T_avg[c] + (1 - l) mean of z[:, c]
     rejected: g > T_gap and z > T_avg[c] and the label is unknown and epoch > warm_up
@@ -24,11 +24,13 @@ masked_bn        no_update                  update                          upda
 In all of them lambda holds for 16 images and is rescaled to the batch (l^(B/16), identical at the published batch);
 the masked view is made without gradient, which is exact; the head's alpha applies to all views, masks come from the
 unboosted map. CALR's linear head, whose maps lack the bias, is not imitated. Without `ignore` no masked view is made,
-so BatchNorm does not see it either; under exact accumulation the masked view belongs to the planning pass, which moves
-no BatchNorm statistics.
+so BatchNorm does not see it either; under exact accumulation the masked view belongs to the pass ahead of the update,
+which moves no BatchNorm statistics.
 
 Cost: three forwards and two backwards a step, 2.3 times assumed negative (a backward is two forwards). Two speed
 options change the result: masked_every (steps between two masked views; the others reject nothing) and masked_scale.
+
+Source: IGNORE (Song et al., ECCV 2024), first released as CALR; docs/sources.md#ignore.
 """
 
 from __future__ import annotations
@@ -106,11 +108,11 @@ class IgnoreOptions(MethodOptions):
         eps: of the epsilon form.
         ema_rescale: rescale the decays to the batch size; off applies them once a step whatever its size.
         ema_batch: images that the decays are meant for.
-        debias: divide the thresholds by the share of the mean that they have seen; null takes the preset's.
+        debias: divide the thresholds by the fraction of the mean that they have seen; null takes the preset's.
         masked_bn: BatchNorm in the masked view moves its running statistics, uses the batch without moving them, or
             uses the running ones; null takes the preset's.
         masked_every: steps between two masked views; other steps reject nothing. 1 is the method.
-        masked_scale: side of the masked view as a share of the image's; 1 is the method.
+        masked_scale: side of the masked view as a fraction of the image's; 1 is the method.
         gap_histogram: write a histogram of the gaps by kind of label to metrics.jsonl every epoch; one more pass over
             the logits a step.
     """
@@ -147,12 +149,19 @@ class IgnoreOptions(MethodOptions):
         return PRESETS[self.preset][name] if value is None else value
 
 
-class Plan(NamedTuple):
+class WeakAndMasked(NamedTuple):
+    """Logits [B, C] of a micro-step's weak view, and of its masked view where one is made."""
+
+    weak: Tensor
+    masked: Tensor | None
+
+
+class UpdateStatistics(NamedTuple):
     """What a micro-step takes from the whole update (exact accumulation).
 
     Attributes:
         masked: [B, C] logits of the masked view, or None.
-        positives: observed positives of the update over all ranks, times this micro-step's share of its images.
+        positives: observed positives of the update over all ranks, times this micro-step's fraction of its images.
         kept: entries of the update that are not rejected, in the same way.
     """
 
@@ -162,20 +171,20 @@ class Plan(NamedTuple):
 
 
 @register("ignore")
-class Ignore(Method):
+class Ignore(Method[WeakAndMasked, UpdateStatistics]):
     """The three views, the two thresholds, and the three loss terms."""
 
     Options: ClassVar[type[MethodOptions]] = IgnoreOptions
+    options: IgnoreOptions
     views: ClassVar[tuple[str, ...]] = ("weak", "strong")
     batch_statistics: ClassVar[bool] = True
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)
         o = self.options
-        shares = {"gap_lambda": o.gap_lambda, "avg_lambda": o.avg_lambda}
-        for name, share in shares.items():
-            if not 0 <= share < 1:
-                raise UserError(f"method.{name} is {share}; it must be at least 0 and less than 1")
+        for name, decay in {"gap_lambda": o.gap_lambda, "avg_lambda": o.avg_lambda}.items():
+            if not 0 <= decay < 1:
+                raise UserError(f"method.{name} is {decay}; it must be at least 0 and less than 1")
         for name in ("norm_group", "ema_batch", "masked_every"):
             if getattr(o, name) < 1:
                 raise UserError(f"method.{name} is {getattr(o, name)}; it must be at least 1")
@@ -198,8 +207,6 @@ class Ignore(Method):
         self.register_buffer("logit_average", torch.zeros(store.num_classes, device=store.device))
         self.register_buffer("ema_steps", torch.zeros((), dtype=torch.float64, device=store.device))
         self.gaps = GapHistogram(store.device) if o.gap_histogram else None
-
-    # ---- thresholds
 
     def update_thresholds(self, statistics: Tensor, images: int, repeats: int = 1) -> None:
         """Move both averages by one micro-step; nothing moves when it had no observed positive on any rank.
@@ -225,16 +232,14 @@ class Ignore(Method):
         if not self.debias:
             return self.gap_average, self.logit_average
 
-        def share(decay: float) -> Tensor:
-            seen = 1 - torch.pow(decay, self.ema_steps)
-            return torch.where(self.ema_steps > 0, seen, 1.0).to(self.gap_average.dtype)
+        def seen(decay: float) -> Tensor:
+            fraction = 1 - torch.pow(decay, self.ema_steps)
+            return torch.where(self.ema_steps > 0, fraction, 1.0).to(self.gap_average.dtype)
 
-        return self.gap_average / share(self.options.gap_lambda), self.logit_average / share(self.options.avg_lambda)
-
-    # ---- one step
+        return self.gap_average / seen(self.options.gap_lambda), self.logit_average / seen(self.options.avg_lambda)
 
     def _masks_now(self, progress: Progress) -> bool:
-        return bool(self.options.ignore) and progress.update % self.options.masked_every == 0
+        return self.options.ignore and progress.update % self.options.masked_every == 0
 
     def _weak(self, classifier: Classifier, batch: Batch, masking: bool) -> tuple[Tensor, Tensor | None]:
         """Logits [B, C] of the weak view and, on demand, the masked images."""
@@ -260,12 +265,12 @@ class Ignore(Method):
 
     def forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> LossOutput:
         """All views of a micro-step, in the order weak, strong, masked."""
-        o, plan = self.options, batch.plan
-        logits, masked_images = self._weak(classifier, batch, plan is None and self._masks_now(progress))
+        o, ahead = self.options, self.statistics_of(batch)
+        logits, masked_images = self._weak(classifier, batch, ahead is None and self._masks_now(progress))
         strong = None
         if o.strong_aug or o.reg:
             strong = classifier(batch.views["strong"], alpha=classifier.alpha_train).logits
-        masked = plan.masked if plan is not None else None
+        masked = ahead.masked if ahead is not None else None
         if masked_images is not None:
             masked = self._masked(classifier, masked_images)
         with no_autocast(logits.device):
@@ -274,16 +279,19 @@ class Ignore(Method):
     def combine(
         self, logits: Tensor, strong: Tensor | None, masked: Tensor | None, batch: Batch, progress: Progress
     ) -> LossOutput:
-        """Thresholds, rejection and loss from the logits [B, C] of the views of this rank's part of the micro-step.
+        """Thresholds, rejection and loss from the logits of the views of this rank's part of the micro-step.
 
         Args:
-            strong: None when no term needs it.
-            masked: None on steps that reject nothing.
+            logits: [B, C] fp32 of the weak view.
+            strong: [B, C] of the strong view; None when no term needs it.
+            masked: [B, C] of the masked view; None on steps that reject nothing.
+            batch: codes, and the truth where it is known; its images are not looked at.
+            progress: where training stands.
         """
-        o, plan = self.options, batch.plan
+        o, ahead = self.options, self.statistics_of(batch)
         entries = batch.global_size * logits.shape[1]
-        if plan is not None:
-            positives, kept = plan.positives, plan.kept
+        if ahead is not None:
+            positives, kept = ahead.positives, ahead.kept
         elif masked is not None:
             statistics = distributed.all_reduce_sum(ignore_statistics(logits, masked, batch.labels))
             self.update_thresholds(statistics, batch.global_size, o.masked_every)
@@ -307,7 +315,7 @@ class Ignore(Method):
             batch.truth,
         )
         rejected, rejected_true, hidden = terms.counts.unbind()
-        if plan is None:
+        if ahead is None:
             kept = terms.ign.new_full((), entries)
             if rejects:
                 kept = kept - distributed.all_reduce_sum(rejected.to(kept.dtype))
@@ -322,20 +330,19 @@ class Ignore(Method):
             metrics |= {"selected_true_count": rejected_true, "hidden_positive_count": hidden}
         return LossOutput(loss, metrics)
 
-    # ---- exact accumulation
-
-    def statistics_forward(
-        self, classifier: Classifier, batch: Batch, progress: Progress
-    ) -> tuple[Tensor, Tensor | None]:
+    def statistics_forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> WeakAndMasked:
         """Logits of the weak and the masked view; the step itself then needs no masked view any more."""
         logits, images = self._weak(classifier, batch, self._masks_now(progress))
-        return logits, None if images is None else self._masked(classifier, images)
+        return WeakAndMasked(logits, None if images is None else self._masked(classifier, images))
 
-    def plan(self, logits: list[Any], batches: list[Batch], progress: Progress) -> list[Any]:
+    def update_statistics(
+        self, forwards: list[WeakAndMasked], batches: list[Batch], progress: Progress
+    ) -> list[UpdateStatistics]:
         """One update of the thresholds and one set of denominators for all micro-steps of an update."""
         o = self.options
-        weak, labels = torch.cat([z for z, _ in logits]).float(), torch.cat([b.labels for b in batches])
-        masked = torch.cat([m for _, m in logits]).float() if logits[0][1] is not None else None
+        weak, labels = torch.cat([f.weak for f in forwards]).float(), torch.cat([b.labels for b in batches])
+        views = [f.masked for f in forwards if f.masked is not None]
+        masked = torch.cat(views).float() if views else None
         images = sum(b.global_size for b in batches)
         rejected = labels.new_zeros((), dtype=weak.dtype)
         if masked is not None:
@@ -349,8 +356,11 @@ class Ignore(Method):
         else:
             positives = distributed.all_reduce_sum((labels == POSITIVE).sum().to(weak.dtype))
         kept = images * weak.shape[1] - rejected
-        shares = [b.global_size / images for b in batches]
-        return [Plan(m, positives * s, kept * s) for (_, m), s in zip(logits, shares, strict=True)]
+        fractions = [b.global_size / images for b in batches]
+        return [
+            UpdateStatistics(f.masked, positives * part, kept * part)
+            for f, part in zip(forwards, fractions, strict=True)
+        ]
 
     def on_epoch_end(self, progress: Progress) -> dict[str, Any]:
         """The thresholds as they stand, and the epoch's gaps where they are counted."""

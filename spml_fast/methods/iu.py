@@ -1,10 +1,12 @@
-"""IU: ignore unknown (Cole et al., CVPR 2021; spec/baselines.md 2).
+"""IU: ignore unknown.
 
 L = 1/(B C) sum [ l+ on observed positives, l- on observed negatives, 0 on unknown ], logarithms guarded with 1e-5.
-`partial` is the same with the mean over the known entries alone, `durand` with a weight for their share.
+`partial` is the same with the mean over the known entries alone, `durand` with a weight for their fraction.
 
 Where released code differs: it asserts an observed positive and an observed negative in every batch; here a batch
 without them is fine, and only a training split without any negative is refused.
+
+Source: Cole et al., CVPR 2021; docs/sources.md#cole.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class IgnoreUnknown(PointMethod):
     """Binary cross-entropy on known labels, averaged over all B x C entries."""
 
     Options: ClassVar[type[MethodOptions]] = IUOptions
+    options: IUOptions
     point: ClassVar[PointLoss] = PointLoss("iu", iu_point, iu_point_jit)
 
     @classmethod

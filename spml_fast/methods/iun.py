@@ -1,10 +1,12 @@
-"""IUN: ignore unobserved positives, an oracle (Cole et al., CVPR 2021; spec/baselines.md 2).
+"""IUN: ignore unobserved positives, an oracle.
 
 L = 1/(B C) sum [ l+ on observed positives, l- on all true negatives, 0 on the positives that were not observed ],
 logarithms guarded with 1e-5. It reads the known labels of the training split, so it is a bound and no method: what
 assuming negatives would reach if it never hit a hidden positive.
 
 Where released code differs: one copy of the loss reads true negatives as -1, another as 0; here the label codes decide.
+
+Source: Cole et al., CVPR 2021; docs/sources.md#cole.
 """
 
 from __future__ import annotations

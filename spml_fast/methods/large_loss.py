@@ -3,7 +3,7 @@
 Of the unobserved entries of a batch, the k with the largest assumed-negative loss are taken for false negatives:
 LL-R drops their loss, LL-Ct gives them the target 1 for this step, LL-Cp gives them the target 1 for good.
 k = ceil(B C r); r = (epoch - 1) delta_rel / 100 for LL-R and LL-Ct, delta_rel / 100 from epoch 2 on for LL-Cp; epoch 1
-changes nothing. The mean is over all B C entries, rejected ones included. Source: spec/boostlu_large_loss.md 1.4.
+changes nothing. The mean is over all B C entries, rejected ones included.
 
 Where the released code differs, and the option that gives its behaviour:
 - it takes the threshold over its batch of 16; here over the micro-step of all ranks. batch_semantics: paper.
@@ -11,6 +11,9 @@ Where the released code differs, and the option that gives its behaviour:
   (value, position), observed entries never. ties: inclusive (the hole at 0 stays closed).
 - LargeLoss records permanent flips with a strict comparison, so k-1 of k labels flip. ties: strict_flips.
 - its k comes from a float64 accumulator, one larger than exact arithmetic now and then. k_rule: accumulator (default).
+
+Source: Large Loss Matters (Kim et al., CVPR 2022), with the rates of BoostLU (Kim et al., CVPR 2023);
+docs/sources.md#large-loss.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from spml_kernels import large_loss, large_loss_step, list_selected, select_large
@@ -35,7 +38,7 @@ from spml_fast.methods.pointwise import hidden_positives
 
 
 def clean_rate(delta_percent: float, epoch: int) -> float:
-    """Share of entries left alone in `epoch` (from 1) by the released float64 accumulator."""
+    """Fraction of entries left alone in `epoch` (from 1) by the released float64 accumulator."""
     rate = 1.0
     for _ in range(epoch - 1):
         rate -= delta_percent / 100
@@ -49,7 +52,7 @@ def selection_size(entries: int, delta_percent: float, epoch: int, ramp: bool, k
         entries: B C of the batch (or the number of its unobserved entries).
         delta_percent: delta_rel, in per cent.
         epoch: from 1.
-        ramp: rate grows by delta_rel every epoch (LL-R, LL-Ct), or is constant from epoch 2 on (LL-Cp).
+        ramp: whether the rate grows by delta_rel every epoch (LL-R, LL-Ct) or is constant from epoch 2 on (LL-Cp).
         k_rule: `accumulator` is the released arithmetic, rounding included; `rational` is exact.
     """
     steps = epoch - 1 if ramp else min(epoch - 1, 1)
@@ -65,9 +68,9 @@ class LargeLossOptions(MethodOptions):
 
     Attributes:
         name: the method.
-        delta_rel: growth of the selected share of labels per epoch, in per cent of all B x C entries.
+        delta_rel: growth of the selected fraction of labels per epoch, in per cent of all B x C entries.
         k_rule: accumulator is the released float64 arithmetic; rational is exact.
-        base: entries that delta_rel is a share of: all B x C (released code) or the unobserved ones (paper's text).
+        base: entries that delta_rel is a fraction of: all B x C (released code) or the unobserved ones (paper's text).
         ties: exact selects exactly k; inclusive every entry equal to the threshold too (BoostLU's release);
             strict_flips also leaves entries equal to the threshold out of LL-Cp's permanent flips (LargeLoss's).
         batch_semantics: global takes the threshold over the micro-step of all ranks; paper over every paper_batch
@@ -84,7 +87,7 @@ class LargeLossOptions(MethodOptions):
     paper_batch: int = 16
 
 
-class Group(NamedTuple):
+class ThresholdGroup(NamedTuple):
     """Images that share a threshold.
 
     Attributes:
@@ -98,7 +101,7 @@ class Group(NamedTuple):
     over_ranks: bool
 
 
-class Request(NamedTuple):
+class SelectionRequest(NamedTuple):
     """What `select_large` is asked for, beside logits and codes."""
 
     k: Tensor
@@ -108,7 +111,7 @@ class Request(NamedTuple):
     rank: int
 
 
-class Plan(NamedTuple):
+class Selection(NamedTuple):
     """A selection that is known before its loss.
 
     Attributes:
@@ -122,10 +125,11 @@ class Plan(NamedTuple):
     length: int
 
 
-class LargeLoss(Method):
+class LargeLoss(Method[Tensor, Selection]):
     """The three schemes; subclasses say which."""
 
     Options: ClassVar[type[MethodOptions]] = LargeLossOptions
+    options: LargeLossOptions
     batch_statistics: ClassVar[bool] = True
     scheme: ClassVar[Scheme]
     permanent: ClassVar[bool] = False
@@ -142,41 +146,42 @@ class LargeLoss(Method):
         o = self.options
         return selection_size(entries, o.delta_rel, progress.epoch, not self.permanent, o.k_rule)
 
-    def _request(self, logits: Tensor, labels: Tensor, group: Group, progress: Progress) -> Request:
+    def _request(self, logits: Tensor, labels: Tensor, group: ThresholdGroup, progress: Progress) -> SelectionRequest:
         """What is to be selected among the unknown entries of a group's `logits` and `labels`."""
         k_max = self._size(group.images * logits.shape[1], progress)
         shared = group.over_ranks and distributed.world_size() > 1
         k = torch.full((), k_max, device=logits.device, dtype=torch.int64)
         if self.options.base == "unobserved" and k_max:
-            # The share of unobserved entries is known on the device only; k_max bounds it on the host.
+            # The number of unobserved entries is known on the device only; k_max bounds it on the host.
             unknown = (labels == UNKNOWN).sum()
             unknown = distributed.all_reduce_sum(unknown) if shared else unknown
             if self.options.k_rule == "rational":
-                share = self._steps(progress) * Fraction(str(self.options.delta_rel)) / 100
-                k = -(-unknown * share.numerator // share.denominator)
+                fraction = self._steps(progress) * Fraction(str(self.options.delta_rel)) / 100
+                k = -(-unknown * fraction.numerator // fraction.denominator)
             else:
                 rate = 1 - clean_rate(self.options.delta_rel, self._steps(progress) + 1)
                 k = torch.ceil(unknown.double() * rate).long()
             k = k.clamp(max=k_max)
         ties: Ties = "exact" if self.options.ties == "exact" else "inclusive"
-        return Request(k, k_max, ties, distributed.all_gather_equal if shared else None, distributed.rank())
+        return SelectionRequest(k, k_max, ties, distributed.all_gather_equal if shared else None, distributed.rank())
 
     def _steps(self, progress: Progress) -> int:
         """How many times delta_rel the rate of this epoch is."""
         return min(progress.epoch - 1, 1) if self.permanent else progress.epoch - 1
 
-    def _groups(self, logits: Tensor, images: int) -> list[Group]:
+    def _groups(self, logits: Tensor, images: int) -> list[ThresholdGroup]:
         """Parts of a batch that have a threshold each; `images` counts the batch over all ranks."""
         if self.options.batch_semantics == "global":
-            return [Group(slice(None), images, True)]
-        size, here = self.options.paper_batch, len(logits)
-        return [Group(slice(s, s + size), min(size, here - s), False) for s in range(0, max(here, 1), size)]
+            return [ThresholdGroup(slice(None), images, True)]
+        size, rows = self.options.paper_batch, len(logits)
+        starts = range(0, max(rows, 1), size)
+        return [ThresholdGroup(slice(s, s + size), min(size, rows - s), False) for s in starts]
 
     def _idle(self, logits: Tensor, images: int, progress: Progress) -> bool:
         """Whether nothing is selected in this epoch."""
         return self._size(images * logits.shape[1], progress) == 0
 
-    def _list_length(self, request: Request, entries: int) -> int:
+    def _list_length(self, request: SelectionRequest, entries: int) -> int:
         """Room for every label that may flip for good; inclusive ties may pass k, then all entries bound them."""
         if not self.permanent:
             return 0
@@ -186,17 +191,17 @@ class LargeLoss(Method):
         """Hand listed entries of the images `index` to the label store, as positives from the next epoch on."""
         self.store.correct(index[rows], classes, POSITIVE, valid)
 
-    def plan(self, logits: list[Tensor], batches: list[Batch], progress: Progress) -> list[Any]:
+    def update_statistics(self, forwards: list[Tensor], batches: list[Batch], progress: Progress) -> list[Selection]:
         """One threshold for all micro-steps of an update; exactly what one large micro-step would select.
 
         Positions order ties by (rank, micro-step, row) here, which matters only for exact ties across them.
         """
-        sizes = [len(z) for z in logits]
+        sizes = [len(z) for z in forwards]
         images = sum(b.global_size for b in batches)
-        values, labels = torch.cat(logits), torch.cat([b.labels for b in batches])
+        values, labels = torch.cat(forwards), torch.cat([b.labels for b in batches])
         if self._idle(values, images, progress):
             none = torch.zeros_like(labels, dtype=torch.bool)
-            return [Plan(part, part, 0) for part in none.split(sizes)]
+            return [Selection(part, part, 0) for part in none.split(sizes)]
         selected, flips, length = [], [], 0
         for group in self._groups(values, images):
             z, codes = values[group.rows], labels[group.rows]
@@ -206,13 +211,13 @@ class LargeLoss(Method):
             flips.append(part & (z > threshold) if self.options.ties == "strict_flips" else part)
             length += self._list_length(request, part.numel())
         pieces = zip(torch.cat(selected).split(sizes), torch.cat(flips).split(sizes), strict=True)
-        return [Plan(s, f, min(length, s.numel())) for s, f in pieces]
+        return [Selection(s, f, min(length, s.numel())) for s, f in pieces]
 
-    def _planned(self, logits: Tensor, batch: Batch, plan: Plan) -> tuple[Tensor, Tensor]:
+    def _selected_ahead(self, logits: Tensor, batch: Batch, selection: Selection) -> tuple[Tensor, Tensor]:
         """Loss sum and selection where the selection is known."""
-        if plan.length:
-            self._flip(batch.index, *list_selected(plan.flips, plan.length))
-        return large_loss(logits, batch.labels, plan.selected, self.scheme), plan.selected
+        if selection.length:
+            self._flip(batch.index, *list_selected(selection.flips, selection.length))
+        return large_loss(logits, batch.labels, selection.selected, self.scheme), selection.selected
 
     def _in_one_pass(self, logits: Tensor, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor]:
         """Loss sum and selection, made together group by group."""
@@ -237,12 +242,12 @@ class LargeLoss(Method):
 
     def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
         """Mean over B x C, selected entries included in the denominator."""
-        plan = batch.plan
-        if plan is None and self._idle(logits, batch.global_size, progress):
+        selection = self.statistics_of(batch)
+        if selection is None and self._idle(logits, batch.global_size, progress):
             none = torch.zeros_like(batch.labels, dtype=torch.bool)
-            plan = Plan(none, none, 0)
-        if plan is not None:
-            total, selected = self._planned(logits, batch, plan)
+            selection = Selection(none, none, 0)
+        if selection is not None:
+            total, selected = self._selected_ahead(logits, batch, selection)
         else:
             total, selected = self._in_one_pass(logits, batch, progress)
         return LossOutput(global_mean(total, batch.global_size * logits.shape[1]), hidden_positives(selected, batch))

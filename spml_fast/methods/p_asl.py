@@ -1,5 +1,4 @@
-"""P-ASL with class-aware selection, CSL (Ben-Baruch et al., "Multi-label Classification with Partial Annotations using
-Class-aware Selective Loss", CVPR 2022; spec/baselines.md 2 and 3.4).
+"""P-ASL with class-aware selection, CSL.
 
 L = sum [ a+ (1 - p)^g+ l+ on observed positives, a- pm^g- l-(pm) on observed negatives, w au pm^gu l-(pm) on unknown ],
 pm = max(p - m, 0), focal weights without gradient, values clamped at 1e-8 before the logarithm; a sum over B C.
@@ -17,13 +16,16 @@ known entries times 1 / (1 + number of known labels of the image) + 1).
 
 Where released code differs: its batch is that of one process. It trains Adam 2e-4, 30 epochs, batch 64, one-cycle with
 warmup_share 0.2, weight decay 1e-4, EMA 0.9997, 448 px, images in 0..1.
+
+Source: Ben-Baruch et al., "Multi-label Classification with Partial Annotations using Class-aware Selective Loss",
+CVPR 2022; docs/sources.md#p-asl.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from spml_kernels import PointLoss, label_loss, select_large
@@ -61,7 +63,20 @@ def p_asl_point(
     margin: float,
     clamp: float,
 ) -> Tensor:
-    """The three asymmetric terms, 0 on other codes; element-wise."""
+    """The three asymmetric terms, 0 on other codes; element-wise.
+
+    Args:
+        logits: floating, any shape.
+        codes: int8, the same shape.
+        a_positive: weight of observed positives.
+        a_negative: weight of observed negatives.
+        a_unknown: weight of unknown labels.
+        g_positive: focal exponent of observed positives.
+        g_negative: focal exponent of observed negatives.
+        g_unknown: focal exponent of unknown labels.
+        margin: probability up to which a negative or unknown label costs nothing.
+        clamp: lower end of probabilities inside the logarithms; 0 takes them from the logits.
+    """
     positive = a_positive * focal_positive(logits, g_positive, clamp, False)
     negative = a_negative * focal_negative(logits, g_negative, margin, clamp, False)
     unknown = a_unknown * focal_negative(logits, g_unknown, margin, clamp, False)
@@ -157,6 +172,7 @@ class PartialASL(PointMethod):
     """
 
     Options: ClassVar[type[MethodOptions]] = PASLOptions
+    options: PASLOptions
     batch_statistics: ClassVar[bool] = True
     point: ClassVar[PointLoss] = PointLoss("p_asl", p_asl_point, p_asl_point_jit)
     guard: ClassVar[float] = ASL_CLAMP
@@ -209,11 +225,11 @@ class PartialASL(PointMethod):
         gather = distributed.all_gather_equal if distributed.world_size() > 1 else None
         return select_large(logits.detach(), labels, k, k_max, "exact", gather, distributed.rank())[0]
 
-    def plan(self, logits: list[Tensor], batches: list[Batch], progress: Progress) -> list[Any]:
-        """The highest scores over a whole update."""
+    def update_statistics(self, forwards: list[Tensor], batches: list[Batch], progress: Progress) -> list[Tensor]:
+        """The highest scores over a whole update, bool [B, C] per micro-step."""
         rows = sum(b.global_size for b in batches)
-        highest = self._highest(torch.cat(logits), torch.cat([b.labels for b in batches]), rows)
-        return list(highest.split([len(z) for z in logits]))
+        highest = self._highest(torch.cat(forwards), torch.cat([b.labels for b in batches]), rows)
+        return list(highest.split([len(z) for z in forwards]))
 
     def codes(self, logits: Tensor, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """The labels, with `LEFT_OUT` where w is 0."""
@@ -222,7 +238,9 @@ class PartialASL(PointMethod):
             return batch.labels, {}
         if self.options.mode != "selective":
             return torch.where(unknown, LEFT_OUT, batch.labels), {}
-        highest = batch.plan if batch.plan is not None else self._highest(logits, batch.labels, batch.global_size)
+        highest: Tensor | None = self.statistics_of(batch)
+        if highest is None:
+            highest = self._highest(logits, batch.labels, batch.global_size)
         prior = self.class_prior()
         dropped = highest if prior is None else highest | (unknown & (prior > self.options.eta))
         return torch.where(dropped, LEFT_OUT, batch.labels), hidden_positives(dropped, batch)

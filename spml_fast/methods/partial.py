@@ -8,7 +8,7 @@ batch without known labels gives 0. With single positives and no negatives the l
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from spml_kernels import PointLoss, label_loss
@@ -47,7 +47,7 @@ def count_known(batches: list[Batch]) -> Tensor:
 
 
 @register("partial")
-class PartialBCE(Method):
+class PartialBCE(Method[Tensor, Tensor]):
     """Binary cross-entropy over known entries, averaged over their number in the global batch."""
 
     batch_statistics: ClassVar[bool] = True
@@ -61,13 +61,14 @@ class PartialBCE(Method):
                 "everything would be predicted positive; use an or ll_r"
             )
 
-    def plan(self, logits: list[Any], batches: list[Batch], progress: Progress) -> list[Any]:
-        """Known entries of the whole update, times each micro-step's share of its images."""
+    def update_statistics(self, forwards: list[Tensor], batches: list[Batch], progress: Progress) -> list[Tensor]:
+        """Known entries of the whole update, times each micro-step's fraction of its images."""
         known = count_known(batches)
         images = sum(b.global_size for b in batches)
         return [known * (b.global_size / images) for b in batches]
 
     def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
         """Mean over the known entries of the global micro-step."""
-        known = batch.plan if batch.plan is not None else count_known([batch])
+        known = self.statistics_of(batch)
+        known = count_known([batch]) if known is None else known
         return LossOutput(global_mean(label_loss(logits, batch.labels, PARTIAL_POINT), known), {})

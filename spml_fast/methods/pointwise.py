@@ -79,7 +79,7 @@ class PointMethod(Method):
     @property
     def log_guard(self) -> float:
         """The guard in use."""
-        return 0.0 if self.options.log_form == "logits" else self.guard
+        return 0.0 if getattr(self.options, "log_form", None) == "logits" else self.guard
 
     def params(self, progress: Progress) -> tuple[float, ...]:
         """Numbers handed to the point function."""

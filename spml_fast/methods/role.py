@@ -1,13 +1,13 @@
-"""ROLE: regularised online label estimation (Cole et al., CVPR 2021; spec/baselines.md 2 and 3.1).
+"""ROLE: regularised online label estimation.
 
 Beside the network with predictions F there is a table of one free logit per training image and class, with
 Y = sigmoid(table):
     L = 1/2 [ EPR(F; y) + CE(F | stop Y) ] + 1/2 [ EPR(Y; y) + CE(Y | stop F) ]
 CE(f | t) = 1/(B C) sum t (-log(f + 1e-5)) + (1 - t) (-log(1 - f + 1e-5)); EPR(f; y) as in epr.py, with its k.
 Table at the start: unknown uniform in +-logit(0.6), observed positives logit(0.995), observed negatives logit(0.005).
-After a linear phase the estimates go on, clamped to [1e-5, 1 - 1e-5], with a fresh Adam. The table's learning rate is
-10 times the network's; the published runs use one learning rate for the network (train.head_lr_multiplier 1), batch 8
-or 16, and drop the last incomplete batch.
+After a linear phase the estimates are kept, clamped to [1e-5, 1 - 1e-5], with a fresh Adam. The table's learning rate
+is 10 times the network's; the published runs use one learning rate for the network (train.head_lr_multiplier 1), batch
+8 or 16, and drop the last incomplete batch.
 
 How the table is trained. The released code makes it a dense parameter under the network's Adam, which costs a gradient
 of N x C in every step, and moves every row in every step: an image's row keeps its momentum after the one step of an
@@ -15,12 +15,14 @@ epoch that shows the image. That momentum is nine tenths of the movement, so an 
 confined to the batch's rows trains another model. Here only the batch's rows are touched, and a row that is met first
 makes up, in closed form, for the steps without gradient since it was last met: values equal dense Adam's
 (betas 0.9 and 0.999, epsilon 1e-8, no weight decay) up to rounding. The rows of the whole micro-step are updated on
-the rank that keeps them (sample_rows.py), from gathered logits and estimates (2 B C numbers a step), and any checkpoint
-can be read by any number of ranks.
+the rank that keeps them (state/sample_rows.py), from gathered logits and estimates (2 B C numbers a step), and any
+checkpoint can be read by any number of ranks.
 
 Memory: 12 bytes per sample and class over all ranks together (COCO 65,000 x 80: 60 MB; OpenImages about 1 TB), and as
-much in every checkpoint, in a file a rank. Under gradient accumulation every micro-step counts as a batch of its own,
-in one Adam step.
+much in every checkpoint, in one file per rank. Under gradient accumulation every micro-step counts as a batch of its
+own, in one Adam step.
+
+Source: Cole et al., CVPR 2021; docs/sources.md#cole.
 """
 
 from __future__ import annotations
@@ -47,6 +49,13 @@ _CHUNK = 2**16
 
 def _logit(p: float) -> float:
     return math.log(p / (1 - p))
+
+
+class MeanPositives(NamedTuple):
+    """Mean number of positives of an image over a whole update, 0-d: the network's and the table's."""
+
+    network: Tensor
+    table: Tensor
 
 
 class Rows(NamedTuple):
@@ -111,7 +120,15 @@ class AdamTable(nn.Module):
         return Rows(value, first * torch.pow(BETA1, gap), second * torch.pow(BETA2, gap))
 
     def write(self, index: Tensor, rows: Rows, gradient: Tensor, step: int, lr: float) -> None:
-        """Step `step` (from 1) of Adam on rows read as of the step before."""
+        """One step of Adam.
+
+        Args:
+            index: int64 [B] rows of the table.
+            rows: these rows as of the step before.
+            gradient: fp32 [B, C].
+            step: its number, from 1.
+            lr: learning rate of this step.
+        """
         self.rates[step] = lr * math.sqrt(1 - BETA2**step) / (1 - BETA1**step)
         self.done = step
         first = BETA1 * rows.first + (1 - BETA1) * gradient
@@ -169,22 +186,24 @@ def initial_table(store: LabelStore) -> Tensor:
         codes = store.rows(index, corrected=False)
         free = (torch.rand(codes.shape, generator=generator) * 2 - 1).to(store.device) * _logit(0.6)
         known = torch.where(codes == POSITIVE, _logit(0.995), torch.where(codes == NEGATIVE, _logit(0.005), free))
-        mine = sample_rows.owned(index)
-        table[sample_rows.place(index[mine])] = known[mine]
+        owned = sample_rows.owned(index)
+        table[sample_rows.place(index[owned])] = known[owned]
     return table
 
 
 @register("role")
-class RegularisedLabelEstimation(Method):
+class RegularisedLabelEstimation(Method[Tensor, MeanPositives]):
     """Network and label estimates teach each other, both held to k positives an image."""
 
     Options: ClassVar[type[MethodOptions]] = ROLEOptions
+    options: ROLEOptions
     batch_statistics: ClassVar[bool] = True
     one_visit_per_step: ClassVar[bool] = True
+    needs_samples: ClassVar[bool] = True
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)
-        require_expected_positives(options)
+        self.expected_positives = require_expected_positives(options)
         require_not_negative(options, "penalty", "table_lr_multiplier")
         self.table = AdamTable(initial_table(store))
         self.guard = 0.0 if self.options.log_form == "logits" else COLE_GUARD
@@ -219,14 +238,16 @@ class RegularisedLabelEstimation(Method):
             self.table.restart(_logit(1 - 1e-5))
         self.table.reserve(progress.epochs * progress.updates_per_epoch)
 
-    def plan(self, logits: list[Tensor], batches: list[Batch], progress: Progress) -> list[Any]:
+    def update_statistics(
+        self, forwards: list[Tensor], batches: list[Batch], progress: Progress
+    ) -> list[MeanPositives]:
         """Mean numbers of positives over a whole update, the network's and the table's."""
         index = distributed.all_gather_rows(torch.cat([b.index for b in batches]))
         own = torch.sigmoid(self.table.read(self._place(index), progress.update).value)
         table = torch.where(sample_rows.owned(index)[:, None], own, 0).sum()
-        network = torch.stack([torch.sigmoid(z).sum() for z in logits]).sum()
+        network = torch.stack([torch.sigmoid(z).sum() for z in forwards]).sum()
         total = distributed.all_reduce_sum(torch.stack([network, table])) / sum(b.global_size for b in batches)
-        return [(total[0], total[1])] * len(batches)
+        return [MeanPositives(total[0], total[1])] * len(batches)
 
     def _half(self, logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         """Sum of the entries of EPR's first term and of CE(sigmoid(logits) | target)."""
@@ -234,27 +255,26 @@ class RegularisedLabelEstimation(Method):
         return (epr_point(logits, labels, self.guard) + target * positive + (1 - target) * negative).sum()
 
     def _penalty(self, mean: Tensor) -> Tensor:
-        o = self.options
-        return o.penalty * ((mean - o.expected_positives) / self.store.num_classes) ** 2
+        return self.options.penalty * ((mean - self.expected_positives) / self.store.num_classes) ** 2
 
     def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
         """Both halves; in training the table takes its step here, from the network's logits of this step."""
         size, count = batch.global_size, batch.global_size * logits.shape[1]
-        planned = batch.plan if batch.plan is not None else (None, None)
-        index, here = sample_rows.gather_batch(batch.index, size)
+        ahead = self.statistics_of(batch)
+        index, place = sample_rows.gather_batch(batch.index, size)
         scores = logits.new_zeros(len(index), logits.shape[1])
-        scores[here] = logits.detach()
+        scores[place] = logits.detach()
         scores = distributed.all_reduce_sum(scores)
         labels = batch.labels if distributed.world_size() == 1 else self.store.rows(index)
         rows = self._read(index, progress.update)
-        own = rows.value[here]
+        own = rows.value[place]
         image_side = global_mean(self._half(logits, torch.sigmoid(own), batch.labels), count)
-        image_side = image_side + self._penalty(mean_positives(logits, size, planned[0]))
+        image_side = image_side + self._penalty(mean_positives(logits, size, None if ahead is None else ahead.network))
         with torch.enable_grad():
             free = rows.value.detach().requires_grad_()
             mean = torch.sigmoid(free).sum() / size
-            if planned[1] is not None:
-                mean = planned[1] + mean - mean.detach()
+            if ahead is not None:
+                mean = ahead.table + mean - mean.detach()
             label_side = self._half(free, torch.sigmoid(scores), labels) / count + self._penalty(mean)
             (gradient,) = torch.autograd.grad(label_side / 2, free)
         if self.training:
@@ -273,9 +293,8 @@ class RegularisedLabelEstimation(Method):
         columns = {"value": table.value, "first": table.first, "second": table.second, "visited": table.visited}
         return {name: column[:-1] for name, column in columns.items()}
 
-    def load_rank_state(self, shards: list[dict[str, Tensor]]) -> None:
-        """Take this rank's rows out of the shards."""
+    def load_rank_state(self, rank_states: list[dict[str, Tensor]]) -> None:
+        """Take this rank's rows out of all ranks'."""
         for name in ("value", "first", "second", "visited"):
-            getattr(self.table, name)[:-1] = sample_rows.reshard([s[name] for s in shards], len(self.store)).to(
-                self.store.device
-            )
+            rows = sample_rows.reshard([state[name] for state in rank_states], len(self.store))
+            getattr(self.table, name)[:-1] = rows.to(self.store.device)

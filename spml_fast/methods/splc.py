@@ -1,5 +1,4 @@
-"""SPLC: self-paced loss correction with focal margin (Zhang et al., "Simple and Robust Loss Design for Multi-Label
-Learning with Missing Labels", 2021; spec/baselines.md 2 and 3.5).
+"""SPLC: self-paced loss correction with focal margin.
 
 z' = z - m on observed positives, z elsewhere; p' = sigmoid(z'). From the second epoch on every unknown entry with
 p' > tau gets the target 1 (no margin); all other unknown entries are negatives.
@@ -9,6 +8,9 @@ focal margin loss of the same paper (change_epoch beyond the last one).
 
 Where released code differs: it knows no observed negatives; here they stay negatives whatever p is. It trains Adam
 1e-4, batch 128, the one-cycle of 80 epochs stopped after 31, EMA 0.9997, weight decay 1e-4, images in 0..1.
+
+Source: Zhang et al., "Simple and Robust Loss Design for Multi-Label Learning with Missing Labels", 2021;
+docs/sources.md#hill.
 """
 
 from __future__ import annotations
@@ -40,11 +42,21 @@ from spml_fast.methods.pointwise import (
 def splc_point(
     logits: Tensor, codes: Tensor, tau: float, margin: float, gamma: float, correct: float, attached: float
 ) -> Tensor:
-    """Focal loss with margin and, when `correct`, with confident unknown entries as positives; element-wise."""
+    """Focal loss with margin and, when `correct`, with confident unknown entries as positives; element-wise.
+
+    Args:
+        logits: floating, any shape.
+        codes: int8, the same shape.
+        tau: probability above which an unknown entry is corrected.
+        margin: taken off the logits of observed positives.
+        gamma: focal exponent.
+        correct: 0 corrects nothing.
+        attached: 0 takes no gradient through the focal weight.
+    """
     observed = codes == POSITIVE
     shifted = torch.where(observed, logits - margin, logits)
-    found = (codes == UNKNOWN) & (torch.sigmoid(logits) > tau) if correct else torch.zeros_like(observed)
-    target = observed | found
+    corrected = (codes == UNKNOWN) & (torch.sigmoid(logits) > tau) if correct else torch.zeros_like(observed)
+    target = observed | corrected
     weight = torch.where(target, power_q(shifted, gamma), power_p(shifted, gamma))
     log = torch.where(target, -logsigmoid(shifted), -logsigmoid(-shifted))
     return (weight if attached else weight.detach()) * log
@@ -54,9 +66,9 @@ def splc_point(
 def splc_point_jit(z, code, tau, margin, gamma, correct, attached):
     """`splc_point` and its derivative, for the fused kernel."""
     observed = code == 1
-    found = (code == -1) & (sigmoid_jit(z)[0] > tau) & (correct != 0)
+    corrected = (code == -1) & (sigmoid_jit(z)[0] > tau) & (correct != 0)
     # Both targets by one formula: x is the logit against the target, sigmoid(x) the probability of being wrong.
-    sign = tl.where(observed | found, -1.0, 1.0)
+    sign = tl.where(observed | corrected, -1.0, 1.0)
     x = sign * tl.where(observed, z - margin, z)
     wrong, right = sigmoid_jit(x)
     log = softplus_jit(x)
@@ -92,6 +104,7 @@ class SelfPacedLossCorrection(PointMethod):
     """Assume negative with focal margin, confident unknown labels corrected to positives."""
 
     Options: ClassVar[type[MethodOptions]] = SPLCOptions
+    options: SPLCOptions
     point: ClassVar[PointLoss] = PointLoss("splc", splc_point, splc_point_jit)
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
@@ -110,5 +123,5 @@ class SelfPacedLossCorrection(PointMethod):
 
     def codes(self, logits: Tensor, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """The labels; counts what is corrected."""
-        found = (batch.labels == UNKNOWN) & (torch.sigmoid(logits.detach()) > self.options.tau)
-        return batch.labels, hidden_positives(found & self.corrects(progress), batch)
+        confident = (batch.labels == UNKNOWN) & (torch.sigmoid(logits.detach()) > self.options.tau)
+        return batch.labels, hidden_positives(confident & self.corrects(progress), batch)

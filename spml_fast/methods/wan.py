@@ -1,7 +1,9 @@
-"""WAN: weak assume negative (Cole et al., CVPR 2021, after Mac Aodha et al., ICCV 2019; spec/baselines.md 2).
+"""WAN: weak assume negative.
 
 L = 1/(B C) sum [ l+ on observed positives, gamma l- elsewhere ], gamma = 1 / (C - 1), so that the one observed positive
 weighs as much as all assumed negatives of its image together. Logarithms guarded with 1e-5 as released.
+
+Source: Cole et al., CVPR 2021, after Mac Aodha et al., ICCV 2019; docs/sources.md#cole.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from spml_fast.methods.pointwise import LogForm, PointMethod, log_terms, require
 
 
 def wan_point(logits: Tensor, codes: Tensor, gamma: float, guard: float) -> Tensor:
-    """Cross-entropy with unknown as negative of weight gamma, element-wise."""
+    """Cross-entropy with unknown as negative of weight gamma, element-wise.
+
+    Args:
+        logits: floating, any shape.
+        codes: int8, the same shape.
+        gamma: weight of everything that is no observed positive.
+        guard: added inside the logarithms; 0 takes them from the logits.
+    """
     positive, negative = log_terms(logits, guard)
     return torch.where(codes == 1, positive, gamma * negative)
 
@@ -54,6 +63,7 @@ class WeakAssumeNegative(PointMethod):
     """Binary cross-entropy with every unknown label as a negative of small weight."""
 
     Options: ClassVar[type[MethodOptions]] = WANOptions
+    options: WANOptions
     point: ClassVar[PointLoss] = PointLoss("wan", wan_point, wan_point_jit)
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:

@@ -85,10 +85,11 @@ def load_backbone(fresh: nn.Module, config: ModelConfig, options: dict[str, Any]
 
     Args:
         fresh: the same model, made with random weights from the generator's present state.
-        options: what it was made with.
+        config: backbone and weights.
+        options: what the model was made with.
 
     Raises:
-        UserError: the weights cannot be read or had, or belong to another model.
+        UserError: the weights cannot be read or downloaded, or belong to another model.
     """
     try:
         model = timm.create_model(config.backbone, pretrained=True, **options)
@@ -99,7 +100,7 @@ def load_backbone(fresh: nn.Module, config: ModelConfig, options: dict[str, Any]
         if config.weights is not None:
             raise UserError(f"{config.weights} cannot be loaded into backbone {config.backbone} ({reason})") from error
         raise UserError(
-            f"the pretrained weights of {config.backbone} cannot be had ({reason}); give a local file with "
+            f"the pretrained weights of {config.backbone} could not be downloaded ({reason}); give a local file with "
             "--model.weights FILE, or start from random weights with --model.pretrained false"
         ) from error
     if config.weights is not None:

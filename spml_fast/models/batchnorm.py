@@ -18,6 +18,7 @@ def bn_behaviour(module: nn.Module, mode: BnMode) -> Iterator[None]:
     """Inside, BatchNorm of a module in training mode behaves as said.
 
     Args:
+        module: whose BatchNorms are meant; those in evaluation mode are left alone.
         mode: `update` as always; `no_update` normalises by the batch without moving the running statistics; `eval`
             normalises by the running statistics.
     """

@@ -14,14 +14,14 @@ from spml_fast.core.config import ModelConfig
 from spml_fast.core.errors import UserError
 from spml_fast.models.backbone import create_backbone, frozen_parameters, needs_fixed_size
 from spml_fast.models.batchnorm import BATCH_NORMS
-from spml_fast.models.heads import Head, MaskOptions, make_head
+from spml_fast.models.heads import Head, HeadOutput, MaskOptions, make_head
 
 # Its long lists of weights that a file lacks are replaced by the check in `load_backbone`.
 logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
 
 
 @dataclass
-class HeadOutput:
+class ClassifierOutput:
     """What a forward gives.
 
     Attributes:
@@ -41,14 +41,19 @@ class HeadOutput:
     masked: Tensor | None = None
 
     def at_alpha(self, alpha: float) -> Tensor:
-        """Logits [B, C] fp32 with BoostLU's factor `alpha`, from the same pass."""
-        return boosted(self.mean, self.mean_relu, alpha)
+        """Logits [B, C] fp32 with BoostLU's factor `alpha`, from the same pass; see `boosted_logits`."""
+        return boosted_logits(self.mean, self.mean_relu, alpha)
 
 
-def boosted(mean: Tensor, mean_relu: Tensor | None, alpha: float) -> Tensor:
-    """BoostLU's logits mean(M) + (alpha - 1) mean(relu M) (spec/boostlu_large_loss.md 1.1).
+def boosted_logits(mean: Tensor, mean_relu: Tensor | None, alpha: float) -> Tensor:
+    """BoostLU's logits mean(M) + (alpha - 1) mean(relu M), of the shape of `mean`; only this function computes them.
 
-    phi(m) = alpha m for m > 0, else m; for alpha < 1 this is not max(m, alpha m).
+    They are the spatial mean of phi(M), phi(m) = alpha m for m > 0, else m; for alpha < 1 that is not max(m, alpha m).
+
+    Raises:
+        ValueError: alpha is not 1 and there is no mean(relu M).
+
+    Source: BoostLU (Kim et al., CVPR 2023); docs/sources.md#boostlu.
     """
     if alpha == 1:
         return mean
@@ -80,7 +85,7 @@ class Classifier(nn.Module):
         check_alpha(config.alpha_train, "model.alpha_train")
         check_alpha(config.alpha_eval, "model.alpha_eval")
         self.freeze_bn = config.freeze_bn
-        self.frozen = False
+        self.backbone_frozen = False
         # timm's models have more than nn.Module promises.
         self.backbone = create_backbone(config, image_size)
         self.channels: int = self.backbone.num_features
@@ -92,7 +97,7 @@ class Classifier(nn.Module):
         self.alpha_train = config.alpha_train if self.head.supports_boostlu else 1.0
         self.alpha_eval = config.alpha_eval if self.head.supports_boostlu else 1.0
         self.prior_bias, self.prior_floor = config.prior_bias, config.prior_floor
-        self.fixed = frozen_parameters(self.backbone, config.freeze)
+        self.frozen_parameters = frozen_parameters(self.backbone, config.freeze)
         self.freeze_backbone(False)
 
     @torch.no_grad()
@@ -121,16 +126,16 @@ class Classifier(nn.Module):
 
     def freeze_backbone(self, frozen: bool) -> None:
         """Keep the backbone as it is (evaluation mode, no gradient), so that only the head trains; or undo that."""
-        self.frozen = frozen
+        self.backbone_frozen = frozen
         self.backbone.requires_grad_(not frozen)
-        for parameter in self.fixed:
+        for parameter in self.frozen_parameters:
             parameter.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Classifier:
         """Training mode; BatchNorm uses its running statistics with `freeze_bn`, and all of a frozen backbone does."""
         super().train(mode)
-        if self.frozen:
+        if self.backbone_frozen:
             self.backbone.train(False)
         elif self.freeze_bn:
             for module in self.backbone.modules():
@@ -140,7 +145,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Feature map [B, h, w, K] of images [B, 3, S, S]; a view, contiguous for channels_last backbones."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
             out = self.backbone.forward_features(images)
         if self.layout == "NCHW":
             return out.permute(0, 2, 3, 1)
@@ -155,30 +160,56 @@ class Classifier(nn.Module):
         boost: bool | None = None,
         classes: Tensor | None = None,
         mask: MaskOptions | None = None,
-    ) -> HeadOutput:
+    ) -> ClassifierOutput:
         """Logits of a batch.
 
         Args:
             images: [B, 3, S, S].
             alpha: BoostLU's factor for `logits`.
-            boost: compute mean(relu M) even for alpha 1, so that `HeadOutput.at_alpha` works for every alpha.
+            boost: compute mean(relu M) even for alpha 1, so that `ClassifierOutput.at_alpha` works for every alpha.
             classes: int64 [B, N] classes whose maps are wanted, padded with -1.
             mask: give the images masked by these maps instead of the maps.
         """
-        want = alpha != 1 if boost is None else boost
         source = images if mask is not None else None
-        mean, mean_relu, maps, masked = self.head(self.features(images), want, classes, source, mask)
-        return HeadOutput(mean, mean_relu, boosted(mean, mean_relu, alpha), maps, masked)
+        return self.classify(self.features(images), alpha, boost, classes, source, mask)
+
+    def classify(
+        self,
+        features: Tensor,
+        alpha: float = 1.0,
+        boost: bool | None = None,
+        classes: Tensor | None = None,
+        images: Tensor | None = None,
+        mask: MaskOptions | None = None,
+    ) -> ClassifierOutput:
+        """Logits of a feature map: for a second look at images without a second pass through the backbone.
+
+        Args:
+            features: [B, h, w, K] from `features`.
+            alpha: BoostLU's factor for `logits`.
+            boost: compute mean(relu M) even for alpha 1, so that `ClassifierOutput.at_alpha` works for every alpha.
+            classes: int64 [B, N] classes whose maps are wanted, padded with -1.
+            images: [B, 3, S, S] to be masked by these maps.
+            mask: how; the masked images are given instead of the maps.
+
+        Raises:
+            ValueError: alpha is not 1 and the head has no class activation map, or `boost` is off.
+        """
+        head: HeadOutput = self.head(features, alpha != 1 if boost is None else boost, classes, images, mask)
+        logits = boosted_logits(head.mean, head.mean_relu, alpha)
+        return ClassifierOutput(head.mean, head.mean_relu, logits, head.maps, head.masked)
 
     def set_prior(self, positives: Tensor, negatives: Tensor, images: int) -> None:
         """Start the head's biases as `model.prior_bias` says; nothing with `none`.
 
         Args:
-            positives, negatives: int64 [C], observed labels of the training split.
+            positives: int64 [C], observed positives of the training split.
+            negatives: int64 [C], its observed negatives.
             images: training images.
 
         Raises:
-            UserError: shares of labels were asked for and there is no observed negative, or the floor is no share.
+            UserError: fractions of labels were asked for and there is no observed negative, or the floor does not lie
+                between 0 and 0.5.
         """
         if self.prior_bias != "none":
             logits = prior_logits(positives, negatives, images, self.prior_bias, self.prior_floor)
@@ -193,13 +224,14 @@ class Classifier(nn.Module):
 def prior_logits(
     positives: Tensor, negatives: Tensor, images: int, kind: Literal["labels", "images", "pictures"], floor: float
 ) -> Tensor:
-    """Logit of each class's share of positives, fp32 [C]; a class without a label gets the floor.
+    """Logit of each class's fraction of positives, fp32 [C]; a class without a label gets the floor.
 
     Args:
-        positives, negatives: int64 [C], observed labels.
+        positives: int64 [C], observed positives.
+        negatives: int64 [C], observed negatives.
         images: training images.
         kind: `labels` divides by positives and negatives, `images` (0.1.0's `pictures`) by all images.
-        floor: the share is kept within [floor, 1 - floor].
+        floor: the fraction is kept within [floor, 1 - floor].
 
     Raises:
         UserError: see `Classifier.set_prior`.
@@ -208,9 +240,9 @@ def prior_logits(
         raise UserError(f"model.prior_floor is {floor}; it must lie between 0 and 0.5")
     if kind == "labels" and not int(negatives.sum()):
         raise UserError(
-            "model.prior_bias labels takes the share of positives among positives and negatives, and the training "
+            "model.prior_bias labels takes the fraction of positives among positives and negatives, and the training "
             "split has no observed negative; use images"
         )
-    whole = positives + negatives if kind == "labels" else torch.full_like(positives, images)
-    share = positives.double() / whole.clamp(min=1)
-    return torch.logit(share.clamp(floor, 1 - floor)).float()
+    total = positives + negatives if kind == "labels" else torch.full_like(positives, images)
+    fraction = positives.double() / total.clamp(min=1)
+    return torch.logit(fraction.clamp(floor, 1 - floor)).float()

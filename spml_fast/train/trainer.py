@@ -379,7 +379,7 @@ class Trainer:
         for views, batch in zip(micro, batches, strict=True):
             loss, metrics = self.engine(batch, progress)
             # DeepSpeed divides by the number of micro-steps, which may differ in size by a sample.
-            weight = train.accumulation * self.method.share_of_update(batch.global_size, views.update_size)
+            weight = train.accumulation * self.method.fraction_of_update(batch.global_size, views.update_size)
             # What checkpointing computes again has moved BatchNorm's statistics before.
             with bn_behaviour(self.classifier, "no_update" if self.config.model.grad_checkpointing else "update"):
                 self.engine.backward(loss if weight == 1 else loss * weight)
@@ -408,8 +408,8 @@ class Trainer:
             autocast(self.device, dtype),
         ):
             logits = [self.method.statistics_forward(classifier, b, progress) for b in batches]
-        for batch, plan in zip(batches, self.method.plan(logits, batches, progress), strict=True):
-            batch.plan = plan
+        for batch, statistics in zip(batches, self.method.update_statistics(logits, batches, progress), strict=True):
+            batch.update_statistics = statistics
 
     @torch.no_grad()
     def _score_training_split(self) -> None:

@@ -21,7 +21,7 @@ from spml_fast.evaluation.evaluate import class_groups, evaluate_split, score_sp
 from spml_fast.evaluation.metrics import evaluate_scores, groups_by_count
 from spml_fast.evaluation.thresholds import top_k_mask
 from spml_fast.methods import get_method
-from spml_fast.models.classifier import HeadOutput
+from spml_fast.models.classifier import ClassifierOutput
 from spml_fast.runs.recipe import validate
 from tests.support.data import some_labels
 
@@ -51,10 +51,10 @@ class Scripted:
     def train(self, mode: bool) -> None:
         pass
 
-    def __call__(self, images: torch.Tensor, boost: bool) -> HeadOutput:
+    def __call__(self, images: torch.Tensor, boost: bool) -> ClassifierOutput:
         index = images[:, 0, 0, 0].long()
         self.widest = max(self.widest, len(index))
-        return HeadOutput(self.mean[index], self.relu[index] if boost else None, self.mean[index])
+        return ClassifierOutput(self.mean[index], self.relu[index] if boost else None, self.mean[index])
 
     def __iter__(self) -> Any:
         for start in range(0, len(self.mean), self.batch):

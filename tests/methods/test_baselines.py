@@ -786,8 +786,8 @@ def test_exact_accumulation(name: str) -> None:
     method = make(name, codes, **options)
     batches = [batch_of(codes, range(3)), batch_of(codes, range(3, 8))]
     parts = list(logits.split([3, 5]))
-    for batch, plan in zip(batches, method.plan(parts, batches, EPOCH_3), strict=True):
-        batch.plan = plan
+    for batch, statistics in zip(batches, method.update_statistics(parts, batches, EPOCH_3), strict=True):
+        batch.update_statistics = statistics
     found = [run(method, z, b) for z, b in zip(parts, batches, strict=True)]
     pieces = torch.cat([g * (len(g) / 8) for _, g in found])
     torch.testing.assert_close(pieces, gradient, rtol=1e-6, atol=1e-12)

@@ -139,9 +139,11 @@ def run_step(rig: Rig, epoch: int, planned: bool) -> tuple[Tensor, list[str]]:
                 parts.append(Batch(views, rig.store.rows(index), index, len(index), truth))
             if planned:
                 with torch.no_grad():
-                    scouted = [rig.method.statistics_forward(rig.classifier, b, at(epoch, 1)) for b in parts]
-                    for batch, plan in zip(parts, rig.method.plan(scouted, parts, at(epoch, 1)), strict=True):
-                        batch.plan = plan
+                    forwards = [rig.method.statistics_forward(rig.classifier, b, at(epoch, 1)) for b in parts]
+                    for batch, statistics in zip(
+                        parts, rig.method.update_statistics(forwards, parts, at(epoch, 1)), strict=True
+                    ):
+                        batch.update_statistics = statistics
             outputs = [rig.method(rig.classifier, b, at(epoch, 1)) for b in parts]
     for out in outputs:
         assert {t.device for t in (out.loss, *out.metrics.values())} == {GPU}

@@ -553,11 +553,11 @@ class TestRanks:
             bounds[-1] = start + whole
             batches = [small.batch(range(a, b)) for a, b in itertools.pairwise(bounds)]
             with torch.no_grad():
-                scouted = [small.method.statistics_forward(small.classifier, b, at(number, update)) for b in batches]
-                plans = small.method.plan(scouted, batches, at(number, update))
+                forwards = [small.method.statistics_forward(small.classifier, b, at(number, update)) for b in batches]
+                ahead = small.method.update_statistics(forwards, batches, at(number, update))
             total = 0.0
-            for batch, plan in zip(batches, plans, strict=True):
-                batch.plan = plan
+            for batch, statistics in zip(batches, ahead, strict=True):
+                batch.update_statistics = statistics
                 weight = batch.global_size / whole
                 loss = small.method(small.classifier, batch, at(number, update)).loss * weight
                 loss.backward()

@@ -130,18 +130,20 @@ def test_state_round_trip(rigs, name, tmp_path):
 
 @every_method
 def test_exact_accumulation_equals_one_large_batch(rigs, name):
-    """With `plan`, uneven micro-steps weighted as the trainer does give the large batch's loss and gradient."""
+    """With `update_statistics`, uneven micro-steps weighted as the trainer does give a large batch's loss and slope."""
     whole, cut = rigs(name), rigs(name)
     loss = whole.step(whole.batch(range(16)), at(5, 0))
     batches = [cut.batch(range(9), 9), cut.batch(range(9, 16), 7)]
     if cut.method.batch_statistics:
         with torch.no_grad():
-            scouted = [cut.method.statistics_forward(cut.classifier, b, at(5, 0)) for b in batches]
-            for batch, plan in zip(batches, cut.method.plan(scouted, batches, at(5, 0)), strict=True):
-                batch.plan = plan
+            forwards = [cut.method.statistics_forward(cut.classifier, b, at(5, 0)) for b in batches]
+            for batch, statistics in zip(
+                batches, cut.method.update_statistics(forwards, batches, at(5, 0)), strict=True
+            ):
+                batch.update_statistics = statistics
     total = torch.zeros(())
     for batch in batches:
-        part = cut.method(cut.classifier, batch, at(5, 0)).loss * cut.method.share_of_update(batch.global_size, 16)
+        part = cut.method(cut.classifier, batch, at(5, 0)).loss * cut.method.fraction_of_update(batch.global_size, 16)
         part.backward()
         total += part.detach()
     torch.testing.assert_close(total, loss, rtol=1e-5, atol=1e-6)
@@ -222,8 +224,14 @@ def make(name: str, labels: SparseLabels | None = None, **options: object):
     return method_class(method_class.Options(name=name, **options), LabelStore(labels))
 
 
-def run(method, logits, codes, progress, index=None, plan=None, global_size=None):
-    batch = Batch({}, codes, torch.arange(len(codes)) if index is None else index, global_size or len(codes), plan=plan)
+def run(method, logits, codes, progress, index=None, statistics=None, global_size=None):
+    batch = Batch(
+        {},
+        codes,
+        torch.arange(len(codes)) if index is None else index,
+        global_size or len(codes),
+        update_statistics=statistics,
+    )
     out = method.loss(logits, batch, progress)
     (gradient,) = torch.autograd.grad(out.loss, logits)
     return out, gradient
@@ -386,11 +394,11 @@ def test_plan_selects_what_one_large_batch_would(semantics):
     expected, gradient = run(whole, logits, codes, at(2, 0))
     pieces = [slice(0, 20), slice(20, 36)]
     batches = [Batch({}, codes[p], torch.arange(36)[p], len(codes[p])) for p in pieces]
-    plans = cut.plan([logits[p].detach() for p in pieces], batches, at(2, 0))
+    ahead = cut.update_statistics([logits[p].detach() for p in pieces], batches, at(2, 0))
     total, slopes, selected = 0.0, [], 0
-    for piece, batch, plan in zip(pieces, batches, plans, strict=True):
+    for piece, batch, statistics in zip(pieces, batches, ahead, strict=True):
         z = logits[piece].detach().requires_grad_()
-        out, slope = run(cut, z, batch.labels, at(2, 0), batch.index, plan)
+        out, slope = run(cut, z, batch.labels, at(2, 0), batch.index, statistics)
         total += out.loss.item() * len(z) / 36
         slopes.append(slope * len(z) / 36)
         selected += out.metrics["selected_count"].item()

@@ -239,7 +239,7 @@ def test_missing_weights_file(tmp_path):
 def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="pretrained weights of test_resnet cannot be had") as error:
+    with pytest.raises(UserError, match="pretrained weights of test_resnet could not be downloaded") as error:
         Classifier(ModelConfig(backbone=CNN, pretrained=True), 5, 64)
     assert "--model.weights FILE" in one_sentence(error) and "--model.pretrained false" in str(error.value)
 

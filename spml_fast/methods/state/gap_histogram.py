@@ -1,7 +1,9 @@
 """Histogram of IGNORE's logit gap by what the label really is: the image that explains its rejection.
 
-The gap of a hidden positive should be larger than that of a true negative (spec/ignore.md 1). Bins are powers of the
-square root of two, because gaps grow with the logits over training.
+The gap of a hidden positive should be larger than that of a true negative. Bins are powers of the square root of two,
+because gaps grow with the logits over training.
+
+Source: IGNORE (ECCV 2024); docs/sources.md#ignore.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class GapHistogram(nn.Module):
 
     @torch.no_grad()
     def add(self, logits: Tensor, masked: Tensor, batch: Batch) -> None:
-        """Count the gaps |logits - masked| [B, C] of one micro-step."""
+        """Count the gaps |logits - masked| [B, C] of one micro-step by what the labels of `batch` say."""
         truth = batch.labels if batch.truth is None else batch.truth
         kind = torch.full_like(truth, KINDS.index("not_known"), dtype=torch.int64)
         kind.masked_fill_(truth == NEGATIVE, KINDS.index("negative"))

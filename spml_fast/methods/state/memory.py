@@ -11,7 +11,7 @@ from spml_fast.core.errors import UserError
 
 
 def free_gib() -> float:
-    """Free memory in GiB where methods keep state: of this rank's GPU, else this rank's share of the machine's."""
+    """Free memory in GiB where methods keep state: of this rank's GPU, else this rank's part of the machine's."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0]) / 2**30
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30

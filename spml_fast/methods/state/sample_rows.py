@@ -1,8 +1,8 @@
-"""State of one row a training sample, spread over ranks: rank r keeps the rows of samples r, r + W, r + 2 W, ...
+"""State of one row per training sample, spread over ranks: rank r keeps the rows of samples r, r + W, r + 2 W, ...
 
 Methods that keep something for every sample hold their rank's rows only, look up a micro-step's rows together (every
-rank learns them from their owners), and hand their rows to the checkpoint as a shard of its own, so that neither memory
-nor files hold anything twice. A checkpoint can be read by any number of ranks.
+rank learns them from their owners), and hand their rows to the checkpoint in a file of each rank's own, so that neither
+memory nor files hold anything twice. A checkpoint can be read by any number of ranks.
 """
 
 from __future__ import annotations
@@ -65,29 +65,29 @@ def from_owners(rows: Tensor, index: Tensor) -> Tensor:
     """
     if distributed.world_size() == 1:
         return rows
-    mine = owned(index).view(-1, *[1] * (rows.ndim - 1))
-    return distributed.all_reduce_sum(torch.where(mine, rows, torch.zeros((), dtype=rows.dtype, device=rows.device)))
+    kept = owned(index).view(-1, *[1] * (rows.ndim - 1))
+    return distributed.all_reduce_sum(torch.where(kept, rows, torch.zeros((), dtype=rows.dtype, device=rows.device)))
 
 
-def reshard(shards: Sequence[Tensor], samples: int) -> Tensor:
-    """This rank's rows out of the shards of a checkpoint, on the CPU.
+def reshard(rank_rows: Sequence[Tensor], samples: int) -> Tensor:
+    """This rank's rows out of those that the ranks of another run saved, on the CPU.
 
     Args:
-        shards: one a rank of the run that saved them, rows in the order of that rank's samples.
+        rank_rows: one tensor per rank of the run that saved them, rows in the order of that rank's samples.
         samples: N.
 
     Raises:
         UserError: the run that saved them had another number of samples.
     """
-    saved = sum(len(shard) for shard in shards)
+    saved = sum(len(rows) for rows in rank_rows)
     if saved != samples:
         raise UserError(
             f"the checkpoint's method keeps a row for each of {saved:,} images, but the training split has "
-            f"{samples:,}; go on with the data set that the run began with"
+            f"{samples:,}; resume with the data set that the run began with"
         )
-    mine = torch.arange(distributed.rank(), samples, distributed.world_size())
-    out = shards[0].new_empty((len(mine), *shards[0].shape[1:]))
-    for source, shard in enumerate(shards):
-        here = mine % len(shards) == source
-        out[here] = shard[mine[here] // len(shards)]
+    own = torch.arange(distributed.rank(), samples, distributed.world_size())
+    out = rank_rows[0].new_empty((len(own), *rank_rows[0].shape[1:]))
+    for source, rows in enumerate(rank_rows):
+        from_source = own % len(rank_rows) == source
+        out[from_source] = rows[own[from_source] // len(rank_rows)]
     return out

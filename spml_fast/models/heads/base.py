@@ -1,4 +1,4 @@
-"""What every head shares: the interface, the registry, and its options."""
+"""What every head shares: its output, the interface, the registry, and its options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from spml_kernels.cam_mask.op import MapNorm
 from torch import Tensor, nn
@@ -31,24 +31,51 @@ class MaskOptions:
     group: int
 
 
+class HeadOutput(NamedTuple):
+    """What a head makes of a feature map.
+
+    A named tuple and no dataclass: DeepSpeed looks for the tensors of a module's output in tuples, lists and
+    dictionaries alone, and at ZeRO stage 3 it gathers the module's parameters for the backward pass when it finds them.
+
+    Attributes:
+        mean: mean(M) [B, C] fp32, the logits at alpha 1; the head's logits where there is no map.
+        mean_relu: mean(relu M) [B, C] fp32, or None when it was not asked for or there is no map.
+        maps: [B, N, h, w] fp32 maps of the classes asked for, else None.
+        masked: [B, 3, S, S] images masked by those maps, when that was asked for, else None.
+    """
+
+    mean: Tensor
+    mean_relu: Tensor | None = None
+    maps: Tensor | None = None
+    masked: Tensor | None = None
+
+
 class Head(nn.Module):
     """Feature map to logits. Subclass, set the class attributes, implement `forward`, and decorate with `@register`.
 
-    Tensors go in and out plainly, and parameters are used inside the forward of the module that owns them, so that
-    ZeRO stage 3 can gather them.
+    Parameters are used inside the forward of the module that owns them, so that ZeRO stage 3 can gather them.
 
     Attributes:
         supports_boostlu: whether BoostLU's alpha has a meaning: the logits are the spatial mean of a class activation
             map.
+        options: an instance of `Options`; a subclass with options of its own declares their type.
     """
 
     Options: ClassVar[type[HeadOptions]] = HeadOptions
     supports_boostlu: ClassVar[bool] = False
+    options: HeadOptions
 
     def __init__(self, channels: int, num_classes: int, grid: tuple[int, int], options: HeadOptions) -> None:
-        """`channels` K and `grid` (h, w) of the feature map at the configured image size."""
+        """Make the head with random parameters.
+
+        Args:
+            channels: K of the feature map.
+            num_classes: C.
+            grid: (h, w) of the feature map at the configured image size.
+            options: an instance of `Options`.
+        """
         super().__init__()
-        self.options: Any = options
+        self.options = options
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -70,8 +97,8 @@ class Head(nn.Module):
         classes: Tensor | None = None,
         images: Tensor | None = None,
         mask: MaskOptions | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Logits, and what is made from the same features.
+    ) -> HeadOutput:
+        """The parts of the logits, and what is made from the same features.
 
         Args:
             features: [B, h, w, K].
@@ -79,10 +106,6 @@ class Head(nn.Module):
             classes: int64 [B, N], padded with -1; maps of these classes are wanted, or images masked by them.
             images: [B, 3, S, S] to be masked.
             mask: how; the masked images are given instead of the maps.
-
-        Returns:
-            mean(M) or the head's logits [B, C] fp32, mean(relu M) [B, C] fp32 or None, maps [B, N, h, w] fp32 or None
-            (without `mask`), masked images [B, 3, S, S] or None.
         """
         raise NotImplementedError
 
@@ -147,5 +170,16 @@ def head_options(name: str, values: HeadOptions | dict[str, Any]) -> HeadOptions
 def make_head(
     name: str, values: HeadOptions | dict[str, Any], channels: int, num_classes: int, grid: tuple[int, int]
 ) -> Head:
-    """The head called `name` with its options. Raises `UserError` for options that do not fit."""
+    """The head called `name` with its options.
+
+    Args:
+        name: a registered head.
+        values: its options, or a dictionary of them by name; the others keep their defaults.
+        channels: K of the feature map.
+        num_classes: C.
+        grid: (h, w) of the feature map at the configured image size.
+
+    Raises:
+        UserError: no such head, or options that do not fit.
+    """
     return get_head(name)(channels, num_classes, grid, head_options(name, values))

@@ -1,6 +1,8 @@
-"""CAM head: 1x1 class weights with bias, BoostLU and the spatial mean (spec/boostlu_large_loss.md 1.1).
+"""CAM head: 1x1 class weights with bias, and the means over the cells that BoostLU's logits are made of.
 
 alpha 1 is exactly global average pooling followed by a linear layer, so checkpoints of such models carry over.
+
+Source: BoostLU (Kim et al., CVPR 2023); docs/sources.md#boostlu.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from spml_kernels import cam_map, cam_mask, cam_pool
 from torch import Tensor, nn
 
 from spml_fast.core.precision import no_autocast
-from spml_fast.models.heads.base import Head, HeadOptions, MaskOptions, register
+from spml_fast.models.heads.base import Head, HeadOptions, HeadOutput, MaskOptions, register
 
 
 @register("cam")
@@ -48,7 +50,7 @@ class CamHead(Head):
         classes: Tensor | None = None,
         images: Tensor | None = None,
         mask: MaskOptions | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> HeadOutput:
         """The two means of the map; maps are signed, unboosted and include the bias. See `Head.forward`."""
         maps = masked = None
         # Autocast would take these fp32 products down to bf16; logits are ranked, so they stay fp32.
@@ -61,4 +63,4 @@ class CamHead(Head):
                     )
             elif classes is not None:
                 maps = cam_map(features, self.weight, self.bias, classes)
-        return mean, mean_relu, maps, masked
+        return HeadOutput(mean, mean_relu, maps, masked)

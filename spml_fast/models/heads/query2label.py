@@ -1,4 +1,4 @@
-"""Query2Label head (Liu et al. 2021; spec/ignore.md 2.2): label queries that read the feature map by cross-attention.
+"""Query2Label head: label queries that read the feature map by cross-attention.
 
 Tokens X [h w, d] with a fixed sine position code; one label query per class:
     encoder layer:  s = LN(X + drop(MHA(q=X+pos, k=X+pos, v=X)));           memory = LN(s + drop(FFN(s)))
@@ -16,6 +16,8 @@ Where released code differs:
 - its map carries the attention dropout of the forward. Here the map is free of noise; map_dropout: true gives it
   dropout noise of the same rate (its own draw, since fused attention does not show the one it used).
 - with queries equal for all images and t = 0, the first decoder layer's query projection is made once a batch.
+
+Source: Query2Label (Liu et al., 2021), as IGNORE (ECCV 2024) uses it; docs/sources.md#query2label.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch.nn import functional as F
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import no_autocast
-from spml_fast.models.heads.base import Head, HeadOptions, MaskOptions, register
+from spml_fast.models.heads.base import Head, HeadOptions, HeadOutput, MaskOptions, register
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Attention(nn.Module):
 
         Args:
             query: [B, Q, d], or [1, Q, d] when all images share it.
-            key, value: [B, L, d].
+            key: [B, L, d].
+            value: [B, L, d].
             rows: int64 [B, N] places in Q whose weights are wanted; negative ones give zeros.
             row_dropout: put dropout on these weights (in training).
 
@@ -175,7 +178,19 @@ class DecoderLayer(nn.Module):
         rows: Tensor | None,
         row_dropout: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Target [B, C, d] (None for zeros), queries [1, C, d], memory [B, L, d] and the same with position code."""
+        """One layer of reading.
+
+        Args:
+            target: [B, C, d] states of the layer below; None for zeros.
+            query: [1, C, d] label queries.
+            memory: [B, L, d] tokens.
+            placed: [B, L, d] tokens with their position code.
+            rows: int64 [B, N] classes whose attention is wanted, padded with -1; None for none.
+            row_dropout: put dropout on that attention (in training).
+
+        Returns:
+            [B, C, d], and attention [B, N, L] fp32 averaged over heads or None.
+        """
         asked = query if target is None else target + query
         read, weights = self.attention(asked, placed, memory, rows, row_dropout)
         read = self.dropout(read)
@@ -213,6 +228,7 @@ class Query2LabelHead(Head):
     """
 
     Options: ClassVar[type[HeadOptions]] = Query2LabelOptions
+    options: Query2LabelOptions
 
     def __init__(self, channels: int, num_classes: int, grid: tuple[int, int], options: HeadOptions) -> None:
         super().__init__(channels, num_classes, grid, options)
@@ -283,7 +299,7 @@ class Query2LabelHead(Head):
         classes: Tensor | None = None,
         images: Tensor | None = None,
         mask: MaskOptions | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> HeadOutput:
         """Logits; maps without gradient. See `Head.forward`."""
         grid = features.shape[1:3]
         position = self._position(int(grid[0]), int(grid[1]))
@@ -298,10 +314,11 @@ class Query2LabelHead(Head):
             states, rows = layer(states, query, memory, placed, classes if last else None, self.options.map_dropout)
         logits = self.classify(self.norm(states))
         if classes is None or rows is None:
-            return logits, None, None, None
+            return HeadOutput(logits)
         with torch.no_grad(), no_autocast(features.device):
             average = features.detach().mean(-1, dtype=rows.dtype)
             maps = rows.unflatten(2, grid) * average[:, None]
             if mask is None or images is None:
-                return logits, None, maps, None
-            return logits, None, None, map_mask(maps, classes, images, mask.threshold, mask.norm, mask.group)
+                return HeadOutput(logits, maps=maps)
+            masked = map_mask(maps, classes, images, mask.threshold, mask.norm, mask.group)
+        return HeadOutput(logits, masked=masked)
