@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import sys
 from pathlib import Path
 
@@ -253,3 +254,22 @@ def test_the_layout_spells_them():
     assert {"checkpoints", "tensorboard"} <= found
     assert all(any(name in text for text in found) for name in RUN_FILES if not name.startswith("method_"))
     assert any(text.startswith("method_") for text in found)
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link to a Markdown file may end in: its headings as GitHub and MkDocs write them."""
+    headings = re.findall(r"^#+ +(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+
+
+def test_every_cited_source_is_there():
+    known = anchors(ROOT / "docs" / "sources.md")
+    assert {"boostlu", "large-loss", "ignore", "golden-values", "label-encodings"} <= known
+    cited: dict[str, list[str]] = {}
+    folders = ("spml_fast", "kernels", "launch", "benchmarks", "tests", "docs", "examples")
+    for path in (p for f in folders for s in ("*.py", "*.md") for p in (ROOT / f).rglob(s)):
+        for anchor in re.findall(r"sources\.md#([a-z0-9-]+)", path.read_text(encoding="utf-8")):
+            cited.setdefault(anchor, []).append(str(path.relative_to(ROOT)))
+    assert len(cited) > 10
+    unknown = {anchor: places for anchor, places in cited.items() if anchor not in known}
+    assert not unknown, f"docs/sources.md has no such heading: {unknown}"

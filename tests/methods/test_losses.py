@@ -15,7 +15,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.methods import Loss, Progress, get_method, loss, method_names
 from spml_fast.methods.ignore import Ignore, IgnoreOptions
-from tests.support.methods import ThreadRanks
+from tests.support.methods import on_ranks
 
 ROWS, CLASSES = 6, 9
 NEEDED: dict[str, dict[str, Any]] = {"epr": {"expected_positives": 1.7}}
@@ -152,8 +152,7 @@ def test_parts_of_a_batch_on_ranks() -> None:
         value = loss("ll_r", z, codes[parts[rank]], epoch=4, delta_rel=5.0)
         return value.detach(), torch.autograd.grad(value, z)[0]
 
-    with ThreadRanks(2) as ranks:
-        values, slopes = zip(*ranks.run(work), strict=True)
+    values, slopes = zip(*on_ranks(2, work), strict=True)
     torch.testing.assert_close(torch.stack(values).mean(), expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.cat(slopes) / 2, slope, rtol=1e-12, atol=1e-18)
 

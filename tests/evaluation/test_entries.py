@@ -1,0 +1,115 @@
+"""Empty and bad input to the metrics."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from spml_fast.core.errors import UserError
+from spml_fast.evaluation.average_precision import average_precision, average_precision_pairs
+from spml_fast.evaluation.metrics import (
+    evaluate_pairs,
+    evaluate_scores,
+)
+from spml_fast.evaluation.thresholds import count_at_threshold, count_at_threshold_pairs
+from tests.support.metrics import DEFINITIONS, INF
+
+
+def test_no_rows():
+    report = evaluate_scores(np.empty((0, 3), np.float32), np.empty((0, 3), np.int8))
+    assert report["map"] == 0.0
+    assert report["map_skipping"] is None
+    assert report["CP"] is None
+    assert report["OP"] == 0.0
+    assert report["classes_without_label"] == 3
+    empty = np.empty(0, np.int64)
+    for definition in DEFINITIONS:
+        for row in (None, empty):
+            result = average_precision_pairs(empty, np.empty(0, np.float32), empty, 3, definition, row=row)
+            assert np.isnan(result.ap).all()
+
+
+def test_nothing_warns():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate_scores(np.full((3, 2), -INF), np.full((3, 2), -1, np.int8), groups=[0, 1])
+        evaluate_scores(np.full((3, 5), INF), np.zeros((3, 5), bool))
+
+
+def test_nan_scores_name_class_and_row():
+    scores, codes = np.zeros((5, 3), np.float32), np.zeros((5, 3), np.int8)
+    scores[3, 1] = np.nan
+    for function in (average_precision, count_at_threshold, evaluate_scores):
+        with pytest.raises(UserError, match=r"class 1 \(cat\) in row 3 is NaN"):
+            function(scores, codes, class_names=["dog", "cat", "cow"])
+    with pytest.raises(UserError, match="class 2 in row 8 is NaN"):
+        average_precision_pairs([0, 2], np.array([0, np.nan], np.float32), [1, 1], 3, row=[4, 8])
+    with pytest.raises(UserError, match="class 2 in pair 1 is NaN"):
+        evaluate_pairs([0, 2], np.array([0, np.nan], np.float32), [1, 1], 3)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_errors_name_the_row_across_chunks():
+    scores, codes = np.zeros((50, 3), np.float32), np.zeros((50, 3), np.int8)
+    codes[40, 2] = 2
+    with pytest.raises(UserError, match="code of class 2 in row 40 is 2"):
+        average_precision(scores, codes)
+    scores[30, 1] = np.nan
+    with pytest.raises(UserError, match="score of class 1 in row 30 is NaN"):
+        count_at_threshold(scores, codes)
+
+
+def test_bad_codes_and_classes():
+    scores = np.zeros((2, 2), np.float32)
+    with pytest.raises(UserError, match="code of class 0 in row 1 is -2"):
+        average_precision(scores, np.array([[1, 0], [-2, 0]], np.int8))
+    with pytest.raises(ValueError, match="label codes must be integers"):
+        average_precision(scores, np.array([[1, np.nan], [0, 0]]))
+    with pytest.raises(UserError, match="code of class 1 in pair 1 is 3"):
+        average_precision_pairs([0, 1], scores[0], [0, 3], 2)
+    with pytest.raises(UserError, match=r"pair 1 names class 2; the classes are 0\.\.1"):
+        average_precision_pairs([0, 2], scores[0], [0, 1], 2)
+    with pytest.raises(ValueError, match="negative row"):
+        average_precision_pairs([0, 1], scores[0], [0, 1], 2, row=[0, -1])
+    # An unknown pair is dropped, whatever its score ranks.
+    for definition in DEFINITIONS:
+        result = average_precision_pairs(
+            [0, 0, 1, 0, 0],
+            np.array([1, 2, 5, 3, 0], np.float32),
+            [1, -1, -1, 0, -1],
+            2,
+            definition,
+            row=[0, 1, 2, 3, 4],
+        )
+        np.testing.assert_array_equal(result.ap, [0.5, np.nan])
+        assert (result.positives.tolist(), result.negatives.tolist()) == ([1, 0], [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("scores", "codes"),
+    [
+        (np.zeros((2, 3), np.float32), np.zeros((3, 2), np.int8)),
+        (np.zeros(3, np.float32), np.zeros(3, np.int8)),
+        (np.zeros((2, 0), np.float32), np.zeros((2, 0), np.int8)),
+        (np.zeros((2, 3), np.int64), np.zeros((2, 3), np.int8)),
+    ],
+)
+def test_bad_shapes_and_types(scores, codes):
+    with pytest.raises(ValueError):
+        average_precision(scores, codes)
+    with pytest.raises(ValueError):
+        count_at_threshold(scores, codes)
+
+
+def test_bad_pairs_and_choices():
+    with pytest.raises(ValueError, match=r"must be \[M\]"):
+        average_precision_pairs([0, 1], np.zeros(3, np.float32), [0, 1], 2)
+    with pytest.raises(ValueError, match="in_top_k"):
+        count_at_threshold_pairs([0], np.zeros(1, np.float32), [1], 1, in_top_k=[1])
+    scores, codes = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.int8)
+    with pytest.raises(UserError, match="definition is 'coco'; choose one of sklearn, rank, voc"):
+        average_precision(scores, codes, "coco")
+    with pytest.raises(UserError, match="empty_classes is 'drop'"):
+        evaluate_scores(scores, codes, empty_classes="drop")

@@ -1,0 +1,40 @@
+"""The histogram of IGNORE's gaps."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+
+from tests.support.ignore import (
+    CODES,
+    MASKED,
+    STRONG,
+    D,
+    Z,
+    batch_of,
+    epoch,
+    method_for,
+)
+
+
+def test_gap_histogram_counts_every_entry_by_what_it_is() -> None:
+    method = method_for(CODES, gap_histogram=True)
+    batch = batch_of(CODES)
+    batch.truth = torch.tensor([[1, 1, 0], [0, 1, -1]], dtype=torch.int8)
+    weak, strong, masked = (torch.tensor(v, dtype=D) for v in (Z, STRONG, MASKED))
+    method.combine(weak, strong, masked, batch, epoch(1))
+    method.combine(weak, strong, None, batch, epoch(1))
+    found = method.on_epoch_end(epoch(1))["gap_histogram"]
+    edges = np.array([-np.inf, *found["edges"], np.inf])
+    # Gaps by hand: observed .2 and .3, hidden 1.5, negatives .2 and .6, not known .7.
+    for kind, gaps in {
+        "observed_positive": [0.2, 0.3],
+        "hidden_positive": [1.5],
+        "negative": [0.2, 0.6],
+        "not_known": [0.7],
+    }.items():
+        assert found[kind] == np.histogram(gaps, edges)[0].tolist(), kind
+    assert json.loads(json.dumps(found)) == found
+    assert sum(map(sum, (method.on_epoch_end(epoch(2))["gap_histogram"][k] for k in found if k != "edges"))) == 0

@@ -1,0 +1,204 @@
+"""LL-R, LL-Ct, LL-Cp: loss and gradient by a plain sort, ties, groups, corrections."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+
+from spml_fast.core.batch import Batch
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import SparseLabels
+from spml_fast.methods.large_loss import selection_size
+from tests.support.large_loss import LARGE_LOSS, cross_entropy, double_batch, make, run
+from tests.support.methods import at
+
+
+def expected_large_loss(name, logits, codes, k):
+    """Loss and gradient with exactly k selected, by a plain sort."""
+    z, code = logits.detach().numpy(), codes.numpy()
+    order = [i for i in np.argsort(-z.ravel(), kind="stable") if code.ravel()[i] == -1][:k]
+    chosen = np.zeros(z.size, bool)
+    chosen[order] = True
+    chosen = chosen.reshape(z.shape)
+    loss, slope = cross_entropy(logits, code == 1)
+    other = (0, 0) if name == "ll_r" else cross_entropy(logits, np.ones_like(chosen))
+    return np.where(chosen, other[0], loss).mean(), np.where(chosen, other[1], slope) / z.size, chosen
+
+
+@pytest.mark.parametrize("name", LARGE_LOSS)
+@pytest.mark.parametrize("epoch", [1, 2, 5])
+def test_large_loss_formula(name, epoch):
+    logits, codes = double_batch()
+    steps = min(epoch - 1, 1) if name == "ll_cp" else epoch - 1
+    k = math.ceil(54 * steps * Fraction(7, 100))
+    out, gradient = run(make(name, delta_rel=7.0, k_rule="rational"), logits, codes, at(epoch, 0))
+    loss, slope, chosen = expected_large_loss(name, logits, codes, k)
+    assert out.loss.item() == pytest.approx(loss, rel=1e-12)
+    np.testing.assert_allclose(gradient.numpy(), slope, rtol=1e-11, atol=1e-16)
+    assert out.metrics["selected_count"].item() == chosen.sum() == k
+
+
+@pytest.mark.parametrize("name", LARGE_LOSS)
+def test_large_loss_is_assumed_negative_in_its_first_epoch_and_without_a_rate(name):
+    logits, codes = double_batch()
+    expected, slope = run(make("an"), logits, codes, at(1, 0))
+    for method, epoch in ((make(name), 1), (make(name, delta_rel=0.0), 7)):
+        out, gradient = run(method, logits, codes, at(epoch, 0))
+        assert torch.equal(out.loss, expected.loss) and torch.equal(gradient, slope)
+
+
+@pytest.mark.parametrize("name", LARGE_LOSS)
+def test_observed_entries_are_left_alone_however_many_are_wanted(name):
+    logits, codes = double_batch(unknown=0.1)
+    for ties in ("exact", "inclusive", "strict_flips"):
+        method = make(name, delta_rel=90.0, ties=ties)
+        out, gradient = run(method, logits, codes, at(2, 0))
+        known = codes != -1
+        _, slope = cross_entropy(logits, codes.numpy() == 1)
+        np.testing.assert_allclose(gradient[known].numpy(), slope[known.numpy()] / 54, rtol=1e-11)
+        assert out.metrics["selected_count"].item() == (~known).sum()
+
+
+def tied_batch():
+    logits = torch.tensor([[2.0, 2, 2, 3], [1, 2, 0, -1]], dtype=torch.float64, requires_grad=True)
+    return logits, torch.tensor([[1, -1, -1, -1], [-1, -1, -1, -1]], dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("ties", "corrected", "flipped"),
+    [
+        ("exact", {(0, 1), (0, 2), (0, 3)}, {(0, 1), (0, 2), (0, 3)}),
+        ("inclusive", {(0, 1), (0, 2), (0, 3), (1, 1)}, {(0, 1), (0, 2), (0, 3), (1, 1)}),
+        ("strict_flips", {(0, 1), (0, 2), (0, 3), (1, 1)}, {(0, 3)}),
+    ],
+)
+def test_ties(ties, corrected, flipped):
+    """k = 3, four entries tie at or above the threshold of 2."""
+    logits, codes = tied_batch()
+    method = make("ll_cp", SparseLabels.from_dense(codes.numpy()), delta_rel=37.5, ties=ties)
+    out, gradient = run(method, logits, codes, at(2, 0))
+    assert {tuple(e) for e in (gradient < 0).nonzero().tolist()} == corrected | {(0, 0)}
+    assert out.metrics["selected_count"].item() == len(corrected)
+    method.on_epoch_end(at(2, 0))
+    changed = (method.store.rows(torch.arange(2)) != codes).nonzero().tolist()
+    assert {tuple(e) for e in changed} == flipped
+
+
+def test_share_of_the_unobserved_entries():
+    logits, codes = double_batch()
+    unknown = int((codes == -1).sum())
+    for rule in ("accumulator", "rational"):
+        out, _ = run(make("ll_r", delta_rel=5.0, base="unobserved", k_rule=rule), logits, codes, at(4, 0))
+        expected = {
+            "rational": math.ceil(unknown * Fraction(15, 100)),
+            "accumulator": math.ceil(unknown * (1 - (1 - 0.05 - 0.05 - 0.05))),
+        }
+        assert out.metrics["selected_count"].item() == expected[rule]
+    # 20 unknown entries at 5 per cent and three steps: 3 exactly, but the accumulator's 0.15 is a little more.
+    logits, codes = double_batch(rows=4, width=5, unknown=1.0)
+    for rule, k in (("rational", 3), ("accumulator", 4)):
+        method = make("ll_r", delta_rel=5.0, base="unobserved", k_rule=rule)
+        assert run(method, logits, codes, at(4, 0))[0].metrics["selected_count"].item() == k
+
+
+def test_more_epochs_than_the_ramp_has_room_for():
+    logits, codes = double_batch()
+    for base in ("all", "unobserved"):
+        for rule in ("accumulator", "rational"):
+            method = make("ll_r", delta_rel=30.0, base=base, k_rule=rule)
+            assert run(method, logits, codes, at(9, 0))[0].metrics["selected_count"].item() == (codes == -1).sum()
+
+
+@pytest.mark.parametrize("rows", [40, 16, 37, 5])
+def test_paper_semantics_is_each_group_of_sixteen_by_itself(rows):
+    logits, codes = double_batch(rows=rows, seed=3)
+    method = make("ll_ct", delta_rel=3.0, batch_semantics="paper")
+    out, gradient = run(method, logits, codes, at(3, 0))
+    total, slopes, count = torch.zeros((), dtype=torch.float64), [], 0
+    for start in range(0, rows, 16):
+        z = logits[start : start + 16].detach().requires_grad_()
+        part, slope = run(make("ll_ct", delta_rel=3.0), z, codes[start : start + 16], at(3, 0))
+        total += part.loss.detach() * len(z) / rows
+        slopes.append(slope * len(z) / rows)
+        count += part.metrics["selected_count"].item()
+    torch.testing.assert_close(out.loss.detach(), total, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, torch.cat(slopes), rtol=1e-12, atol=1e-18)
+    assert out.metrics["selected_count"].item() == count
+
+
+@pytest.mark.parametrize("semantics", ["global", "paper"])
+def test_plan_selects_what_one_large_batch_would(semantics):
+    logits, codes = double_batch(rows=36)
+    options = {"delta_rel": 3.0, "batch_semantics": semantics}
+    store = SparseLabels.from_dense(codes.numpy())
+    whole, cut = (make("ll_cp", store, **options) for _ in range(2))
+    expected, gradient = run(whole, logits, codes, at(2, 0))
+    pieces = [slice(0, 20), slice(20, 36)]
+    batches = [Batch({}, codes[p], torch.arange(36)[p], len(codes[p])) for p in pieces]
+    ahead = cut.update_statistics([logits[p].detach() for p in pieces], batches, at(2, 0))
+    total, slopes, selected = 0.0, [], 0
+    for piece, batch, statistics in zip(pieces, batches, ahead, strict=True):
+        z = logits[piece].detach().requires_grad_()
+        out, slope = run(cut, z, batch.labels, at(2, 0), batch.index, statistics)
+        total += out.loss.item() * len(z) / 36
+        slopes.append(slope * len(z) / 36)
+        selected += out.metrics["selected_count"].item()
+    assert total == pytest.approx(expected.loss.item(), rel=1e-13)
+    torch.testing.assert_close(torch.cat(slopes), gradient, rtol=1e-12, atol=1e-18)
+    assert selected == expected.metrics["selected_count"].item() > 0
+    for method in (whole, cut):
+        method.on_epoch_end(at(2, 0))
+    everything = torch.arange(36)
+    assert torch.equal(whole.store.rows(everything), cut.store.rows(everything))
+    assert whole.store.num_corrections == selected
+
+
+def test_permanent_corrections_reach_the_right_labels_in_the_next_epoch():
+    logits, codes = double_batch(rows=6, seed=5)
+    dense = np.full((40, 9), -1, np.int8)
+    index = torch.tensor([31, 2, 17, 5, 39, 0])
+    dense[index.numpy()] = codes.numpy()
+    method = make("ll_cp", SparseLabels.from_dense(dense), delta_rel=8.0)
+    k = selection_size(54, 8.0, 2, False, "accumulator")
+    _, _, chosen = expected_large_loss("ll_cp", logits, codes, k)
+    run(method, logits, codes, at(2, 0), index)
+    assert torch.equal(method.store.rows(index), codes), "nothing changes within the epoch"
+    assert method.on_epoch_end(at(2, 1)) == {"corrected": k, "corrected_total": k}
+    expected = dense.copy()
+    expected[index.numpy()] = np.where(chosen, 1, codes.numpy())
+    np.testing.assert_array_equal(method.store.rows(torch.arange(40)).numpy(), expected)
+    assert torch.equal(method.store.rows(index, corrected=False), codes), "observed codes are never written"
+    # They count as observed positives from now on, and are not chosen again.
+    out, gradient = run(method, logits, method.store.rows(index), at(3, 0), index)
+    assert (gradient[torch.from_numpy(chosen)] < 0).all()
+    assert out.metrics["selected_count"].item() == min(k, int((codes == -1).sum()) - k)
+    assert method.on_epoch_end(at(3, 1))["corrected_total"] == 2 * k
+
+
+def test_temporary_corrections_leave_the_labels_alone():
+    logits, codes = double_batch()
+    for name in ("ll_r", "ll_ct"):
+        method = make(name, SparseLabels.from_dense(codes.numpy()), delta_rel=8.0)
+        run(method, logits, codes, at(2, 0))
+        assert method.on_epoch_end(at(2, 1)) == {}
+        assert method.store.commit() == 0
+
+
+def test_selection_is_judged_against_the_truth():
+    logits, codes = tied_batch()
+    truth = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]], dtype=torch.int8)
+    out = make("ll_r", delta_rel=25.0).loss(logits, Batch({}, codes, torch.arange(2), 2, truth), at(2, 0))
+    counts = {k: v.item() for k, v in out.metrics.items()}
+    assert counts == {"selected_count": 2, "selected_true_count": 2, "hidden_positive_count": 3}
+
+
+def test_bad_options_are_named():
+    with pytest.raises(UserError, match="delta_rel is 100"):
+        make("ll_r", delta_rel=100.0)
+    with pytest.raises(UserError, match="paper_batch is 0"):
+        make("ll_r", paper_batch=0)

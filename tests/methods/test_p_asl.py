@@ -1,0 +1,80 @@
+"""P-ASL: which unknown labels are left out, and the classes' priors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spml_fast.core.errors import UserError
+from tests.support.formulas import (
+    EPOCH_1,
+    U,
+    batch_of,
+    f_p_asl,
+    make,
+    numeric_gradient,
+    run,
+    some_codes,
+    some_logits,
+)
+
+
+def test_p_asl_selection() -> None:
+    """The K B unknown entries of highest score go, and the classes whose prior is above eta."""
+    codes = some_codes(6, 20)
+    logits = some_logits(6, 20)
+    method = make("p_asl", codes, top_k=2)
+    weights = (codes != U) * 1.0
+    unknown = sorted((float(z), i) for i, z in enumerate(logits.flatten()) if codes.flat[i] == U)
+    for _, i in unknown[:-12]:
+        weights.flat[i] = 1.0
+    loss, gradient = run(method, logits, batch_of(codes))
+    z = logits.numpy()
+    formula = f_p_asl(weights, (0, 1, 4))
+    assert loss.item() == pytest.approx(formula(z, z, codes), rel=1e-9)
+    np.testing.assert_allclose(gradient.numpy(), numeric_gradient(formula, z, codes), rtol=1e-6, atol=1e-8)
+    # The prior takes further entries; the 12 are still chosen among all unknown ones.
+    method.given_prior = torch.linspace(0, 0.095, 20)
+    weights[(codes == U) & (np.linspace(0, 0.095, 20) > 0.05)] = 0
+    assert run(method, logits, batch_of(codes))[0].item() == pytest.approx(f_p_asl(weights, (0, 1, 4))(z, z, codes))
+
+
+def test_p_asl_running_prior() -> None:
+    """The mean sigmoid of all earlier training predictions; an evaluation does not count."""
+    codes = some_codes(6, 5)
+    method = make("p_asl", codes, prior="running", top_k=0, eta=0.5)
+    first, second = some_logits(6, 5, 1), some_logits(6, 5, 2)
+    run(method, first, batch_of(codes))
+    np.testing.assert_allclose(method.class_prior(), torch.sigmoid(first).mean(0))
+    prior = method.class_prior().numpy()
+    assert (prior > 0.5).any() and (prior < 0.5).any()
+    weights = np.where((codes == U) & (prior > 0.5), 0.0, 1.0)
+    loss, _ = run(method, second, batch_of(codes))
+    z = second.numpy()
+    assert loss.item() == pytest.approx(f_p_asl(weights, (0, 1, 4))(z, z, codes))
+    both = torch.sigmoid(torch.cat([first, second])).mean(0)
+    np.testing.assert_allclose(method.class_prior(), both)
+    method.eval()
+    run(method, first, batch_of(codes))
+    np.testing.assert_allclose(method.class_prior(), both)
+
+
+def test_p_asl_prior_files(tmp_path: Any) -> None:
+    """A run writes what the next one reads."""
+    codes = some_codes(6, 5)
+    path = tmp_path / "prior.txt"
+    first = make("p_asl", codes, mode="ignore", prior_out=str(path))
+    logits = some_logits(6, 5)
+    run(first, logits, batch_of(codes))
+    first.on_epoch_end(EPOCH_1)
+    second = make("p_asl", codes, prior_file=str(path))
+    np.testing.assert_allclose(second.class_prior(), torch.sigmoid(logits).mean(0), rtol=1e-6)
+    path.write_text("cat,0.1\ndog,0.2\n")
+    with pytest.raises(UserError, match=r"prior.txt has 2 priors, but the data have 5 classes"):
+        make("p_asl", codes, prior_file=str(path))
+    path.write_text("0.1\n\nx\n")
+    with pytest.raises(UserError, match=r"prior.txt line 3: 'x'"):
+        make("p_asl", codes, prior_file=str(path))

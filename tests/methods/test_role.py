@@ -1,0 +1,139 @@
+"""ROLE: its table against dense Adam, at the start, between phases and on other numbers of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from spml_fast.methods import Progress, get_method
+from tests.support.formulas import (
+    CODES,
+    N,
+    P,
+    U,
+    batch_of,
+    make,
+    role_schedule,
+    run,
+    some_codes,
+    some_logits,
+)
+from tests.support.methods import on_ranks
+
+
+def role_by_the_letter(table: Tensor, logits: Tensor, codes: Tensor, k: float) -> Tensor:
+    """The loss with everything attached as published, for a table under autograd."""
+    f, g = torch.sigmoid(logits), torch.sigmoid(table)
+
+    def guarded(x: Tensor) -> Tensor:
+        return -torch.log(x + 1e-5)
+
+    def epr(x: Tensor) -> Tensor:
+        return (guarded(x) * (codes == 1)).mean() + (x.sum(1).mean() - k) ** 2 / x.shape[1] ** 2
+
+    def cross(x: Tensor, target: Tensor) -> Tensor:
+        return (target * guarded(x) + (1 - target) * guarded(1 - x)).mean()
+
+    return (epr(f) + cross(f, g.detach())) / 2 + (epr(g) + cross(g, f.detach())) / 2
+
+
+class DenseRole:
+    """ROLE as released: the whole table a parameter under torch's dense Adam, all rows moved in every step."""
+
+    def __init__(self, table: Tensor, codes: np.ndarray, k: float) -> None:
+        self.table = table.double().clone().requires_grad_()
+        self.codes, self.k = torch.from_numpy(codes), k
+        self.adam = torch.optim.Adam([self.table])
+
+    def step(self, index: np.ndarray, logits: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        z = logits.clone().requires_grad_()
+        loss = role_by_the_letter(self.table[index], z, self.codes[index], self.k)
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        return loss.detach(), z.grad
+
+
+def test_role_follows_dense_adam() -> None:
+    """Loss, gradient and all label estimates equal the released way's, though only met rows are touched."""
+    codes = some_codes(40, 6)
+    method = make("role", codes, expected_positives=2.0)
+    dense = DenseRole(method.table.value[:-1], codes, 2.0)
+    start = method.estimates(torch.arange(40)).double()
+    for index, logits, progress in role_schedule(40, 6, 12, 6):
+        if progress.update % progress.updates_per_epoch == 0:
+            method.on_epoch_start(progress)
+        loss, gradient = run(method, logits, batch_of(codes, index), progress)
+        want_loss, want_gradient = dense.step(index, logits, 10 * progress.lr)
+        assert loss.item() == pytest.approx(want_loss.item(), rel=2e-5)
+        torch.testing.assert_close(gradient, want_gradient, rtol=1e-3, atol=2e-6)
+    found = method.estimates(torch.arange(40)).double()
+    want = torch.sigmoid(dense.table.detach())
+    assert (want - start).abs().max() > 0.2, "the test moves too little to tell"
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
+
+
+def test_role_table_at_the_start() -> None:
+    codes = some_codes(300, 6)
+    method = make("role", codes)
+    p = method.estimates(torch.arange(300)).numpy()
+    np.testing.assert_allclose(p[codes == P], 0.995, rtol=1e-5)
+    np.testing.assert_allclose(p[codes == N], 0.005, rtol=1e-4)
+    free = p[codes == U]
+    assert free.min() >= 0.4 and free.max() <= 0.6 and free.std() > 0.05 and abs(free.mean() - 0.5) < 0.01
+    # Equal on all ranks whatever was drawn before: it follows the seed alone.
+    torch.manual_seed(3)
+    one = get_method("role")(method.options, method.store)
+    torch.manual_seed(3)
+    torch.rand(11)
+    two = get_method("role")(method.options, method.store)
+    assert torch.equal(one.table.value, two.table.value)
+    assert not torch.equal(one.table.value, method.table.value)
+
+
+def test_role_new_phase_keeps_estimates_and_forgets_momentum() -> None:
+    codes = some_codes(12, 4)
+    method = make("role", codes, table_lr_multiplier=3000.0)
+    for index, logits, progress in role_schedule(12, 4, 3, 4):
+        if progress.update % progress.updates_per_epoch == 0:
+            method.on_epoch_start(replace(progress, phase="linear"))
+        run(method, logits, batch_of(codes, index), progress)
+    before = method.estimates(torch.arange(12))
+    assert before.max() > 1 - 1e-5 or before.min() < 1e-5, "the clamp has nothing to do"
+    method.on_epoch_start(Progress(1, 5, 0, 3))
+    after = method.estimates(torch.arange(12))
+    torch.testing.assert_close(after, before.clamp(1e-5, 1 - 1e-5), rtol=1e-3, atol=1e-7)
+    assert method.table.first.abs().sum() == 0 and method.table.second.sum() == 0 and method.table.done == 0
+    assert len(method.table.rates) >= 16
+
+
+def test_role_evaluation_leaves_the_table_alone() -> None:
+    method = make("role", CODES).eval()
+    before = {k: v.clone() for k, v in method.state_dict().items() if isinstance(v, Tensor)}
+    run(method, some_logits(*CODES.shape), batch_of(CODES))
+    assert all(torch.equal(before[k], v) for k, v in method.state_dict().items() if isinstance(v, Tensor))
+
+
+@pytest.mark.parametrize("worlds", [(1, 3), (3, 2)])
+def test_role_goes_on_with_another_number_of_ranks(worlds: tuple[int, int]) -> None:
+    codes = some_codes(11, 4)
+
+    def begin(rank: int) -> tuple[dict[str, Tensor], Tensor]:
+        method = make("role", codes)
+        method.table.value += torch.arange(len(method.table.value))[:, None] * 0.01
+        return method.rank_state(), method.estimates(torch.arange(11))
+
+    saved = on_ranks(worlds[0], begin)
+
+    def resume(rank: int) -> Tensor:
+        method = make("role", codes)
+        method.load_rank_state([shard for shard, _ in saved])
+        return method.estimates(torch.arange(11))
+
+    for found in on_ranks(worlds[1], resume):
+        assert torch.equal(found, saved[0][1])
