@@ -16,6 +16,7 @@ from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.methods import Loss, Progress, get_method, loss, method_names
 from spml_fast.methods.ignore import Ignore, IgnoreOptions
 from tests.support.methods import on_ranks
+from tests.support.paths import ROOT
 
 ROWS, CLASSES = 6, 9
 NEEDED: dict[str, dict[str, Any]] = {"epr": {"expected_positives": 1.7}}
@@ -187,3 +188,10 @@ def test_what_does_not_fit_is_named() -> None:
         Loss("ignore", CLASSES)(logits, codes, strong=logits, masked=logits[:3])
     with pytest.raises(UserError, match="method em knows neither a strong nor a masked view"):
         Loss("em", CLASSES)(logits, codes, strong=logits)
+
+
+def test_the_page_of_methods_says_how() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    block = text.split("## A loss alone")[1].split("```python\n")[1].split("```")[0]
+    assert "Loss(" in block and "loss(" in block
+    exec(compile(block, "docs/methods.md", "exec"), {})
