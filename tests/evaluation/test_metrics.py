@@ -105,8 +105,8 @@ def test_groups_of_partly_known_classes_against_scikit_learn():
     for c in np.unique(class_id[code == 1]):
         expected[c] = average_precision_score(code[class_id == c], score[class_id == c])
     report = evaluate_pairs(class_id, score, code, num_classes, row=row, groups=groups)
-    found = np.array([np.nan if v is None else v for v in report["per_class_ap"]])
-    np.testing.assert_allclose(found, 100 * expected, rtol=0, atol=1e-10)
+    ap = np.array([np.nan if v is None else v for v in report["per_class_ap"]])
+    np.testing.assert_allclose(ap, 100 * expected, rtol=0, atol=1e-10)
     assert report["classes_without_label"] > 0 and np.isnan(expected[labelled]).any()
     for g, group in enumerate(report["groups"]):
         inside = expected[groups == g]

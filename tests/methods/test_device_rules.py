@@ -39,7 +39,7 @@ class Copies(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.crossings: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -51,7 +51,7 @@ class Copies(TorchDispatchMode):
         )
         if len(given) > 1 or (given and made and given != made):
             line = next((f for f in reversed(traceback.extract_stack()) if "spml_" in f.filename), None)
-            self.found.append(f"{func}: {given} to {made}, {line.filename}:{line.lineno}" if line else str(func))
+            self.crossings.append(f"{func}: {given} to {made}, {line.filename}:{line.lineno}" if line else str(func))
         return out
 
 
@@ -147,7 +147,7 @@ def run_step(rig: Rig, epoch: int, planned: bool) -> tuple[Tensor, list[str]]:
             outputs = [rig.method(rig.classifier, b, at(epoch, 1)) for b in parts]
     for out in outputs:
         assert {t.device for t in (out.loss, *out.metrics.values())} == {GPU}
-    return outputs[0].loss, copies.found
+    return outputs[0].loss, copies.crossings
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_corrections_are_collected_and_shown_on_the_gpu() -> None:
         index = torch.arange(4, device=GPU)
         assert rig.store.rows(index).device == GPU
         rig.store.correct(index, index, 1, index > 1)
-    assert not copies.found
+    assert not copies.crossings
 
 
 def test_what_waits_for_the_gpu_is_found() -> None:
@@ -206,4 +206,4 @@ def test_what_waits_for_the_gpu_is_found() -> None:
         ):
             with Copies() as copies:
                 copy()
-            assert len(copies.found) == 1, copy
+            assert len(copies.crossings) == 1, copy

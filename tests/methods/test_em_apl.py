@@ -104,8 +104,8 @@ def test_apl_freezes_the_lowest(world: int, chunk: int, monkeypatch: pytest.Monk
         assert method.total == (~np.isnan(want)).sum()
         return method.soft_rows(torch.arange(50))
 
-    for found in on_ranks(2, reload):
-        np.testing.assert_allclose(found.numpy(), want, rtol=1e-6)
+    for soft_labels in on_ranks(2, reload):
+        np.testing.assert_allclose(soft_labels.numpy(), want, rtol=1e-6)
 
 
 def test_apl_never_takes_more_than_there_are() -> None:

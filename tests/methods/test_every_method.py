@@ -149,10 +149,10 @@ RANK_CASES: Cases = [
 every_rank_case = pytest.mark.parametrize("case", RANK_CASES, ids=["-".join([n, *o]) for n, o in RANK_CASES])
 
 
-def assert_same_as_alone(found, case):
+def assert_same_as_alone(results, case):
     name, options = case
     loss, gradients, state = rank_case(Rig(name, **options), list(range(IMAGES)))
-    for rank_loss, rank_gradients, rank_state in found:
+    for rank_loss, rank_gradients, rank_state in results:
         torch.testing.assert_close(rank_loss, loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(rank_gradients, gradients, rtol=1e-4, atol=1e-5)
         for key, value in state.items():

@@ -69,9 +69,9 @@ def f_em(alpha: float) -> Formula:
 
 def f_epr(k: float, weight: float = 1.0) -> Formula:
     def total(z: np.ndarray, _: np.ndarray, codes: np.ndarray) -> float:
-        found = sum(nl(sigmoid(a)) for a, y in zip(z.flat, codes.flat, strict=True) if y == 1) / z.size
+        positives = sum(nl(sigmoid(a)) for a, y in zip(z.flat, codes.flat, strict=True) if y == 1) / z.size
         mean = sum(sigmoid(a) for a in z.flat) / len(z)
-        return found + weight * (mean - k) ** 2 / z.shape[1] ** 2
+        return positives + weight * (mean - k) ** 2 / z.shape[1] ** 2
 
     return total
 

@@ -98,8 +98,8 @@ class TestGolden:
             assert out.loss.item() == pytest.approx(wanted.item(), abs=1e-12)
             assert int(out.metrics["selected_count"]) == int(rejected.sum())
             assert (int(rejected.sum()) > 0) == (number > 3)
-            for found, right in zip((weak.grad, strong.grad), gradients, strict=True):
-                torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
+            for value, right in zip((weak.grad, strong.grad), gradients, strict=True):
+                torch.testing.assert_close(value, right, atol=1e-12, rtol=0)
             torch.testing.assert_close(method.thresholds(), (gap, average), atol=1e-12, rtol=0)
 
 
@@ -114,9 +114,9 @@ class TestThresholds:
         method = method_for(CODES, debias=False, gap_lambda=0.9, avg_lambda=0.8)
         self.run(method, means)
         gap, average = method.thresholds()
-        for decay, found in ((0.9, gap), (0.8, average[0])):
+        for decay, value in ((0.9, gap), (0.8, average[0])):
             wanted = (1 - decay) * sum(decay ** (len(means) - 1 - i) * m for i, m in enumerate(means))
-            assert found.item() == pytest.approx(wanted, abs=1e-12)
+            assert value.item() == pytest.approx(wanted, abs=1e-12)
         assert average[1] == 0
 
     @pytest.mark.parametrize(("updates", "share"), [(858, 0.5762), (900, 0.5936)])

@@ -203,7 +203,7 @@ class TestRanks:
         codes[5], codes[6] = -1, -1
 
         def work(rank: int) -> list[tuple[torch.Tensor, ...]]:
-            method, found = method_for(codes, preset=preset), []
+            method, steps = method_for(codes, preset=preset), []
             for step in range(self.STEPS):
                 parts = [t.split(sizes)[rank].clone() for t in random_case(16, 6, seed=step)[:3]]
                 weak, strong = parts[0].requires_grad_(), parts[1].requires_grad_()
@@ -212,8 +212,8 @@ class TestRanks:
                 # DeepSpeed averages gradients over ranks.
                 (out.loss / len(sizes)).backward()
                 gap, average = method.thresholds()
-                found.append((out.loss.detach(), weak.grad, strong.grad, out.metrics["selected_count"], gap, average))
-            return found
+                steps.append((out.loss.detach(), weak.grad, strong.grad, out.metrics["selected_count"], gap, average))
+            return steps
 
         results = on_ranks(len(sizes), work)
         together = {}

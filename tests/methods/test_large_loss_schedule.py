@@ -40,8 +40,8 @@ def test_published_schedule(name, data):
     delta, ramp = RAMPS[name]
     assert get_method(name).Options().delta_rel == delta
     assert get_method(name).permanent is not ramp
-    found = [selection_size(ENTRIES[data], delta, epoch, ramp, "accumulator") for epoch in range(1, 11)]
-    assert found == SCHEDULE[name, data]
+    sizes = [selection_size(ENTRIES[data], delta, epoch, ramp, "accumulator") for epoch in range(1, 11)]
+    assert sizes == SCHEDULE[name, data]
 
 
 def test_exact_arithmetic_differs_where_rounding_did():

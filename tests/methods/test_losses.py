@@ -109,9 +109,9 @@ def test_ignore_keeps_its_thresholds_from_batch_to_batch() -> None:
         place = Progress(seed + 1, 10, 0, 1)
         out = method.combine(weak, strong, masked.detach(), Batch({}, codes, torch.arange(ROWS), ROWS), place)
         assert torch.equal(value, out.loss)
-        found = torch.autograd.grad(value, (weak, strong, masked), allow_unused=True)
+        slopes = torch.autograd.grad(value, (weak, strong, masked), allow_unused=True)
         expected = torch.autograd.grad(out.loss, (weak, strong))
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[2] is None
+        assert torch.equal(slopes[0], expected[0]) and torch.equal(slopes[1], expected[1]) and slopes[2] is None
         assert torch.equal(criterion.method.gap_average, method.gap_average) and method.gap_average > 0
         rejected += int(out.metrics["selected_count"])
     assert rejected > 0

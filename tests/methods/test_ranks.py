@@ -74,7 +74,7 @@ def test_exact_accumulation(name: str) -> None:
     parts = list(logits.split([3, 5]))
     for batch, statistics in zip(batches, method.update_statistics(parts, batches, EPOCH_3), strict=True):
         batch.update_statistics = statistics
-    found = [run(method, z, b) for z, b in zip(parts, batches, strict=True)]
-    pieces = torch.cat([g * (len(g) / 8) for _, g in found])
+    parts_of_update = [run(method, z, b) for z, b in zip(parts, batches, strict=True)]
+    pieces = torch.cat([g * (len(g) / 8) for _, g in parts_of_update])
     torch.testing.assert_close(pieces, gradient, rtol=1e-6, atol=1e-12)
-    assert sum(loss * len(g) / 8 for loss, g in found).item() == pytest.approx(whole.item(), rel=1e-6)
+    assert sum(loss * len(g) / 8 for loss, g in parts_of_update).item() == pytest.approx(whole.item(), rel=1e-6)

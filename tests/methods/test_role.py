@@ -72,10 +72,10 @@ def test_role_follows_dense_adam() -> None:
         want_loss, want_gradient = dense.step(index, logits, 10 * progress.lr)
         assert loss.item() == pytest.approx(want_loss.item(), rel=2e-5)
         torch.testing.assert_close(gradient, want_gradient, rtol=1e-3, atol=2e-6)
-    found = method.estimates(torch.arange(40)).double()
+    estimates = method.estimates(torch.arange(40)).double()
     want = torch.sigmoid(dense.table.detach())
     assert (want - start).abs().max() > 0.2, "the test moves too little to tell"
-    torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(estimates, want, rtol=0, atol=1e-4)
 
 
 def test_role_table_at_the_start() -> None:
@@ -135,5 +135,5 @@ def test_role_goes_on_with_another_number_of_ranks(worlds: tuple[int, int]) -> N
         method.load_rank_state([shard for shard, _ in saved])
         return method.estimates(torch.arange(11))
 
-    for found in on_ranks(worlds[1], resume):
-        assert torch.equal(found, saved[0][1])
+    for estimates in on_ranks(worlds[1], resume):
+        assert torch.equal(estimates, saved[0][1])

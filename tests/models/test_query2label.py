@@ -203,10 +203,10 @@ class TestHead:
         head, x = make().float(), features().float()
         wanted = head(x, classes=TestMaps.CLASSES_OF_ROWS)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = head(x.bfloat16(), classes=TestMaps.CLASSES_OF_ROWS)
-        assert found[0].dtype == found[2].dtype == torch.float32
-        torch.testing.assert_close(found[0], wanted[0], atol=0.1, rtol=0.05)
-        torch.testing.assert_close(found[2], wanted[2], atol=0.01, rtol=0.1)
+            output = head(x.bfloat16(), classes=TestMaps.CLASSES_OF_ROWS)
+        assert output[0].dtype == output[2].dtype == torch.float32
+        torch.testing.assert_close(output[0], wanted[0], atol=0.1, rtol=0.05)
+        torch.testing.assert_close(output[2], wanted[2], atol=0.01, rtol=0.1)
 
     @pytest.mark.parametrize(
         ("options", "words"),

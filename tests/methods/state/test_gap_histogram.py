@@ -26,8 +26,8 @@ def test_gap_histogram_counts_every_entry_by_what_it_is() -> None:
     weak, strong, masked = (torch.tensor(v, dtype=D) for v in (Z, STRONG, MASKED))
     method.combine(weak, strong, masked, batch, epoch(1))
     method.combine(weak, strong, None, batch, epoch(1))
-    found = method.on_epoch_end(epoch(1))["gap_histogram"]
-    edges = np.array([-np.inf, *found["edges"], np.inf])
+    histogram = method.on_epoch_end(epoch(1))["gap_histogram"]
+    edges = np.array([-np.inf, *histogram["edges"], np.inf])
     # Gaps by hand: observed .2 and .3, hidden 1.5, negatives .2 and .6, not known .7.
     for kind, gaps in {
         "observed_positive": [0.2, 0.3],
@@ -35,6 +35,6 @@ def test_gap_histogram_counts_every_entry_by_what_it_is() -> None:
         "negative": [0.2, 0.6],
         "not_known": [0.7],
     }.items():
-        assert found[kind] == np.histogram(gaps, edges)[0].tolist(), kind
-    assert json.loads(json.dumps(found)) == found
-    assert sum(map(sum, (method.on_epoch_end(epoch(2))["gap_histogram"][k] for k in found if k != "edges"))) == 0
+        assert histogram[kind] == np.histogram(gaps, edges)[0].tolist(), kind
+    assert json.loads(json.dumps(histogram)) == histogram
+    assert sum(map(sum, (method.on_epoch_end(epoch(2))["gap_histogram"][k] for k in histogram if k != "edges"))) == 0
