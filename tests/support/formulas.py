@@ -57,7 +57,7 @@ def some_logits(rows: int, classes: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed + 100).normal(0, 2, (rows, classes)))
 
 
-def make(name: str, codes: np.ndarray, **options: Any) -> Method:
+def make(name: str, codes: np.ndarray, **options: Any) -> Method[Any, Any]:
     """A method on a store of these labels, in training mode."""
     cls = get_method(name)
     if name in NEEDS_K:
@@ -73,7 +73,7 @@ def batch_of(codes: np.ndarray, index: Any = None, size: int | None = None, trut
     return Batch({}, torch.from_numpy(codes[rows]), torch.from_numpy(rows), size or len(rows), known)
 
 
-def run(method: Method, logits: Tensor, batch: Batch, progress: Progress = EPOCH_3) -> tuple[Tensor, Tensor]:
+def run(method: Method[Any, Any], logits: Tensor, batch: Batch, progress: Progress = EPOCH_3) -> tuple[Tensor, Tensor]:
     """Loss and its gradient."""
     z = logits.clone().requires_grad_()
     loss = method.loss(z, batch, progress).loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -25,7 +27,7 @@ def epoch(number: int, update: int = 0) -> Progress:
     return Progress(number, 10, update, 4)
 
 
-def method_for(codes: object, **options: object) -> Ignore:
+def method_for(codes: object, **options: Any) -> Ignore:
     """The method in fp64 on a store with these codes [N, C]."""
     store = LabelStore(SparseLabels.from_dense(np.asarray(codes, dtype=np.int8)))
     return Ignore(IgnoreOptions(**options), store).to(D)

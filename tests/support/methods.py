@@ -72,7 +72,7 @@ class Rig:
         learned = self.observed if method_class.label_source == "observed" else self.known
         self.store = LabelStore(learned)
         self.truth = LabelStore(self.known) if method_class.label_source == "observed" else None
-        self.method: Method = method_class(
+        self.method: Method[Any, Any] = method_class(
             method_class.Options(name=name, **required_options(name), **options), self.store
         )
         self.images = {view: torch.randn(SAMPLES, 3, SIDE, SIDE) for view in self.method.views}
@@ -87,7 +87,7 @@ class Rig:
     def step(self, batch: Batch, progress: Progress) -> Tensor:
         """Loss of a micro-step; adds its gradients to the classifier's."""
         loss: Tensor = self.method(self.classifier, batch, progress).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss.detach()
 
     def gradients(self) -> Tensor:
@@ -209,7 +209,7 @@ class ThreadRanks:
 
         with ThreadPoolExecutor(self.world) as pool:
             futures = [pool.submit(start, rank) for rank in range(self.world)]
-        errors = [f.exception() for f in futures if f.exception()]
+        errors = [error for f in futures if (error := f.exception()) is not None]
         # The first to fail breaks the barrier of the others.
         for error in errors:
             if not isinstance(error, threading.BrokenBarrierError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
@@ -12,7 +14,7 @@ DEFINITIONS = ("sklearn", "rank", "voc")
 INF = np.float32(np.inf)
 
 
-def sklearn_ap(scores, codes):
+def sklearn_ap(scores: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """scikit-learn class by class over known entries; NaN without positives."""
     out = []
     for s, y in zip(scores.T, codes.T, strict=True):
@@ -21,12 +23,12 @@ def sklearn_ap(scores, codes):
     return np.array(out)
 
 
-def slow_ap(scores, codes, definition):
+def slow_ap(scores: np.ndarray, codes: np.ndarray, definition: str) -> np.ndarray:
     """The two tie-ordered definitions by the letter, one entry after another."""
     out = []
     for s, y in zip(scores.T, codes.T, strict=True):
         known = np.flatnonzero(y >= 0)
-        order = sorted(known.tolist(), key=lambda r, s=s: (-s[r], r))
+        order = [r for _, r in sorted((-s[r], r) for r in known.tolist())]
         tp, precision = 0, []
         for n, r in enumerate(order, 1):
             tp += int(y[r] == 1)
@@ -37,7 +39,7 @@ def slow_ap(scores, codes, definition):
     return np.array(out)
 
 
-def pairs_of(scores, codes, rng=None):
+def pairs_of(scores: np.ndarray, codes: np.ndarray, rng: np.random.Generator | None = None) -> tuple[np.ndarray, ...]:
     """Every known entry as (class, score, code, row), in random order when `rng` is given."""
     rows, classes = np.nonzero(codes >= 0)
     order = np.arange(len(rows)) if rng is None else rng.permutation(len(rows))
@@ -46,7 +48,7 @@ def pairs_of(scores, codes, rng=None):
 
 
 @st.composite
-def problems(draw):
+def problems(draw: Any) -> tuple[np.ndarray, np.ndarray]:
     """Scores with many ties and codes with unknown entries, classes without positives and without labels."""
     num_rows, num_classes = draw(st.integers(0, 40)), draw(st.integers(1, 7))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
