@@ -11,7 +11,7 @@ Three made-up evaluations of published size:
 
 Each case first passes a gate: our AP equals scikit-learn's to 1e-12 on every class with a positive. Then both are timed
 on the same data, with all classes (nothing is sampled or scaled). scikit-learn's loop is spared what it would need
-besides: for the sparse case the pairs are grouped by class outside its time. `all metrics` is the whole of
+besides: for the sparse case the pairs are grouped by class before its clock starts. `all metrics` is the whole of
 `evaluate_scores` or `evaluate_pairs`: mAP in every convention, threshold metrics, top-3, five groups of classes; the
 sparse case's group means must equal means of scikit-learn's too. `held` is what an evaluation keeps of the scores,
 `extra` the most memory that `all metrics` takes beside it, `dense` what two means of all N x C would be.
@@ -95,11 +95,22 @@ def gate(name: str, ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def dense_case(name: str, num_rows: int, num_classes: int, mean_positives: float, repeats: int) -> dict[str, Any]:
-    """Fully labelled logits [N, C]; positives score higher by about two standard deviations."""
+    """Fully labelled logits [N, C]; positives score higher by about two standard deviations.
+
+    Args:
+        name: of the case.
+        num_rows: N, images.
+        num_classes: C.
+        mean_positives: positive labels per image, spread over the classes after Zipf's law.
+        repeats: timed calls of each function; scikit-learn's loop is timed at most three times.
+
+    Returns:
+        The row of the table: times in seconds, memory in bytes, and the worst difference of an AP (0..1).
+    """
     rng = np.random.default_rng(0)
-    share = 1 / np.arange(2, num_classes + 2)
-    share *= mean_positives / share.sum()
-    codes = (rng.random((num_rows, num_classes)) < share).astype(np.int8)
+    fraction = 1 / np.arange(2, num_classes + 2)
+    fraction *= mean_positives / fraction.sum()
+    codes = (rng.random((num_rows, num_classes)) < fraction).astype(np.int8)
     scores = rng.standard_normal(codes.shape, dtype=np.float32) + 2 * codes - np.float32(3)
     columns = [(codes[:, c], scores[:, c]) for c in range(num_classes)]
     groups = np.arange(num_classes) % 5
@@ -117,15 +128,26 @@ def dense_case(name: str, num_rows: int, num_classes: int, mean_positives: float
 
 
 def sparse_case(name: str, num_rows: int, num_classes: int, num_pairs: int, repeats: int) -> dict[str, Any]:
-    """Annotated pairs in row order, as an evaluation collects them; two labels in three are positive."""
+    """Annotated pairs in row order, as an evaluation collects them; two labels in three are positive.
+
+    Args:
+        name: of the case.
+        num_rows: N, images.
+        num_classes: C.
+        num_pairs: distinct annotated (image, class) pairs; class sizes follow Zipf's law.
+        repeats: timed calls of each function; scikit-learn's loop is timed once.
+
+    Returns:
+        As `dense_case`, with `groups`: mAP in per cent of five groups of classes, rarest first.
+    """
     rng = np.random.default_rng(0)
-    share = 1 / np.arange(1, num_classes + 1)
+    fraction = 1 / np.arange(1, num_classes + 1)
     # A pair drawn twice is dropped and drawn anew until there are enough distinct ones.
     keys = np.empty(0, np.int64)
     while len(keys) < num_pairs:
         lacking = num_pairs - len(keys)
         drawn = rng.integers(0, num_rows, lacking) * num_classes
-        drawn += rng.choice(num_classes, lacking, p=share / share.sum())
+        drawn += rng.choice(num_classes, lacking, p=fraction / fraction.sum())
         keys = np.unique(np.concatenate([keys, drawn]))
     # As `Scores` of spml_fast/evaluation/evaluate.py holds them.
     rows, classes = (a.astype(np.int32) for a in np.divmod(keys, num_classes))
@@ -133,7 +155,7 @@ def sparse_case(name: str, num_rows: int, num_classes: int, num_pairs: int, repe
     scores = rng.standard_normal(num_pairs, dtype=np.float32) + codes
     in_top_k = rng.random(num_pairs) < 0.2
     # Training has about thirty times the labels, so its order of the classes is a little different.
-    training = rng.poisson(30 * num_pairs * share / share.sum())
+    training = rng.poisson(30 * num_pairs * fraction / fraction.sum())
     groups = metrics.groups_by_count(training)
 
     order = np.argsort(classes, kind="stable")
@@ -181,8 +203,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     args = parser.parse_args()
 
-    where = machine()
-    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    machine_info = machine()
+    print(", ".join(f"{key} {value}" for key, value in machine_info.items()))
     print(f"{'case':12}{'entries':>11}{'scikit-learn':>14}{'ours':>10}{'ratio':>8}", end="")
     print(f"{'rank':>10}{'voc':>10}{'all metrics':>13}{'worst difference':>18}", end="")
     print(f"{'held MB':>9}{'extra MB':>10}{'dense MB':>10}   (median seconds)")
@@ -198,7 +220,7 @@ def main() -> None:
         print("".join(f"{row[k] / 1e6:{w}.0f}" for k, w in zip(MEMORY, (9, 10, 10), strict=True)), flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": machine_info, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whole training steps: images a second, where the time goes, and the same training written the usual way.
+"""Whole training steps: images per second, where the time goes, and the same training written the usual way.
 
     python benchmarks/bench_step.py [--methods an ll_r ignore] [--backbone resnet50] [--image-size 224] [--json OUT]
 
@@ -7,7 +7,7 @@ Ways to train, each with the same images, labels, weights, optimizer and threads
     reference   the same with the ops in plain PyTorch (on a GPU only; elsewhere they are what runs)
     plain       as the papers' released code trains: Pillow in a torch DataLoader with worker processes, contiguous
                 fp32, PyTorch's loop, the map of every class in memory, the loss read back after every step
-Before anything is timed, the loss of a step of the first and the last way must agree on the same images.
+Before anything is timed, the losses of all of them must agree on the same images.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ ALLOWED = {None: 1e-4, torch.bfloat16: 2e-2}
 EPOCH, EPOCHS = 6, 10
 
 
-class Way:
+class Variant:
     """One way to train one method, from the same start as the others.
 
     Args:
         name: `spml_fast`, `reference` or `plain`.
         method: name of the method.
-        setup: what all ways share.
+        setup: what all variants have in common.
     """
 
     def __init__(self, name: str, method: str, setup: Setup) -> None:
@@ -143,18 +143,18 @@ class Way:
         lap("update")
 
     def close(self) -> None:
-        """Let the engine go."""
+        """Release the engine."""
         if self.engine is not None:
             self.engine.close()
 
 
 @dataclasses.dataclass
 class Setup:
-    """What all ways share.
+    """What all variants have in common.
 
     Attributes:
         classifier: weights that all of them start from.
-        labels: one observed positive an image.
+        labels: one observed positive per image.
     """
 
     split: Split
@@ -167,48 +167,48 @@ class Setup:
     scratch: Path
 
 
-def check(ways: list[Way]) -> float:
+def check(variants: list[Variant]) -> float:
     """Largest relative difference of the losses on the same images; `UserError` if it is too large to be rounding."""
-    views, index = next(ways[0].batches())
+    views, index = next(variants[0].batches())
     losses = {}
-    for way in ways:
-        given = {k: v.contiguous() for k, v in views.items()} if way.plain else views
+    for variant in variants:
+        given = {k: v.contiguous() for k, v in views.items()} if variant.plain else views
         with torch.no_grad():
-            losses[way.name] = float(way.loss(given, index))
-    apart = max(abs(value - losses["plain"]) for value in losses.values()) / abs(losses["plain"])
-    if not apart <= ALLOWED[ways[0].dtype]:
+            losses[variant.name] = float(variant.loss(given, index))
+    difference = max(abs(value - losses["plain"]) for value in losses.values()) / abs(losses["plain"])
+    if not difference <= ALLOWED[variants[0].dtype]:
         raise UserError(f"the losses of a step are {losses}: not the same training, so nothing is timed")
-    return apart
+    return difference
 
 
 class Clock:
-    """Times one way: free-running rounds of steps, and the parts of a step with the device waited for after each.
+    """Times one variant: free-running rounds of steps, and the parts of a step with the device waited for after each.
 
-    Waiting after every part would slow a GPU down, so the two are measured apart.
+    Waiting after every part would slow a GPU down, so the two are measured separately.
     """
 
-    def __init__(self, way: Way, steps: int) -> None:
-        self.way, self.steps, self.batches = way, steps, way.batches()
+    def __init__(self, variant: Variant, steps: int) -> None:
+        self.variant, self.steps, self.batches = variant, steps, variant.batches()
         self.rates: list[float] = []
         self.parts = dict.fromkeys(PARTS, 0.0)
 
     def wait(self) -> None:
-        """Until the device has nothing left to do."""
-        if self.way.setup.device.type == "cuda":
-            torch.cuda.synchronize(self.way.setup.device)
+        """Wait until the device has nothing left to do."""
+        if self.variant.setup.device.type == "cuda":
+            torch.cuda.synchronize(self.variant.setup.device)
 
     def run(self, steps: int) -> None:
-        """So many steps."""
+        """Train that many steps."""
         for _ in range(steps):
-            self.way.step(*next(self.batches), lambda part: None)
+            self.variant.step(*next(self.batches), lambda part: None)
         self.wait()
 
     def round(self) -> None:
-        """Images a second of one round, from when what was loaded ahead while others trained is used up."""
+        """Images per second of one round, from when what was loaded ahead while others trained is used up."""
         self.run(2)
         start = time.perf_counter()
         self.run(self.steps)
-        self.rates.append(self.way.setup.train.batch_size * self.steps / (time.perf_counter() - start))
+        self.rates.append(self.variant.setup.train.batch_size * self.steps / (time.perf_counter() - start))
 
     def split(self) -> None:
         """Seconds of the parts of a step."""
@@ -225,11 +225,11 @@ class Clock:
         for _ in range(self.steps):
             views, index = next(self.batches)
             lap("data")
-            self.way.step(views, index, lap)
+            self.variant.step(views, index, lap)
 
     def memory(self) -> float | None:
-        """Peak GiB on the GPU of one step, weights and what the loader holds of all ways included."""
-        device = self.way.setup.device
+        """Peak GiB on the GPU of one step, weights and what the loader holds of all variants included."""
+        device = self.variant.setup.device
         if device.type != "cuda":
             return None
         torch.cuda.reset_peak_memory_stats(device)
@@ -237,9 +237,9 @@ class Clock:
         return torch.cuda.max_memory_allocated(device) / 2**30
 
 
-def time_all(ways: list[Way], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Figures of every way, by name; they take turns, so that a slow moment of the machine meets all of them."""
-    clocks = [Clock(way, steps) for way in ways]
+def time_all(variants: list[Variant], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Figures of every variant, by name; they take turns, so that a slow moment of the machine affects all of them."""
+    clocks = [Clock(variant, steps) for variant in variants]
     for turn in range(rounds):
         for clock in clocks:
             if turn == 0:
@@ -247,12 +247,12 @@ def time_all(ways: list[Way], steps: int, rounds: int) -> dict[str, dict[str, An
             clock.round()
             # What its loader makes ahead must not cost the next one its time.
             time.sleep(0.5)
-    found = {}
+    figures: dict[str, dict[str, Any]] = {}
     for clock in clocks:
         clock.split()
         rate = statistics.median(clock.rates)
         ratio = statistics.median(a / b for a, b in zip(clock.rates, clocks[0].rates, strict=True))
-        found[clock.way.name] = {
+        figures[clock.variant.name] = {
             "images_per_second": rate,
             "all": clock.rates,
             "ratio": ratio,
@@ -260,7 +260,7 @@ def time_all(ways: list[Way], steps: int, rounds: int) -> dict[str, dict[str, An
             "memory_gib": clock.memory(),
         }
         time.sleep(0.5)
-    return found
+    return figures
 
 
 def parse() -> argparse.Namespace:
@@ -288,13 +288,14 @@ def main() -> int:
     """Check, time and print."""
     args = parse()
     device = init_distributed()
-    # For all ways: it is PyTorch's own, and one line in anybody's code.
+    # For all variants: it is PyTorch's own, and one line in anybody's code.
     set_cudnn_policy(device, deterministic=False)
     torch.manual_seed(0)
-    about = machine(device)
-    result: dict[str, Any] = {"machine": about, "arguments": {k: str(v) for k, v in vars(args).items()}, "methods": {}}
+    machine_info = machine(device)
+    arguments = {k: str(v) for k, v in vars(args).items()}
+    result: dict[str, Any] = {"machine": machine_info, "arguments": arguments, "methods": {}}
     model = ModelConfig(backbone=args.backbone, pretrained=False, alpha_train=args.alpha)
-    print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
+    print(", ".join(f"{key} {value}" for key, value in machine_info.items() if value is not None))
     print(
         f"{args.backbone}, {args.classes} classes, alpha {args.alpha:g}, {args.image_size} px, batches of "
         f"{args.batch_size}; images/s, and the parts of a step in ms"
@@ -316,18 +317,19 @@ def main() -> int:
         )
         names = ["spml_fast", "reference", "plain"] if device.type == "cuda" else ["spml_fast", "plain"]
         for method in args.methods:
-            ways = [Way(name, method, setup) for name in names]
-            apart = check(ways)
-            print(f"\n{method}: losses agree to {apart:.1e}")
-            found = result["methods"][method] = {"losses_apart": apart}
-            for name, figures in time_all(ways, args.steps, args.rounds).items():
-                found[name] = figures
+            variants = [Variant(name, method, setup) for name in names]
+            difference = check(variants)
+            print(f"\n{method}: losses agree to {difference:.1e}")
+            figures_of: dict[str, Any] = {"losses_apart": difference}
+            result["methods"][method] = figures_of
+            for name, figures in time_all(variants, args.steps, args.rounds).items():
+                figures_of[name] = figures
                 parts = "".join(f"{part} {1000 * figures['seconds'][part]:.0f}, " for part in PARTS)
                 memory = "" if figures["memory_gib"] is None else f"{figures['memory_gib']:.1f} GiB, "
                 rate = f"{figures['images_per_second']:9.1f}   {parts}{memory}{figures['ratio']:.2f} x spml_fast"
                 print(f"{name:11s}{rate}", flush=True)
-            for way in ways:
-                way.close()
+            for variant in variants:
+                variant.close()
     shutdown_distributed()
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))

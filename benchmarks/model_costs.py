@@ -1,4 +1,4 @@
-"""Memory and work of a training step by formula, checked against PyTorch, and an estimate of hours an epoch.
+"""Memory and cost of a training step by formula, checked against PyTorch, and an estimate of hours per epoch.
 
     python benchmarks/model_costs.py [--json OUT] [--no-check] [--images 9011219] [--classes 5000 9605]
 
@@ -19,7 +19,7 @@ FlopCounterMode's. The program ends with status 1 when a formula is off by more 
 
 Hours are an ESTIMATE; nothing behind them was measured. A step takes the longer of its operations at COMPUTE of the
 peak and its memory traffic at BANDWIDTH of the peak, the traffic being TRAFFIC times the saved bytes (written, read,
-read again in the backward, gradient written and read, some over); several GPUs reach the share SCALING. Reading and
+read again in the backward, gradient written and read, some over); several GPUs reach the fraction SCALING. Reading and
 decoding images is assumed to keep up; the last column says what that takes.
 """
 
@@ -31,6 +31,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -45,73 +46,95 @@ TOLERANCE = 0.02
 
 
 @dataclass
-class Work:
+class LayerCost:
     """Cost of one image in the backbone: bytes saved for the backward, and operations of the forward."""
 
     saved: float = 0.0
     operations: float = 0.0
 
     def conv(self, c_in: int, c_out: int, kernel: int, side: float, groups: int = 1) -> None:
-        """Operations of a convolution whose output is `side` cells wide."""
+        """Add the operations of a convolution.
+
+        Args:
+            c_in: input channels.
+            c_out: output channels.
+            kernel: side of the square kernel.
+            side: cells along a side of the output.
+            groups: of the convolution; `c_in` for a depthwise one.
+        """
         self.operations += 2 * c_in * c_out // groups * kernel**2 * side**2
 
 
-def resnet(blocks: list[int], size: int, low: int) -> Work:
+def resnet(blocks: list[int], size: int, low: int) -> LayerCost:
     """Bottleneck ResNet: every convolution saves its input, every BatchNorm its input; ReLU works in place.
 
     A block of width w saves w at its input size twice (after conv1: before and after BatchNorm), w at its output size
     twice (conv2), 4 w twice (conv3), and 4 w for BatchNorm of the shortcut's convolution.
     """
-    work, side = Work(3 * size**2 * 4), size // 2
-    work.conv(3, 64, 7, side)
+    cost, side = LayerCost(3 * size**2 * 4), size // 2
+    cost.conv(3, 64, 7, side)
     # The max pooling keeps places as int64.
-    work.saved += 2 * 64 * side**2 * low + 64 * (side // 2) ** 2 * (low + 8)
+    cost.saved += 2 * 64 * side**2 * low + 64 * (side // 2) ** 2 * (low + 8)
     side, c_in = side // 2, 64
     for stage, count in enumerate(blocks):
         width = 64 * 2**stage
         for block in range(count):
             out = side // 2 if block == 0 and stage > 0 else side
-            work.conv(c_in, width, 1, side)
-            work.conv(width, width, 3, out)
-            work.conv(width, 4 * width, 1, out)
-            work.saved += (2 * width * side**2 + (2 * width + 8 * width) * out**2) * low
+            cost.conv(c_in, width, 1, side)
+            cost.conv(width, width, 3, out)
+            cost.conv(width, 4 * width, 1, out)
+            cost.saved += (2 * width * side**2 + (2 * width + 8 * width) * out**2) * low
             if block == 0:
-                work.conv(c_in, 4 * width, 1, out)
-                work.saved += 4 * width * out**2 * low
+                cost.conv(c_in, 4 * width, 1, out)
+                cost.saved += 4 * width * out**2 * low
             side, c_in = out, 4 * width
-    return work
+    return cost
 
 
-def convnext(blocks: list[int], widths: list[int], size: int, low: int) -> Work:
+def convnext(blocks: list[int], widths: list[int], size: int, low: int) -> LayerCost:
     """ConvNeXt. A block of width d saves 12 d a cell: convolution's input, LayerNorm's input (fp32), the input of fc1,
-    4 d before and 4 d after GELU, and what layer scale multiplies."""
-    work, side = Work(3 * size**2 * 4), size // 4
-    work.conv(3, widths[0], 4, side)
+    4 d before and 4 d after GELU, and what layer scale multiplies.
+
+    Args:
+        blocks: of each stage.
+        widths: channels of each stage.
+        size: side of the image, pixels.
+        low: bytes of an element in low precision.
+    """
+    cost, side = LayerCost(3 * size**2 * 4), size // 4
+    cost.conv(3, widths[0], 4, side)
     # LayerNorm of the stem.
-    work.saved += widths[0] * side**2 * 4
+    cost.saved += widths[0] * side**2 * 4
     for stage, (count, d) in enumerate(zip(blocks, widths, strict=True)):
         if stage:
             # LayerNorm's input and the convolution's.
-            work.saved += widths[stage - 1] * side**2 * (4 + low)
+            cost.saved += widths[stage - 1] * side**2 * (4 + low)
             side //= 2
-            work.conv(widths[stage - 1], d, 2, side)
+            cost.conv(widths[stage - 1], d, 2, side)
         for _ in range(count):
-            work.conv(d, d, 7, side, groups=d)
-            work.conv(d, 8 * d, 1, side)
-            work.saved += d * side**2 * (11 * low + 4)
-    return work
+            cost.conv(d, d, 7, side, groups=d)
+            cost.conv(d, 8 * d, 1, side)
+            cost.saved += d * side**2 * (11 * low + 4)
+    return cost
 
 
-def vit(depth: int, d: int, size: int, low: int) -> Work:
+def vit(depth: int, d: int, size: int, low: int) -> LayerCost:
     """ViT with patches of 16 and fused attention. A block saves 16 d a token: the inputs of two LayerNorms (fp32), the
-    input of qkv, q, k and v, attention's output, the input of fc1, 4 d before and 4 d after GELU."""
+    input of qkv, q, k and v, attention's output, the input of fc1, 4 d before and 4 d after GELU.
+
+    Args:
+        depth: number of blocks.
+        d: channels of a token.
+        size: side of the image, pixels.
+        low: bytes of an element in low precision.
+    """
     cells = (size // 16) ** 2
     tokens = cells + 1
-    work = Work(3 * size**2 * 4)
-    work.operations += 2 * 3 * 16**2 * d * cells
-    work.operations += depth * (24 * tokens * d**2 + 4 * tokens**2 * d)
-    work.saved += depth * tokens * d * (14 * low + 2 * 4) + tokens * d * 4
-    return work
+    cost = LayerCost(3 * size**2 * 4)
+    cost.operations += 2 * 3 * 16**2 * d * cells
+    cost.operations += depth * (24 * tokens * d**2 + 4 * tokens**2 * d)
+    cost.saved += depth * tokens * d * (14 * low + 2 * 4) + tokens * d * 4
+    return cost
 
 
 @dataclass(frozen=True)
@@ -119,8 +142,8 @@ class Model:
     """A backbone: timm's name, its formula (image size, bytes of low precision), stride of its map, whether a ViT."""
 
     name: str
-    shown: str
-    formula: Callable[[int, int], Work]
+    title: str
+    formula: Callable[[int, int], LayerCost]
     stride: int
     is_vit: bool = False
 
@@ -134,8 +157,8 @@ MODELS = [
 ]
 
 
-def build(model: Model, size: int, device: str) -> torch.nn.Module:
-    """The backbone as the classifier makes it, with random weights."""
+def build(model: Model, size: int, device: str) -> Any:
+    """The backbone as the classifier makes it, with random weights; timm's models have more than nn.Module promises."""
     options = {"img_size": size} if model.is_vit else {}
     with torch.device(device):
         return timm.create_model(model.name, num_classes=0, global_pool="", **options).train()
@@ -159,14 +182,14 @@ def measured(model: Model, size: int) -> tuple[float, float]:
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        # Named, since a graph that nobody holds frees what it saved.
+        # Named, since a graph without a reference frees what it saved.
         features = backbone.forward_features(torch.zeros(1, 3, size, size, device=device))
     assert features.requires_grad
     return float(sum(t.untyped_storage().nbytes() for t in kept.values())), float(counter.get_total_flops())
 
 
 @dataclass
-class Backbone:
+class BackboneRow:
     """A line of the first table; bytes and operations of one image."""
 
     model: str
@@ -180,7 +203,7 @@ class Backbone:
 
 
 @dataclass
-class Whole:
+class ModelRow:
     """A line of the second table: a backbone with a CAM head over C classes, BoostLU in training, bf16."""
 
     model: str
@@ -196,13 +219,13 @@ class Whole:
     images_per_second: float
 
 
-def backbone_row(model: Model, size: int, check: bool) -> tuple[Backbone, int]:
+def backbone_row(model: Model, size: int, check: bool) -> tuple[BackboneRow, int]:
     """One line, and the backbone's channels."""
     meta = build(model, size, "meta")
     full, half = model.formula(size, 4), model.formula(size, 2)
     saved, operations = measured(model, size) if check else (None, None)
-    row = Backbone(
-        model.shown,
+    row = BackboneRow(
+        model.title,
         size,
         sum(p.numel() for p in meta.parameters()),
         full.saved,
@@ -214,8 +237,16 @@ def backbone_row(model: Model, size: int, check: bool) -> tuple[Backbone, int]:
     return row, int(meta.num_features)
 
 
-def whole_row(row: Backbone, model: Model, channels: int, classes: int, images: int) -> Whole:
-    """The same with a head, and the estimate."""
+def model_row(row: BackboneRow, model: Model, channels: int, classes: int, images: int) -> ModelRow:
+    """The same with a head, and the estimate.
+
+    Args:
+        row: the backbone's line.
+        model: the backbone.
+        channels: K of its feature map.
+        classes: C of the head.
+        images: of an epoch.
+    """
     cells = (row.size // model.stride) ** 2
     parameters = row.parameters + classes * (channels + 1)
     state = 18.0 * parameters
@@ -223,10 +254,12 @@ def whole_row(row: Backbone, model: Model, channels: int, classes: int, images: 
     operations = row.operations + 3 * 2 * cells * channels * classes
     saved = row.saved_bf16 + head
     seconds = max(operations / (COMPUTE * PEAK), TRAFFIC * saved / (BANDWIDTH * MEMORY_RATE))
-    hours = {gpus: images * seconds / gpus / share / 3600 for gpus, share in SCALING.items()}
+    hours = {gpus: images * seconds / gpus / scaling / 3600 for gpus, scaling in SCALING.items()}
     # A tenth is left to the allocator, collectives and DALI.
     largest = int((0.9 * MEMORY - state) // saved)
-    return Whole(row.model, row.size, classes, parameters, state, saved, head, operations, largest, hours, 1 / seconds)
+    return ModelRow(
+        row.model, row.size, classes, parameters, state, saved, head, operations, largest, hours, 1 / seconds
+    )
 
 
 def main() -> None:
@@ -239,7 +272,7 @@ def main() -> None:
 
     print("| backbone | px | parameters | saved an image, fp32 | bf16 | forward + backward | formula / measured |")
     print("|---|---|---|---|---|---|---|")
-    backbones, wholes, worst = [], [], 0.0
+    backbones, models, worst = [], [], 0.0
     for model in MODELS:
         for size in (224, 448):
             row, channels = backbone_row(model, size, not args.no_check)
@@ -249,19 +282,19 @@ def main() -> None:
             checked = ", ".join(f"{r:.3f}" for r in ratios) or "-"
             print(f"| {row.model} | {size} | {row.parameters / 1e6:.1f} M | {row.saved_fp32 / 1e6:.0f} MB", end=" ")
             print(f"| {row.saved_bf16 / 1e6:.0f} MB | {row.operations / 1e9:.0f} GFLOP | {checked} |", flush=True)
-            wholes += [whole_row(row, model, channels, classes, args.images) for classes in args.classes]
+            models += [model_row(row, model, channels, classes, args.images) for classes in args.classes]
     print()
     print("| model | px | classes | parameters | state | an image | of it the head | forward + backward", end=" ")
     print("| images in 80 GB | hours an epoch on " + " / ".join(map(str, SCALING)) + " GPUs | images/s a GPU |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for w in wholes:
+    for w in models:
         print(f"| {w.model} | {w.size} | {w.classes} | {w.parameters / 1e6:.1f} M | {w.state / 1e9:.2f} GB", end=" ")
         print(f"| {w.saved / 1e6:.0f} MB | {w.head / 1e6:.2f} MB | {w.operations / 1e9:.0f} GFLOP", end=" ")
         print(f"| {w.largest_batch} | {' / '.join(f'{h:.2g}' for h in w.hours.values())}", end=" ")
         print(f"| {w.images_per_second:.0f} |")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        out = {"backbones": [asdict(r) for r in backbones], "models": [asdict(w) for w in wholes]}
+        out = {"backbones": [asdict(r) for r in backbones], "models": [asdict(w) for w in models]}
         args.json.write_text(json.dumps(out, indent=1) + "\n")
     if worst > TOLERANCE:
         sys.exit(f"a formula is off by {worst:.1%} of what PyTorch counts")

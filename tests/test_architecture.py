@@ -16,6 +16,7 @@ PACKAGE = ROOT / "spml_fast"
 OURS = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "spml_kernels").rglob("*.py"))
 PROGRAMS = sorted(p for folder in ("launch", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # A row per folder, from the bottom up: a folder imports only from rows above its own (and from itself).
 FLOORS = [
@@ -273,3 +274,242 @@ def test_every_cited_source_is_there():
     assert len(cited) > 10
     unknown = {anchor: places for anchor, places in cited.items() if anchor not in known}
     assert not unknown, f"docs/sources.md has no such heading: {unknown}"
+
+
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 60
+BANNER = re.compile(r"^\s*#\s*[-=*~#]{3,}")
+
+# Files that may be longer, each with its reason. Kernels need no entry: their files are not measured.
+LONGER_FILES: dict[str, str] = {}
+# Functions that may be longer, as `path:name`, each with its reason.
+LONGER_FUNCTIONS: dict[str, str] = {}
+
+# TEMPORARY: files that do not keep a rule yet; an entry goes when its file does.
+TEMPORARY: dict[str, set[str]] = {
+    "length": {
+        "spml_fast/prepare/datasets/openimages/__init__.py",
+        "spml_fast/prepare/datasets/openimages/csv.py",
+        "spml_fast/prepare/pack.py",
+        "spml_fast/train/trainer.py",
+    },
+    "function": {
+        "spml_fast/prepare/build.py",
+        "spml_fast/prepare/datasets/openimages/__init__.py",
+        "spml_fast/prepare/manifest_writer.py",
+        "spml_fast/runs/recipe.py",
+    },
+    "banner": {
+        "benchmarks/bench_kernels.py",
+        "benchmarks/kernel_works.py",
+        "spml_fast/methods/ignore.py",
+        "spml_fast/train/trainer.py",
+        "tests/cli/test_config.py",
+        "tests/data/test_loader.py",
+        "tests/data/test_sampler.py",
+        "tests/data/test_scale.py",
+        "tests/data/test_shards.py",
+        "tests/evaluation/test_metrics.py",
+        "tests/kernels/test_bytes.py",
+        "tests/kernels/test_large_loss.py",
+        "tests/methods/test_baselines.py",
+        "tests/methods/test_methods.py",
+        "tests/models/test_classifier.py",
+        "tests/prepare/test_nuswide_cub.py",
+        "tests/prepare/test_openimages.py",
+        "tests/prepare/test_prepare.py",
+        "tests/train/test_checkpoint.py",
+        "tests/train/test_engine_config.py",
+    },
+    "arguments": {
+        "kernels/spml_kernels/cam_mask/reference.py",
+        "kernels/spml_kernels/cam_pool/chunked.py",
+        "kernels/spml_kernels/cam_pool/reference.py",
+        "kernels/spml_kernels/common/heuristics.py",
+        "kernels/spml_kernels/ignore_loss/reference.py",
+        "kernels/spml_kernels/label_loss/reference.py",
+        "kernels/spml_kernels/label_rows/reference.py",
+        "kernels/spml_kernels/large_loss/reference.py",
+        "spml_fast/data/augment.py",
+        "spml_fast/data/labels.py",
+        "spml_fast/evaluation/entries.py",
+        "spml_fast/evaluation/thresholds.py",
+        "spml_fast/methods/an_ls.py",
+        "spml_fast/methods/asl.py",
+        "spml_fast/methods/em.py",
+        "spml_fast/methods/em_apl.py",
+        "spml_fast/methods/gr.py",
+        "spml_fast/methods/hill.py",
+        "spml_fast/methods/p_asl.py",
+        "spml_fast/methods/role.py",
+        "spml_fast/methods/splc.py",
+        "spml_fast/methods/wan.py",
+        "spml_fast/models/heads/base.py",
+        "spml_fast/models/heads/cam.py",
+        "spml_fast/models/heads/query2label.py",
+        "spml_fast/prepare/manifest_writer.py",
+        "spml_fast/prepare/observed_labels.py",
+        "spml_fast/runs/open.py",
+        "spml_fast/train/checkpoint.py",
+        "spml_fast/train/engine.py",
+        "spml_fast/train/optim.py",
+    },
+    "spec": {
+        "kernels/spml_kernels/cam_mask/op.py",
+        "kernels/spml_kernels/cam_mask/reference.py",
+        "kernels/spml_kernels/cam_pool/forward.py",
+        "kernels/spml_kernels/cam_pool/reference.py",
+        "kernels/spml_kernels/ignore_loss/op.py",
+        "kernels/spml_kernels/ignore_loss/reference.py",
+        "kernels/spml_kernels/large_loss/op.py",
+        "kernels/spml_kernels/large_loss/reference.py",
+        "spml_fast/data/labels.py",
+        "spml_fast/evaluation/evaluate.py",
+        "spml_fast/evaluation/metrics.py",
+        "spml_fast/methods/an_ls.py",
+        "spml_fast/methods/asl.py",
+        "spml_fast/methods/assume_negative.py",
+        "spml_fast/methods/durand.py",
+        "spml_fast/methods/em.py",
+        "spml_fast/methods/em_apl.py",
+        "spml_fast/methods/epr.py",
+        "spml_fast/methods/full_ls.py",
+        "spml_fast/methods/gr.py",
+        "spml_fast/methods/hill.py",
+        "spml_fast/methods/ignore.py",
+        "spml_fast/methods/iu.py",
+        "spml_fast/methods/iun.py",
+        "spml_fast/methods/large_loss.py",
+        "spml_fast/methods/p_asl.py",
+        "spml_fast/methods/partial.py",
+        "spml_fast/methods/pointwise.py",
+        "spml_fast/methods/role.py",
+        "spml_fast/methods/splc.py",
+        "spml_fast/methods/state/gap_histogram.py",
+        "spml_fast/methods/wan.py",
+        "spml_fast/models/classifier.py",
+        "spml_fast/models/heads/cam.py",
+        "spml_fast/models/heads/query2label.py",
+        "spml_fast/prepare/datasets/coco.py",
+        "spml_fast/prepare/datasets/cub.py",
+        "spml_fast/prepare/datasets/nuswide.py",
+        "spml_fast/prepare/datasets/openimages/__init__.py",
+        "spml_fast/prepare/datasets/openimages/csv.py",
+        "spml_fast/prepare/datasets/voc.py",
+        "spml_fast/prepare/observed_labels.py",
+        "spml_fast/train/trainer.py",
+        "tests/methods/test_baselines.py",
+        "tests/prepare/test_observed_labels.py",
+        "tests/train/test_engine_config.py",
+    },
+}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def exempt(path: Path, rule: str) -> bool:
+    return str(path.relative_to(ROOT)) in TEMPORARY[rule]
+
+
+def length(function: Function) -> int:
+    """Lines of a function from `def` to its end, the docstring not counted."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function, clean=False) is not None:
+        lines -= (first.end_lineno or 0) - first.lineno + 1
+    return lines
+
+
+def functions(source: str) -> list[Function]:
+    """Every function of a file, methods and nested ones included."""
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, Function)]
+
+
+def public_functions(source: str) -> list[Function]:
+    """Functions that others call by name: those of the module, and the methods of its public classes.
+
+    Triton's functions and operators registered with torch are left out: the function that calls them describes what
+    they are given.
+    """
+    tree = ast.parse(source)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    kept = []
+    for node in [*tree.body, *(member for c in classes for member in c.body)]:
+        if not isinstance(node, Function) or node.name.startswith("_") or node.name.endswith(("_jit", "_op")):
+            continue
+        decorators = " ".join(ast.unparse(d) for d in node.decorator_list)
+        if not re.search(r"\bjit\b|_op\b|register_\w+|overload", decorators):
+            kept.append(node)
+    return kept
+
+
+def parameters(function: Function) -> list[str]:
+    """Names of a function's parameters; `ctx` is autograd's own."""
+    given = function.args
+    every = [*given.posonlyargs, *given.args, *given.kwonlyargs, *(a for a in (given.vararg, given.kwarg) if a)]
+    return [a.arg for a in every if a.arg not in ("self", "cls", "ctx")]
+
+
+def undescribed(source: str) -> list[str]:
+    """Public functions of four parameters or more without an `Args:` section or a reference (As `Class.method`)."""
+    bad = []
+    for function in public_functions(source):
+        text = ast.get_docstring(function) or ""
+        described = re.search(r"^Args:$", text, re.MULTILINE) or re.search(r"\bAs `[\w.]+`", text)
+        if len(parameters(function)) >= 4 and not described:
+            bad.append(function.name)
+    return bad
+
+
+def test_the_measures_measure():
+    """On sources made for it: what the rules below rely on."""
+    four = 'def f(a, b, *, c, d):\n    """Text.{}"""\n    return 1\n'
+    plain = four.format("")
+    assert undescribed(plain) == ["f"] and undescribed(plain.replace(", d", "")) == []
+    assert undescribed(four.format("\n\n    Args:\n        a: one.\n    ")) == []
+    assert undescribed(four.format(" As `g`.")) == [] and undescribed(f"@jit\n{plain}") == []
+    method = "class A:\n    def f(self, a, b, c, d):\n        pass\n"
+    assert undescribed(method) == ["f"] and undescribed(method.replace("class A", "class _A")) == []
+    (function,) = functions(four.format("\n\n\n"))
+    assert length(function) == 2
+    assert BANNER.match("    # ---- step") and not BANNER.match("# - a list") and not BANNER.match("x = 1  # ---- y")
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path):
+    """Kernels aside: a kernel is as long as its arithmetic."""
+    name, source = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+    if name not in LONGER_FILES and not exempt(path, "length"):
+        assert source.count("\n") <= MAX_FILE_LINES, f"{name} is too long: a file has one subject"
+    if not exempt(path, "function"):
+        long = {f"{name}:{f.name}": length(f) for f in functions(source) if length(f) > MAX_FUNCTION_LINES}
+        assert not long.keys() - LONGER_FUNCTIONS.keys(), long
+
+
+def test_exceptions_to_lengths_are_needed():
+    for name in LONGER_FILES:
+        assert (ROOT / name).read_text(encoding="utf-8").count("\n") > MAX_FILE_LINES, name
+    for entry in LONGER_FUNCTIONS:
+        name, _, wanted = entry.partition(":")
+        lengths = [length(f) for f in functions((ROOT / name).read_text(encoding="utf-8")) if f.name == wanted]
+        assert lengths and max(lengths) > MAX_FUNCTION_LINES, entry
+
+
+@pytest.mark.parametrize("path", [*OURS, *KERNELS, *PROGRAMS, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_banners(path):
+    """A file that needs banners is two files."""
+    if not exempt(path, "banner"):
+        assert not [line for line in path.read_text(encoding="utf-8").splitlines() if BANNER.match(line)]
+
+
+@pytest.mark.parametrize("path", [*OURS, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_many_arguments_are_described(path):
+    if not exempt(path, "arguments"):
+        assert not undescribed(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", [*OURS, *KERNELS, *PROGRAMS, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_sources_are_where_readers_find_them(path):
+    """Papers, or docs/sources.md; never a folder that is not part of the repository."""
+    if not exempt(path, "spec"):
+        assert "spec" + "/" not in path.read_text(encoding="utf-8")

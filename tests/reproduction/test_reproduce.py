@@ -60,8 +60,14 @@ def test_presets_name_recipes_that_exist() -> None:
 @pytest.mark.parametrize("preset", ["digits", "cub"])
 def test_every_entry_is_a_valid_run(preset: str) -> None:
     for entry in PRESETS[preset].entries:
-        words = ["--config", str(ROOT / "launch" / "configs" / entry.recipe), "--method", entry.method, *entry.options]
-        config = parse_config(words)
+        arguments = [
+            "--config",
+            str(ROOT / "launch" / "configs" / entry.recipe),
+            "--method",
+            entry.method,
+            *entry.options,
+        ]
+        config = parse_config(arguments)
         assert config.method.name == entry.method
         # Heads without a map have nothing to boost.
         assert get_head(config.model.head).supports_boostlu == (5 in entry.alphas)
@@ -82,14 +88,14 @@ def test_papers_hyper_parameters() -> None:
     entries = {e.name: e for e in PRESETS["cub"].entries}
     apl = entries["em_apl"]
     assert apl.published == {"1": 21.84} and entries["an"].published == {"1": 18.31}
-    for words in (
+    for arguments in (
         ("--method.beta", "0.4"),
         ("--method.warm_up", "3"),
         ("--train.lr", "1e-4"),
         ("--method.alpha", "0.01"),
     ):
-        at = apl.options.index(words[0])
-        assert apl.options[at + 1] == words[1]
+        place = apl.options.index(arguments[0])
+        assert apl.options[place + 1] == arguments[1]
     assert entries["ll_ct_2022_li"].published == {"1": 21.8} and entries["q2l_ignore"].published == {"1": 23.4}
     assert next(e for e in PRESETS["voc"].entries if e.name == "an").published == {"5": 87.31, "1": 85.89}
 
@@ -97,7 +103,7 @@ def test_papers_hyper_parameters() -> None:
 def test_runs_of_other_options_are_not_taken_over(tmp_path: Path) -> None:
     run = tmp_path / "an-s0"
     note_options(run, ["--train.epochs", "2"])
-    # Not begun: a mistake may be mended.
+    # Not begun: its options may still change.
     check_options(run, ["--train.epochs", "3"])
     (run / "results.json").touch()
     check_options(run, ["--train.epochs", "2"])
@@ -111,8 +117,8 @@ def test_epochs_of_runs_that_were_cut_off_or_stopped_early(tmp_path: Path) -> No
     runs = []
     for name, epochs in (("a", [1, 2, 2, 3]), ("b", [1, 2])):
         (tmp_path / name).mkdir()
-        shares = {"selection_precision": 0.5, "selection_recall": 0.5}
-        lines = [{"kind": "epoch", "phase": "finetune", "epoch": e, "at": i, **shares} for i, e in enumerate(epochs)]
+        fractions = {"selection_precision": 0.5, "selection_recall": 0.5}
+        lines = [{"kind": "epoch", "phase": "finetune", "epoch": e, "at": i, **fractions} for i, e in enumerate(epochs)]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         runs.append(tmp_path / name)
     assert [(e["epoch"], e["at"]) for e in read_epochs(runs[0])] == [(1, 0), (2, 2), (3, 3)]
@@ -129,9 +135,9 @@ def test_unknown_names() -> None:
 
 def test_runs_once_and_writes_everything(small_digits: Path, run_script: Run, tmp_path: Path) -> None:
     out, report = tmp_path / "out", tmp_path / "report.json"
-    words = ["--methods", "an,ll_r_boost", "--seeds", 1, "--data", small_digits, "--out", out, "--json", report]
-    words += ["--train.epochs", 2, "--deepspeed.tensorboard", "false"]
-    done = run_script("reproduce.py", *words)
+    arguments = ["--methods", "an,ll_r_boost", "--seeds", 1, "--data", small_digits, "--out", out, "--json", report]
+    arguments += ["--train.epochs", 2, "--deepspeed.tensorboard", "false"]
+    done = run_script("reproduce.py", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(report.read_text())
     assert {(r["method"], r["alpha"]) for r in result["rows"]} == {
@@ -142,12 +148,12 @@ def test_runs_once_and_writes_everything(small_digits: Path, run_script: Run, tm
         assert len(list(csv.DictReader(file))) == 4
     assert "| an | cam | 1 |" in (out / "table.md").read_text()
     assert (out / "table.png").stat().st_size > 10_000
-    again = run_script("reproduce.py", *words)
+    again = run_script("reproduce.py", *arguments)
     assert again.returncode == 0 and "run 1 of" not in again.stdout
 
 
 def test_a_failed_run_is_one_sentence(small_digits: Path, run_script: Run, tmp_path: Path) -> None:
-    words = ["--methods", "an", "--seeds", 1, "--data", small_digits, "--out", tmp_path / "out", "--train.epocs", 2]
-    done = run_script("reproduce.py", *words)
+    arguments = ["--methods", "an", "--seeds", 1, "--data", small_digits, "--out", tmp_path / "out", "--train.epocs", 2]
+    done = run_script("reproduce.py", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith("error: a run failed") and "--train.epocs" in done.stderr
