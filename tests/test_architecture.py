@@ -294,6 +294,8 @@ TEMPORARY: dict[str, set[str]] = {
         "spml_fast/train/trainer.py",
     },
     "function": {
+        "spml_fast/cli/explain.py",
+        "spml_fast/cli/predict.py",
         "spml_fast/prepare/build.py",
         "spml_fast/prepare/datasets/openimages/__init__.py",
         "spml_fast/prepare/manifest_writer.py",
@@ -330,6 +332,7 @@ TEMPORARY: dict[str, set[str]] = {
         "kernels/spml_kernels/label_loss/reference.py",
         "kernels/spml_kernels/label_rows/reference.py",
         "kernels/spml_kernels/large_loss/reference.py",
+        "spml_fast/cli/explain.py",
         "spml_fast/data/augment.py",
         "spml_fast/data/labels.py",
         "spml_fast/evaluation/entries.py",

@@ -1,13 +1,15 @@
-"""What the papers show of class activation maps: do they look like a fully supervised model's, do they find the object?
+"""What the papers measure of class activation maps: are they like a fully supervised model's, do they find the object?
 
-BoostLU (spec/boostlu_large_loss.md 2): Spearman's rank correlation, per (image, positive class), of a model's map
-with the map of a model trained with full labels, beside the correlation of a centred Gaussian with the latter; means of
-the highest and lowest five per cent of a map's cells, for positive and for negative labels.
-Large Loss (same place): the pointing game, whether a map's peak lies in a box of its class.
+BoostLU: Spearman's rank correlation, per (image, positive class), of a model's map with the map of a model trained with
+full labels, beside the correlation of a centred Gaussian with the latter; means of the highest and lowest five per cent
+of a map's cells, for positive and for negative labels.
+Large Loss: the pointing game, whether a map's peak lies in a box of its class.
 
 What the papers leave open is decided here: maps are the head's own, not upsampled, signed, with the bias and without
 the boost (which is monotone: it changes neither ranks nor peaks); a peak is the centre of the highest cell, the first
 of equals; no tolerance around boxes.
+
+Source: docs/sources.md#boostlu (analysis of explanations), docs/sources.md#large-loss (pointing game).
 """
 
 from __future__ import annotations
@@ -32,21 +34,21 @@ from spml_fast.models.classifier import Classifier
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-SHARE = 0.05
+FRACTION = 0.05
 
 
-def extremes(maps: npt.ArrayLike, share: float = SHARE) -> tuple[FloatArray, FloatArray]:
+def extremes(maps: npt.ArrayLike, fraction: float = FRACTION) -> tuple[FloatArray, FloatArray]:
     """Mean of the highest and of the lowest cells of every map.
 
     Args:
         maps: [n, h, w].
-        share: of the cells; at least one is taken.
+        fraction: of the cells; at least one is taken.
 
     Returns:
         Two float64 [n].
     """
     cells = np.sort(np.asarray(maps, np.float64).reshape(len(np.asarray(maps)), -1), axis=1)
-    count = max(1, round(share * cells.shape[1]))
+    count = max(1, round(fraction * cells.shape[1]))
     return cells[:, -count:].mean(1), cells[:, :count].mean(1)
 
 
@@ -54,7 +56,8 @@ def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
     """Spearman's correlation of each map with its partner, float64 [n]; NaN where one of the two is flat.
 
     Args:
-        first, second: [n, h, w]; equal cells share their mean rank.
+        first: [n, h, w]; equal cells have their mean rank.
+        second: [n, h, w], likewise.
     """
     ranks = [rankdata(np.asarray(m).reshape(len(np.asarray(m)), -1), axis=1) for m in (first, second)]
     a, b = (r - r.mean(1, keepdims=True) for r in ranks)
@@ -69,15 +72,15 @@ def centred_gaussian(height: int, width: int) -> FloatArray:
 
 
 def peaks(maps: npt.ArrayLike) -> FloatArray:
-    """Centre (x, y) of the highest cell of every map [n, h, w] as shares of the image, float64 [n, 2]."""
+    """Centre (x, y) of the highest cell of every map [n, h, w] as fractions of the image, float64 [n, 2]."""
     array = np.asarray(maps)
     height, width = array.shape[1:]
-    at = array.reshape(len(array), -1).argmax(1)
-    return np.stack([(at % width + 0.5) / width, (at // width + 0.5) / height], 1)
+    cell = array.reshape(len(array), -1).argmax(1)
+    return np.stack([(cell % width + 0.5) / width, (cell // width + 0.5) / height], 1)
 
 
 def cells_in_boxes(boxes: npt.ArrayLike, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Which cell centres lie in any of the boxes [k, 4] (x0, y0, x1, y1 as shares of the image), bool [h, w]."""
+    """Which cell centres lie in any of the boxes [k, 4] (x0, y0, x1, y1 as fractions of the image), bool [h, w]."""
     x0, y0, x1, y1 = np.asarray(boxes, np.float64).T[:, :, None]
     y, x = ((np.arange(n) + 0.5) / n for n in (height, width))
     rows, columns = (y0 <= y) & (y <= y1), (x0 <= x) & (x <= x1)
@@ -90,6 +93,11 @@ def chosen_classes(codes: npt.NDArray[np.int8], index: int, negatives: int, seed
     Args:
         codes: known labels int8 [C].
         index: the sample, on which the draw depends beside the seed.
+        negatives: known negatives at most.
+        seed: of the draw.
+
+    Returns:
+        Class ids int64 [k], positives first, each part in ascending order.
     """
     absent = np.flatnonzero(codes == NEGATIVE)
     if len(absent) > negatives:
@@ -99,7 +107,7 @@ def chosen_classes(codes: npt.NDArray[np.int8], index: int, negatives: int, seed
 
 @dataclass
 class MapTable:
-    """One row a (image, class) pair that was looked at, in sample order; NaN where a figure does not apply.
+    """One row per (image, class) pair that was looked at, in sample order; NaN where a figure does not apply.
 
     Attributes:
         index: int64 [n] sample.
@@ -110,7 +118,7 @@ class MapTable:
         correlation: of the map with that model's, for positive labels.
         control: of the centred Gaussian with that model's, for positive labels.
         hit: 1 where the peak lies in a box of the class, 0 where not, NaN without a box.
-        chance: share of cells that lie in a box of the class.
+        chance: fraction of cells that lie in a box of the class.
     """
 
     index: IntArray
@@ -152,6 +160,7 @@ def measure_maps(
     Args:
         classifier: in evaluation mode.
         loader: this rank's batches of the split.
+        split: its labels, and its boxes where it has any.
         full: a model trained with full labels on the same classes, for correlations.
         negatives: known negatives of an image that are looked at, at most.
         seed: of their draw.
@@ -173,8 +182,8 @@ def measure_maps(
         width = max((len(c) for c in chosen), default=0) or 1
         # Ranks with a surplus batch forward it like the others; its maps are dropped.
         classes = np.full((len(batch.index), width), -1, np.int64)
-        for place, found in enumerate(chosen):
-            classes[place, : len(found)] = found
+        for place, ids in enumerate(chosen):
+            classes[place, : len(ids)] = ids
         on_device = torch.from_numpy(classes).to(loader.device)
         images = batch.views["eval"]
         row, column = np.nonzero(classes[: batch.real] >= 0)
@@ -215,7 +224,7 @@ def _measure(
     index: IntArray,
     class_id: IntArray,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Everything of `MapTable` but `positive`, for n pairs with maps [n, h, w]."""
+    """Columns of `MapTable`, except `positive`, for n pairs with maps [n, h, w]."""
     count, height, width = maps.shape
     part: dict[str, npt.NDArray[Any]] = {"index": index.astype(np.int64), "class_id": class_id}
     part["top"], part["bottom"] = extremes(maps)
@@ -230,10 +239,10 @@ def _measure(
         indptr, boxes = split.boxes
         cells = np.floor(peaks(maps) * (width, height)).astype(np.int64)
         for pair, (sample, wanted) in enumerate(zip(index, class_id, strict=True)):
-            here = boxes[indptr[sample] : indptr[sample + 1]]
-            here = here[here[:, 0] == wanted, 1:]
-            if len(here):
-                inside = cells_in_boxes(here, height, width)
+            rows = boxes[indptr[sample] : indptr[sample + 1]]
+            of_class = rows[rows[:, 0] == wanted, 1:]
+            if len(of_class):
+                inside = cells_in_boxes(of_class, height, width)
                 part["hit"][pair], part["chance"][pair] = inside[cells[pair, 1], cells[pair, 0]], inside.mean()
     return part
 
@@ -284,6 +293,8 @@ def plot(path: Path, table: MapTable, gaps: list[dict[str, Any]]) -> None:
     """Density of rank correlations, boxes of the highest and lowest cells, and IGNORE's gaps where a run has them.
 
     Args:
+        path: PNG file to write.
+        table: of `measure_maps`, with at least one positive.
         gaps: epoch lines of metrics.jsonl that have a `gap_histogram`.
     """
     import matplotlib
@@ -324,12 +335,12 @@ def plot(path: Path, table: MapTable, gaps: list[dict[str, Any]]) -> None:
         histogram = last["gap_histogram"]
         for kind in (k for k in histogram if k != "edges" and sum(histogram[k])):
             counts = np.array(histogram[kind], np.float64)
-            # The first bin, below the lowest edge, has no place on a logarithmic axis and stays out of the drawing.
+            # The first bin, below the lowest edge, has no place on a logarithmic axis and is not drawn.
             axis.stairs(counts[1:-1] / counts.sum(), histogram["edges"], label=kind.replace("_", " "))
         axis.axvline(last["t_gap"], color="black", linewidth=0.8, linestyle="--", label="threshold")
         axis.set_xscale("log", base=2)
         axis.set_xlabel(f"logit gap, epoch {last['epoch']}")
-        axis.set_ylabel("share of entries of the kind")
+        axis.set_ylabel("fraction of entries of the kind")
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

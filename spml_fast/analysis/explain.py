@@ -1,11 +1,13 @@
 """Class activation maps drawn over images: where a trained run sees evidence for a class, and where against it.
 
-A CAM head's logit is the mean of its signed map (spec/boostlu_large_loss.md 1.1), so colours have the map's sign: red
-is evidence for the class, blue against it, and the scale is the same for all maps of a page, symmetric around 0. Maps
-are the head's own, with the bias and without the boost. A Query2Label head gives the map that IGNORE uses: the class
-query's attention times the channel mean of the features (spec/ignore.md 2.2); its mean is not the logit.
+A CAM head's logit is the mean of its signed map, so colours have the map's sign: red is evidence for the class, blue
+against it, and the scale is the same for all maps of a page, symmetric around 0. Maps are the head's own, with the bias
+and without the boost. A Query2Label head gives the map that IGNORE uses: the class query's attention times the channel
+mean of the features; its mean is not the logit.
 
 Maps are made of the chosen classes alone, never of all C.
+
+Source: docs/sources.md#boostlu (the CAM head), docs/sources.md#ignore (the map of a Query2Label head).
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ class Explained:
     """One image with the maps of its chosen classes.
 
     Attributes:
-        path: as it is shown.
+        path: as it is displayed.
         image: uint8 [S, S, 3] as the network saw it, normalisation undone.
-        aspect: width through height of the original, 1 when unknown.
+        aspect: width / height of the original, 1 when unknown.
         classes: int64 [k] class ids.
         probability: float64 [k], sigmoid of `logit`.
         logit: float32 [k] at the alpha asked for.
@@ -72,8 +74,8 @@ class Explained:
     refused: str | None = None
 
     @property
-    def positive_share(self) -> npt.NDArray[np.float64]:
-        """Share of cells above 0 of each map, float64 [k]."""
+    def positive_fraction(self) -> npt.NDArray[np.float64]:
+        """Fraction of cells above 0 of each map, float64 [k]."""
         return (self.maps > 0).mean((1, 2))
 
     def wrong(self, place: int) -> bool:
@@ -88,7 +90,7 @@ def choose_classes(logits: Tensor, top: int, first: Sequence[Sequence[int]] | No
 
     Args:
         logits: [B, C].
-        top: classes an image; C where there are fewer.
+        top: classes per image; C where there are fewer.
         first: class ids of each image that come first, or None.
 
     Returns:
@@ -96,13 +98,13 @@ def choose_classes(logits: Tensor, top: int, first: Sequence[Sequence[int]] | No
     """
     order = torch.sort(logits, dim=1, descending=True, stable=True).indices
     if first is not None:
-        # A class's place in line: given ones before all others.
-        line = torch.empty_like(order)
-        line.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order).contiguous())
+        # A class's rank in its row: given ones before all others.
+        rank = torch.empty_like(order)
+        rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order).contiguous())
         for row, given in enumerate(first):
             for place, class_id in enumerate(given):
-                line[row, class_id] = place - len(given)
-        order = torch.argsort(line, dim=1)
+                rank[row, class_id] = place - len(given)
+        order = torch.argsort(rank, dim=1)
     return order[:, :top]
 
 
@@ -121,8 +123,8 @@ def explain(
 ) -> Iterator[Explained]:
     """Maps of each image, in order, a batch at a time.
 
-    An image that passed its check and that the loader cannot decode all the same is reported with its reason, and the
-    others go on.
+    An image that passed its check but that the loader cannot decode is reported with its reason, and the others are
+    explained all the same.
 
     Args:
         classifier: on `device`, in eval mode.
@@ -131,9 +133,9 @@ def explain(
         device: where the views are made and the network runs.
         alpha: BoostLU's factor of the probabilities, 1 for heads that do not boost.
         classes: names for error messages.
-        top: classes an image.
+        top: classes per image.
         first: class ids of each image that are looked at before the most probable ones, or None.
-        aspects: width through height of each original, or None.
+        aspects: width / height of each original, or None.
 
     Raises:
         UserError: a logit is not a number, or the head has no maps.
@@ -142,19 +144,7 @@ def explain(
     mean, std = (torch.tensor(v, device=device)[:, None, None] * 255 for v in input_normalisation(config, classifier))
     for start, views in load_images(classifier, config, files, device):
         if views is None:
-            path, none = files.path(start), np.empty(0, np.float32)
-            yield Explained(
-                path=path,
-                image=np.empty((0, 0, 3), np.uint8),
-                aspect=1.0,
-                classes=np.empty(0, np.int64),
-                probability=np.empty(0, np.float64),
-                logit=none,
-                plain=none,
-                maps=none.reshape(0, 1, 1),
-                predicted=(),
-                refused=why_refused(path),
-            )
+            yield _refused(files.path(start))
             continue
         number = len(views)
         with autocast(device, dtype):
@@ -186,9 +176,26 @@ def explain(
             )
 
 
+def _refused(path: str) -> Explained:
+    """An image that the loader cannot decode: no classes, and the reason."""
+    empty = np.empty(0, np.float32)
+    return Explained(
+        path=path,
+        image=np.empty((0, 0, 3), np.uint8),
+        aspect=1.0,
+        classes=np.empty(0, np.int64),
+        probability=np.empty(0, np.float64),
+        logit=empty,
+        plain=empty,
+        maps=empty.reshape(0, 1, 1),
+        predicted=(),
+        refused=why_refused(path),
+    )
+
+
 @dataclass(frozen=True)
 class Choice:
-    """A sample to show: its index, why, and the class that it is shown for (None for random ones)."""
+    """A sample to draw: its index, why, and the class that it stands for (None for random ones)."""
 
     index: int
     reason: str
@@ -205,14 +212,14 @@ def choose_samples(mistakes: Sequence[Suggestions], size: int, count: int, seed:
         seed: of the random ones.
     """
     chosen: dict[int, Choice] = {}
-    words = {NEGATIVE: "false positive", POSITIVE: "missed positive"}
-    for found in mistakes:
+    reasons = {NEGATIVE: "false positive", POSITIVE: "missed positive"}
+    for ranked in mistakes:
         # What a direction with few mistakes leaves free goes to the random ones.
         goal = min(count, len(chosen) + max(1, count // 3))
-        for index, class_id in zip(found.index.tolist(), found.class_id.tolist(), strict=True):
+        for index, class_id in zip(ranked.index.tolist(), ranked.class_id.tolist(), strict=True):
             if len(chosen) >= goal:
                 break
-            chosen.setdefault(index, Choice(index, words[found.code], class_id))
+            chosen.setdefault(index, Choice(index, reasons[ranked.code], class_id))
     for index in np.random.default_rng(seed).permutation(size).tolist():
         if len(chosen) >= min(count, size):
             break
@@ -220,15 +227,22 @@ def choose_samples(mistakes: Sequence[Suggestions], size: int, count: int, seed:
     return list(chosen.values())
 
 
-def with_labels(found: Explained, split: Split, choice: Choice, classes: Sequence[str]) -> Explained:
-    """The image with what is known of its labels."""
+def with_labels(explained: Explained, split: Split, choice: Choice, classes: Sequence[str]) -> Explained:
+    """The image with its known labels.
+
+    Args:
+        explained: the image with its maps.
+        split: the split that it belongs to.
+        choice: which sample it is, and why it was chosen.
+        classes: class names in class-id order.
+    """
     known, observed = split.known.rows([choice.index])[0], split.observed.rows([choice.index])[0]
     seen = np.flatnonzero(observed == POSITIVE)
     hidden = np.flatnonzero((known == POSITIVE) & (observed != POSITIVE))
     return replace(
-        found,
+        explained,
         path=split.relative_path(choice.index),
-        known=known[found.classes],
+        known=known[explained.classes],
         labels=(seen.tolist(), hidden.tolist()),
         reason=choice.reason if choice.class_id is None else f"{choice.reason}: {classes[choice.class_id]}",
     )

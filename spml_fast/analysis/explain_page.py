@@ -37,35 +37,35 @@ def _fonts(text: str) -> tuple[list[str], set[str]]:
             continue
         try:
             font = FT2Font(entry.fname)
-            here = {c for c in missing if font.get_char_index(ord(c))}
+            available = {c for c in missing if font.get_char_index(ord(c))}
         except (OSError, RuntimeError):
-            # A font file that is gone or damaged helps nobody.
+            # A font file that is gone or damaged has no glyphs to offer.
             continue
-        if here:
+        if available:
             families.append(entry.name)
-            missing -= here
+            missing -= available
         if not missing:
             break
     return families, missing
 
 
-def shown_names(classes: Sequence[str], ids: set[int]) -> tuple[dict[int, str], list[str], int]:
-    """Class names as the fonts of this machine can show them.
+def displayable_names(classes: Sequence[str], ids: set[int]) -> tuple[dict[int, str], list[str], int]:
+    """Class names as the fonts of this machine can draw them.
 
     Returns:
-        id -> name, or "class ID" where no font has its characters; the font families; how many names cannot be shown.
+        id -> name, or "class ID" where no font has its characters; the font families; how many names cannot be drawn.
     """
     # Composed, as fonts have more of such characters.
     names = {i: printable(unicodedata.normalize("NFC", classes[i])) for i in sorted(ids)}
     families, missing = _fonts("".join(names.values()))
-    lost = {i for i, name in names.items() if missing & set(name)}
-    return {i: f"class {i}" if i in lost else name for i, name in names.items()}, families, len(lost)
+    undrawable = {i for i, name in names.items() if missing & set(name)}
+    return {i: f"class {i}" if i in undrawable else name for i, name in names.items()}, families, len(undrawable)
 
 
 # Inches.
 _PANEL, _GAP, _CAPTION, _BLOCK_GAP, _MARGIN, _HEADER = 1.9, 0.12, 0.62, 0.3, 0.2, 0.72
 
-# Red and blue that stay apart for colour-blind eyes.
+# Red and blue that colour-blind people can tell from each other.
 _FOR, _AGAINST = np.array([0.78, 0.05, 0.13]), np.array([0.05, 0.28, 0.75])
 
 _LINE = 0.135
@@ -90,7 +90,7 @@ def tint(grey: npt.NDArray[np.float64], value: npt.NDArray[np.float64]) -> npt.N
         value: [...] in -1..1; 0 leaves the pixel grey, the ends are full red and full blue.
     """
     colour = np.where(value[..., None] > 0, _FOR, _AGAINST)
-    # A colour that begins at once: weak evidence against a class is seen too.
+    # The exponent lifts small values, so that weak evidence is visible too.
     weight = 0.85 * np.abs(value)[..., None] ** 0.7
     out: npt.NDArray[np.float64] = grey[..., None] * (1 - weight) + colour * weight
     return out
@@ -112,7 +112,7 @@ def overlay(image: npt.NDArray[np.uint8], cells: npt.NDArray[np.float32], scale:
 
 
 def _across(count: int, width: float, height: float) -> int:
-    """How many blocks of that size stand side by side on a page of `count`: near 4 : 3 and at most 26 inches wide."""
+    """How many blocks of that size go in a row of a page of `count`: near 4 : 3 and at most 26 inches wide."""
     usable = [n for n in range(1, count + 1) if n == 1 or n * width <= 26]
     return min(usable, key=lambda n: abs(math.log(n * width / (math.ceil(count / n) * height) / (4 / 3))))
 
@@ -129,32 +129,45 @@ class _Page:
         self._renderer = FigureCanvasAgg(self.figure).get_renderer()
 
     def text(
-        self, x: float, y: float, words: str, room: float, size: float = 7.5, keep: float = 0.7, **style: Any
+        self, x: float, y: float, text: str, room: float, size: float = 7.5, keep: float = 0.7, **style: Any
     ) -> None:
         """A line of text with its top left corner at (x, y).
 
         Args:
-            room: width that it may take; of a longer one something is left out.
-            keep: share of what is kept that comes from its beginning.
+            x: inches from the left edge.
+            y: inches from the upper edge.
+            text: the line.
+            room: width that it may take, inches; a longer line is cut and an ellipsis stands for the rest.
+            size: of the font, points.
+            keep: fraction of what is kept that comes from the beginning.
+            **style: of matplotlib's `Text`.
         """
         artist = self.figure.text(
             x / self.width,
             1 - y / self.height,
-            words,
+            text,
             fontsize=size,
             fontfamily=self.families,
             va="top",
             parse_math=False,
             **style,
         )
-        kept = len(words)
+        kept = len(text)
         while kept > 1 and (wide := artist.get_window_extent(self._renderer).width / _DPI) > room:
             kept = min(kept - 1, int(kept * room / wide))
             head = int(kept * keep)
-            artist.set_text(words[:head] + "\u2026" + words[len(words) - max(0, kept - head - 1) :])
+            artist.set_text(text[:head] + "\u2026" + text[len(text) - max(0, kept - head - 1) :])
 
     def image(self, x: float, y: float, pixels: npt.NDArray[Any], aspect: float, frame: str | None) -> None:
-        """An image in the panel at (x, y), on its floor beside the caption, in the aspect ratio of its original."""
+        """An image at the lower edge of the panel at (x, y), in the aspect ratio of its original.
+
+        Args:
+            x: inches from the left edge of the page.
+            y: inches from its upper edge.
+            pixels: [S, S, 3], uint8 or float in 0..1.
+            aspect: width / height of the original.
+            frame: colour of a thick frame, or None for a thin grey one.
+        """
         wide, high = _PANEL * min(1, aspect), _PANEL * min(1, 1 / aspect)
         left, top = x, y + _PANEL - high
         axes = self.figure.add_axes(
@@ -178,27 +191,27 @@ class _Page:
         axes.tick_params(length=2, pad=1)
 
 
-def _caption(found: Explained, names: dict[int, str]) -> list[str]:
+def _caption(image: Explained, names: dict[int, str]) -> list[str]:
     """The lines below an image."""
-    lines = [printable(found.path)]
-    if found.reason:
-        lines.append(found.reason)
-    if found.labels is not None:
-        seen, hidden = ([names[c] for c in ids] for ids in found.labels)
+    lines = [printable(image.path)]
+    if image.reason:
+        lines.append(image.reason)
+    if image.labels is not None:
+        seen, hidden = ([names[c] for c in ids] for ids in image.labels)
         text = "positive: " + (", ".join(seen) or "none")
         lines.append(text + (f"; hidden: {', '.join(hidden)}" if hidden else ""))
-    lines.append("predicted: " + (", ".join(names[c] for c in found.predicted) or "none"))
+    lines.append("predicted: " + (", ".join(names[c] for c in image.predicted) or "none"))
     return lines
 
 
-def _map_caption(found: Explained, place: int, names: dict[int, str], alpha: float, signed: bool) -> list[str]:
-    """The lines below a map; the first is the class. Attention has no sign worth counting."""
-    label = "" if found.known is None else f", label {NAMES[int(found.known[place])]}"
-    logit = f"logit {found.logit[place]:.2f}"
+def _map_caption(image: Explained, place: int, names: dict[int, str], alpha: float, signed: bool) -> list[str]:
+    """The lines below a map; the first is the class. Positive cells are counted in signed maps only."""
+    label = "" if image.known is None else f", label {NAMES[int(image.known[place])]}"
+    logit = f"logit {image.logit[place]:.2f}"
     if alpha != 1:
-        logit = f"logit {found.plain[place]:.2f}, at alpha {alpha:g} {found.logit[place]:.2f}"
-    lines = [names[int(found.classes[place])], f"probability {found.probability[place]:.3f}{label}", logit]
-    return lines + ([f"{100 * found.positive_share[place]:.0f}% of cells positive"] if signed else [])
+        logit = f"logit {image.plain[place]:.2f}, at alpha {alpha:g} {image.logit[place]:.2f}"
+    lines = [names[int(image.classes[place])], f"probability {image.probability[place]:.3f}{label}", logit]
+    return lines + ([f"{100 * image.positive_fraction[place]:.0f}% of cells positive"] if signed else [])
 
 
 def draw(out: Path, images: Sequence[Explained], classes: Sequence[str], title: str, alpha: float, signed: bool) -> int:
@@ -207,7 +220,7 @@ def draw(out: Path, images: Sequence[Explained], classes: Sequence[str], title: 
     Args:
         out: PNG file; an older one is replaced.
         images: at least one, with the same number of maps each.
-        classes: class names in class-id order; shown literally.
+        classes: class names in class-id order; drawn literally, without mathematical notation.
         title: first line of the page.
         alpha: of the probabilities.
         signed: whether the maps are evidence whose mean is the logit (CAM), else attention.
@@ -219,7 +232,7 @@ def draw(out: Path, images: Sequence[Explained], classes: Sequence[str], title: 
         UserError: the file cannot be written.
     """
     ids = {int(c) for p in images for group in (p.classes, p.predicted, *(p.labels or ())) for c in group}
-    names, families, lost = shown_names(classes, ids)
+    names, families, undrawable = displayable_names(classes, ids)
     width = (len(images[0].classes) + 1) * (_PANEL + _GAP) + _BLOCK_GAP
     height = _PANEL + _CAPTION + _GAP
     across = _across(len(images), width, height)
@@ -229,39 +242,50 @@ def draw(out: Path, images: Sequence[Explained], classes: Sequence[str], title: 
         families,
     )
     end = colour_scale(images)
-    page.text(_MARGIN, _MARGIN, printable(title), page.width - 2 * _MARGIN, 10, fontweight="bold")
-    page.scale(_MARGIN + 0.15, _MARGIN + 0.28, end)
-    meaning = (
-        "cell of the map: red for the class, blue against it" if signed else "attention of the class query x features"
-    )
-    page.text(_MARGIN + 1.75, _MARGIN + 0.25, meaning, page.width - 2.1)
-    if any(p.known is not None for p in images):
-        words = "thick frame: the prediction contradicts the label"
-        page.text(_MARGIN + 1.75, _MARGIN + 0.25 + _LINE, words, page.width - 2.1, color=_CONTRADICTED)
+    labelled = any(p.known is not None for p in images)
+    _draw_header(page, printable(title), end, signed, labelled)
     with warnings.catch_warnings():
         # A path may have characters that no font has; boxes stand for them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for place, found in enumerate(images):
+        for place, image in enumerate(images):
             x = _MARGIN + place % across * width
             y = _MARGIN + _HEADER + place // across * height
-            page.image(x, y, found.image, found.aspect, None)
-            captions = [_caption(found, names)]
-            for k, cells in enumerate(found.maps):
-                frame = _CONTRADICTED if found.wrong(k) else None
-                page.image(x + (k + 1) * (_PANEL + _GAP), y, overlay(found.image, cells, end), found.aspect, frame)
-                captions.append(_map_caption(found, k, names, alpha, signed))
-            for k, lines in enumerate(captions):
-                for row, line in enumerate(lines):
-                    left, top = x + k * (_PANEL + _GAP), y + _PANEL + 0.05 + row * _LINE
-                    # The end of a path says more than its beginning.
-                    keep, weight = (0.7, "bold" if row == 0 else "normal") if k else (1.0 if row else 0.0, "normal")
-                    page.text(left, top, line, _PANEL, keep=keep, fontweight=weight)
+            captions = [_caption(image, names)]
+            captions += [_map_caption(image, k, names, alpha, signed) for k in range(len(image.maps))]
+            _draw_block(page, x, y, image, captions, end)
         try:
             with atomic_write(out) as partial:
                 page.figure.savefig(partial, format="png", dpi=_DPI)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from error
-    return lost
+    return undrawable
+
+
+def _draw_header(page: _Page, title: str, end: float, signed: bool, labelled: bool) -> None:
+    """Title, colour scale and their explanation."""
+    page.text(_MARGIN, _MARGIN, title, page.width - 2 * _MARGIN, 10, fontweight="bold")
+    page.scale(_MARGIN + 0.15, _MARGIN + 0.28, end)
+    meaning = (
+        "cell of the map: red for the class, blue against it" if signed else "attention of the class query x features"
+    )
+    page.text(_MARGIN + 1.75, _MARGIN + 0.25, meaning, page.width - 2.1)
+    if labelled:
+        frames = "thick frame: the prediction contradicts the label"
+        page.text(_MARGIN + 1.75, _MARGIN + 0.25 + _LINE, frames, page.width - 2.1, color=_CONTRADICTED)
+
+
+def _draw_block(page: _Page, x: float, y: float, image: Explained, captions: list[list[str]], end: float) -> None:
+    """An image and its maps in one row at (x, y), each above its caption."""
+    page.image(x, y, image.image, image.aspect, None)
+    for k, cells in enumerate(image.maps):
+        frame = _CONTRADICTED if image.wrong(k) else None
+        page.image(x + (k + 1) * (_PANEL + _GAP), y, overlay(image.image, cells, end), image.aspect, frame)
+    for k, lines in enumerate(captions):
+        for row, line in enumerate(lines):
+            left, top = x + k * (_PANEL + _GAP), y + _PANEL + 0.05 + row * _LINE
+            # The end of a path tells more than its beginning.
+            keep, weight = (0.7, "bold" if row == 0 else "normal") if k else (1.0 if row else 0.0, "normal")
+            page.text(left, top, line, _PANEL, keep=keep, fontweight=weight)
 
 
 class MapFolder:
@@ -269,14 +293,14 @@ class MapFolder:
 
     Args:
         out: folder to make; it must not exist, or be empty.
-        about: what `maps.json` says beside its list (run, alpha, ...).
+        metadata: entries of `maps.json` beside its list (run, alpha, ...).
 
     Raises:
         UserError: the folder is in use or cannot be written.
     """
 
-    def __init__(self, out: Path, about: dict[str, Any]) -> None:
-        self.out, self.about = out, about
+    def __init__(self, out: Path, metadata: dict[str, Any]) -> None:
+        self.out, self.metadata = out, metadata
         self.entries: list[dict[str, Any]] = []
         self._staging = partial_path(out)
         self._images = 0
@@ -285,29 +309,29 @@ class MapFolder:
                 raise UserError(f"{out} exists and is not an empty folder; choose another --maps")
             self._staging.mkdir(parents=True)
         except FileExistsError as error:
-            raise UserError(f"{self._staging} is left from a run that was cut off; delete it") from error
+            raise UserError(f"{self._staging} is left from an interrupted run; delete it") from error
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from error
 
-    def add(self, found: Explained, classes: Sequence[str]) -> None:
+    def add(self, image: Explained, classes: Sequence[str]) -> None:
         """Write the maps of one image."""
-        for k, class_id in enumerate(found.classes.tolist()):
+        for k, class_id in enumerate(image.classes.tolist()):
             name = f"{self._images:06d}-{class_id}.npy"
             try:
-                np.save(self._staging / name, found.maps[k])
+                np.save(self._staging / name, image.maps[k])
             except OSError as error:
                 raise UserError(f"{self._staging / name} cannot be written: {error.strerror}") from error
             self.entries.append(
                 {
                     "file": name,
-                    # Escaped where the file name's bytes are no UTF-8, which JSON could not hold.
-                    "path": found.path.encode("utf-8", "backslashreplace").decode(),
+                    # Escaped where the file name's bytes are not UTF-8, which JSON could not hold.
+                    "path": image.path.encode("utf-8", "backslashreplace").decode(),
                     "class": classes[class_id],
                     "class_id": class_id,
-                    "probability": float(found.probability[k]),
-                    "logit": float(found.logit[k]),
-                    "logit_alpha_1": float(found.plain[k]),
-                    "positive_share": float(found.positive_share[k]),
+                    "probability": float(image.probability[k]),
+                    "logit": float(image.logit[k]),
+                    "logit_alpha_1": float(image.plain[k]),
+                    "positive_share": float(image.positive_fraction[k]),
                 }
             )
         self._images += 1
@@ -320,7 +344,7 @@ class MapFolder:
             shutil.rmtree(self._staging)
             return
         try:
-            write_json(self._staging / "maps.json", {**self.about, "maps": self.entries})
+            write_json(self._staging / "maps.json", {**self.metadata, "maps": self.entries})
             move_into_place(self._staging, self.out)
         except OSError as problem:
             raise UserError(f"{self.out} cannot be written: {problem.strerror}") from problem

@@ -1,4 +1,4 @@
-"""A trained run for those who have none of this program: an ONNX model, or weights for timm.
+"""A trained run for use without this program: an ONNX model, or weights for timm.
 
 ONNX: images in, logits and probabilities out, with normalisation and BoostLU inside the graph. Safetensors: where the
 model at alpha 1 is timm's own model of that name (global average pooling and a linear layer), weights under timm's
@@ -38,12 +38,12 @@ ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 OPSET = 20
 # Images that an export is compared on.
 CHECKED = 4
-# Largest difference of a logit, as a share of the largest (timm's model: bias left out). Other orders of summation in
-# fp32 give 1e-5; a model that pools or normalises in another way is apart by its whole size.
+# Largest difference of a logit, as a fraction of the largest (timm's model: bias left out). Other orders of summation
+# in fp32 give 1e-5; a model that pools or normalises in another way differs by about the whole logit.
 ALLOWED = 1e-3
 # An ONNX file is one protobuf message, which ends at 2 GiB; the graph around the weights is far below 32 MiB.
 ONNX_LIMIT = 2**31 - 2**25
-RESIZE = "resize both sides to the size, bilinear with antialiasing (Pillow's BILINEAR), 8 bits a channel"
+RESIZE = "resize both sides to the size, bilinear with antialiasing (Pillow's BILINEAR), 8 bits per channel"
 
 
 class ImageModel(nn.Module):
@@ -52,7 +52,8 @@ class ImageModel(nn.Module):
     Args:
         classifier: in eval mode.
         alpha: BoostLU's factor, fixed in the graph; 1 for heads without a map.
-        mean, std: of the channels, 0..1.
+        mean: of the channels, 0..1.
+        std: of the channels, 0..1.
     """
 
     def __init__(self, classifier: Classifier, alpha: float, mean: list[float], std: list[float]) -> None:
@@ -69,7 +70,17 @@ class ImageModel(nn.Module):
 
 
 def describe(config: Config, classifier: Classifier, classes: list[str], alpha: float) -> dict[str, str]:
-    """What somebody must know to use the model; every value is text, lists are JSON."""
+    """Metadata needed to use the model.
+
+    Args:
+        config: the run's.
+        classifier: with the run's weights.
+        classes: class names in class-id order.
+        alpha: BoostLU's factor in evaluation.
+
+    Returns:
+        Name -> text; lists are JSON.
+    """
     mean, std = input_normalisation(config, classifier)
     return {
         "classes": json.dumps(classes, ensure_ascii=False),
@@ -90,7 +101,7 @@ def describe(config: Config, classifier: Classifier, classes: list[str], alpha: 
 def sample_images(config: Config, classifier: Classifier) -> tuple[Tensor, str]:
     """Images [n, 3, S, S], fp32 RGB 0..255, and what they are.
 
-    They are the first of the run's test split, or noise where its data set is not there.
+    They are the first of the run's test split, or noise where its data set is missing.
     """
     side = config.data.image_size
     noise = torch.rand(CHECKED, 3, side, side, generator=torch.Generator().manual_seed(0)) * 255, f"{CHECKED} of noise"
@@ -107,25 +118,25 @@ def sample_images(config: Config, classifier: Classifier) -> tuple[Tensor, str]:
         loader = make_eval_loader(config, split, classifier, torch.device("cpu"))
         batch = next(iter(loader))
     except UserError:
-        # The data set's table is there and its images are not.
+        # The data set's table exists but its images do not.
         return noise
     images = ((batch.views["eval"][: batch.real] * std + mean) * 255).round().contiguous()
     return images, f"{len(images)} of split {name}"
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise `UserError` for logits of a run that nobody should get."""
+    """Raise `UserError` where a logit of the run is not finite."""
     if not bool(logits.isfinite().all()):
         raise UserError("the run gives logits that are not numbers: it has diverged, or its weights are damaged")
 
 
-def difference(found: Tensor, expected: Tensor, bias: Tensor | None = None) -> tuple[float, bool]:
+def difference(actual: Tensor, expected: Tensor, bias: Tensor | None = None) -> tuple[float, bool]:
     """Largest difference of logits [B, C], and whether it is rounding; what the images add to `bias` [C] counts."""
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return float("inf"), False
-    apart = float((found - expected).abs().max())
+    max_difference = float((actual - expected).abs().max())
     size = float((expected if bias is None else expected - bias).abs().max())
-    return apart, apart <= ALLOWED * size
+    return max_difference, max_difference <= ALLOWED * size
 
 
 def need_onnx() -> None:
@@ -145,6 +156,8 @@ def export_onnx(
 
     Args:
         classifier: on the CPU, in eval mode.
+        config: the run's.
+        classes: class names in class-id order.
         alpha: BoostLU's factor, fixed in the graph.
         out: the file; an older one is replaced once the new one has passed.
 
@@ -157,24 +170,49 @@ def export_onnx(
     """
     need_onnx()
     import onnx
-    import onnxruntime
 
     model = ImageModel(classifier, alpha, *input_normalisation(config, classifier)).eval()
     size = sum(t.nbytes for t in model.state_dict().values())
     if size >= ONNX_LIMIT:
         raise UserError(f"the weights take {size / 1e9:.1f} GB and an ONNX file holds 2.1; use --format safetensors")
-    images, which = sample_images(config, classifier)
-    # Of two images, since a batch of one would be taken for fixed.
-    example = images[:1].expand(2, -1, -1, -1).contiguous()
-    said, log = io.StringIO(), logging.getLogger("torch.onnx")
-    level = log.level
-    with env.reference_kernels(), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    images, source = sample_images(config, classifier)
+    with env.reference_kernels(), torch.no_grad():
         expected = model(images)[0]
         check_finite(expected)
+        program = _trace(model, images, config.model.backbone)
+    try:
+        with atomic_write(out) as partial:
+            program.save(str(partial), external_data=False)
+            written = onnx.load(str(partial))
+            del written.metadata_props[:]
+            side = config.data.image_size
+            metadata = describe(config, classifier, classes, alpha)
+            metadata["input"] = f"images: float32 [batch, 3, {side}, {side}], RGB, values 0 to 255, not normalised"
+            onnx.helper.set_model_props(written, metadata)
+            written.producer_name, written.producer_version = "spml_fast", __version__
+            onnx.save(written, str(partial))
+            max_difference, same = difference(_run_onnx(partial, images, config.model.backbone), expected)
+            if not same:
+                raise UserError(
+                    "the ONNX model gives other logits than the run "
+                    f"(largest difference {max_difference:.3g}); it was not written"
+                )
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    return max_difference, source
+
+
+def _trace(model: ImageModel, images: Tensor, name: str) -> torch.onnx.ONNXProgram:
+    """The model as an ONNX program with a free batch size; `name` of the backbone is for error messages."""
+    # Of two images, since a batch of one would be taken for fixed.
+    example = images[:1].expand(2, -1, -1, -1).contiguous()
+    output, log = io.StringIO(), logging.getLogger("torch.onnx")
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         log.setLevel(logging.ERROR)
         try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 program = torch.onnx.export(
                     model,
                     (example,),
@@ -188,38 +226,26 @@ def export_onnx(
         except Exception as error:
             # The exporter follows the model's own code, where anything may happen.
             text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UserError(f"{config.model.backbone} cannot be exported to ONNX: {text}") from error
+            raise UserError(f"{name} cannot be exported to ONNX: {text}") from error
         finally:
             log.setLevel(level)
     assert program is not None
+    return program
+
+
+def _run_onnx(path: Path, images: Tensor, name: str) -> Tensor:
+    """Logits [n, C] of the file by ONNX Runtime; `name` of the backbone is for error messages."""
+    import onnx
+    import onnxruntime
+
     try:
-        with atomic_write(out) as partial:
-            program.save(str(partial), external_data=False)
-            written = onnx.load(str(partial))
-            del written.metadata_props[:]
-            side = config.data.image_size
-            about = describe(config, classifier, classes, alpha)
-            about["input"] = f"images: float32 [batch, 3, {side}, {side}], RGB, values 0 to 255, not normalised"
-            onnx.helper.set_model_props(written, about)
-            written.producer_name, written.producer_version = "spml_fast", __version__
-            onnx.save(written, str(partial))
-            try:
-                onnx.checker.check_model(str(partial), full_check=True)
-                session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-                found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-            except Exception as error:
-                # The classes of their errors are not public.
-                text = " ".join(str(error).split())
-                raise UserError(f"ONNX Runtime does not run the exported {config.model.backbone}: {text}") from error
-            apart, same = difference(found, expected)
-            if not same:
-                raise UserError(
-                    f"the ONNX model gives other logits than the run (largest difference {apart:.3g}); "
-                    "it was not written"
-                )
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    return apart, which
+        onnx.checker.check_model(str(path), full_check=True)
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    except Exception as error:
+        # The classes of their errors are not public.
+        text = " ".join(str(error).split())
+        raise UserError(f"ONNX Runtime does not run the exported {name}: {text}") from error
 
 
 def timm_options(config: Config) -> dict[str, Any]:
@@ -260,6 +286,12 @@ def as_timm_model(classifier: Classifier, config: Config, num_classes: int) -> n
 def export_safetensors(classifier: Classifier, config: Config, classes: list[str], out: Path) -> tuple[str, float, str]:
     """Write weights, under timm's names where timm's model gives the same logits at alpha 1.
 
+    Args:
+        classifier: on the CPU, in eval mode.
+        config: the run's.
+        classes: class names in class-id order.
+        out: the file; an older one is replaced.
+
     Returns:
         The layout: `timm` for a state of timm's whole model, `parts` for `backbone.` and `head.` beside each other;
         the largest difference of a logit between timm's model and the run's classifier (0 for `parts`, which are the
@@ -268,9 +300,9 @@ def export_safetensors(classifier: Classifier, config: Config, classes: list[str
     Raises:
         UserError: the run's logits are not finite, or the file cannot be written.
     """
-    images, which = sample_images(config, classifier)
+    images, source = sample_images(config, classifier)
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in input_normalisation(config, classifier))
-    layout, apart, state = "parts", 0.0, classifier.state_dict()
+    layout, max_difference, state = "parts", 0.0, classifier.state_dict()
     with torch.no_grad():
         views = (images - mean) / std
         expected = classifier(views).logits
@@ -279,18 +311,18 @@ def export_safetensors(classifier: Classifier, config: Config, classes: list[str
         if model is not None:
             bias = classifier.head.bias
             assert isinstance(bias, Tensor)
-            found, same = difference(model(views), expected, bias)
+            timm_difference, same = difference(model(views), expected, bias)
             # A model that normalises after pooling, or pools a token, is another one.
             if same:
-                layout, apart, state = "timm", found, model.state_dict()
-    about = describe(config, classifier, classes, classifier.alpha_eval) | {
+                layout, max_difference, state = "timm", timm_difference, model.state_dict()
+    metadata = describe(config, classifier, classes, classifier.alpha_eval) | {
         "layout": layout,
         "timm_options": json.dumps(timm_options(config)),
         "timm": importlib.metadata.version("timm"),
     }
     try:
         with atomic_write(out) as partial:
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, partial, metadata=about)
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, partial, metadata=metadata)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    return layout, apart, which
+    return layout, max_difference, source

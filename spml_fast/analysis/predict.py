@@ -1,8 +1,8 @@
 """A trained run on new images: find them, check them, and give the classes of each with probabilities.
 
 The images go through the same loader as evaluation's, and the logits are the same. A run directory is enough: its
-class names, image size and normalisation are in it, and the data set may be gone. Of C classes an image those that
-are asked for are kept, a batch at a time, so memory does not grow with what is written.
+class names, image size and normalisation are in it, and the data set may be gone. Of the C classes of an image only the
+requested ones are kept, a batch at a time, so memory does not grow with what is written.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from spml_fast.runs.open import make_eval_loader
 
 COLUMNS = ("path", "class", "probability", "rank")
 
-# Longer paths are not padded to.
+# Lines are padded to the longest path, up to this many columns.
 _PATH_WIDTH = 60
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was found for one image.
+    """The classes of one image.
 
     Attributes:
         path: as it was given.
@@ -64,8 +64,8 @@ def predict(
 ) -> Iterator[Prediction]:
     """Classes of each image, in order, a batch at a time.
 
-    An image that passed its check and that the loader cannot decode all the same is reported with its reason, and the
-    others go on.
+    An image that passed its check but that the loader cannot decode is reported with its reason, and the others are
+    predicted all the same.
 
     Args:
         classifier: on `device`, in eval mode.
@@ -74,7 +74,7 @@ def predict(
         device: where the views are made and the network runs.
         alpha: BoostLU's factor, 1 for heads without a map (`evaluate.check_alphas`).
         classes: names for error messages.
-        top: give so many of the most probable classes, ties by class id; None gives all.
+        top: number of most probable classes to give, ties by class id; None gives all.
         threshold: of these, give those with at least this probability.
 
     Raises:
@@ -123,14 +123,24 @@ def why_refused(path: str) -> str:
 def load_images(
     classifier: Classifier, config: Config, files: ImageFiles, device: torch.device
 ) -> Iterator[tuple[int, Tensor | None]]:
-    """Yield (index of the first, views [b, 3, S, S]), or (index, None) for an image that the loader refuses."""
+    """Views of the images, a batch at a time.
+
+    Args:
+        classifier: whose input normalisation is used.
+        config: the run's; a batch has at most `eval.batch_size` images.
+        files: the images.
+        device: where the views are made.
+
+    Yields:
+        (index of the batch's first image, views [b, 3, S, S]), or (index, None) for an image that the loader refuses.
+    """
     start = single_until = 0
     while start < len(files):
         single = start < single_until
         try:
             part = files.part(start, start + 1 if single else len(files))
             for batch in make_eval_loader(config, part, classifier, device):
-                # Padding serves ranks that keep in step; there are none.
+                # Padding keeps ranks in step; here is only one.
                 yield start, batch.views["eval"][: batch.real]
                 start += batch.real
         except UserError:
@@ -156,11 +166,18 @@ def path_width(paths: Sequence[str]) -> int:
     return min(max(len(printable(path)) for path in paths), _PATH_WIDTH)
 
 
-def prediction_line(found: Prediction, classes: Sequence[str], threshold: float, width: int) -> str:
-    """One image on one line: path, then class and probability, the most probable first."""
-    pairs = zip(found.classes.tolist(), found.probability.tolist(), strict=True)
+def prediction_line(prediction: Prediction, classes: Sequence[str], threshold: float, width: int) -> str:
+    """One image on one line: path, then class and probability, the most probable first.
+
+    Args:
+        prediction: of the image.
+        classes: class names in class-id order.
+        threshold: that was applied, for the text of an image without classes.
+        width: columns of the path (`path_width`).
+    """
+    pairs = zip(prediction.classes.tolist(), prediction.probability.tolist(), strict=True)
     text = ", ".join(f"{classes[c]} {p:.3f}" for c, p in pairs) or f"no class of probability {threshold:g} or more"
-    return f"{printable(found.path):<{width}}  {text}"
+    return f"{printable(prediction.path):<{width}}  {text}"
 
 
 class PredictionTable:
@@ -189,12 +206,12 @@ class PredictionTable:
         self._write = csv_writer(self._file)
         self._write(COLUMNS)
 
-    def add(self, found: Prediction) -> None:
-        """Write the classes of one image, a row each."""
-        pairs = zip(found.classes.tolist(), found.probability.tolist(), strict=True)
+    def add(self, prediction: Prediction) -> None:
+        """Write the classes of one image, one row per class."""
+        pairs = zip(prediction.classes.tolist(), prediction.probability.tolist(), strict=True)
         try:
             for rank, (class_id, probability) in enumerate(pairs, 1):
-                self._write((found.path, self.classes[class_id], probability, rank))
+                self._write((prediction.path, self.classes[class_id], probability, rank))
                 self.rows += 1
         except OSError as error:
             raise UserError(f"{self._partial} cannot be written: {error.strerror}") from error

@@ -1,14 +1,14 @@
 """Labels that are probably missing or wrong, as a trained run sees them.
 
 One pass over a split; of every batch's [B, C] logits those pairs (image, class) are kept that a bounded list still
-has room for, so memory follows what is given out and the images of a batch, never images x classes. Three lists:
+has room for, so memory grows with the lists and with a batch, never with images x classes. Three lists:
 
     missing          unknown pairs that the model is most sure are positive
     doubtful         observed positives that it is most sure are negative
     doubtful absent  observed negatives that it is most sure are positive
 
 Training sees `Split.observed` and so do the lists; where `Split.known` holds more (a simulation that hides labels, or
-extra labels of a user), the suggestions are held against it.
+extra labels of a user), the suggestions are compared with it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from spml_fast.models.classifier import Classifier
 
 COLUMNS = ("path", "class", "known", "probability", "suggestion")
 NAMES = {UNKNOWN: "unknown", POSITIVE: "positive", NEGATIVE: "negative"}
-# Order in which lists are shown and written; the code is that of the observed label.
+# Order in which lists are printed and written; the code is that of the observed label.
 KINDS = (UNKNOWN, POSITIVE, NEGATIVE)
 DEPTHS = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
@@ -159,14 +159,14 @@ def find_suggestions(
     Args:
         classifier: in eval mode.
         loader: this rank's batches.
-        labels: of the split, as the suggestions shall see them.
+        labels: of the split, which the suggestions complete or contradict.
         alpha: BoostLU factor of the probabilities, 1 for heads without a map.
         precision: as `train.precision`.
         classes: names for error messages.
         top: pairs of each list in all, or None for no limit but `per_class`.
         per_class: pairs of each list and class, or None for no such limit; one of the two must be given.
         min_probability: how sure the model must be of the label that it suggests.
-        codes: lists that are wanted.
+        codes: observed labels whose lists are made.
         advance: called with the number of images of each batch.
 
     Returns:
@@ -194,14 +194,14 @@ def find_suggestions(
             scores = -logits if code == POSITIVE else logits
             pairs.add(index, scores, (known == code) & (scores >= floor))
         advance(batch.real)
-    found = []
+    lists = []
     for code, pairs in best.items():
         key, score, seen = pairs.gather()
         key, score = (key, score) if top is None else (key[:top], score[:top])
         logit = score.astype(np.float64) * (-1 if code == POSITIVE else 1)
         probability = torch.sigmoid(torch.from_numpy(logit)).numpy()
-        found.append(Suggestions(code, key // labels.num_classes, key % labels.num_classes, probability, seen))
-    return found if distributed.is_main() else None
+        lists.append(Suggestions(code, key // labels.num_classes, key % labels.num_classes, probability, seen))
+    return lists if distributed.is_main() else None
 
 
 def codes_of(
@@ -224,12 +224,13 @@ def precision_at(
 
     Args:
         right: bool [n], best first; only counted where `judged`.
-        judged: bool [n], whether the truth of the pair is known.
+        judged: bool [n], whether the ground truth of the pair is known.
+        depths: lengths of the list's beginning; those beyond its end are dropped.
     """
     count = len(right)
     hits, known = np.cumsum(right & judged), np.cumsum(judged)
-    at = sorted({d for d in depths if d < count} | ({count} if count else set()))
-    return [(d, int(hits[d - 1]), int(known[d - 1])) for d in at]
+    ends = sorted({d for d in depths if d < count} | ({count} if count else set()))
+    return [(d, int(hits[d - 1]), int(known[d - 1])) for d in ends]
 
 
 def hidden_positives(split: Split) -> tuple[int, int]:
@@ -247,22 +248,22 @@ def hidden_positives(split: Split) -> tuple[int, int]:
     return counts[POSITIVE], counts[POSITIVE] + counts[NEGATIVE]
 
 
-def truth_rows(found: Suggestions, split: Split) -> list[tuple[str, str]]:
+def truth_rows(suggestions: Suggestions, split: Split) -> list[tuple[str, str]]:
     """The list's precision against `split.known` at a few depths, for people: (name, value) pairs of a table."""
-    truth = codes_of(split.known, found.index, found.class_id)
-    right, judged = truth == found.suggestion, truth != UNKNOWN
+    truth = codes_of(split.known, suggestions.index, suggestions.class_id)
+    right, judged = truth == suggestions.suggestion, truth != UNKNOWN
     rows = []
     for depth, hits, known in precision_at(right, judged):
-        text = f"{100 * hits / known:.1f}% ({hits} of {known})" if known else "nobody knows"
-        left = f"; {depth - known} not known" if known and known < depth else ""
+        text = f"{100 * hits / known:.1f}% ({hits} of {known})" if known else "no ground truth"
+        left = f"; {depth - known} without ground truth" if known and known < depth else ""
         rows.append((f"precision of the first {depth}", text + left))
-    if found.code == UNKNOWN:
+    if suggestions.code == UNKNOWN:
         hidden, pairs = hidden_positives(split)
         if pairs > 0:
             rows.append(("precision of a guess", f"{100 * hidden / pairs:.1f}% ({hidden} of {pairs} hidden labels)"))
         if hidden > 0:
-            share = int((right & judged).sum())
-            rows.append(("hidden positives found", f"{100 * share / hidden:.1f}% ({share} of {hidden})"))
+            correct = int((right & judged).sum())
+            rows.append(("hidden positives found", f"{100 * correct / hidden:.1f}% ({correct} of {hidden})"))
     return rows
 
 
@@ -272,6 +273,12 @@ def write_suggestions(out: Path, lists: Sequence[Suggestions], split: Split, cla
     UTF-8 with a header; columns: path (relative to the image root, byte for byte), class, known (unknown, positive,
     negative: the observed label), probability (all digits of a float64), suggestion (positive or negative).
 
+    Args:
+        out: the CSV file; an older one is replaced.
+        lists: in the order in which they are written.
+        split: that they are about.
+        classes: class names in class-id order.
+
     Returns:
         Number of rows.
 
@@ -279,23 +286,25 @@ def write_suggestions(out: Path, lists: Sequence[Suggestions], split: Split, cla
         UserError: the file cannot be written.
     """
     try:
-        return write_csv(out, COLUMNS, (row for found in lists for row in suggestion_rows(found, split, classes)))
+        return write_csv(out, COLUMNS, (row for ranked in lists for row in suggestion_rows(ranked, split, classes)))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
 
 
-def suggestion_rows(found: Suggestions, split: Split, classes: Sequence[str]) -> list[tuple[Any, ...]]:
+def suggestion_rows(suggestions: Suggestions, split: Split, classes: Sequence[str]) -> list[tuple[Any, ...]]:
     """The values of `COLUMNS` for every pair of a list."""
-    pairs = zip(found.index.tolist(), found.class_id.tolist(), found.probability.tolist(), strict=True)
-    known, label = NAMES[found.code], NAMES[found.suggestion]
+    pairs = zip(
+        suggestions.index.tolist(), suggestions.class_id.tolist(), suggestions.probability.tolist(), strict=True
+    )
+    known, label = NAMES[suggestions.code], NAMES[suggestions.suggestion]
     return [(split.relative_path(i), classes[c], known, p, label) for i, c, p in pairs]
 
 
-def title(found: Suggestions, split: Split) -> str:
+def title(suggestions: Suggestions, split: Split) -> str:
     """What a list holds, for the head of its table."""
     what = {
         UNKNOWN: "unknown labels that look positive",
         POSITIVE: "observed positives that look negative",
         NEGATIVE: "observed negatives that look positive",
-    }[found.code]
-    return f"{split.name}: {what}, {len(found)} of {found.reach}"
+    }[suggestions.code]
+    return f"{split.name}: {what}, {len(suggestions)} of {suggestions.reach}"

@@ -1,9 +1,9 @@
 """Which runs a comparison has, with which options, and what the papers say of them.
 
-Published numbers are from spec/published_results.md: 1.2 (BoostLU's main table), 1.3 (Large Loss), 1.4 (scenarios), and
-4 (Query2Label, from IGNORE's first release, CALR); hyper-parameters from spec/baselines.md 3 and
-spec/boostlu_large_loss.md 1.6. Where a paper searched for a value and did not say which it took, the entry's note says
-so.
+Where a paper searched for a value and does not name the one it took, the entry's note says so.
+
+Source: docs/sources.md#published-results (test mAP), docs/sources.md#cole, #em, #large-loss and #boostlu
+(hyper-parameters).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Statement:
 
     Attributes:
         text: the statement.
-        needs: entries it speaks of.
+        needs: entries that it compares.
         holds: means by (entry, alpha) -> whether it holds.
     """
 
@@ -58,10 +58,10 @@ class Preset:
 
     Attributes:
         name: of the preset.
-        entries: everything that can be asked for.
+        entries: all that exist.
         statements: those that are judged when their entries were run.
-        default: names of the entries that run when none are asked for.
-        note: what the table says below.
+        default: names of the entries that run when none are named.
+        note: the text below the table.
     """
 
     name: str
@@ -94,7 +94,7 @@ def _digits(name: str, *options: str, note: str = "") -> Entry:
     return Entry(name, name, "digits.yaml", (*PLAIN, *options), note=note)
 
 
-# Entries that see labels which training has no right to see.
+# Entries that train with hidden labels.
 ORACLES = ("full", "full_ls", "iun", "q2l_full")
 
 # Mean number of digits in a training scene, which EPR and ROLE are given as k (a statistic of the full labels).
@@ -237,7 +237,7 @@ class _Paper:
             shared = ("--method.ties", "inclusive", "--method.batch_semantics", "paper")
             entries.append(plain(scheme, scheme, *shared))
             entries.append(Entry(f"{scheme}_boost", scheme, boost, shared, {"5": number[f"{scheme}_boost"]}))
-        entries.append(Entry("ignore", "ignore", ignore, note="its own numbers are not known to us"))
+        entries.append(Entry("ignore", "ignore", ignore, note="no published numbers of this network"))
         default = tuple(e.name for e in entries)
         entries += self._large_loss(released, expected, linear)
         entries += self._query2label(query, expected, apl)
@@ -282,8 +282,8 @@ class _Paper:
             "ignore": ("--method.preset", "calr", "--method.cam_threshold", "0.5"),
         }
         return [
-            Entry(f"q2l_{name}", name, recipe, more, {"1": self.query2label[name]}, "Query2Label", (1,))
-            for name, more in options.items()
+            Entry(f"q2l_{name}", name, recipe, given, {"1": self.query2label[name]}, "Query2Label", (1,))
+            for name, given in options.items()
         ]
 
 
@@ -293,7 +293,7 @@ def _columns(table: str) -> list[dict[str, float]]:
     return [{name: float(values[i]) for name, *values in rows} for i in range(len(rows[0]) - 1)]
 
 
-# spec/published_results.md 1.2: VOC, COCO, NUS-WIDE, CUB.
+# Columns: VOC, COCO, NUS-WIDE, CUB. Source: BoostLU, main table (docs/sources.md#published-results).
 _BOOSTLU = _columns("""
     full         89.42  76.78  52.08  30.90
     an           85.89  64.92  42.27  18.31
@@ -311,7 +311,7 @@ _BOOSTLU = _columns("""
     ll_cp_boost  87.81  71.41  48.61  19.34
 """)
 
-# spec/published_results.md 1.3: the same four end to end, then after linear-init.
+# The same four end to end, then after linear-init. Source: Large Loss, main table (docs/sources.md#published-results).
 _LARGE_LOSS = _columns("""
     full   90.2  78.0  54.5  32.9   91.1  77.2  54.9  34.0
     an     85.1  64.1  42.0  19.1   86.9  68.7  47.6  20.9
@@ -324,7 +324,7 @@ _LARGE_LOSS = _columns("""
     ll_cp  88.4  70.7  48.3  20.1   88.3  71.0  49.4  21.4
 """)
 
-# spec/published_results.md 4; `ignore` is CALR.
+# `ignore` is CALR. Source: CALR, table 1 (docs/sources.md#published-results).
 _QUERY2LABEL = _columns("""
     an      87.6  72.3  48.5  18.6
     wan     89.2  73.5  48.5  22.5

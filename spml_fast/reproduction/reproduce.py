@@ -44,33 +44,35 @@ class Row:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-def check_options(run: Path, words: Sequence[str]) -> None:
-    """Raise `UserError` when a run was begun with other options: its figures are not those that are asked for."""
+def check_options(run: Path, options: Sequence[str]) -> None:
+    """Raise `UserError` when a run was begun with other options, since its figures would belong to those."""
     path = RunLayout(run).options
     if not RunLayout(run).begun or not path.exists():
         return
     try:
-        found = [str(word) for word in json.loads(path.read_text(encoding="utf-8"))["options"]]
+        begun_with = [str(option) for option in json.loads(path.read_text(encoding="utf-8"))["options"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete {run} or choose another --out") from error
-    if found != list(words):
-        raise UserError(f"{run} was made with other options ({shlex.join(found)}); delete it or choose another --out")
+    if begun_with != list(options):
+        raise UserError(
+            f"{run} was made with other options ({shlex.join(begun_with)}); delete it or choose another --out"
+        )
 
 
-def note_options(run: Path, words: Sequence[str]) -> None:
+def note_options(run: Path, options: Sequence[str]) -> None:
     """Write down what `check_options` compares, before a run is begun."""
     run.mkdir(parents=True, exist_ok=True)
-    io.write_json(RunLayout(run).options, {"options": list(words)})
+    io.write_json(RunLayout(run).options, {"options": list(options)})
 
 
 def collect(runs: dict[str, list[Path]], entries: Iterable[Entry], heads: dict[str, str]) -> list[Row]:
-    """Rows from finished runs: entry name -> run directories, one a seed."""
+    """Rows from finished runs: entry name -> run directories, one per seed."""
     rows = []
     for entry in entries:
-        found = [read_results(run) for run in runs[entry.name]]
+        results = [read_results(run) for run in runs[entry.name]]
         seconds = [e["seconds"] for run in runs[entry.name] for e in read_epochs(run)]
-        for alpha in found[0]["alpha"]:
-            values = [r["alpha"][alpha]["map"] for r in found]
+        for alpha in results[0]["alpha"]:
+            values = [r["alpha"][alpha]["map"] for r in results]
             rows.append(Row(entry, heads[entry.name], alpha, values, statistics.median(seconds)))
     return rows
 
@@ -145,7 +147,7 @@ def as_table(preset: Preset, rows: list[Row]) -> Table:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """One line an entry and alpha."""
+    """One line per entry and alpha."""
     header = ("method", "head", "alpha", "map_mean", "map_std", "seeds", "published", "epoch_seconds")
     table = []
     for r in rows:
@@ -169,8 +171,8 @@ def plot(path: Path, rows: list[Row], runs: dict[str, list[Path]]) -> None:
     width = 0.8 / len(alphas)
     for place, alpha in enumerate(alphas):
         chosen = [r for r in rows if r.alpha == alpha]
-        at = [names.index(r.entry.name) + (place - (len(alphas) - 1) / 2) * width for r in chosen]
-        bars = left.bar(at, [r.mean for r in chosen], width, yerr=[r.std for r in chosen], capsize=3)
+        positions = [names.index(r.entry.name) + (place - (len(alphas) - 1) / 2) * width for r in chosen]
+        bars = left.bar(positions, [r.mean for r in chosen], width, yerr=[r.std for r in chosen], capsize=3)
         bars.set_label(f"alpha {alpha}")
         left.bar_label(bars, fmt="%.1f", fontsize=7, padding=3)
     lowest = min(r.mean - r.std for r in rows)

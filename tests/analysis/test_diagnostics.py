@@ -42,14 +42,14 @@ def test_rank_correlation_is_spearmans_with_ties() -> None:
     rng = np.random.default_rng(1)
     first, second = rng.integers(0, 5, (4, 6, 7)), rng.normal(size=(4, 6, 7))
     second[3] = 1.5
-    found = rank_correlation(first, second)
+    correlations = rank_correlation(first, second)
     for i in range(3):
-        assert found[i] == pytest.approx(spearmanr(first[i].ravel(), second[i].ravel()).statistic, abs=1e-12)
+        assert correlations[i] == pytest.approx(spearmanr(first[i].ravel(), second[i].ravel()).statistic, abs=1e-12)
     # A flat map has no ranks.
-    assert math.isnan(found[3])
+    assert math.isnan(correlations[3])
     # Neither BoostLU nor any other growing function changes it.
     boosted = np.where(second > 0, 5 * second, second)
-    assert np.allclose(rank_correlation(first, boosted), found, equal_nan=True)
+    assert np.allclose(rank_correlation(first, boosted), correlations, equal_nan=True)
 
 
 def test_centred_gaussian_falls_from_the_centre() -> None:
@@ -96,11 +96,11 @@ class Perfect(nn.Module):
             sample = next(self.order, None)
             if sample is None:
                 break
-            here = boxes[indptr[sample] : indptr[sample + 1]]
+            rows = boxes[indptr[sample] : indptr[sample + 1]]
             for place, wanted in enumerate(classes[row].tolist()):
-                mine = here[here[:, 0] == wanted, 1:]
-                if len(mine):
-                    maps[row, place] = torch.from_numpy(cells_in_boxes(mine, self.cells, self.cells)).float()
+                of_class = rows[rows[:, 0] == wanted, 1:]
+                if len(of_class):
+                    maps[row, place] = torch.from_numpy(cells_in_boxes(of_class, self.cells, self.cells)).float()
         return type("Output", (), {"maps": maps})()
 
 
@@ -117,13 +117,13 @@ def test_a_perfect_map_wins_the_pointing_game(small_digits: Path) -> None:
     split = manifest.split("test")
     table = measure_maps(Perfect(manifest, list(range(len(split))), 16), loader_for(manifest), split, negatives=2)
     assert table is not None
-    found = summarise(table)
+    summary = summarise(table)
     positives = int((split.known.rows(range(len(split))) == 1).sum())
-    assert found["pairs"] == {"positive": positives, "negative": 2 * len(split)}
-    assert found["pointing"]["pairs"] == positives and found["pointing"]["accuracy"] == 100
-    assert 2 < found["pointing"]["chance"] < 20
-    assert found["top"]["positive"]["model"]["p50"] == 1 and found["top"]["negative"]["model"]["p75"] == 0
-    assert found["correlation"] is None and found["top"]["positive"]["full"] is None
+    assert summary["pairs"] == {"positive": positives, "negative": 2 * len(split)}
+    assert summary["pointing"]["pairs"] == positives and summary["pointing"]["accuracy"] == 100
+    assert 2 < summary["pointing"]["chance"] < 20
+    assert summary["top"]["positive"]["model"]["p50"] == 1 and summary["top"]["negative"]["model"]["p75"] == 0
+    assert summary["correlation"] is None and summary["top"]["positive"]["full"] is None
 
 
 def test_two_networks_on_scenes(small_digits: Path, tmp_path: Path) -> None:

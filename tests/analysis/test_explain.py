@@ -16,7 +16,7 @@ from PIL import Image
 
 from spml_fast.analysis import explain, explain_page
 from spml_fast.analysis.explain import Choice, choose_classes, choose_samples, with_labels
-from spml_fast.analysis.explain_page import MapFolder, shown_names, tint
+from spml_fast.analysis.explain_page import MapFolder, displayable_names, tint
 from spml_fast.analysis.suggest import Suggestions
 from spml_fast.cli import explain as explain_command
 from spml_fast.cli.parse import parse_config
@@ -55,8 +55,8 @@ def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_run(folder: Path, data: Path, recipe: str, scale: float) -> Path:
     """A run with random weights."""
     folder.mkdir()
-    words = ["--config", str(ROOT / "launch" / "configs" / recipe), "--data.dir", str(data)]
-    config = parse_config([*words, "--train.precision", "fp32", "--eval.batch_size", "32"])
+    arguments = ["--config", str(ROOT / "launch" / "configs" / recipe), "--data.dir", str(data)]
+    config = parse_config([*arguments, "--train.precision", "fp32", "--eval.batch_size", "32"])
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in NAMES), encoding="utf-8")
     torch.manual_seed(3)
@@ -70,7 +70,7 @@ def make_run(folder: Path, data: Path, recipe: str, scale: float) -> Path:
 
 @pytest.fixture(scope="module")
 def run(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CAM run that is confident of nonsense."""
+    """A CAM run with random weights and large logits."""
     return make_run(tmp_path_factory.mktemp("explain") / "run", small_digits, "digits.yaml", 30)
 
 
@@ -90,11 +90,11 @@ class TestMaps:
         assert scores is not None
         files = ImageFiles([split.path(i) for i in range(len(split))], np.ones(len(split), np.uint8))
         first = [[i % 10] for i in range(len(split))]
-        found = list(
+        explained = list(
             explain.explain(classifier, config, files, CPU, alpha=5, classes=manifest.classes, top=3, first=first)
         )
-        assert len(found) == len(split) and found[0].maps.shape[0] == 3
-        for i, one in enumerate(found):
+        assert len(explained) == len(split) and explained[0].maps.shape[0] == 3
+        for i, one in enumerate(explained):
             boosted, plain = scores.at_alpha(5)[i], scores.at_alpha(1)[i]
             order = np.argsort(-boosted, kind="stable").tolist()
             assert one.classes.tolist() == [i % 10, *(c for c in order if c != i % 10)][:3]
@@ -105,10 +105,10 @@ class TestMaps:
             np.testing.assert_allclose(cells.mean((1, 2)), one.plain, atol=1e-4)
             np.testing.assert_allclose(np.where(cells > 0, 5 * cells, cells).mean((1, 2)), one.logit, atol=1e-4)
             np.testing.assert_allclose(one.probability, 1 / (1 + np.exp(-one.logit.astype(np.float64))), atol=1e-12)
-            np.testing.assert_array_equal(one.positive_share, (cells > 0).mean((1, 2)))
+            np.testing.assert_array_equal(one.positive_fraction, (cells > 0).mean((1, 2)))
         with Image.open(split.path(7)) as image:
             # JPEG decoders differ by a few levels.
-            assert np.abs(found[7].image.astype(int) - np.asarray(image.convert("RGB"), int)).mean() < 3
+            assert np.abs(explained[7].image.astype(int) - np.asarray(image.convert("RGB"), int)).mean() < 3
 
     def test_choose_classes(self) -> None:
         logits = torch.tensor([[0.0, 3, 3, 1], [4, 0, 1, 2]])
@@ -149,15 +149,15 @@ class TestChoice:
         known, seen = split.known.rows(range(20)), split.observed.rows(range(20))
         index = int(np.flatnonzero((known == POSITIVE).sum(1) > 1)[0])
         files = ImageFiles([split.path(index)], np.ones(1, np.uint8))
-        (found,) = explain.explain(classifier, config, files, CPU, alpha=5, classes=manifest.classes, top=10)
-        told = with_labels(found, split, Choice(index, "missed positive", 3), manifest.classes)
-        assert told.reason == "missed positive: 3" and told.path == split.relative_path(index)
-        assert told.labels is not None and told.known is not None
-        assert told.labels[0] == np.flatnonzero(seen[index] == POSITIVE).tolist()
-        assert sorted(told.labels[0] + told.labels[1]) == np.flatnonzero(known[index] == POSITIVE).tolist()
-        for place, class_id in enumerate(told.classes):
-            right = (told.probability[place] >= 0.5) == (known[index, class_id] == POSITIVE)
-            assert told.wrong(place) != right and not found.wrong(place)
+        (explained,) = explain.explain(classifier, config, files, CPU, alpha=5, classes=manifest.classes, top=10)
+        labelled = with_labels(explained, split, Choice(index, "missed positive", 3), manifest.classes)
+        assert labelled.reason == "missed positive: 3" and labelled.path == split.relative_path(index)
+        assert labelled.labels is not None and labelled.known is not None
+        assert labelled.labels[0] == np.flatnonzero(seen[index] == POSITIVE).tolist()
+        assert sorted(labelled.labels[0] + labelled.labels[1]) == np.flatnonzero(known[index] == POSITIVE).tolist()
+        for place, class_id in enumerate(labelled.classes):
+            right = (labelled.probability[place] >= 0.5) == (known[index, class_id] == POSITIVE)
+            assert labelled.wrong(place) != right and not explained.wrong(place)
 
 
 class TestDrawing:
@@ -179,20 +179,20 @@ class TestDrawing:
     @settings(max_examples=25, deadline=None)
     @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=90), st.sampled_from([0.0, 0.7, 1.0]))
     @pytest.mark.filterwarnings("ignore:Glyph")
-    def test_text_keeps_within_its_room(self, words: str, keep: float) -> None:
+    def test_text_keeps_within_its_room(self, text: str, keep: float) -> None:
         page = explain_page._Page(5, 2, ["DejaVu Sans"])
-        page.text(0.1, 0.1, printable(words) + "W" * 30, 1.5, keep=keep)
+        page.text(0.1, 0.1, printable(text) + "W" * 30, 1.5, keep=keep)
         (artist,) = page.figure.texts
         assert artist.get_window_extent(page._renderer).width / explain_page._DPI <= 1.5
         assert not artist.get_parse_math()
         assert "\u2026" in artist.get_text()
 
     def test_names_that_no_font_has_stand_as_ids(self) -> None:
-        names, families, lost = shown_names(NAMES, {0, 2, 3})
-        assert names == {0: NAMES[0], 2: "class 2", 3: NAMES[3]} and lost == 1 and families[0] == "DejaVu Sans"
+        names, families, undrawable = displayable_names(NAMES, {0, 2, 3})
+        assert names == {0: NAMES[0], 2: "class 2", 3: NAMES[3]} and undrawable == 1 and families[0] == "DejaVu Sans"
         # A character that DejaVu Sans lacks and another of matplotlib's fonts has.
-        names, families, lost = shown_names(["\u2a5c"], {0})
-        assert names == {0: "\u2a5c"} and lost == 0 and len(families) == 2
+        names, families, undrawable = displayable_names(["\u2a5c"], {0})
+        assert names == {0: "\u2a5c"} and undrawable == 0 and len(families) == 2
 
     @pytest.mark.parametrize(("count", "width"), [(1, 3.0), (9, 8.4), (40, 8.4), (100, 30.0)])
     def test_pages_are_no_ribbons(self, count: int, width: float) -> None:
@@ -218,9 +218,9 @@ class TestCommand:
         assert capsys.readouterr().out == f"{tmp_path / 'a.png'}: 7 images\n"
         assert [d.reason.split(":")[0] for d in drawn].count("at random") == 3
         _, manifest, _, _ = load_run(run, CPU)
-        for found in drawn:
-            if found.reason != "at random":
-                assert found.reason.split(": ")[1] == manifest.classes[found.classes[0]] and found.wrong(0)
+        for image in drawn:
+            if image.reason != "at random":
+                assert image.reason.split(": ")[1] == manifest.classes[image.classes[0]] and image.wrong(0)
         with Image.open(tmp_path / "a.png") as page:
             assert (
                 page.format == "PNG" and 400 < page.width < 3000 and page.convert("RGB").getextrema()[0] != (255, 255)
@@ -240,14 +240,14 @@ class TestCommand:
         (photos / "cut.jpg").write_bytes(image_path.read_bytes()[:900])
         options = ("--classes", "y", "--classes", NAMES[2], "--maps", tmp_path / "maps", "--out", tmp_path / "pages")
         assert call("--run", run, photos, *options) == 1
-        said = capsys.readouterr()
-        assert f"left out: {photos / 'cut.jpg'}: damaged" in said.err and "1 left out" in said.out
-        assert "no font of this machine has the characters of 1 class names" in said.err
+        output = capsys.readouterr()
+        assert f"left out: {photos / 'cut.jpg'}: damaged" in output.err and "1 left out" in output.out
+        assert "no font of this machine has the characters of 1 class names" in output.err
         assert sorted(p.name for p in (tmp_path / "pages").iterdir()) == ["0000-a--1-.png", "0001-b.png"]
-        about = json.loads((tmp_path / "maps" / "maps.json").read_text(encoding="utf-8"))
-        assert about["alpha"] == 5 and [m["class"] for m in about["maps"]] == ["y", NAMES[2]] * 2
-        assert [m["path"] for m in about["maps"]] == [str(photos / n) for n in ("a $1$.jpg",) * 2 + ("b.png",) * 2]
-        for entry in about["maps"]:
+        metadata = json.loads((tmp_path / "maps" / "maps.json").read_text(encoding="utf-8"))
+        assert metadata["alpha"] == 5 and [m["class"] for m in metadata["maps"]] == ["y", NAMES[2]] * 2
+        assert [m["path"] for m in metadata["maps"]] == [str(photos / n) for n in ("a $1$.jpg",) * 2 + ("b.png",) * 2]
+        for entry in metadata["maps"]:
             cells = np.load(tmp_path / "maps" / entry["file"])
             assert cells.dtype == np.float32 and cells.mean() == pytest.approx(entry["logit_alpha_1"], abs=1e-4)
         assert len(list((tmp_path / "maps").iterdir())) == 5
@@ -266,11 +266,11 @@ class TestCommand:
             (tmp_path / name).write_bytes(image_path.read_bytes()[:size])
         page = tmp_path / "page.png"
         assert call("--run", run, tmp_path, "--out", page, "--maps", tmp_path / "maps", "--top", 1) == 1
-        said = capsys.readouterr()
-        assert said.err.count("left out: ") == 1 and f"left out: {tmp_path / 'b.jpg'}: damaged" in said.err
-        assert "2 images; 1 left out" in said.out and page.is_file()
-        about = json.loads((tmp_path / "maps" / "maps.json").read_text(encoding="utf-8"))
-        assert [Path(m["path"]).name for m in about["maps"]] == ["a.jpg", "c.jpg"]
+        output = capsys.readouterr()
+        assert output.err.count("left out: ") == 1 and f"left out: {tmp_path / 'b.jpg'}: damaged" in output.err
+        assert "2 images; 1 left out" in output.out and page.is_file()
+        metadata = json.loads((tmp_path / "maps" / "maps.json").read_text(encoding="utf-8"))
+        assert [Path(m["path"]).name for m in metadata["maps"]] == ["a.jpg", "c.jpg"]
         with pytest.raises(UserError, match="none of the images can be used"):
             call("--run", run, tmp_path / "b.jpg", "--out", tmp_path / "other.png")
         assert not (tmp_path / "other.png").exists()
@@ -280,8 +280,8 @@ class TestCommand:
         exif[0x0112] = 6
         Image.new("RGB", (90, 30)).save(tmp_path / "b.png", exif=exif)
         for orientation, aspect in (("exif", 1 / 3), ("ignore", 3)):
-            words = ["--run", "x", "--orientation", orientation, str(tmp_path / "b.png")]
-            files, aspects, missing = explain_command.given_images(explain_command.parse(words))
+            arguments = ["--run", "x", "--orientation", orientation, str(tmp_path / "b.png")]
+            files, aspects, missing = explain_command.given_images(explain_command.parse(arguments))
             assert aspects == [pytest.approx(aspect)] and missing == 0 and len(files) == 1
 
     def test_sharded_split(self, run: Path, small_digits: Path, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ class TestCommand:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ("--run RUN --top 0", "--top is 0; it must be at least 1"),
         ("--run RUN --count 0", "--count is 0"),
@@ -333,11 +333,11 @@ class TestCommand:
         ("--run TMP IMAGE", "is not a run directory"),
     ],
 )
-def test_what_users_get_wrong(words: str, message: str, run: Path, image_path: Path, tmp_path: Path) -> None:
+def test_what_users_get_wrong(arguments: str, message: str, run: Path, image_path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no image")
-    words = words.replace("RUN", str(run)).replace("IMAGE", str(image_path)).replace("TMP", str(tmp_path))
+    arguments = arguments.replace("RUN", str(run)).replace("IMAGE", str(image_path)).replace("TMP", str(tmp_path))
     with pytest.raises(UserError, match=message):
-        call(*words.split())
+        call(*arguments.split())
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -34,11 +34,11 @@ CPU = torch.device("cpu")
 CLASSES = [str(i) for i in range(10)]
 
 
-def make_run(folder: Path, *words: str, data: Path | None = None) -> Path:
+def make_run(folder: Path, *options: str, data: Path | None = None) -> Path:
     """A run directory with random weights, and BatchNorm statistics of noise."""
     folder.mkdir(parents=True)
     given = ["--data.dir", str(data or folder / "gone"), "--data.image_size", "64", "--model.pretrained", "false"]
-    config = parse_config(["--run.dir", str(folder), *given, *words])
+    config = parse_config(["--run.dir", str(folder), *given, *options])
     torch.manual_seed(0)
     classifier = Classifier(config.model, len(CLASSES), config.data.image_size)
     for module in classifier.modules():
@@ -64,9 +64,9 @@ def call(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def run(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A residual network with a CAM head, boosted in evaluation, whose data set is there."""
-    words = ["--model.backbone", "test_resnet", "--model.alpha_eval", "5", "--model.output_stride", "8"]
-    return make_run(tmp_path_factory.mktemp("export") / "run", *words, data=small_digits)
+    """A residual network with a CAM head, boosted in evaluation, whose data set exists."""
+    options = ["--model.backbone", "test_resnet", "--model.alpha_eval", "5", "--model.output_stride", "8"]
+    return make_run(tmp_path_factory.mktemp("export") / "run", *options, data=small_digits)
 
 
 def logits_of(run: Path, alpha: float, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -79,8 +79,8 @@ def logits_of(run: Path, alpha: float, paths: list[str]) -> tuple[np.ndarray, np
     with torch.no_grad():
         logits = classifier(batch.views["eval"], alpha=alpha).logits.numpy()
     assert logits.std(0).min() > 0.1, "a model for which all images are the same shows nothing"
-    found = list(predict(classifier, config, files, CPU, alpha=alpha, classes=CLASSES))
-    return logits, np.stack([p.probability[np.argsort(p.classes)] for p in found])
+    predictions = list(predict(classifier, config, files, CPU, alpha=alpha, classes=CLASSES))
+    return logits, np.stack([p.probability[np.argsort(p.classes)] for p in predictions])
 
 
 def pillow_images(paths: list[str], side: int) -> np.ndarray:
@@ -90,9 +90,9 @@ def pillow_images(paths: list[str], side: int) -> np.ndarray:
     return np.stack([np.asarray(p, np.float32).transpose(2, 0, 1) for p in images])
 
 
-def normalised(images: np.ndarray, about: dict[str, str]) -> torch.Tensor:
+def normalised(images: np.ndarray, metadata: dict[str, str]) -> torch.Tensor:
     """What networks take of RGB images [n, 3, S, S], 0..255, by the metadata of an export."""
-    mean, std = (torch.tensor(json.loads(about[k])).view(3, 1, 1) for k in ("mean", "std"))
+    mean, std = (torch.tensor(json.loads(metadata[k])).view(3, 1, 1) for k in ("mean", "std"))
     return (torch.from_numpy(images) / 255 - mean) / std
 
 
@@ -118,13 +118,13 @@ def test_onnx_gives_the_figures_of_predict(run, small_digits, capsys):
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
     assert np.abs(chances - probabilities).max() < 1e-4
     # A batch of one, and nothing of ours in the graph.
-    found = documented("import json, numpy as np, onnxruntime", run, paths[0])
-    assert found["classes"] == CLASSES and np.allclose(found["probabilities"], chances[:1], atol=1e-5)
+    names = documented("import json, numpy as np, onnxruntime", run, paths[0])
+    assert names["classes"] == CLASSES and np.allclose(names["probabilities"], chances[:1], atol=1e-5)
     model = onnx.load(str(run / "export.onnx"))
     assert {node.domain for node in model.graph.node} == {""}
-    about = {p.key: p.value for p in model.metadata_props}
-    assert json.loads(about["classes"]) == CLASSES and about["alpha"] == "5" and about["image_size"] == "64"
-    assert json.loads(about["mean"]) == [0.4, 0.5, 0.6]
+    metadata = {p.key: p.value for p in model.metadata_props}
+    assert json.loads(metadata["classes"]) == CLASSES and metadata["alpha"] == "5" and metadata["image_size"] == "64"
+    assert json.loads(metadata["mean"]) == [0.4, 0.5, 0.6]
     assert not list(run.glob("*.partial"))
 
 
@@ -132,23 +132,23 @@ VIT = ["--model.backbone", "test_vit", "--model.alpha_eval", "2", "--model.grad_
 QUERIES = ["--model.backbone", "test_resnet", "--model.head", "query2label", "--model.head_options", "{preset: tiny}"]
 
 
-@pytest.mark.parametrize(("words", "asked"), [(VIT, ["--alpha", "1"]), (QUERIES, [])], ids=["vit", "query2label"])
-def test_other_backbones_and_heads(words, asked, tmp_path):
-    run = make_run(tmp_path / "run", *words)
+@pytest.mark.parametrize(("options", "asked"), [(VIT, ["--alpha", "1"]), (QUERIES, [])], ids=["vit", "query2label"])
+def test_other_backbones_and_heads(options, asked, tmp_path):
+    run = make_run(tmp_path / "run", *options)
     (run / "export.onnx").write_bytes(b"older")
     call("--run", run, "--format", "onnx", *asked)
     session = onnxruntime.InferenceSession(str(run / "export.onnx"), providers=["CPUExecutionProvider"])
-    about = session.get_modelmeta().custom_metadata_map
+    metadata = session.get_modelmeta().custom_metadata_map
     images = np.random.default_rng(1).integers(0, 256, (3, 3, 64, 64)).astype(np.float32)
     logits, chances = session.run(["logits", "probabilities"], {"images": images})
     classifier, _ = load_classifier(run, load_run_config(run), len(CLASSES), CPU)
-    views = normalised(images, about)
+    views = normalised(images, metadata)
     with torch.no_grad():
         expected = classifier(views, alpha=1.0).logits.numpy()
         if classifier.head.supports_boostlu:
             other = classifier(views, alpha=2.0).logits.numpy()
             assert np.abs(other - expected).max() > 1e-2, "alpha makes no difference here"
-    assert about["alpha"] == "1"
+    assert metadata["alpha"] == "1"
     assert np.abs(logits - expected).max() < 1e-5
     assert np.abs(chances - 1 / (1 + np.exp(-expected))).max() < 1e-6
 
@@ -159,23 +159,23 @@ def test_parts_give_the_logits_by_the_documented_formula(backbone, tmp_path, cap
     call("--run", run, "--format", "safetensors")
     assert "backbone.* and head.*" in capsys.readouterr().out
     with safe_open(run / "export.safetensors", "pt") as file:
-        about = file.metadata()
+        metadata = file.metadata()
     state = load_file(run / "export.safetensors")
-    assert about["layout"] == "parts" and about["alpha"] == "3"
-    options: dict[str, Any] = json.loads(about["timm_options"])
-    model = timm.create_model(about["backbone"], num_classes=0, global_pool="", **options).eval()
+    assert metadata["layout"] == "parts" and metadata["alpha"] == "3"
+    options: dict[str, Any] = json.loads(metadata["timm_options"])
+    model = timm.create_model(metadata["backbone"], num_classes=0, global_pool="", **options).eval()
     model.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")})
     images = np.random.default_rng(1).integers(0, 256, (3, 3, 64, 64)).astype(np.float32)
-    views = normalised(images, about)
+    views = normalised(images, metadata)
     classifier, _ = load_classifier(run, load_run_config(run), len(CLASSES), CPU)
     with torch.no_grad():
         features = model.forward_features(views)
         if features.ndim == 4:
             features = features.flatten(2).mT
-        maps = features[:, int(about["prefix_tokens"]) :] @ state["head.weight"].T + state["head.bias"]
-        found = torch.where(maps > 0, 3 * maps, maps).mean(1)
+        maps = features[:, int(metadata["prefix_tokens"]) :] @ state["head.weight"].T + state["head.bias"]
+        logits = torch.where(maps > 0, 3 * maps, maps).mean(1)
         expected = classifier(views, alpha=3.0).logits
-    assert (found - expected).abs().max() < 1e-5
+    assert (logits - expected).abs().max() < 1e-5
 
 
 def test_timm_takes_the_weights_by_itself(run, small_digits, capsys):
@@ -183,18 +183,18 @@ def test_timm_takes_the_weights_by_itself(run, small_digits, capsys):
     call("--run", run, "--format", "safetensors")
     assert "timm.create_model('test_resnet', num_classes=10, output_stride=8)" in capsys.readouterr().out
     names = documented("import json, timm", run, "")
-    model, about = names["model"], names["about"]
+    model, metadata = names["model"], names["about"]
     paths = [Manifest(small_digits).split("test").path(i) for i in range(5)]
-    images = normalised(pillow_images(paths, 64), about)
+    images = normalised(pillow_images(paths, 64), metadata)
     with torch.no_grad():
         logits = model(images).numpy()
         features = model.forward_features(images)
         head = model.get_classifier()
         maps = torch.einsum("bkhw,ck->bchw", features, head.weight) + head.bias[:, None, None]
         boosted = torch.where(maps > 0, 5 * maps, maps).mean((2, 3)).numpy()
-    for alpha, found in ((1.0, logits), (5.0, boosted)):
+    for alpha, actual in ((1.0, logits), (5.0, boosted)):
         expected, _ = logits_of(run, alpha, paths)
-        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+        assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
     assert set(load_file(out)) == set(model.state_dict())
 
 

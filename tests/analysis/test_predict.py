@@ -60,10 +60,19 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one epoch, with its data set."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    words = [*command("train.py", 1, "python"), "--config", str(ROOT / "launch" / "configs" / "digits.yaml")]
-    words += ["--data.dir", str(small_digits), "--run.dir", str(run), "--train.epochs", "1", "--eval.batch_size", "32"]
-    words += ["--train.precision", "fp32", "--deepspeed.tensorboard", "false"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment(), cwd=ROOT)
+    arguments = [*command("train.py", 1, "python"), "--config", str(ROOT / "launch" / "configs" / "digits.yaml")]
+    arguments += [
+        "--data.dir",
+        str(small_digits),
+        "--run.dir",
+        str(run),
+        "--train.epochs",
+        "1",
+        "--eval.batch_size",
+        "32",
+    ]
+    arguments += ["--train.precision", "fp32", "--deepspeed.tensorboard", "false"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, env=environment(), cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return run
 
@@ -118,11 +127,13 @@ class TestSameAsEvaluation:
         rows = read(out)
         assert [r[0] for r in rows] == [p for p in paths for _ in range(10)]
         for i in range(len(split)):
-            mine = rows[10 * i : 10 * i + 10]
-            found = [p for _, _, p, _ in mine]
-            assert [r[3] for r in mine] == list(range(1, 11)) and found == sorted(found, reverse=True)
-            ids = [manifest.classes.index(c) for _, c, _, _ in mine]
-            np.testing.assert_allclose(found, truth[i, ids], rtol=0, atol=1e-6)
+            of_image = rows[10 * i : 10 * i + 10]
+            probabilities = [p for _, _, p, _ in of_image]
+            assert [r[3] for r in of_image] == list(range(1, 11)) and probabilities == sorted(
+                probabilities, reverse=True
+            )
+            ids = [manifest.classes.index(c) for _, c, _, _ in of_image]
+            np.testing.assert_allclose(probabilities, truth[i, ids], rtol=0, atol=1e-6)
         assert np.ptp(truth, axis=0).min() > 1e-3, "a constant would pass"
 
     def test_batch_size_changes_nothing(self, run: Path, small_digits: Path, tmp_path: Path) -> None:
@@ -145,18 +156,18 @@ class TestSameAsEvaluation:
             image.convert("L").save(tmp_path / "grey.png")
             image.convert("L").convert("RGB").save(tmp_path / "grey_rgb.png")
         assert call("--run", run, "--top", 10, "--csv", tmp_path / "out.csv", tmp_path) == 0
-        found: dict[str, dict[str, float]] = {}
+        by_image: dict[str, dict[str, float]] = {}
         for path, name, probability, _ in read(tmp_path / "out.csv"):
-            found.setdefault(Path(path).stem, {})[name] = probability
-        assert list(found) == ["alpha", "grey", "grey_rgb", "turned", "upright"]
+            by_image.setdefault(Path(path).stem, {})[name] = probability
+        assert list(by_image) == ["alpha", "grey", "grey_rgb", "turned", "upright"]
         for other, same in (("turned", "upright"), ("alpha", "upright"), ("grey", "grey_rgb")):
-            assert found[other] == pytest.approx(found[same], abs=1e-6)
-        assert found["grey"] != pytest.approx(found["upright"], abs=1e-3)
+            assert by_image[other] == pytest.approx(by_image[same], abs=1e-6)
+        assert by_image["grey"] != pytest.approx(by_image["upright"], abs=1e-3)
         assert (
             call("--run", run, "--orientation", "ignore", "--csv", tmp_path / "out.csv", tmp_path / "turned.png") == 0
         )
         stored = {name: probability for _, name, probability, _ in read(tmp_path / "out.csv")}
-        assert any(abs(p - found["turned"][name]) > 1e-3 for name, p in stored.items())
+        assert any(abs(p - by_image["turned"][name]) > 1e-3 for name, p in stored.items())
 
 
 class TestImages:
@@ -166,14 +177,14 @@ class TestImages:
         self, run: Path, folder: Path, capsys: pytest.CaptureFixture
     ) -> None:
         assert call("--run", run, folder, "--top", 3, folder / "b.jpg") == 1
-        said = capsys.readouterr()
-        lines = said.out.splitlines()
+        output = capsys.readouterr()
+        lines = output.out.splitlines()
         assert [line.split()[0] for line in lines] == [str(folder / n) for n in ("a.JPEG", "b.jpg", "sub/c.jpg")]
         assert all(line.count(",") == 2 for line in lines)
         assert len({line.split("  ")[-1] for line in lines}) == 1, "the same image three times"
         for name, why in (("cut.jpg", "damaged or truncated"), ("empty.png", "empty file")):
-            assert f"left out: {folder / name}: {why}" in said.err
-        assert "2 of 5 images left out" in said.err and "words.txt" not in said.err
+            assert f"left out: {folder / name}: {why}" in output.err
+        assert "2 of 5 images left out" in output.err and "words.txt" not in output.err
 
     def test_what_the_loader_alone_refuses_is_left_out(
         self, run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -184,9 +195,9 @@ class TestImages:
         for size in (1, 2, 64):
             out = tmp_path / f"{size}.csv"
             assert call("--run", run, "--csv", out, "--batch-size", size, "--top", 1, folder) == 1
-            said = capsys.readouterr()
-            assert said.err.count("left out: ") == 1 and f"left out: {folder / 'cut.jpg'}: damaged" in said.err
-            assert "1 of 4 images left out" in said.out
+            output = capsys.readouterr()
+            assert output.err.count("left out: ") == 1 and f"left out: {folder / 'cut.jpg'}: damaged" in output.err
+            assert "1 of 4 images left out" in output.out
             assert [Path(r[0]).name for r in read(out)] == ["a.JPEG", "b.jpg", "c.jpg"]
 
     def test_directories_are_searched_once_and_links_followed(self, folder: Path, image_path: Path) -> None:
@@ -249,9 +260,9 @@ class TestOutput:
         assert capsys.readouterr().out == f"{tmp_path / 'out.csv'}: 0 rows for 1 images\n"
 
     def test_line(self) -> None:
-        found = Prediction("a.jpg", np.array([2, 0]), np.array([0.98765, 0.25]))
+        prediction = Prediction("a.jpg", np.array([2, 0]), np.array([0.98765, 0.25]))
         classes = ["cat", "dog", "traffic light"]
-        assert prediction_line(found, classes, 0, 7) == "a.jpg    traffic light 0.988, cat 0.250"
+        assert prediction_line(prediction, classes, 0, 7) == "a.jpg    traffic light 0.988, cat 0.250"
 
     def test_probabilities_near_one_stay_apart(self) -> None:
         """In fp32 the sigmoid is 1 from 17 on."""
@@ -266,10 +277,12 @@ class TestOutput:
         files = image_files.ImageFiles(["a.jpg"], np.ones(1, np.uint8))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(predict, "load_images", lambda *_: views)
-            (found,) = predict.predict(Fixed(), config, files, CPU, alpha=1, classes=["a", "b", "c"])  # type: ignore[arg-type]
-        assert found.classes.tolist() == [1, 0, 2], "ties by class id"
-        assert found.probability.tolist() == pytest.approx([1 / (1 + math.exp(-x)) for x in (20, 18, 18)], abs=1e-16)
-        assert found.probability[0] > found.probability[1]
+            (prediction,) = predict.predict(Fixed(), config, files, CPU, alpha=1, classes=["a", "b", "c"])  # type: ignore[arg-type]
+        assert prediction.classes.tolist() == [1, 0, 2], "ties by class id"
+        assert prediction.probability.tolist() == pytest.approx(
+            [1 / (1 + math.exp(-x)) for x in (20, 18, 18)], abs=1e-16
+        )
+        assert prediction.probability[0] > prediction.probability[1]
 
     # Whatever bytes a file name has, and whatever characters a class name has.
     @settings(max_examples=40, deadline=None)
@@ -350,7 +363,7 @@ class TestRuns:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ("--run RUN", "no image given; name image files"),
         ("--run RUN --top 0 IMAGE", "--top is 0; it must be at least 1"),
@@ -370,16 +383,16 @@ class TestRuns:
         ("--run TMP/young IMAGE", r"model\.safetensors cannot be read .* has the run finished an epoch"),
     ],
 )
-def test_what_users_get_wrong(words: str, message: str, run: Path, image_path: Path, tmp_path: Path) -> None:
+def test_what_users_get_wrong(arguments: str, message: str, run: Path, image_path: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.txt").write_text("no image")
-    if "young" in words:
+    if "young" in arguments:
         (tmp_path / "young").mkdir()
         for name in ("config.yaml", "classes.txt"):
             shutil.copy(run / name, tmp_path / "young")
-    words = words.replace("RUN", str(run)).replace("IMAGE", str(image_path)).replace("TMP", str(tmp_path))
+    arguments = arguments.replace("RUN", str(run)).replace("IMAGE", str(image_path)).replace("TMP", str(tmp_path))
     with pytest.raises(UserError, match=message):
-        call(*words.split())
+        call(*arguments.split())
     assert not list(tmp_path.rglob("*.csv*"))
 
 

@@ -36,7 +36,7 @@ NAMES = ["cat", "<script>alert(1)</script>", "never there", "$x^2$ & Straße"]
 
 def make_run(
     folder: Path,
-    *words: str,
+    *options: str,
     names: list[str] = NAMES,
     maps: list[float] | None = None,
     losses: list[float | None] | None = None,
@@ -44,11 +44,11 @@ def make_run(
     finished: bool = True,
     **results: Any,
 ) -> Path:
-    """A run directory as train.py leaves it; `words` are options of the command line."""
+    """A run directory as train.py leaves it; `options` are those of the command line."""
     folder.mkdir(parents=True)
     maps = [50.0, 62.0, 62.4, 62.5] if maps is None else maps
     losses = [1.0 / (i + 1) for i in range(len(maps))] if losses is None else losses
-    config = parse_config(["--run.dir", str(folder), "--train.epochs", "4", *words])
+    config = parse_config(["--run.dir", str(folder), "--train.epochs", "4", *options])
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / "classes.txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
     lines = [
@@ -63,25 +63,28 @@ def make_run(
         metrics |= dict.fromkeys(
             ("map_zero", "map_skip_unlabelled", "map_skipping", "map_skip_one_sided"), metrics["map"]
         )
-        found = {"best_epoch": 4, "best_val_map": max(maps), "images_per_second": 100.0, "data_wait": 0.02}
-        found |= {"train_seconds": 30.0, "alpha": {"1": metrics, "5": metrics | {"map": metrics["map"] + 1}}} | results
-        (folder / "results.json").write_text(json.dumps(found), encoding="utf-8")
+        figures = {"best_epoch": 4, "best_val_map": max(maps), "images_per_second": 100.0, "data_wait": 0.02}
+        figures |= {
+            "train_seconds": 30.0,
+            "alpha": {"1": metrics, "5": metrics | {"map": metrics["map"] + 1}},
+        } | results
+        (folder / "results.json").write_text(json.dumps(figures), encoding="utf-8")
     return folder
 
 
 class Text(HTMLParser):
-    """Words and addresses of a page; fails on tags that are not closed."""
+    """Text and addresses of a page; fails on tags that are not closed."""
 
     VOID = ("meta", "img", "br", "line")
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.words: list[str] = []
+        self.parts: list[str] = []
         self.links: list[str] = []
         self.feed(page)
         assert not self.open
-        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+        self.text = re.sub(r"\s+", " ", " ".join(self.parts))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
@@ -96,22 +99,23 @@ class Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open[-1:] != ["style"]:
-            self.words.append(data)
+            self.parts.append(data)
 
 
 def test_a_page_of_one_run(tmp_path):
     page = Text(make_page([make_run(tmp_path / "one")]))
-    for words in (
+    for text in (
         "60.00",
         "61.00",
-        "test mAP, alpha 5",
+        "test mAP, plain",
+        "test mAP, BoostLU x5",
         "None of this was found",
         "All options",
         "model.alpha_eval",
         *NAMES[:2],
         NAMES[3],
     ):
-        assert words in page.text
+        assert text in page.text
     # AP of a class without a positive is not defined.
     assert NAMES[2] not in page.text
     # Nothing is fetched from anywhere.
@@ -153,13 +157,13 @@ def test_an_unfinished_run_shows_what_is_there(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "epoch", "ep')
     page = Text(make_page([folder]))
-    assert "not finished: 2 of 4 epochs are there" in page.text
+    assert "not finished: 2 of 4 epochs, no test figures yet" in page.text
     assert "line 3 of metrics.jsonl is damaged and left out" in page.text
     (folder / "metrics.jsonl").unlink()
     (folder / "classes.txt").unlink()
     bare = Text(make_page([folder]))
     assert "there is no metrics.jsonl" in bare.text and "Over epochs" not in bare.text
-    # Beside a whole one it takes nothing away.
+    # A finished run beside it keeps its figures.
     assert "61.00" in Text(make_page([folder, make_run(tmp_path / "whole")])).text
 
 
@@ -183,7 +187,7 @@ def test_a_run_that_was_killed_within_an_epoch_and_went_on(tmp_path):
             entry = {"kind": "update", "phase": "finetune", "epoch": 2, "update": update, "loss": 0.4}
             file.write(json.dumps(entry) + "\n")
     assert (whole.restarts, read_run(folder).restarts) == (0, 1)
-    assert any("interrupted and went on: the log goes back once" in note for note in health(read_run(folder)))
+    assert any("interrupted and resumed: the log goes back once" in note for note in health(read_run(folder)))
 
 
 def test_an_unfinished_run_has_the_figures_of_its_epochs(tmp_path):
@@ -224,10 +228,10 @@ def test_the_precision_of_nothing_is_not_drawn():
 
 
 def test_the_set_up_stands_in_few_lines(tmp_path):
-    words = ("--data.dir", "/data/x", "--model.pretrained", "false", "--train.precision", "auto")
+    options = ("--data.dir", "/data/x", "--model.pretrained", "false", "--train.precision", "auto")
     runs = [
-        read_run(make_run(tmp_path / "a", "--method", "an", *words, ranks=2, device="cpu")),
-        read_run(make_run(tmp_path / "b", "--method", "asl", *words, "--run.seed", "1", finished=False)),
+        read_run(make_run(tmp_path / "a", "--method", "an", *options, ranks=2, device="cpu")),
+        read_run(make_run(tmp_path / "b", "--method", "asl", *options, "--run.seed", "1", finished=False)),
     ]
     rows = dict(setup(runs))
     assert rows["method"] == "an; asl" and rows["seed"] == "0; 1" and rows["precision"] == "auto"
@@ -250,30 +254,35 @@ def test_labels_are_counted_in_the_data_set_of_each_run(tmp_path, small_digits):
         read_run(make_run(tmp_path / "gone", "--data.dir", str(tmp_path / "nowhere" / ("long" * 9)))),
     ]
     groups = group_runs(runs)
-    here, gone = training_counts(groups)
+    counted, missing = training_counts(groups)
     known = Manifest(small_digits).split("train").observed
-    assert gone is None and here is not None and here.tolist() == known.class_counts(1).tolist() and here.min() > 0
+    assert (
+        missing is None
+        and counted is not None
+        and counted.tolist() == known.class_counts(1).tolist()
+        and counted.min() > 0
+    )
     # Long paths are cut in the names, and the names stay different.
     assert groups[1].label.endswith("longlong") and len({g.label for g in groups}) == 2
     assert all(len(g.label) < 40 for g in groups)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"losses": [1.0, None, None, None]}, "not a finite number in 3 of 4 log lines: the run has diverged"),
-        ({"losses": [1.0, None, 0.5, 0.4]}, "in 1 of 4 log lines: it went on with finite ones"),
+        ({"losses": [1.0, None, 0.5, 0.4]}, "in 1 of 4 log lines: later values are finite"),
         ({"maps": [50.0, 60.0]}, "less than three times"),
         ({"maps": [50.0, 55.0, 60.0, 65.0]}, "still rising at the end (55.0 to 65.0"),
-        ({"maps": [60.0, 70.0, 66.0, 64.0]}, "fell from 70.0 to 64.0 while the training loss went on falling"),
+        ({"maps": [60.0, 70.0, 66.0, 64.0]}, "fell from 70.0 to 64.0 while the training loss kept falling"),
         ({"data_wait": 0.34}, "34% of the training time"),
         ({"alpha": {}}, "no test split"),
     ],
 )
-def test_what_is_unhealthy_is_said(tmp_path, changes, words):
+def test_what_is_unhealthy_is_said(tmp_path, changes, message):
     (note,) = health(read_run(make_run(tmp_path / "run", **changes)))
-    assert words in note
-    # A fall that the loss shares is another thing, and a healthy run has no notes.
+    assert message in note
+    # A fall of mAP together with a rise of the loss has another cause, and a healthy run has no notes.
     assert not health(read_run(make_run(tmp_path / "fine", maps=[60.0, 70.0, 66.0, 64.0], losses=[1.0, 0.5, 0.6, 0.7])))
 
 
@@ -314,7 +323,7 @@ def test_what_users_get_wrong(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "link").symlink_to(run)
     (tmp_path / "folder.html").mkdir()
-    for words, message in (
+    for arguments, message in (
         ([run, "--out", tmp_path / "page.pdf"], "must be named .html"),
         ([run, "--out", tmp_path / "folder.html"], "is a directory"),
         ([run, "--out", tmp_path / "none" / "page.html"], "cannot be written"),
@@ -322,7 +331,7 @@ def test_what_users_get_wrong(tmp_path):
         ([run, tmp_path / "link", "--out", tmp_path / "page.html"], "given twice"),
     ):
         with pytest.raises(UserError, match=message):
-            report_command.main([str(w) for w in words])
+            report_command.main([str(a) for a in arguments])
     (run / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml is not valid YAML in line 1"):
         make_page([run])

@@ -47,16 +47,16 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with random weights: its opinions are worth nothing, and must be ranked all the same."""
+    """A run with random weights: its suggestions are random, but their ranking is defined."""
     made = tmp_path_factory.mktemp("suggest") / "run"
     made.mkdir()
-    words = ["--config", str(ROOT / "launch" / "configs" / "digits.yaml"), "--data.dir", str(small_digits)]
-    config = parse_config([*words, "--train.precision", "fp32", "--eval.batch_size", "50"])
+    arguments = ["--config", str(ROOT / "launch" / "configs" / "digits.yaml"), "--data.dir", str(small_digits)]
+    config = parse_config([*arguments, "--train.precision", "fp32", "--eval.batch_size", "50"])
     (made / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     torch.manual_seed(3)
     classifier = Classifier(config.model, 10, config.data.image_size)
     with torch.no_grad():
-        # Opinions on both sides of one half.
+        # Probabilities on both sides of one half.
         classifier.head.weight *= 30
     save_weights(made / "model.safetensors", classifier, {})
     return made
@@ -139,18 +139,18 @@ class TestRanking:
     ) -> None:
         probability, observed, _ = dense
         call("--run", run, "--top", 30, "--min-probability", 0.6)
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         sure = (observed == UNKNOWN) & (probability >= 0.6)
-        assert f"unknown labels that look positive, {min(30, sure.sum())} of {sure.sum()}" in said
-        assert said.count(": positive?  train/") == 30
+        assert f"unknown labels that look positive, {min(30, sure.sum())} of {sure.sum()}" in output
+        assert output.count(": positive?  train/") == 30
         _, manifest, _, _ = load_run(run, CPU)
         truth = manifest.split("train").known.rows(range(192))
         best = sorted(np.argwhere(sure).tolist(), key=lambda p: -probability[tuple(p)])
         for depth in (10, 30):
             hits = sum(truth[i, c] == POSITIVE for i, c in best[:depth])
-            assert f"precision of the first {depth}" in said and f"({hits} of {depth})" in said
+            assert f"precision of the first {depth}" in output and f"({hits} of {depth})" in output
         hidden = int((truth == POSITIVE).sum() - (observed == POSITIVE).sum())
-        assert f"({hidden} of {(observed == UNKNOWN).sum()} hidden labels)" in said
+        assert f"({hidden} of {(observed == UNKNOWN).sum()} hidden labels)" in output
 
     def test_nothing_sure_enough(self, run: Path, capsys: pytest.CaptureFixture) -> None:
         call("--run", run, "--min-probability", 0.9999999999, "--split", "val")
@@ -180,7 +180,7 @@ class TestTruth:
 
         assert hidden_positives(Both()) == (1, 7)  # type: ignore[arg-type]
         Both.known = SparseLabels.from_entries([0, 0, 1, 2], [0, 1, 2, 0], [1, 1, 1, 0], 3, 3)
-        assert hidden_positives(Both()) == (1, 2), "what nobody knows does not count"  # type: ignore[arg-type]
+        assert hidden_positives(Both()) == (1, 2), "pairs without ground truth do not count"  # type: ignore[arg-type]
 
 
 def test_accepted_suggestions_become_labels(run: Path, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_accepted_suggestions_become_labels(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ("--run RUN --top 0", "--top is 0; it must be at least 1"),
         ("--run RUN --per-class -1", "--per-class is -1"),
@@ -219,9 +219,9 @@ def test_accepted_suggestions_become_labels(run: Path, tmp_path: Path) -> None:
         ("--run TMP", "is not a run directory"),
     ],
 )
-def test_what_users_get_wrong(words: str, message: str, run: Path, tmp_path: Path) -> None:
+def test_what_users_get_wrong(arguments: str, message: str, run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        call(*words.replace("RUN", str(run)).replace("TMP", str(tmp_path)).split())
+        call(*arguments.replace("RUN", str(run)).replace("TMP", str(tmp_path)).split())
     assert not list(tmp_path.iterdir())
 
 

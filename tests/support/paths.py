@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def find_data(*parts: str) -> Path | None:
-    """A file or folder of the test data; None where it is not there.
+    """A file or folder of the test data; None where it is missing.
 
     The data (COCO photographs, official class files) may not be redistributed, so they lie in the folder that
     SPML_TEST_DATA names, or in `shared/data` beside the repository.
@@ -22,7 +22,7 @@ def find_data(*parts: str) -> Path | None:
 
 
 def need_data(*parts: str) -> Path:
-    """As `find_data`; skips the test where it is not there, and fails it where SPML_TEST_DATA promised it."""
+    """As `find_data`; skips the test where it is missing, and fails it where SPML_TEST_DATA is set."""
     path = find_data(*parts)
     if path is not None:
         return path

@@ -1,8 +1,8 @@
-"""One HTML page about one run or several: figures, curves, classes, and what looks unhealthy.
+"""One HTML page about one run or several: figures, curves, classes, and signs of trouble.
 
-Everything comes from the files that a run leaves (config.yaml, metrics.jsonl, results.json, classes.txt); what is
-missing is said on the page. Runs whose configurations differ in seed and place only are a group: their figures are a
-mean and a sample deviation. The page needs nothing beside itself; plots are PNG in the page.
+Everything comes from the files that a run leaves (config.yaml, metrics.jsonl, results.json, classes.txt); the page
+names those that are missing. Runs whose configurations differ in seed and directory only are a group: their figures are
+a mean and a sample deviation. The page needs no other file; plots are PNG in the page.
 """
 
 from __future__ import annotations
@@ -10,29 +10,26 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 
 from spml_fast import __version__
-from spml_fast.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 from spml_fast.analysis.report.health import health
 from spml_fast.analysis.report.plots import class_plots, curve_plots
 from spml_fast.analysis.report.tables import (
+    alpha_text,
     class_ap,
     class_groups,
     class_tables,
     conventions,
     group_runs,
     option_table,
+    option_text,
     setup,
-    shown,
     summary,
     training_counts,
 )
+from spml_fast.core.errors import UserError
 from spml_fast.runs.read import Run, read_run
 
 
@@ -73,7 +70,7 @@ def make_page(folders: Sequence[Path]) -> str:
         averaged=any(len(g.runs) > 1 for g in groups),
         conventions=conventions(groups),
         options=option_table(groups) if compared else [],
-        all_options=[] if compared else [(k, shown(v)) for k, v in runs[0].options.items()],
+        all_options=[] if compared else [(k, option_text(v)) for k, v in runs[0].options.items()],
         curves=curve_plots(groups),
         classes=class_plots(groups, counts) if same_classes else [],
         class_tables=class_tables(groups, names) if same_classes else [],
@@ -81,12 +78,14 @@ def make_page(folders: Sequence[Path]) -> str:
         other_classes=bool(widths) and not same_classes,
         no_counts=same_classes and any(c is None for c in counts),
         health=[(str(r.folder), health(r)) for r in runs],
-        places=[(g.label, str(r.folder), shown(r.options.get("run.seed")), _best(r)) for g in groups for r in g.runs],
+        places=[
+            (g.label, str(r.folder), option_text(r.options.get("run.seed")), _best(r)) for g in groups for r in g.runs
+        ],
     )
 
 
 def _best(run: Run) -> str:
     """Test mAP of one run at every alpha, and its best epoch."""
-    maps = ", ".join(f"alpha {a}: {m['map']:.2f}" for a, m in run.alphas.items() if m.get("map") is not None)
+    maps = ", ".join(f"{alpha_text(a)}: {m['map']:.2f}" for a, m in run.alphas.items() if m.get("map") is not None)
     epoch = (run.results or {}).get("best_epoch")
     return (maps or "-") + ("" if epoch is None else f" (epoch {epoch})")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spml_fast.analysis.report.tables import RunGroup, class_ap
+from spml_fast.runs.read import Run, number
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from spml_fast.analysis.report.tables import Group, class_ap
-from spml_fast.runs.read import Run, number
 
 # Epoch figures in the order of their plots; further ones follow by name.
 PANELS = ("loss", "val_map", "selection_precision", "selection_recall", "lr", "images_per_second", "data_wait")
@@ -23,7 +24,7 @@ TITLES = {
     "val_map": "validation mAP, %",
     "lr": "learning rate",
     "images_per_second": "images/s",
-    "data_wait": "share of time waiting for data",
+    "data_wait": "fraction of time waiting for data",
     "memory_gib": "peak memory, GiB",
     "selection_precision": "precision of selected labels",
     "selection_recall": "recall of hidden positives",
@@ -37,8 +38,8 @@ TITLES = {
 NOT_PLOTTED = ("epoch", "update", "time", "seconds", "selected_true_count", "hidden_positive_count", "memory_gib")
 
 
-def _figure(across: str) -> tuple[Figure, Axes]:
-    """A plot with whole numbers of `across` on its x axis."""
+def _figure(label: str) -> tuple[Figure, Axes]:
+    """A plot with whole numbers on its x axis, labelled `label`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,7 +50,7 @@ def _figure(across: str) -> tuple[Figure, Axes]:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel(across)
+    axis.set_xlabel(label)
     return figure, axis
 
 
@@ -67,7 +68,7 @@ def _panels(runs: Sequence[Run]) -> list[str]:
     """Names of the epoch figures that are numbers, the usual ones first."""
     names = {k for r in runs for e in r.epochs for k, v in e.items() if isinstance(v, int | float)}
     names -= set(NOT_PLOTTED)
-    # Counts of what never happened say nothing.
+    # A figure that is 0 in every epoch has no plot.
     names = {n for n in names if any(e.get(n) for r in runs for e in r.epochs)}
     return [n for n in PANELS if n in names] + sorted(names - set(PANELS))
 
@@ -79,8 +80,8 @@ def _plotted(epoch: dict[str, Any], name: str) -> float | None:
     return number(epoch.get(name))
 
 
-def curve_plots(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """(title, image) of every figure over epochs; seeds are thin, their mean is thick."""
+def curve_plots(groups: Sequence[RunGroup]) -> list[tuple[str, str]]:
+    """(title, image) of every figure over epochs; single runs have thin lines, their mean a thick one."""
     out = []
     for name in _panels([r for g in groups for r in g.runs]):
         figure, axis = _figure("epoch")
@@ -88,7 +89,7 @@ def curve_plots(groups: Sequence[Group]) -> list[tuple[str, str]]:
             series = [[_plotted(e, name) for e in r.epochs] for r in group.runs]
             known = [np.array([np.nan if v is None else v for v in s], np.float64) for s in series if s]
             style: dict[str, Any] = {"color": group.colour, "linestyle": group.dash}
-            # One epoch is a point, which a line does not show.
+            # A line through a single epoch would be invisible.
             marker = "o" if all(len(s) == 1 for s in known) else None
             for s in known:
                 thin = len(known) > 1
@@ -103,8 +104,13 @@ def curve_plots(groups: Sequence[Group]) -> list[tuple[str, str]]:
     return out
 
 
-def class_plots(groups: Sequence[Group], counts: Sequence[np.ndarray | None]) -> list[tuple[str, str]]:
-    """AP of all classes, sorted, and against the number of positives that training saw, `counts` of each group."""
+def class_plots(groups: Sequence[RunGroup], counts: Sequence[np.ndarray | None]) -> list[tuple[str, str]]:
+    """AP of all classes, sorted, and against the number of positives in training.
+
+    Args:
+        groups: in the order of their colours.
+        counts: observed positives of every class, int64 [C], for each group; None where they are not known.
+    """
     having = [(g, ap) for g in groups if (ap := class_ap(g)) is not None]
     paired = [
         (g, ap, count)

@@ -7,16 +7,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import POSITIVE
 from spml_fast.data.manifest import Manifest
-
-if TYPE_CHECKING:
-    pass
 from spml_fast.runs.read import Run, number
 
 # Okabe and Ito's colours, which most colour-blind people tell apart; the ninth group starts again with dashes.
@@ -24,23 +21,25 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 
 DASHES = ("-", "--", ":", "-.")
 
-# Options that say where and from which random numbers a run was made, not what it is.
-PLACE = ("run.dir", "run.seed", "run.resume", "run.keep", "run.save_updates")
+# Options of the directory, the seed and resuming: runs that differ in these alone are repetitions of each other.
+REPETITION = ("run.dir", "run.seed", "run.resume", "run.keep", "run.save_updates")
 
 # Longer values of options are cut in the names of groups.
 LABEL_VALUE = 24
 
 # Rows of the tables of classes.
-SHOWN = 10
+CLASS_ROWS = 10
 
 
 @dataclass
-class Group:
-    """Runs of one configuration that differ in seed and place only.
+class RunGroup:
+    """Runs of one configuration that differ in `REPETITION` only.
 
     Attributes:
+        runs: at least one.
         label: for people, different for every group.
-        colour, dash: of its curves.
+        colour: of its curves.
+        dash: of its curves, a line style of matplotlib.
     """
 
     runs: list[Run]
@@ -50,39 +49,39 @@ class Group:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the runs have in common."""
-        return {k: v for k, v in self.runs[0].options.items() if k not in PLACE}
+        """The options that all runs have in common."""
+        return {k: v for k, v in self.runs[0].options.items() if k not in REPETITION}
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order of their first runs, labelled by what tells them apart."""
-    found: dict[str, Group] = {}
+def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
+    """Groups in the order of their first runs, labelled by the options in which they differ."""
+    by_options: dict[str, RunGroup] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run.options.items() if k not in PLACE}, sort_keys=True, default=str)
-        found.setdefault(key, Group([])).runs.append(run)
-    groups = list(found.values())
+        key = json.dumps({k: v for k, v in run.options.items() if k not in REPETITION}, sort_keys=True, default=str)
+        by_options.setdefault(key, RunGroup([])).runs.append(run)
+    groups = list(by_options.values())
     for place, group in enumerate(groups):
         group.colour = COLOURS[place % len(COLOURS)]
         group.dash = DASHES[place // len(COLOURS) % len(DASHES)]
         group.label = _label(group, groups)
-    for more in (lambda g: g.runs[0].folder.name, lambda g: str(groups.index(g) + 1)):
+    for suffix in (lambda g: g.runs[0].folder.name, lambda g: str(groups.index(g) + 1)):
         labels = [g.label for g in groups]
         for group in groups:
             if labels.count(group.label) > 1:
-                group.label += f" ({more(group)})"
+                group.label += f" ({suffix(group)})"
     return groups
 
 
-def _label(group: Group, groups: list[Group]) -> str:
+def _label(group: RunGroup, groups: list[RunGroup]) -> str:
     """The method's name, and up to three options by which groups of the same method differ."""
     method = str(group.options.get("method.name", "run"))
     rivals = [g for g in groups if g.options.get("method.name") == group.options.get("method.name")]
-    apart = [k for k in differing([g.options for g in rivals]) if k != "method.name"]
-    return ", ".join([method, *(f"{k.split('.')[-1]} {_short(shown(group.options.get(k)))}" for k in apart[:3])])
+    keys = [k for k in differing([g.options for g in rivals]) if k != "method.name"][:3]
+    return ", ".join([method, *(f"{k.split('.')[-1]} {_short(option_text(group.options.get(k)))}" for k in keys)])
 
 
 def _short(text: str) -> str:
-    """The end of a long text, which says more of a path than its beginning."""
+    """The end of a long text: of a path it tells more than the beginning."""
     return text if len(text) <= LABEL_VALUE else "…" + text[1 - LABEL_VALUE :]
 
 
@@ -92,8 +91,8 @@ def differing(options: Sequence[dict[str, Any]]) -> list[str]:
     return [k for k in keys if len({json.dumps(o.get(k, "-"), default=str) for o in options}) > 1]
 
 
-def option_table(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """Options that differ between groups. Those of a method alone say nothing beside another method's."""
+def option_table(groups: Sequence[RunGroup]) -> list[tuple[str, list[str]]]:
+    """Options that differ between groups; options that only one method has are left out."""
     rows = []
     for key in differing([g.options for g in groups]):
         having = [g for g in groups if key in g.options]
@@ -103,11 +102,11 @@ def option_table(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
             and not differing([{key: g.options[key]} for g in having])
         ):
             continue
-        rows.append((key, [shown(g.options[key]) if key in g.options else "-" for g in groups]))
+        rows.append((key, [option_text(g.options[key]) if key in g.options else "-" for g in groups]))
     return rows
 
 
-def shown(value: Any) -> str:
+def option_text(value: Any) -> str:
     """An option's value for people."""
     if value is None:
         return "-"
@@ -116,15 +115,15 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
-        return ", ".join(map(shown, value)) or "-"
+        return ", ".join(map(option_text, value)) or "-"
     return str(value)
 
 
 def setup(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What was trained on what, with what: (name, value) rows; values that differ stand beside each other."""
+    """Data, model and training of the runs: (name, value) rows; values that differ follow each other in a cell."""
     rows: dict[str, list[str]] = {}
     for run in runs:
-        o = {k: shown(v) for k, v in run.options.items()}
+        o = {k: option_text(v) for k, v in run.options.items()}
         results = run.results or {}
         pretrained = "pretrained" if run.options.get("model.pretrained") else "not pretrained"
         autocast = run.engine.get("torch_autocast") or {}
@@ -161,10 +160,15 @@ def mean_text(values: Iterable[float | None], form: str = ".2f") -> str:
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):{form}}"
 
 
-def summary(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table that comes first, a row a group."""
+def alpha_text(alpha: str) -> str:
+    """BoostLU's factor for people: `plain` for 1, else such as `BoostLU x5`."""
+    return "plain" if float(alpha) == 1 else f"BoostLU x{alpha}"
+
+
+def summary(groups: Sequence[RunGroup]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table that comes first, one row per group."""
     alphas = sorted({a for g in groups for r in g.runs for a in r.alphas}, key=float)
-    head = ["", "runs", *(f"test mAP, alpha {a}" for a in alphas), "OF1", "CF1", "best validation mAP", "epochs"]
+    head = ["", "runs", *(f"test mAP, {alpha_text(a)}" for a in alphas), "OF1", "CF1", "best validation mAP", "epochs"]
     head += ["images/s", "waiting for data", "training time", "peak memory"]
     rows = []
     for group in groups:
@@ -198,27 +202,27 @@ CONVENTIONS = {
 }
 
 
-def conventions(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]] | None:
+def conventions(groups: Sequence[RunGroup]) -> tuple[list[str], list[list[str]]] | None:
     """The same mAP in every convention, where they are not all one number."""
-    rows, apart = [], False
+    rows, differ = [], False
     for group in groups:
         for alpha in sorted({a for r in group.runs for a in r.alphas}, key=float):
             metrics = [r.alphas.get(alpha, {}) for r in group.runs]
             values = [[m.get(name) for m in metrics] for name in CONVENTIONS]
-            apart |= any(v != values[0] for v in values[:-1])
-            rows.append([f"{group.label}, alpha {alpha}", *(mean_text(v) for v in values)])
-    return (["", *CONVENTIONS.values()], rows) if apart else None
+            differ |= any(v != values[0] for v in values[:-1])
+            rows.append([f"{group.label}, {alpha_text(alpha)}", *(mean_text(v) for v in values)])
+    return (["", *CONVENTIONS.values()], rows) if differ else None
 
 
-def class_groups(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]] | None:
+def class_groups(groups: Sequence[RunGroup]) -> tuple[list[str], list[list[str]]] | None:
     """mAP of groups of classes, rarest first, where the runs were measured with any."""
     rows, number = [], 0
     for group in groups:
-        found = [r.alphas.get(r.headline or "", {}).get("groups") or [] for r in group.runs]
-        count = max(map(len, found))
+        per_run = [r.alphas.get(r.headline or "", {}).get("groups") or [] for r in group.runs]
+        count = max(map(len, per_run))
         if count:
             number = max(number, count)
-            maps = ([f[i]["map"] for f in found if i < len(f)] for i in range(count))
+            maps = ([f[i]["map"] for f in per_run if i < len(f)] for i in range(count))
             rows.append([group.label, *(mean_text(m) for m in maps)])
     if not rows:
         return None
@@ -226,24 +230,24 @@ def class_groups(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]] |
     return head, [row + ["-"] * (len(head) - len(row)) for row in rows]
 
 
-def class_ap(group: Group) -> np.ndarray | None:
+def class_ap(group: RunGroup) -> np.ndarray | None:
     """AP of every class in per cent, mean over the runs, NaN where it is not defined; None without test figures."""
-    found = [r.alphas.get(r.headline or "", {}).get("per_class_ap") for r in group.runs]
-    lists = [np.array(f, np.float64) for f in found if f]
+    per_run = [r.alphas.get(r.headline or "", {}).get("per_class_ap") for r in group.runs]
+    lists = [np.array(f, np.float64) for f in per_run if f]
     if not lists or len({len(x) for x in lists}) > 1:
         return None
     return np.asarray(np.mean(lists, axis=0))
 
 
-def training_counts(groups: Sequence[Group]) -> list[np.ndarray | None]:
-    """Observed positives of every class in each group's training split, int64 [C]; None where it is not there."""
-    found: dict[tuple[str, ...], np.ndarray | None] = {}
+def training_counts(groups: Sequence[RunGroup]) -> list[np.ndarray | None]:
+    """Observed positives of every class in each group's training split, int64 [C]; None without its data set."""
+    counts: dict[tuple[str, ...], np.ndarray | None] = {}
     keys = []
     for run in (g.runs[0] for g in groups):
         keys.append(tuple(str(run.options.get(f"data.{name}")) for name in ("dir", "image_root", "train_split")))
-        if keys[-1] not in found:
-            found[keys[-1]] = _counts(run)
-    return [found[key] for key in keys]
+        if keys[-1] not in counts:
+            counts[keys[-1]] = _counts(run)
+    return [counts[key] for key in keys]
 
 
 def _counts(run: Run) -> np.ndarray | None:
@@ -255,14 +259,14 @@ def _counts(run: Run) -> np.ndarray | None:
         name = str(run.options.get("data.train_split", "train"))
         return np.asarray(manifest.split(name).observed.class_counts(POSITIVE))
     except UserError as error:
-        run.notes.append(f"labels of the training split are not shown: {error}")
+        run.notes.append(f"labels of the training split are missing: {error}")
         return None
 
 
 ClassRow = tuple[str, list[str]]
 
 
-def class_tables(groups: Sequence[Group], names: Sequence[str]) -> list[tuple[str, list[str], list[ClassRow]]]:
+def class_tables(groups: Sequence[RunGroup], names: Sequence[str]) -> list[tuple[str, list[str], list[ClassRow]]]:
     """Tables of a few classes: the best and the worst of a group, or where the first and the last group differ most."""
     having = [(g, ap) for g in groups if (ap := class_ap(g)) is not None and len(ap) == len(names)]
     if not having:
@@ -279,7 +283,7 @@ def class_tables(groups: Sequence[Group], names: Sequence[str]) -> list[tuple[st
     def rows(chosen: Iterable[int]) -> list[ClassRow]:
         return [(names[c], ["-" if np.isnan(ap[c]) else f"{ap[c]:.1f}" for _, ap in having]) for c in chosen]
 
-    count = min(SHOWN, (len(order) + 1) // 2)
+    count = min(CLASS_ROWS, (len(order) + 1) // 2)
     tables = [(titles[0], head, rows(order[:count]))]
     if len(order) > count:
         tables.append((titles[1], head, rows(order[: -count - 1 : -1][: len(order) - count])))
