@@ -13,6 +13,7 @@ Before anything is timed, the losses of all of them must agree on the same image
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -25,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_input import images, machine
+from spml_fast.core import env
 from spml_fast.core.batch import Batch
 from spml_fast.core.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError, run_command
@@ -121,7 +122,7 @@ class Variant:
         """Loss of a step; its forward alone."""
         batch = Batch(views, self.store.rows(index), index, len(index))
         progress = Progress(EPOCH, EPOCHS, (EPOCH - 1) * 100, 100, "finetune", self.setup.train.lr)
-        with mock.patch.dict(os.environ, {} if self.name == "spml_fast" else {"SPML_KERNELS": "reference"}):
+        with contextlib.nullcontext() if self.name == "spml_fast" else env.reference_kernels():
             loss: Tensor = (self.engine or self.module)(batch, progress)[0]
         return loss
 
