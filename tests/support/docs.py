@@ -1,0 +1,101 @@
+"""The documentation's pages and their code blocks."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.paths import ROOT
+
+PAGES = [*(ROOT / n for n in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+# What a block without a language is, by its first word.
+SHELL = ("pip", "python", "deepspeed", "torchrun", "spml-fast", "pytest", "srun", "sbatch", "mkdocs", "just")
+MARK = re.compile(r"<!-- (not run|run by): (.+?) -->")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A code block of a page.
+
+    Attributes:
+        page: path within the repository.
+        line: where it begins, counted from 1.
+        language: as the fence says; of an indented block bash or text, by its first word.
+        title: the fence's title, the name of a file that the block is.
+        text: without indentation.
+        not_run: why it is not run here; empty where it is.
+        run_by: the test that runs it, where it is not one of tests/docs; empty else.
+    """
+
+    page: str
+    line: int
+    language: str
+    title: str
+    text: str
+    not_run: str = ""
+    run_by: str = ""
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.page}:{self.line}"
+
+
+def code_blocks(path: Path) -> list[Block]:
+    """All code blocks of a page, fenced and indented ones, in order."""
+    page = str(path.relative_to(ROOT))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    blocks: list[Block] = []
+    i = 0
+    while i < len(lines):
+        start = i
+        mark = MARK.fullmatch(lines[i - 1]) if i else None
+        reasons = {"not_run": "", "run_by": ""}
+        if mark is not None:
+            reasons[mark[1].replace(" ", "_")] = mark[2]
+        fence = re.fullmatch(r"( *)```(\w*)(?: title=\"(.+)\")?", lines[i])
+        if fence is not None:
+            end = next((j for j in range(i + 1, len(lines)) if lines[j].strip() == "```"), None)
+            assert end is not None, f"{page}:{i + 1}: the block has no end"
+            text = textwrap.dedent("\n".join(lines[i + 1 : end]))
+            blocks.append(Block(page, start + 1, fence[2], fence[3] or "", text, **reasons))
+            i = end + 1
+        elif lines[i].startswith("    ") and (i == 0 or not lines[i - 1] or mark is not None):
+            while i < len(lines) and (lines[i].startswith("    ") or not lines[i]):
+                i += 1
+            text = textwrap.dedent("\n".join(lines[start:i])).strip("\n")
+            language = "bash" if text.split()[0] in SHELL else "text"
+            blocks.append(Block(page, start + 1, language, "", text, **reasons))
+        else:
+            i += 1
+    return blocks
+
+
+def block_with(path: Path, beginning: str) -> Block:
+    """The block of a page whose text starts so."""
+    return next(b for b in code_blocks(path) if b.text.startswith(beginning))
+
+
+def files_of(path: Path) -> dict[str, str]:
+    """Name -> text of the files that a page shows."""
+    return {b.title: b.text + "\n" for b in code_blocks(path) if b.title.endswith(".py")}
+
+
+def shell_commands(text: str) -> list[list[str]]:
+    """The commands of a shell block as words, comments dropped, lines that end in a backslash joined."""
+    commands: list[list[str]] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word and set(word) <= set("&|;"):
+                if words:
+                    commands.append(words)
+                words = []
+            else:
+                words.append(word)
+    return commands
