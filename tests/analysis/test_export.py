@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import save_weights
 from spml_fast.runs.open import load_classifier, load_run_config, make_eval_loader
 from spml_fast.runs.recipe import to_yaml
+from tests.support.docs import block_with
 from tests.support.paths import ROOT
 
 CPU = torch.device("cpu")
@@ -98,9 +98,7 @@ def normalised(images: np.ndarray, metadata: dict[str, str]) -> torch.Tensor:
 
 def documented(first: str, run: Path, image: str) -> dict[str, Any]:
     """What the documentation's snippet that starts with `first` leaves behind, run as it stands."""
-    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    start = text.index(f"\n    {first}\n") + 1
-    snippet = textwrap.dedent(text[start : text.index("\n\n", start)])
+    snippet = block_with(ROOT / "docs" / "operations.md", first).text
     names: dict[str, Any] = {}
     exec(snippet.replace("RUN/", f"{run}/").replace("001.jpg", image), names)
     return names

@@ -24,6 +24,7 @@ from spml_fast.models.weights import save_weights
 from spml_fast.prepare.datasets.csv_table import read_table
 from spml_fast.runs.open import load_run, make_eval_loader
 from spml_fast.runs.recipe import to_yaml
+from tests.support.docs import block_with
 from tests.support.paths import ROOT
 
 CPU = torch.device("cpu")
@@ -184,10 +185,8 @@ class TestTruth:
 
 
 def test_accepted_suggestions_become_labels(run: Path, tmp_path: Path) -> None:
-    """The lines of docs/operations.md."""
-    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    section = text[text.index("## Which labels are missing") :]
-    code = section[section.index("    import csv\n") :].split("\n\n")[0]
+    """The lines of docs/tutorial.md."""
+    code = block_with(ROOT / "docs" / "tutorial.md", "import csv\n").text
     call("--run", run, "--csv", tmp_path / "accepted.csv", "--top", 4)
     rows = read(tmp_path / "accepted.csv")
     paths = list(dict.fromkeys(r["path"] for r in rows))
@@ -195,7 +194,7 @@ def test_accepted_suggestions_become_labels(run: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("split,negatives,path,positives\n" + "".join(lines), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        exec("\n".join(line[4:] for line in code.splitlines()), {})
+        exec(code, {})
     table = read_table(tmp_path / "merged.csv", "error")
     expected: dict[str, dict[str, int]] = {path: {"cat": 1, "dog": 1} for path in paths}
     for r in rows:

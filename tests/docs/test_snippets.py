@@ -1,0 +1,309 @@
+"""Every code block of the documentation: run here, run by the test that its comment names, or marked with a reason.
+
+Shell lines are not run but parsed by the commands' own parsers, so that an option that does not exist is found; the
+tutorial's are run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from spml_fast.cli.main import COMMANDS
+from spml_fast.cli.parse import parse_config
+from spml_fast.data.manifest import Manifest
+from spml_fast.prepare.datasets.csv_table import read_table
+from spml_fast.runs.recipe import check_keys
+from tests.support.docs import PAGES, Block, code_blocks, shell_commands
+from tests.support.paths import ROOT
+from tests.support.runs import environment
+
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+BLOCKS = [block for page in PAGES for block in code_blocks(page)]
+# What stands for a file or a number in documentation, and what the parser gets instead.
+STAND_INS = {"RECIPE.yaml": "digits", "RUN/config.yaml": "digits", "R": "0", "A": "5", "HOST": "node1"}
+EXTRAS = re.compile(r"\.\[([\w,]+)\]")
+# Programs of others, whose options are theirs.
+OTHERS = {"mkdocs", "pre-commit", "just", "source", "sbatch", "."}
+
+
+def ids(block: Block) -> str:
+    return block.where
+
+
+def of(*languages: str) -> list[Block]:
+    return [b for b in BLOCKS if b.language in languages]
+
+
+class Parsed(Exception):
+    """A command line was parsed to its end."""
+
+
+@contextlib.contextmanager
+def parsing_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, a command ends as soon as its command line has been parsed."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse(self: argparse.ArgumentParser, *args: Any, **more: Any) -> None:
+        original(self, *args, **more)
+        raise Parsed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse)
+        with contextlib.suppress(Parsed):
+            yield
+
+
+def options_of(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The options that the help of a command (or of `prepare DATASET`) names."""
+    shown: list[str] = []
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(argparse.ArgumentParser, "_print_message", lambda self, text, file=None: shown.append(text))
+        importlib.import_module(f"spml_fast.cli.{words[0]}").main([*words[1:], "--help"])
+    assert shown, f"{words} has no help"
+    return set(re.findall(r"--[\w.-]+", "".join(shown)))
+
+
+def check_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command of ours, without the program's name; brackets mark what may be left out, dots what is not shown."""
+    command, *rest = words
+    assert command in COMMANDS, f"there is no command {command}"
+    if "--plugins" in rest:
+        return  # test_extending.py runs these
+    plain = [STAND_INS.get(w, w) for word in rest if (w := word.strip("[]")) not in ("...", "")]
+    if "..." in " ".join(rest):
+        given = {word for word in plain if word.startswith("--")}
+        known = options_of([command, *plain[: command == "prepare"]], monkeypatch) if given else set()
+        assert given <= known, f"{command} has no {', '.join(given - known)}"
+        return
+    try:
+        if command == "train":
+            parse_config(plain, "digits")
+        else:
+            with parsing_only(monkeypatch):
+                importlib.import_module(f"spml_fast.cli.{command}").main(plain)
+    except SystemExit as end:
+        assert end.code == 0, f"spml-fast {command} {' '.join(plain)}"
+
+
+def check_script(path: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of benchmarks/ or tests/."""
+    assert (ROOT / path).is_file(), path
+    source = (ROOT / path).read_text(encoding="utf-8")
+    for word in words:
+        if word.startswith("--"):
+            assert f'"{word}"' in source, f"{path} has no {word}"
+
+
+def check_line(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command of a shell block, or of a line of text."""
+    words = [w for w in words if not re.fullmatch(r"[A-Z_]+=\S*", w)]
+    while words and words[0] in ("/usr/bin/time", "-v", "srun"):
+        words = words[1:]
+    if not words or words[0] in OTHERS:
+        return
+    program, *rest = words
+    if program == "pip":
+        asked = {e for word in rest for e in ((EXTRAS.search(word) or [0, ""])[1]).split(",") if e}
+        declared = (ROOT / "setup.py").read_text(encoding="utf-8")
+        assert all(f'"{extra}":' in declared for extra in asked), asked
+    elif program == "pytest":
+        paths = [w for w in rest if w.startswith("tests")]
+        assert all((ROOT / path.split("::")[0]).exists() for path in paths), paths
+    elif program == "spml-fast":
+        check_command(rest, monkeypatch)
+    else:
+        assert program in ("python", "deepspeed", "torchrun"), f"{program} is not a program that is known here"
+        script = next((i for i, w in enumerate(rest) if w.endswith(".py")), None)
+        module = next((i for i, w in enumerate(rest) if w == "spml_fast"), None)
+        if module is not None:
+            assert rest[module - 1] in ("-m", "--module")
+            check_command(rest[module + 1 :], monkeypatch)
+        elif script is None:
+            assert rest[:2] == ["-m", "venv"], " ".join(words)
+        elif rest[script].startswith("launch/"):
+            check_command([Path(rest[script]).stem, *rest[script + 1 :]], monkeypatch)
+        else:
+            check_script(rest[script], rest[script + 1 :], monkeypatch)
+
+
+def test_the_pages_have_blocks():
+    assert {"bash", "python", "csv", "yaml", "toml", "text"} == {b.language for b in BLOCKS}
+    assert len(of("python")) >= 10 and len(of("bash")) >= 25
+
+
+def test_every_python_block_is_run_or_says_why_not():
+    here = {"docs/data.md", "docs/tutorial.md"}
+    for block in of("python"):
+        if block.run_by:
+            test = (ROOT / block.run_by).read_text(encoding="utf-8")
+            assert block.text.splitlines()[0] in test, f"{block.where}: {block.run_by} does not name its first line"
+        else:
+            extending = block.page.startswith("docs/extending/") and block.title.endswith(".py")
+            assert block.not_run or extending or block.page in here, block.where
+
+
+@pytest.mark.parametrize("block", of("bash"), ids=ids)
+def test_shell_lines_are_accepted(block, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    if block.not_run or "my_loss_fused.py" in block.text:
+        return  # the second is run by test_extending.py
+    for words in shell_commands(block.text):
+        try:
+            check_line(words, monkeypatch)
+        except (SystemExit, AssertionError) as error:
+            pytest.fail(f"{block.where}: {' '.join(words)}: {error}; {capsys.readouterr().err}")
+
+
+def inline_commands(page: Path) -> list[str]:
+    """Commands within a page's sentences and tables."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    found = re.findall(r"`((?:spml-fast|python launch/|deepspeed |torchrun |python -m spml_fast)[^`\n]*)`", text)
+    return [line for line in found if not re.search(r"\b(NAME|COMMAND|X)\b", line) and " " in line]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_in_sentences_are_accepted(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for line in inline_commands(page):
+        for words in shell_commands(line):
+            try:
+                check_line(words, monkeypatch)
+            except (SystemExit, AssertionError) as error:
+                pytest.fail(f"{page.name}: {line}: {error}")
+
+
+def test_a_wrong_line_is_found(monkeypatch, capsys):
+    """The checks above do fail."""
+    for line in (
+        "spml-fast evaluate --run RUN --alfa 5",
+        "spml-fast train --train.epoch 3",
+        "spml-fast trian",
+        "deepspeed launch/predict.py --run RUN photos/ --top many",
+        "python launch/prepare.py csv --table labels.csv",
+        "python benchmarks/bench_kernels.py --fast",
+        "pip install -e '.[tests]'",
+        "pytest tests/nowhere",
+    ):
+        with pytest.raises((SystemExit, AssertionError)):
+            check_line(shell_commands(line)[0], monkeypatch)
+
+
+@pytest.mark.parametrize("block", of("csv"), ids=ids)
+def test_tables_are_read(block, tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text(block.text + "\n", encoding="utf-8")
+    assert len(read_table(path, "error").rows) == len(block.text.splitlines()) - 1
+
+
+@pytest.mark.parametrize("block", of("yaml", "toml"), ids=ids)
+def test_configurations_are_read(block):
+    if block.language == "toml":
+        assert tomllib.loads(block.text)
+    else:
+        check_keys(yaml.safe_load(block.text), block.where, None)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Path:
+    """A folder as the tutorial begins with: labels.csv, photos/, new/; the photos are digit scenes."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    manifest = Manifest(small_digits)
+    rows = []
+    for name, count in (("train", 48), ("val", 20), ("test", 24)):
+        split = manifest.split(name)
+        labels = split.observed if name == "train" else split.known
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(count):
+            shutil.copy(split.path(i), folder / "photos" / name / f"{i}.jpg")
+            codes = labels.rows([i])[0]
+            rows.append((f"photos/{name}/{i}.jpg", ";".join(f"digit {c}" for c in (codes == 1).nonzero()[0]), "", name))
+    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("path", "positives", "negatives", "split"), *rows])
+    shutil.copytree(folder / "photos" / "test", folder / "new")
+    return folder
+
+
+# The documented training, small: what is given last counts.
+SMALL = [
+    *("--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.output_stride", "8"),
+    *("--data.image_size", "64", "--data.hflip", "0", "--train.epochs", "1", "--train.lr", "3e-3"),
+]
+# One process for all commands, since most of a small command's time is its imports.
+DRIVER = """
+import json, sys
+from spml_fast.cli.main import main
+for kind, content in json.load(open(sys.argv[1])):
+    print("::", content if kind == "command" else "python", flush=True)
+    if kind == "python":
+        exec(content, {})
+    else:
+        status = main(content)
+        assert not status, (content, status)
+"""
+
+
+def run_steps(folder: Path, steps: Sequence[tuple[str, Any]]) -> str:
+    """Run commands and Python code in a folder, in order; returns what they print."""
+    (folder / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, "steps.json"],
+        cwd=folder,
+        env=environment(PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_tutorial_runs_as_written(photos):
+    steps: list[tuple[str, Any]] = []
+    for block in code_blocks(TUTORIAL):
+        if block.language == "python":
+            # Somebody has looked at the suggestions and agreed with all of them.
+            steps.append(("python", "import shutil; shutil.copy('suggestions.csv', 'accepted.csv')"))
+            steps.append(("python", block.text))
+        elif block.language == "bash":
+            for program, *words in shell_commands(block.text):
+                assert program == "spml-fast"
+                more = SMALL if words[0] == "train" else ["--min-probability", "0.05"] if words[0] == "suggest" else []
+                steps.append(("command", [*words, *more]))
+    shown = run_steps(photos, steps)
+    with (photos / "accepted.csv").open(encoding="utf-8", newline="") as file:
+        accepted = [row for row in csv.DictReader(file) if row["suggestion"] == "positive"]
+    assert accepted, "something was suggested"
+    before, after = (Manifest(photos / "data" / name).split("train").known for name in ("photos", "photos-2"))
+    assert int((after.codes == 1).sum()) == int((before.codes == 1).sum()) + len(accepted)
+    assert before.default == -1 and Manifest(photos / "data" / "photos").split("test").known.default == 0
+    for name in ("first.html", "mistakes.png", "first.json", "both.html", "classes.csv"):
+        assert (photos / name).stat().st_size > 0, name
+    assert "runs/second/export.safetensors" in shown
+    assert {"1", "2", "5"} == set(json.loads((photos / "first.json").read_text(encoding="utf-8"))["alpha"])
+
+
+def test_blocks_of_the_data_page_run(tmp_path, small_digits, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").symlink_to(small_digits)
+    monkeypatch.chdir(tmp_path)
+    for block in of("python"):
+        if block.page == "docs/data.md":
+            exec(block.text, {})
