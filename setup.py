@@ -50,6 +50,7 @@ setup(
         # The exporter is tested for real, so the tests need what it needs.
         "test": ["pytest>=8", "hypothesis>=6", *ONNX],
         "lint": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "onnx": ONNX,
     },
 )

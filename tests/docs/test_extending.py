@@ -5,19 +5,15 @@ The files are written as the pages show them, and the pages' own commands train 
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from spml_fast.data.manifest import Manifest
-from tests.docs.test_snippets import SMALL, run_steps
-from tests.support.docs import code_blocks, files_of, shell_commands
+from tests.support.docs import SMALL, code_blocks, files_of, run_python, run_steps, shell_commands
 from tests.support.paths import ROOT
-from tests.support.runs import environment, read_metrics
+from tests.support.runs import read_metrics
 
 EXTENDING = ROOT / "docs" / "extending"
 
@@ -82,17 +78,8 @@ def test_files_of_strangers_train(pets):
 def test_the_help_of_a_strangers_loss(pets):
     write_files(pets, "method.md")
     (words,) = (w for w in commands_of("method.md") if "--help" in w)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, "-m", "spml_fast", *words],
-        cwd=pets,
-        env=environment(PYTHONPATH=path),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--method.gamma" in done.stdout and "0 is assume negative" in " ".join(done.stdout.split())
+    shown = run_python(pets, "-m", "spml_fast", *words)
+    assert "--method.gamma" in shown and "0 is assume negative" in " ".join(shown.split())
 
 
 OP_CHECK = """
@@ -124,13 +111,4 @@ def test_kernels_agree_with_their_references(page, code, tmp_path):
     (tmp_path / "row_score").mkdir(exist_ok=True)
     (tmp_path / "row_score" / "__init__.py").touch()
     words = ["-c", code] if code else ["my_loss_fused.py"]
-    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=tmp_path,
-        env=environment(PYTHONPATH=path, TRITON_INTERPRET="1", SPML_KERNELS="triton"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(tmp_path, *words, TRITON_INTERPRET="1", SPML_KERNELS="triton")

@@ -11,13 +11,10 @@ import contextlib
 import csv
 import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +26,8 @@ from spml_fast.cli.parse import parse_config
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.datasets.csv_table import read_table
 from spml_fast.runs.recipe import check_keys
-from tests.support.docs import PAGES, Block, code_blocks, shell_commands
+from tests.support.docs import PAGES, SMALL, Block, code_blocks, run_steps, shell_commands
 from tests.support.paths import ROOT
-from tests.support.runs import environment
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 BLOCKS = [block for page in PAGES for block in code_blocks(page)]
@@ -51,23 +47,45 @@ def of(*languages: str) -> list[Block]:
 
 
 class Parsed(Exception):
-    """A command line was parsed to its end."""
+    """A command line was parsed to its end; holds the words that the parser left to others."""
+
+    def __init__(self, rest: list[str]) -> None:
+        super().__init__()
+        self.rest = rest
 
 
-@contextlib.contextmanager
-def parsing_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside, a command ends as soon as its command line has been parsed."""
-    original = argparse.ArgumentParser.parse_args
+def parse_only(command: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have a command parse its command line and stop there; returns what it leaves to `train`.
 
-    def parse(self: argparse.ArgumentParser, *args: Any, **more: Any) -> None:
-        original(self, *args, **more)
-        raise Parsed
+    Raises:
+        SystemExit: the command line is wrong.
+    """
+    depth = 0
+
+    def stopping(name: str) -> Any:
+        original = getattr(argparse.ArgumentParser, name)
+
+        def parse(self: argparse.ArgumentParser, *args: Any, **more: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            try:
+                result = original(self, *args, **more)
+            finally:
+                depth -= 1
+            if depth == 0:
+                raise Parsed(result[1] if isinstance(result, tuple) else [])
+            return result
+
+        return parse
 
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
-        patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse)
-        with contextlib.suppress(Parsed):
-            yield
+        for name in ("parse_args", "parse_known_args", "parse_intermixed_args", "parse_known_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, stopping(name))
+        try:
+            importlib.import_module(f"spml_fast.cli.{command}").main(list(words))
+        except Parsed as parsed:
+            return parsed.rest
+    raise AssertionError(f"{command} went on without a parser")
 
 
 def options_of(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -82,12 +100,12 @@ def options_of(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> set[str
 
 def check_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A command of ours, without the program's name; brackets mark what may be left out, dots what is not shown."""
-    command, *rest = words
+    command, *given_words = words
     assert command in COMMANDS, f"there is no command {command}"
-    if "--plugins" in rest:
+    if "--plugins" in given_words:
         return  # test_extending.py runs these
-    plain = [STAND_INS.get(w, w) for word in rest if (w := word.strip("[]")) not in ("...", "")]
-    if "..." in " ".join(rest):
+    plain = [STAND_INS.get(w, w) for word in given_words if (w := word.strip("[]")) not in ("...", "")]
+    if "..." in " ".join(given_words):
         given = {word for word in plain if word.startswith("--")}
         known = options_of([command, *plain[: command == "prepare"]], monkeypatch) if given else set()
         assert given <= known, f"{command} has no {', '.join(given - known)}"
@@ -95,9 +113,8 @@ def check_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None
     try:
         if command == "train":
             parse_config(plain, "digits")
-        else:
-            with parsing_only(monkeypatch):
-                importlib.import_module(f"spml_fast.cli.{command}").main(plain)
+        elif rest := parse_only(command, plain, monkeypatch):
+            parse_config(rest, "digits")
     except SystemExit as end:
         assert end.code == 0, f"spml-fast {command} {' '.join(plain)}"
 
@@ -172,10 +189,10 @@ def test_shell_lines_are_accepted(block, monkeypatch, capsys):
 
 
 def inline_commands(page: Path) -> list[str]:
-    """Commands within a page's sentences and tables."""
+    """Commands with options within a page's sentences and tables; what they need besides is not shown there."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
     found = re.findall(r"`((?:spml-fast|python launch/|deepspeed |torchrun |python -m spml_fast)[^`\n]*)`", text)
-    return [line for line in found if not re.search(r"\b(NAME|COMMAND|X)\b", line) and " " in line]
+    return [f"{line} ..." for line in found if "--" in line and not re.search(r"\b(NAME|COMMAND|X)\b", line)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -196,6 +213,7 @@ def test_a_wrong_line_is_found(monkeypatch, capsys):
         "spml-fast train --train.epoch 3",
         "spml-fast trian",
         "deepspeed launch/predict.py --run RUN photos/ --top many",
+        "spml-fast reproduce --train.epoch 3",
         "python launch/prepare.py csv --table labels.csv",
         "python benchmarks/bench_kernels.py --fast",
         "pip install -e '.[tests]'",
@@ -238,41 +256,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Path
         csv.writer(file).writerows([("path", "positives", "negatives", "split"), *rows])
     shutil.copytree(folder / "photos" / "test", folder / "new")
     return folder
-
-
-# The documented training, small: what is given last counts.
-SMALL = [
-    *("--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.output_stride", "8"),
-    *("--data.image_size", "64", "--data.hflip", "0", "--train.epochs", "1", "--train.lr", "3e-3"),
-]
-# One process for all commands, since most of a small command's time is its imports.
-DRIVER = """
-import json, sys
-from spml_fast.cli.main import main
-for kind, content in json.load(open(sys.argv[1])):
-    print("::", content if kind == "command" else "python", flush=True)
-    if kind == "python":
-        exec(content, {})
-    else:
-        status = main(content)
-        assert not status, (content, status)
-"""
-
-
-def run_steps(folder: Path, steps: Sequence[tuple[str, Any]]) -> str:
-    """Run commands and Python code in a folder, in order; returns what they print."""
-    (folder / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, "steps.json"],
-        cwd=folder,
-        env=environment(PYTHONPATH=path),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def test_the_tutorial_runs_as_written(photos):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.support.paths import ROOT
+from tests.support.runs import environment
 
 PAGES = [*(ROOT / n for n in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # What a block without a language is, by its first word.
@@ -99,3 +106,43 @@ def shell_commands(text: str) -> list[list[str]]:
             else:
                 words.append(word)
     return commands
+
+
+# The documented training, small: what is given last counts.
+SMALL = [
+    *("--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.output_stride", "8"),
+    *("--data.image_size", "64", "--data.hflip", "0", "--train.epochs", "1", "--train.lr", "3e-3"),
+]
+# One process for all commands, since most of a small command's time is its imports.
+DRIVER = """
+import json, sys
+from spml_fast.cli.main import main
+for kind, content in json.load(open(sys.argv[1])):
+    print("::", content if kind == "command" else "python", flush=True)
+    if kind == "python":
+        exec(content, {})
+    else:
+        status = main(content)
+        assert not status, (content, status)
+"""
+
+
+def run_steps(folder: Path, steps: Sequence[tuple[str, Any]]) -> str:
+    """Run commands and Python code in a folder, in order; returns what they print."""
+    (folder / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+    return run_python(folder, "-c", DRIVER, "steps.json")
+
+
+def run_python(folder: Path, *words: str, **variables: str) -> str:
+    """Run Python in a folder, whose modules it finds, and return what it prints; a failure shows the rest."""
+    path = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=environment(PYTHONPATH=path, **variables),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
