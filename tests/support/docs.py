@@ -113,17 +113,28 @@ SMALL = [
     *("--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.output_stride", "8"),
     *("--data.image_size", "64", "--data.hflip", "0", "--train.epochs", "1", "--train.lr", "3e-3"),
 ]
-# One process for all commands, since most of a small command's time is its imports.
+# A process for each step, as a user's commands are, but forked from one that has imported the libraries: most of
+# a small command's time is its imports.
 DRIVER = """
-import json, sys
+import json, os, sys, traceback
+from spml_fast.train.cluster import set_environment
+set_environment()
 from spml_fast.cli.main import main
+import spml_fast.analysis.explain, spml_fast.analysis.suggest, spml_fast.train.trainer
 for kind, content in json.load(open(sys.argv[1])):
     print("::", content if kind == "command" else "python", flush=True)
-    if kind == "python":
-        exec(content, {})
-    else:
-        status = main(content)
-        assert not status, (content, status)
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            status = exec(content, {}) if kind == "python" else main(content)
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
+    assert os.waitpid(child, 0)[1] == 0, content
 """
 
 
