@@ -63,15 +63,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from spml_kernels.cam_pool.tiles import launch_of  # noqa: E402
 from spml_kernels.common import heuristics  # noqa: E402
-from spml_kernels.common.heuristics import CamPoolLaunch, Tiles  # noqa: E402
+from spml_kernels.common.heuristics import CamPoolLaunch, CamPoolTiles  # noqa: E402
 from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED, triton  # noqa: E402
-from spml_kernels.devtools.aot import ARCHITECTURES, Case, Report, cases, compile_case  # noqa: E402
+from spml_kernels.devtools.aot import ARCHITECTURES, Case, Report, compile_case  # noqa: E402
+from spml_kernels.devtools.cases import cases  # noqa: E402
 from spml_kernels.devtools.counting import Launch, Moved, count, total  # noqa: E402
 from spml_kernels.devtools.traffic import moved  # noqa: E402
 
 from benchmarks.kernel_gpu import Card, run, work_through  # noqa: E402
 from benchmarks.kernel_report import RESULTS, Row, commit, judge, merge_csv, plot_bytes, plot_times  # noqa: E402
-from benchmarks.kernel_works import OPS, Work, cam_work, make_call, works  # noqa: E402
+from benchmarks.kernel_works import OPS, KernelWork, cam_work, make_call, method_cases, works  # noqa: E402
 
 
 class Peak(NamedTuple):
@@ -100,7 +101,7 @@ def machine(gpu: str, known: str | None = None) -> Row:
 # ---- without a GPU
 
 
-def launches_of(work: Work, provider: str, mode: str) -> list[Launch]:
+def launches_of(work: KernelWork, provider: str, mode: str) -> list[Launch]:
     """What one call of a provider launches, on meta tensors."""
     with mock.patch.dict(os.environ, SPML_KERNELS="triton" if provider == "fused" else "reference"):
         return count(make_call(work, provider, mode, work.inputs("meta")))
@@ -152,13 +153,13 @@ class Compiler:
         return self.reports[key]
 
 
-def bound_us(work: Work, bytes_: float, mode: str, card: Peak) -> float:
+def bound_us(work: KernelWork, bytes_: float, mode: str, card: Peak) -> float:
     """Microseconds that bytes and products take at a card's peak; whichever is longer."""
     rate = card.tf32 if work.products == 3 else card.half
     return max(bytes_ / card.memory / 1e3, work.products * work.flops.get(mode, 0.0) / rate / 1e6)
 
 
-def traffic_row(work: Work, mode: str, compiler: Compiler | None) -> Row:
+def traffic_row(work: KernelWork, mode: str, compiler: Compiler | None) -> Row:
     """Bytes, launches and machine code of one op at one shape."""
     fused, eager = launches_of(work, "fused", mode), launches_of(work, "eager", mode)
     kernels = [launch for launch in fused if launch.kernel is not None]
@@ -203,7 +204,7 @@ def ahead_of_time(ops: list[str], quick: bool) -> list[Row]:
     """Compile every kernel at its main shapes for GPUs that are not there."""
     rows = []
     for arch in (90,) if quick else ARCHITECTURES:
-        for case in cases(arch):
+        for case in (*cases(arch), *method_cases(arch)):
             if not any(case.op.startswith(op.split("_")[0]) for op in ops):
                 continue
             report = compile_case(case, arch)
@@ -237,7 +238,7 @@ def launched(launch: CamPoolLaunch) -> Iterator[None]:
             module = importlib.import_module(f"spml_kernels.{name}")
             stack.enter_context(mock.patch.object(module, "launch_of", lambda *_: launch))
         # The forward asks for this alone, to know what the backward wants.
-        stack.enter_context(mock.patch.object(heuristics, "SKIP_FROM", 0 if launch.apart else 2**40))
+        stack.enter_context(mock.patch.object(heuristics, "SKIP_FROM", 0 if launch.skip_empty_tiles else 2**40))
         yield
 
 
@@ -255,12 +256,14 @@ def sweep(card: Card, results: Path, seconds: float, small: bool, known: str | N
         inputs = work.inputs(card.device)
         shipped = launch_of(inputs[0], classes)
         tries = [("shipped", "fwd", shipped), ("shipped", "bwd", shipped)]
-        other = shipped._replace(apart=not shipped.apart)
-        tries.append((f"mean part {'apart' if other.apart else 'together'}", "bwd", other))
+        other = shipped._replace(skip_empty_tiles=not shipped.skip_empty_tiles)
+        tries.append(
+            (f"mean part {'with skipped squares' if other.skip_empty_tiles else 'in one product'}", "bwd", other)
+        )
         for rows_, wide, warps, stages in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4)):
             if rows_ * wide > 128 * 256 or (rows_ * wide == 128 * 256 and warps == 4):
                 continue
-            tiles = Tiles(rows_, wide, shipped.forward.channels, warps, stages)
+            tiles = CamPoolTiles(rows_, wide, shipped.forward.channels, warps, stages)
             tries.append((f"forward {tuple(tiles)}", "fwd", shipped._replace(forward=tiles, slices=rows_ // 64)))
         for which in ("d_features", "d_weight"):
             for across, warps, stages in itertools.product((64, 128, 256), (4, 8), (2, 3)):

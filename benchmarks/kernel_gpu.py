@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_report import KEY, Row, merge_csv
-from benchmarks.kernel_works import Work, make_call, upstreams, works
+from benchmarks.kernel_works import KernelWork, make_call, upstreams, works
 
 QUANTILES = [0.2, 0.5, 0.8]
 # Bytes of the tensor that is copied to find the copy rate, and edge of the product that finds the product rate.
@@ -91,7 +91,7 @@ def _size(results: Any) -> int:
     return sum(_size(r) for r in results) if isinstance(results, (tuple, list)) else 0
 
 
-def gate(work: Work, inputs: list[Tensor]) -> float:
+def gate(work: KernelWork, inputs: list[Tensor]) -> float:
     """Largest relative error (root mean squares) of the fused op against fp64, values and gradients.
 
     Raises:
@@ -118,7 +118,9 @@ def gate(work: Work, inputs: list[Tensor]) -> float:
     return worst
 
 
-def measure(card: Card, work: Work, provider: str, mode: str, inputs: list[Tensor], ceilings: dict[str, float]) -> Row:
+def measure(
+    card: Card, work: KernelWork, provider: str, mode: str, inputs: list[Tensor], ceilings: dict[str, float]
+) -> Row:
     """One row with its times; exceptions pass."""
     function = make_call(work, provider, mode, inputs)
     for _ in range(3):
@@ -146,11 +148,11 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
-def _failed(work: Work, provider: str, mode: str, reason: str) -> Row:
+def _failed(work: KernelWork, provider: str, mode: str, reason: str) -> Row:
     return {"op": work.op, "shape": work.shape, "provider": provider, "mode": mode, "status": f"FAILED {reason}"}
 
 
-def bench_work(card: Card, work: Work, ceilings: dict[str, float], late: Callable[[], bool]) -> Iterator[Row]:
+def bench_work(card: Card, work: KernelWork, ceilings: dict[str, float], late: Callable[[], bool]) -> Iterator[Row]:
     """Rows of one work, the gate's first; rows with graph times come a second time, to take the place of the first.
 
     What fails gives a row that says so; a broken card raises.
@@ -214,7 +216,7 @@ def show(row: Row) -> None:
 
 
 def work_through(
-    card: Card, found: list[Work], first: int, events: Path, table: Path, facts: dict[str, Any], seconds: float
+    card: Card, found: list[KernelWork], first: int, events: Path, table: Path, facts: dict[str, Any], seconds: float
 ) -> None:
     """The worker: gate and time `found[first:]`, a line of JSON an event, rows into the table after every work."""
     # A backward that is run again must keep what it reads.

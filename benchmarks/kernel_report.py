@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]
-# What tells rows of one table apart.
+# What distinguishes the rows of one table.
 KEY = ("op", "shape", "provider", "mode")
 
 

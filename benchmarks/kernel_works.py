@@ -1,7 +1,7 @@
 """The ops at the shapes that matter: inputs, rivals, and the bytes and operations that cannot be done without.
 
 `works` is what `bench_kernels.py` times and counts and what the tests of the byte counter check. A further op joins by
-a function here that yields its `Work`s, in `OPS`.
+a function here that yields its `KernelWork`s, in `OPS`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from spml_kernels import (
 from spml_kernels.cam_mask.reference import cam_mask_reference
 from spml_kernels.cam_pool.chunked import cam_pool_chunked
 from spml_kernels.cam_pool.reference import cam_pool_reference
-from spml_kernels.common.heuristics import SKIP, WORD, cam_pool_launch, columns_launch, large_once_launch
+from spml_kernels.common.heuristics import SKIP, WORD, cam_pool_launch, columns_launch, large_loss_single_launch
 from spml_kernels.common.jit import cdiv
+from spml_kernels.devtools.aot import Case
+from spml_kernels.devtools.cases.label_loss import aot_cases as label_loss_cases
 from spml_kernels.ignore_loss.reference import ignore_loss_reference, ignore_statistics_reference
 from spml_kernels.label_loss.reference import label_loss_reference
 from spml_kernels.label_rows.reference import label_rows_reference
@@ -39,7 +41,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass
-class Work:
+class KernelWork:
     """One op at one shape.
 
     Attributes:
@@ -99,7 +101,7 @@ class Work:
         return f"{self.op} {self.shape}"
 
 
-def make_call(work: Work, provider: str, mode: str, inputs: list[Tensor]) -> Callable[[], Any]:
+def make_call(work: KernelWork, provider: str, mode: str, inputs: list[Tensor]) -> Callable[[], Any]:
     """A function without arguments that runs one provider: `fwd` keeps nothing, `bwd` and `step` give gradients."""
     function = work.providers[provider]
     if provider == "matmul":
@@ -208,7 +210,9 @@ def _both(means: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(m for m in means if m is not None)
 
 
-def cam_work(batch: int, side: int, channels: int, classes: int, dtype: torch.dtype, sparse: bool = False) -> Work:
+def cam_work(
+    batch: int, side: int, channels: int, classes: int, dtype: torch.dtype, sparse: bool = False
+) -> KernelWork:
     """cam_pool at one shape."""
     specs: Specs = [
         ((batch, side, side, channels), dtype),
@@ -237,12 +241,12 @@ def cam_work(batch: int, side: int, channels: int, classes: int, dtype: torch.dt
         beyond["parts of the gradients of weights and bias, written and read"] = (
             8.0 * launch.splits * classes * (channels + 1)
         )
-    if launch.apart:
+    if launch.skip_empty_tiles:
         rounded = dtype == torch.float16
         beyond["signs read again for the list of squares"] = signs
         beyond["weights read again for the mean part"] = weight + (8.0 * classes * channels if rounded else 0.0)
         beyond["mean features and mean part of images, written and read"] = 16.0 * batch * channels
-    return Work(
+    return KernelWork(
         op="cam_pool",
         shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} C {classes} {'sparse' if sparse else 'dense'}",
         specs=specs,
@@ -265,7 +269,7 @@ def cam_work(batch: int, side: int, channels: int, classes: int, dtype: torch.dt
     )
 
 
-def cam_works(small: bool) -> Iterator[Work]:
+def cam_works(small: bool) -> Iterator[KernelWork]:
     """Dense and sparse signs; the large vocabulary first, since it has the goals."""
     shapes = [(128, 14, 2048, 5000), (128, 14, 2048, 80)]
     if not small:
@@ -295,7 +299,7 @@ def loss_inputs(rows: int, classes: int, device: str) -> list[Tensor]:
     return [logits, codes]
 
 
-def label_loss_work(rows: int, classes: int, point: Any, params: tuple[float, ...]) -> Work:
+def label_loss_work(rows: int, classes: int, point: Any, params: tuple[float, ...]) -> KernelWork:
     """One point-wise loss."""
 
     def reference(z: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
@@ -303,7 +307,7 @@ def label_loss_work(rows: int, classes: int, point: Any, params: tuple[float, ..
 
     specs = _loss_specs(rows, classes)
     least, logits = size(specs), size(specs[:1])
-    return Work(
+    return KernelWork(
         op="label_loss",
         shape=f"{point.name} {rows} x {classes}",
         specs=specs,
@@ -324,17 +328,29 @@ def _tables(small: bool) -> list[tuple[int, int]]:
     return [(128, 5000), (16, 80)] if small else [(128, 5000), (16, 20), (16, 80), (128, 81), (512, 312), (512, 9605)]
 
 
-def label_loss_works(small: bool) -> Iterator[Work]:
-    """Assume-negative and asymmetric loss."""
-    from spml_fast.methods.asl import AsymmetricLoss
-    from spml_fast.methods.assume_negative import AN_POINT
+def label_loss_works(small: bool) -> Iterator[KernelWork]:
+    """Assume-negative at every size; each other method's usual parameters where bytes matter."""
+    from spml_fast.methods.pointwise import point_examples
 
-    points = ((AN_POINT, ()), (AsymmetricLoss.point, (0.0, 4.0, 0.05, 1e-8, 0.0)))
-    for table, (point, params) in itertools.product(_tables(small), points):
-        yield label_loss_work(*table, point, params)
+    usual = {example.point.name: example for example in reversed(point_examples())}
+    for table in _tables(small):
+        yield label_loss_work(*table, usual["an"].point, usual["an"].params)
+    tables = [(128, 5000)] if small else [(128, 5000), (512, 9605)]
+    for table, name in itertools.product(tables, sorted(usual)):
+        if name != "an":
+            yield label_loss_work(*table, usual[name].point, usual[name].params)
 
 
-def large_loss_work(rows: int, classes: int, k: int, listed: bool = True) -> Work:
+def method_cases(arch: int) -> Iterator[Case]:
+    """The point function of every method at one large shape, for compiles without a GPU."""
+    from spml_fast.methods.pointwise import point_examples
+
+    points = {e.point.name: (e.point, len(e.params)) for e in point_examples() if e.point.kernel is not None}
+    wanted = tuple(f"{name} fp32 {128 * 9605} entries" for name in points)
+    yield from (case for case in label_loss_cases(arch, list(points.values())) if case.shape in wanted)
+
+
+def large_loss_work(rows: int, classes: int, k: int, listed: bool = True) -> KernelWork:
     """Selection of the k largest, loss, gradient and, with `listed`, the list of them."""
 
     def plain(z: Tensor, codes: Tensor, number: Tensor) -> tuple[Tensor, ...]:
@@ -351,14 +367,14 @@ def large_loss_work(rows: int, classes: int, k: int, listed: bool = True) -> Wor
     data, logits = size(specs), size(specs[:1])
     # The threshold is known when everything has been read, and only then can anything be written. What one program
     # holds it need not read again; where several share the work, that takes a second pass over logits and codes.
-    alone = large_once_launch(rows * classes) is not None
+    alone = large_loss_single_launch(rows * classes) is not None
     least = (1 if alone else 2) * data + rows * classes + 17 * k * listed
     passes = {}
     if not alone:
         passes["two passes more over logits and codes to find the threshold"] = 2.0 * data
         passes["entries above and at the threshold counted by block"] = 1.0 * data
         passes["three histograms cleared and read"] = 6.0 * 4 * BINS
-    return Work(
+    return KernelWork(
         op="large_loss",
         shape=f"{rows} x {classes} k {k}{'' if listed else ' no list'}",
         specs=[*specs, ((), torch.int64)],
@@ -376,7 +392,7 @@ def large_loss_work(rows: int, classes: int, k: int, listed: bool = True) -> Wor
     )
 
 
-def large_loss_works(small: bool) -> Iterator[Work]:
+def large_loss_works(small: bool) -> Iterator[KernelWork]:
     """One per cent of the entries; with the list as LL-Cp wants it, without as LL-R and LL-Ct."""
     for rows, classes in _tables(small):
         for listed in (True, False):
@@ -386,7 +402,7 @@ def large_loss_works(small: bool) -> Iterator[Work]:
 # ---- label_rows
 
 
-def label_rows_work(rows: int, classes: int, samples: int = 100_000, listed: int = 6) -> Work:
+def label_rows_work(rows: int, classes: int, samples: int = 100_000, listed: int = 6) -> KernelWork:
     """`listed` labels of every one of `samples` samples, `rows` of them wanted."""
     specs: Specs = [
         ((samples + 1,), torch.int64),
@@ -408,7 +424,7 @@ def label_rows_work(rows: int, classes: int, samples: int = 100_000, listed: int
     def reference(*t: Tensor) -> tuple[Tensor, ...]:
         return (label_rows_reference(t[0], t[1], t[2], t[3], classes, -1, listed),)
 
-    return Work(
+    return KernelWork(
         op="label_rows",
         shape=f"{rows} x {classes}",
         specs=specs,
@@ -425,7 +441,7 @@ def label_rows_work(rows: int, classes: int, samples: int = 100_000, listed: int
     )
 
 
-def label_rows_works(small: bool) -> Iterator[Work]:
+def label_rows_works(small: bool) -> Iterator[KernelWork]:
     """Six listed labels a sample, of 100,000 samples."""
     for table in _tables(small):
         yield label_rows_work(*table)
@@ -436,7 +452,7 @@ def label_rows_works(small: bool) -> Iterator[Work]:
 
 def cam_mask_work(
     batch: int, side: int, channels: int, classes: int, pixels: int, chosen: int, dtype: torch.dtype
-) -> Work:
+) -> KernelWork:
     """Images of `pixels` x `pixels`, masked by the maps of `chosen` classes each."""
     specs: Specs = [
         ((batch, side, side, channels), dtype),
@@ -465,7 +481,7 @@ def cam_mask_work(
     maps = 4.0 * batch * chosen * side * side
     rows = min(classes, batch * chosen)
     head = size(specs[:1]) + rows * (channels * dtype.itemsize + 4) + 8 * batch * chosen
-    return Work(
+    return KernelWork(
         op="cam_mask",
         shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} S {pixels} N {chosen}",
         specs=specs,
@@ -485,7 +501,7 @@ def cam_mask_work(
     )
 
 
-def cam_mask_works(small: bool) -> Iterator[Work]:
+def cam_mask_works(small: bool) -> Iterator[KernelWork]:
     """One observed positive, and six."""
     yield cam_mask_work(128, 14, 2048, 80, 448, 1, torch.bfloat16)
     if not small:
@@ -506,7 +522,7 @@ def _views(rows: int, classes: int, number: int, device: str) -> list[Tensor]:
     return [logits, *other, codes]
 
 
-def ignore_statistics_work(rows: int, classes: int) -> Work:
+def ignore_statistics_work(rows: int, classes: int) -> KernelWork:
     """Pass one."""
     specs: Specs = [((rows, classes), torch.float32)] * 2 + [((rows, classes), torch.int8)]
     launch = columns_launch(rows, classes)
@@ -515,7 +531,7 @@ def ignore_statistics_work(rows: int, classes: int) -> Work:
     def reference(*t: Tensor) -> tuple[Tensor, ...]:
         return (ignore_statistics_reference(*t),)
 
-    return Work(
+    return KernelWork(
         op="ignore_statistics",
         shape=f"{rows} x {classes}",
         specs=specs,
@@ -533,7 +549,7 @@ def ignore_statistics_work(rows: int, classes: int) -> Work:
     )
 
 
-def ignore_loss_work(rows: int, classes: int) -> Work:
+def ignore_loss_work(rows: int, classes: int) -> KernelWork:
     """Pass two with all three views."""
     specs: Specs = [((rows, classes), torch.float32)] * 3 + [((rows, classes), torch.int8)]
     specs += [((), torch.float32), ((classes,), torch.float32)]
@@ -550,7 +566,7 @@ def ignore_loss_work(rows: int, classes: int) -> Work:
         return tuple(ignore_loss_reference(*t, "logits", 1e-5, True))
 
     logits, codes = size(specs[:1]), size(specs[3:4])
-    return Work(
+    return KernelWork(
         op="ignore_loss",
         shape=f"{rows} x {classes}",
         specs=specs,
@@ -568,19 +584,19 @@ def ignore_loss_work(rows: int, classes: int) -> Work:
     )
 
 
-def ignore_statistics_works(small: bool) -> Iterator[Work]:
+def ignore_statistics_works(small: bool) -> Iterator[KernelWork]:
     """Tables of the usual sizes."""
     for table in _tables(small):
         yield ignore_statistics_work(*table)
 
 
-def ignore_loss_works(small: bool) -> Iterator[Work]:
+def ignore_loss_works(small: bool) -> Iterator[KernelWork]:
     """Tables of the usual sizes."""
     for table in _tables(small):
         yield ignore_loss_work(*table)
 
 
-OPS: dict[str, Callable[[bool], Iterator[Work]]] = {
+OPS: dict[str, Callable[[bool], Iterator[KernelWork]]] = {
     "cam_pool": cam_works,
     "cam_mask": cam_mask_works,
     "label_loss": label_loss_works,
@@ -591,6 +607,6 @@ OPS: dict[str, Callable[[bool], Iterator[Work]]] = {
 }
 
 
-def works(ops: list[str], small: bool = False) -> list[Work]:
+def works(ops: list[str], small: bool = False) -> list[KernelWork]:
     """All works of these ops; `small` is a few shapes of each."""
     return [work for op in ops for work in OPS[op](small)]

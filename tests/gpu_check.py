@@ -84,8 +84,8 @@ def check_decode() -> str:
             out[device.type]["eval"] = torch.cat([v.views["eval"].cpu() for v in evaluation])
         for name in out["cpu"]:
             worst[f"{crop} {name}"] = float((out["cpu"][name] - out["cuda"][name]).abs().mean())
-    assert max(worst.values()) < 1.5, f"grey levels apart: {worst}"
-    return "mean grey levels apart: " + ", ".join(f"{k} {v:.3f}" for k, v in worst.items())
+    assert max(worst.values()) < 1.5, f"mean difference in grey levels: {worst}"
+    return "mean difference in grey levels: " + ", ".join(f"{k} {v:.3f}" for k, v in worst.items())
 
 
 def check_ops() -> str:
@@ -145,12 +145,11 @@ def check_points() -> str:
     need("timm")
     from spml_kernels import label_loss
 
-    from spml_fast.methods.asl import AsymmetricLoss
-    from spml_fast.methods.assume_negative import AN_POINT
+    from spml_fast.methods.pointwise import point_examples
 
     torch.manual_seed(0)
     worst = 0.0
-    points = ((AN_POINT, ()), (AsymmetricLoss.point, (0.0, 4.0, 0.05, 1e-8, 0.0)))
+    points = [(e.point, e.params) for e in point_examples() if e.point.kernel is not None]
     for shape in ((1, 1), (16, 80), (33, 81), (128, 5000)):
         codes = torch.randint(-1, 2, shape, dtype=torch.int8)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
@@ -196,9 +195,9 @@ def check_ignore() -> str:
                 assert one.is_contiguous(memory_format=layout)
                 wanted = cam_mask(*(exact(t) for t in inputs), 0.8, norm, 16)
                 # Pixels at the threshold itself may fall to either side.
-                apart = float((one.cpu().double() != wanted).double().mean())
-                worst = max(worst, apart)
-                assert apart < 1e-3, f"cam_mask {norm} {dtype} {layout}: {apart:.2%} of the pixels differ"
+                difference = float((one.cpu().double() != wanted).double().mean())
+                worst = max(worst, difference)
+                assert difference < 1e-3, f"cam_mask {norm} {dtype} {layout}: {difference:.2%} of the pixels differ"
     error = 0.0
     for rows, classes_in_all in ((16, 80), (128, 81), (128, 5000)):
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):

@@ -172,6 +172,12 @@ class AsymmetricLoss(PointMethod):
     Options: ClassVar[type[MethodOptions]] = ASLOptions
     options: ASLOptions
     point: ClassVar[PointLoss] = PointLoss("asl", asl_point, asl_point_jit)
+    examples: ClassVar[tuple[MethodOptions, ...]] = (
+        ASLOptions(),
+        ASLOptions(gamma_positive=1.0, focal_weight="attached"),
+        ASLOptions(gamma_positive=2.0, gamma_negative=2.0, margin=0.0, log_form="logits", focal_weight="attached"),
+        ASLOptions(gamma_negative=0.0, margin=0.0),
+    )
     guard: ClassVar[float] = ASL_CLAMP
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:

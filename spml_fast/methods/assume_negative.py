@@ -1,20 +1,23 @@
-"""AN: assume that every unknown label is negative (baseline of Cole et al., CVPR 2021; spec/baselines.md 2).
+"""AN: assume that every unknown label is negative (baseline of Cole et al., CVPR 2021).
 
 L = 1/(B C) sum [ -log p on observed positives, -log(1 - p) elsewhere ], in the with-logits form.
 The released code of the Cole line writes -log(p + 1e-5); LargeLoss and BoostLU use the with-logits form, as here.
+Source: docs/sources.md#cole.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
-from spml_kernels import PointLoss, label_loss
+from spml_kernels import PointLoss
 from spml_kernels.common.jit import jit, tl
 from spml_kernels.common.math import sigmoid_jit, softplus_jit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spml_fast.core.batch import Batch
-from spml_fast.methods.base import LossOutput, Method, Progress, global_mean, register
+from spml_fast.methods.base import register
+from spml_fast.methods.pointwise import PointMethod
 
 
 def an_point(logits: Tensor, codes: Tensor) -> Tensor:
@@ -29,14 +32,8 @@ def an_point_jit(z, code):
     return softplus_jit(sign * z), sign * sigmoid_jit(sign * z)[0]
 
 
-AN_POINT = PointLoss("an", an_point, an_point_jit)
-
-
 @register("an")
-class AssumeNegative(Method):
-    """Binary cross-entropy with every unknown label as a negative."""
+class AssumeNegative(PointMethod):
+    """Binary cross-entropy with every unknown label as a negative, mean over B x C."""
 
-    def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
-        """Mean over B x C."""
-        total = label_loss(logits, batch.labels, AN_POINT)
-        return LossOutput(global_mean(total, batch.global_size * logits.shape[1]), {})
+    point: ClassVar[PointLoss] = PointLoss("an", an_point, an_point_jit)

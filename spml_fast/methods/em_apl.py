@@ -33,7 +33,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 import torch
-from spml_kernels import label_loss
+from spml_kernels import IGNORED, label_loss
 from torch import Tensor
 
 from spml_fast.core import distributed
@@ -41,7 +41,7 @@ from spml_fast.core.batch import Batch
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels, class_dtype
 from spml_fast.methods.base import LossOutput, MethodOptions, Progress, register
 from spml_fast.methods.em import EMOptions, EntropyMaximisation
-from spml_fast.methods.pointwise import LEFT_OUT, log_terms, require_not_negative, require_share
+from spml_fast.methods.pointwise import log_terms, require_not_negative, require_share
 from spml_fast.methods.state import sample_rows
 from spml_fast.methods.state.memory import require_memory
 
@@ -169,7 +169,7 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
         index, place = sample_rows.gather_batch(batch.index, batch.global_size)
         soft = self.soft_rows(index)[place]
         frozen = ~soft.isnan() & (codes == UNKNOWN)
-        total = label_loss(logits, torch.where(frozen, LEFT_OUT, codes), self.point, self.params(progress))
+        total = label_loss(logits, torch.where(frozen, IGNORED, codes), self.point, self.params(progress))
         target = torch.where(frozen, soft, 0).to(logits.dtype)
         positive, negative = log_terms(logits, self.log_guard)
         cross = torch.where(frozen, target * positive + (1 - target) * negative, 0).sum()

@@ -41,9 +41,6 @@ def epr_point_jit(z, code, guard):
     return tl.where(code == 1, positive, 0.0), tl.where(code == 1, d_positive, 0.0)
 
 
-EPR_POINT = PointLoss("epr", epr_point, epr_point_jit)
-
-
 def require_expected_positives(options: MethodOptions) -> float:
     """k of EPR's and ROLE's options; raises `UserError` unless it is given."""
     k: float | None = getattr(options, "expected_positives", None)
@@ -95,7 +92,11 @@ class ExpectedPositives(PointMethod):
     Options: ClassVar[type[MethodOptions]] = EPROptions
     options: EPROptions
     batch_statistics: ClassVar[bool] = True
-    point: ClassVar[PointLoss] = EPR_POINT
+    point: ClassVar[PointLoss] = PointLoss("epr", epr_point, epr_point_jit)
+    examples: ClassVar[tuple[MethodOptions, ...]] = (
+        EPROptions(expected_positives=2.9),
+        EPROptions(expected_positives=2.9, log_form="logits"),
+    )
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)

@@ -138,7 +138,13 @@ class GeneralisedRobust(PointMethod):
 
     Options: ClassVar[type[MethodOptions]] = GROptions
     options: GROptions
-    point: ClassVar[PointLoss] = PointLoss("gr", gr_point, gr_point_jit)
+    point: ClassVar[PointLoss] = PointLoss("gr", gr_point, gr_point_jit, elements_per_thread=4)
+    examples: ClassVar[tuple[MethodOptions, ...]] = (
+        GROptions(w_start=10.0, w_end=10.0, b_start=-8.0, b_end=-8.0, mu_start=0.8, s_start=0.5, q3=1.5),
+        GROptions(
+            w_start=10.0, w_end=10.0, b_start=-8.0, b_end=-8.0, mu_start=0.8, s_start=0.5, q3=1.5, log_form="logits"
+        ),
+    )
     guard: ClassVar[float] = GR_GUARD
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:

@@ -87,6 +87,10 @@ class Hill(PointMethod):
     Options: ClassVar[type[MethodOptions]] = HillOptions
     options: HillOptions
     point: ClassVar[PointLoss] = PointLoss("hill", hill_point, hill_point_jit)
+    examples: ClassVar[tuple[MethodOptions, ...]] = (
+        HillOptions(),
+        HillOptions(margin=0.0, gamma=0.0, focal_weight="detached"),
+    )
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from spml_kernels import PointLoss, label_loss, select_large
+from spml_kernels import IGNORED, PointLoss, label_loss, select_large
 from spml_kernels.common.jit import jit, tl
 from torch import Tensor
 
@@ -40,7 +40,6 @@ from spml_fast.methods.asl import focal_negative, focal_negative_jit, focal_posi
 from spml_fast.methods.base import LossOutput, MethodOptions, Progress, register
 from spml_fast.methods.pointwise import (
     ASL_CLAMP,
-    LEFT_OUT,
     LogForm,
     PointMethod,
     Reduction,
@@ -175,6 +174,10 @@ class PartialASL(PointMethod):
     options: PASLOptions
     batch_statistics: ClassVar[bool] = True
     point: ClassVar[PointLoss] = PointLoss("p_asl", p_asl_point, p_asl_point_jit)
+    examples: ClassVar[tuple[MethodOptions, ...]] = (
+        PASLOptions(a_negative=0.8, a_unknown=0.6),
+        PASLOptions(a_negative=0.8, a_unknown=0.6, g_positive=1.0, g_negative=3.0, margin=0.05),
+    )
     guard: ClassVar[float] = ASL_CLAMP
     prior_sum: Tensor
     prior_count: Tensor
@@ -232,18 +235,18 @@ class PartialASL(PointMethod):
         return list(highest.split([len(z) for z in forwards]))
 
     def codes(self, logits: Tensor, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """The labels, with `LEFT_OUT` where w is 0."""
+        """The labels, with `IGNORED` where w is 0."""
         unknown = batch.labels == UNKNOWN
         if self.options.mode == "negative":
             return batch.labels, {}
         if self.options.mode != "selective":
-            return torch.where(unknown, LEFT_OUT, batch.labels), {}
+            return torch.where(unknown, IGNORED, batch.labels), {}
         highest: Tensor | None = self.statistics_of(batch)
         if highest is None:
             highest = self._highest(logits, batch.labels, batch.global_size)
         prior = self.class_prior()
         dropped = highest if prior is None else highest | (unknown & (prior > self.options.eta))
-        return torch.where(dropped, LEFT_OUT, batch.labels), hidden_positives(dropped, batch)
+        return torch.where(dropped, IGNORED, batch.labels), hidden_positives(dropped, batch)
 
     def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
         """The reduced point loss; then this step's predictions enter the running prior."""

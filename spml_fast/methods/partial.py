@@ -1,9 +1,9 @@
-"""Partial BCE: binary cross-entropy on the known labels only ("ignore unknown"; spec/baselines.md 2).
+"""Partial BCE: binary cross-entropy on the known labels only ("ignore unknown").
 
 L = 1/(number of known entries) sum over observed positives and negatives of -log p, -log(1 - p).
 The released IU of the Cole line averages over B C instead and asserts one positive and one negative a batch; here a
 batch without known labels gives 0. With single positives and no negatives the loss only pulls everything up, which
-`check_labels` refuses.
+`check_labels` refuses. Source: docs/sources.md#cole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from spml_kernels import PointLoss, label_loss
+from spml_kernels import PointLoss
 from spml_kernels.common.jit import jit, tl
 from spml_kernels.common.math import sigmoid_jit, softplus_jit
 from torch import Tensor
@@ -21,7 +21,8 @@ from spml_fast.core import distributed
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import UNKNOWN, SparseLabels
-from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
+from spml_fast.methods.base import MethodOptions, Progress, global_mean, register
+from spml_fast.methods.pointwise import PointMethod
 
 
 def partial_point(logits: Tensor, codes: Tensor) -> Tensor:
@@ -37,9 +38,6 @@ def partial_point_jit(z, code):
     return tl.where(known, softplus_jit(sign * z), 0.0), tl.where(known, sign * sigmoid_jit(sign * z)[0], 0.0)
 
 
-PARTIAL_POINT = PointLoss("partial", partial_point, partial_point_jit)
-
-
 def count_known(batches: list[Batch]) -> Tensor:
     """Known entries over all ranks, at least 1, fp32 0-d."""
     own = torch.stack([(b.labels != UNKNOWN).sum() for b in batches]).sum()
@@ -47,10 +45,11 @@ def count_known(batches: list[Batch]) -> Tensor:
 
 
 @register("partial")
-class PartialBCE(Method[Tensor, Tensor]):
+class PartialBCE(PointMethod):
     """Binary cross-entropy over known entries, averaged over their number in the global batch."""
 
     batch_statistics: ClassVar[bool] = True
+    point: ClassVar[PointLoss] = PointLoss("partial", partial_point, partial_point_jit)
 
     @classmethod
     def check_labels(cls, labels: SparseLabels, options: MethodOptions) -> None:
@@ -67,8 +66,7 @@ class PartialBCE(Method[Tensor, Tensor]):
         images = sum(b.global_size for b in batches)
         return [known * (b.global_size / images) for b in batches]
 
-    def loss(self, logits: Tensor, batch: Batch, progress: Progress) -> LossOutput:
-        """Mean over the known entries of the global micro-step."""
-        known = self.statistics_of(batch)
-        known = count_known([batch]) if known is None else known
-        return LossOutput(global_mean(label_loss(logits, batch.labels, PARTIAL_POINT), known), {})
+    def reduce(self, total: Tensor, batch: Batch) -> Tensor:
+        """The mean over the known entries of the global micro-step."""
+        known: Tensor | None = self.statistics_of(batch)
+        return global_mean(total, count_known([batch]) if known is None else known)

@@ -1,13 +1,17 @@
 """What the point-wise methods share: both forms of the logarithms, the reduction, one `loss` for all of them.
 
+A method in one file: a point function in PyTorch, the same in Triton if it is to be fused, options, and `examples`,
+from which the kernel tests, the compiles without a GPU and the benchmark take their parameter sets.
+
 The Cole line of code (AN-LS, WAN, EPR, ROLE, EM, IU) writes -log(p + 1e-5), GR guards with 1e-7, the ASL line clamps p
 at 1e-8. A guard caps one entry's loss (11.5 for 1e-5) and bends gradients where p is small, so it belongs to the
-published method: `log_form: released` keeps it, `log_form: logits` is exact cross-entropy. Source: spec/baselines.md 1.
+published method: `log_form: released` keeps it, `log_form: logits` is exact cross-entropy.
+Source: docs/sources.md#cole, #gr and #asl.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from spml_kernels import PointLoss, label_loss
@@ -16,8 +20,17 @@ from torch.nn.functional import logsigmoid
 
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
-from spml_fast.data.labels import NEGATIVE, UNKNOWN, SparseLabels
-from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, global_sum
+from spml_fast.data.labels import NEGATIVE, UNKNOWN, LabelStore, SparseLabels
+from spml_fast.methods.base import (
+    LossOutput,
+    Method,
+    MethodOptions,
+    Progress,
+    get_method,
+    global_mean,
+    global_sum,
+    method_names,
+)
 
 LogForm = Literal["released", "logits"]
 Reduction = Literal["mean", "sum"]
@@ -25,9 +38,6 @@ Reduction = Literal["mean", "sum"]
 COLE_GUARD = 1e-5
 GR_GUARD = 1e-7
 ASL_CLAMP = 1e-8
-
-# Code of an entry that a method takes out of its point loss; never in the data.
-LEFT_OUT = -2
 
 
 def log_terms(logits: Tensor, guard: float) -> tuple[Tensor, Tensor]:
@@ -69,11 +79,14 @@ class PointMethod(Method):
     `options.log_form` chooses the guard and `options.reduction` mean or sum, where a method has these options.
 
     Attributes:
-        point: loss of one entry.
+        point: loss of one entry; without a Triton kernel it runs in PyTorch on every device.
+        examples: parameter sets worth testing, every branch of the point function among them, the most usual one first;
+            empty takes the options' defaults.
         guard: guard of the released code's logarithms.
     """
 
     point: ClassVar[PointLoss]
+    examples: ClassVar[tuple[MethodOptions, ...]] = ()
     guard: ClassVar[float] = COLE_GUARD
 
     @property
@@ -100,6 +113,46 @@ class PointMethod(Method):
         codes, metrics = self.codes(logits, batch, progress)
         total = label_loss(logits, codes, self.point, self.params(progress))
         return LossOutput(self.reduce(total, batch), metrics)
+
+
+class PointExample(NamedTuple):
+    """A point function with one set of numbers.
+
+    Attributes:
+        method: the method's name.
+        point: loss of one entry.
+        params: what the method hands to it with these options, 80 classes, in epoch 2 of 3.
+    """
+
+    method: str
+    point: PointLoss
+    params: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """Point function and numbers."""
+        return f"{self.point.name}-{'-'.join(f'{value:g}' for value in self.params)}"
+
+
+def point_examples() -> list[PointExample]:
+    """The examples of every registered point method.
+
+    A method that inherits its point function from a registered one and lists no examples has none of its own.
+    """
+    store = LabelStore(SparseLabels.from_positives([[0], [1]], 80, UNKNOWN))
+    progress = Progress(epoch=2, epochs=3, update=1, updates_per_epoch=1)
+    registered = {name: get_method(name) for name in method_names()}
+    found = []
+    for name, method_class in registered.items():
+        if not issubclass(method_class, PointMethod):
+            continue
+        parents = [p for p in method_class.__mro__[1:] if p in registered.values()]
+        inherited = any(getattr(parent, "point", None) is method_class.point for parent in parents)
+        if inherited and "examples" not in vars(method_class):
+            continue
+        for options in method_class.examples or (method_class.Options(name=name),):
+            found.append(PointExample(name, method_class.point, method_class(options, store).params(progress)))
+    return found
 
 
 def hidden_positives(selected: Tensor, batch: Batch) -> dict[str, Tensor]:

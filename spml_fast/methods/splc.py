@@ -106,6 +106,11 @@ class SelfPacedLossCorrection(PointMethod):
     Options: ClassVar[type[MethodOptions]] = SPLCOptions
     options: SPLCOptions
     point: ClassVar[PointLoss] = PointLoss("splc", splc_point, splc_point_jit)
+    examples: ClassVar[tuple[MethodOptions, ...]] = (
+        SPLCOptions(),
+        SPLCOptions(change_epoch=3),
+        SPLCOptions(margin=0.0, focal_weight="detached"),
+    )
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)

@@ -65,6 +65,10 @@ class WeakAssumeNegative(PointMethod):
     Options: ClassVar[type[MethodOptions]] = WANOptions
     options: WANOptions
     point: ClassVar[PointLoss] = PointLoss("wan", wan_point, wan_point_jit)
+    examples: ClassVar[tuple[MethodOptions, ...]] = (
+        WANOptions(gamma=1 / 80),
+        WANOptions(gamma=1 / 80, log_form="logits"),
+    )
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)

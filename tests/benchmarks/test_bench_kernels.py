@@ -14,8 +14,8 @@ from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
 from benchmarks import kernel_gpu
 from benchmarks.kernel_gpu import Card, bench_work, gate, run, work_through
 from benchmarks.kernel_report import GOAL_SHAPE, judge, merge_csv, plot_times
-from benchmarks.kernel_works import Work, cam_work, label_loss_work, large_loss_work, make_call
-from spml_fast.methods.assume_negative import AN_POINT
+from benchmarks.kernel_works import KernelWork, cam_work, label_loss_work, large_loss_work, make_call
+from spml_fast.methods.assume_negative import AssumeNegative
 
 
 class Cpu(Card):
@@ -52,15 +52,19 @@ def plain_pytorch(monkeypatch):
     monkeypatch.setenv("SPML_KERNELS", "reference")
 
 
-def small_works() -> list[Work]:
+def small_works() -> list[KernelWork]:
     """Without torch.compile, which would take most of a minute."""
-    found = [label_loss_work(5, 7, AN_POINT, ()), large_loss_work(5, 7, 3), cam_work(2, 5, 8, 4, torch.float32)]
+    found = [
+        label_loss_work(5, 7, AssumeNegative.point, ()),
+        large_loss_work(5, 7, 3),
+        cam_work(2, 5, 8, 4, torch.float32),
+    ]
     for work in found:
         work.providers = {name: call for name, call in work.providers.items() if name != "compile"}
     return found
 
 
-def rows_of(work: Work, card: Card | None = None, late: bool = False) -> dict[tuple[str, str], dict]:
+def rows_of(work: KernelWork, card: Card | None = None, late: bool = False) -> dict[tuple[str, str], dict]:
     found = list(bench_work(card or Cpu(), work, CEILINGS, lambda: late))
     # Rows that could have graph times come twice.
     twice = sum(row["status"] == "ok" and row["mode"] != "bwd" for row in found) // 2
@@ -227,7 +231,9 @@ def test_rows_without_a_gpu(monkeypatch):
     assert row["floor_bytes"] <= row["fused_bytes"] < row["eager_bytes"] / 5
     # 2 x 128 x 196 x 5000 x 2048 operations at 989 TFLOP/s; an A100 is bound by them too.
     assert row["H100_us"] == pytest.approx(2 * 128 * 196 * 5000 * 2048 / 989e6)
-    loss = bench_kernels.traffic_row(label_loss_work(16, 80, AN_POINT, ()), "step", bench_kernels.Compiler(90))
+    loss = bench_kernels.traffic_row(
+        label_loss_work(16, 80, AssumeNegative.point, ()), "step", bench_kernels.Compiler(90)
+    )
     assert loss["H200_us"] == pytest.approx(loss["fused_bytes"] / 4800e3)
     assert 0 < loss["registers"] < 255 and loss["spills"] == 0 and 0 < loss["occupancy"] <= 1
 

@@ -8,7 +8,7 @@ from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
 from spml_kernels.devtools.counting import Moved, count, total
 from spml_kernels.devtools.traffic import moved
 
-from benchmarks.kernel_works import OPS, Work, make_call, works
+from benchmarks.kernel_works import OPS, KernelWork, make_call, works
 
 WORKS = works(list(OPS))
 needs_triton = pytest.mark.skipif(
@@ -16,7 +16,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def traffic(work: Work, provider: str, mode: str) -> Moved:
+def traffic(work: KernelWork, provider: str, mode: str) -> Moved:
     return total(count(make_call(work, provider, mode, work.inputs("meta"))), moved)
 
 
@@ -88,11 +88,11 @@ def test_ops_move_less_than_pytorch(monkeypatch):
 def test_kernels_on_the_cpu_are_refused(monkeypatch):
     from spml_kernels.label_loss.op import label_loss_op
 
-    from spml_fast.methods.assume_negative import AN_POINT
+    from spml_fast.methods.assume_negative import AssumeNegative
 
     logits, codes = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int8)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 or on meta"):
-        count(lambda: label_loss_op(logits, codes, AN_POINT.key, [], False))
+        count(lambda: label_loss_op(logits, codes, AssumeNegative.point.key, [], False))
 
 
 @needs_triton

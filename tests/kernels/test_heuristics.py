@@ -10,17 +10,17 @@ from spml_kernels.common.heuristics import (
     SKIP,
     WORD,
     cam_pool_launch,
+    class_map_launch,
     columns_launch,
     flat_launch,
     histogram_launch,
     images_per_tile,
-    large_once_launch,
-    map_launch,
-    mean_apart,
+    label_rows_launch,
+    large_loss_single_launch,
     next_power_of_two,
     normalise_launch,
     point_launch,
-    rows_launch,
+    skips_empty_tiles,
 )
 
 CLASSES = (1, 10, 20, 80, 81, 312, 5000, 9605)
@@ -46,18 +46,18 @@ def test_flat_launches_cover_everything_once(elements):
 
 @pytest.mark.parametrize("elements", [0, 1, 320, 1025, 5120, 10240, 128 * 81, 16384])
 def test_one_program_holds_small_batches(elements):
-    launch = large_once_launch(elements)
+    launch = large_loss_single_launch(elements)
     assert (
         launch is not None and power_of_two(launch.block) and power_of_two(launch.part) and power_of_two(launch.warps)
     )
     assert elements <= launch.block <= max(2 * elements, 1024) and launch.block <= 32 * 32 * launch.warps
     assert 32 * launch.warps <= launch.part <= launch.block
-    assert large_once_launch(16385) is None
+    assert large_loss_single_launch(16385) is None
 
 
 @pytest.mark.parametrize("classes", [*CLASSES, 40000])
 def test_rows_launch(classes):
-    launch = rows_launch(classes)
+    launch = label_rows_launch(classes)
     assert power_of_two(launch.block) and power_of_two(launch.entries)
     assert launch.block >= min(classes, 2048)
 
@@ -75,7 +75,7 @@ def test_columns_launches_cover_all_rows_with_few_parts(rows, classes):
 @pytest.mark.parametrize("channels", [*CHANNELS, 3, 4096])
 def test_launches_of_masks_hold_their_sums_in_registers(channels):
     for chosen in (1, 2, 3, 4, 50):
-        launch = map_launch(channels, chosen)
+        launch = class_map_launch(channels, chosen)
         assert all(power_of_two(n) for n in launch)
         assert launch.cells * launch.channels * launch.chosen <= 32 * 32 * launch.warps
     for cells in (1, *CELLS, 65536):
@@ -120,7 +120,7 @@ def test_memory_of_cam_pool_beside_its_outputs():
     assert bits + tiles * 4 * classes * 4 + batch * channels * 2 <= rows * classes * 2 / 10
     # In the backward the bits, shares of cells, mean features and mean part, flags, and lists of steps. The gradient of
     # the weights is made in place, not in parts.
-    assert launch.apart and launch.splits == 1
+    assert launch.skip_empty_tiles and launch.splits == 1
     squares = -(-rows // SKIP) * (stride // SKIP)
     lists = 4 * squares * (SKIP / launch.d_features.rows + SKIP / launch.d_weight.classes)
     small = 2 * batch * stride * 2 + 2 * batch * channels * 2 + squares + lists
@@ -128,10 +128,10 @@ def test_memory_of_cam_pool_beside_its_outputs():
 
 
 def test_squares_are_skipped_where_products_take_long():
-    assert not any(mean_apart(128 * 196, classes) for classes in (20, 80, 312))
-    assert mean_apart(128 * 196, 1000) and mean_apart(128 * 196, 5000)
+    assert not any(skips_empty_tiles(128 * 196, classes) for classes in (20, 80, 312))
+    assert skips_empty_tiles(128 * 196, 1000) and skips_empty_tiles(128 * 196, 5000)
     # Few cells: reading the weights takes longer than the products.
-    assert not mean_apart(196, 5000) and not mean_apart(0, 5000) and mean_apart(8 * 196, 5000)
+    assert not skips_empty_tiles(196, 5000) and not skips_empty_tiles(0, 5000) and skips_empty_tiles(8 * 196, 5000)
 
 
 def test_small_shapes_split_their_sums_and_large_ones_do_not():

@@ -10,7 +10,7 @@ from spml_kernels.devtools.counting import Launch, Moved, count, total
 from spml_kernels.devtools.traffic import BOUNDS, formulas, has_formula, moved
 
 from benchmarks.kernel_works import (
-    Work,
+    KernelWork,
     cam_mask_work,
     cam_work,
     ignore_loss_work,
@@ -23,7 +23,7 @@ from benchmarks.kernel_works import (
 from spml_fast.core.batch import Batch
 from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.methods import Progress, get_method
-from spml_fast.methods.assume_negative import AN_POINT
+from spml_fast.methods.assume_negative import AssumeNegative
 from tests import gpu_check
 
 pytestmark = [
@@ -77,7 +77,7 @@ def test_accesses_outside_of_the_tensors_are_found(length):
 
 def test_operations_inside_an_op_are_counted_too():
     """A loss is one kernel and the sum of its parts; its backward one multiplication."""
-    work = label_loss_work(37, 81, AN_POINT, ())
+    work = label_loss_work(37, 81, AssumeNegative.point, ())
     names = [launch.name for launch in count(make_call(work, "fused", "step", work.inputs("cpu")))]
     assert names == ["_label_loss_kernel", "aten.sum.default", "aten.mul.Tensor"]
 
@@ -85,7 +85,7 @@ def test_operations_inside_an_op_are_counted_too():
 # Small forms of the benchmark's shapes: tiles that hold several images, images over several tiles, an odd number of
 # 64-class squares under tiles of 128, channels that are no multiple of a step, lists of several programs.
 WORKS = [
-    label_loss_work(37, 81, AN_POINT, ()),
+    label_loss_work(37, 81, AssumeNegative.point, ()),
     large_loss_work(37, 81, 30),
     large_loss_work(37, 81, 30, listed=False),
     label_rows_work(5, 300, samples=50),
@@ -104,13 +104,13 @@ PASSES = [*["_large_histogram_kernel"] * 3, "_large_threshold_kernel", "_large_s
 
 
 @pytest.mark.parametrize(
-    ("work", "apart"),
-    [(work, apart) for work in WORKS for apart in ((False, True) if work.op in TWO_FORMS else (False,))],
-    ids=lambda v: v.name.replace(" ", "_") if isinstance(v, Work) else "apart" if v else "together",
+    ("work", "skip_empty"),
+    [(work, skip_empty) for work in WORKS for skip_empty in ((False, True) if work.op in TWO_FORMS else (False,))],
+    ids=lambda v: v.name.replace(" ", "_") if isinstance(v, KernelWork) else "apart" if v else "together",
 )
-def test_formulas_give_what_is_counted(work: Work, apart: bool, monkeypatch):
-    monkeypatch.setattr("spml_kernels.common.heuristics.SKIP_FROM", 0 if apart else 10**6)
-    monkeypatch.setattr("spml_kernels.common.heuristics.ONCE_UP_TO", 0 if apart else 10**4)
+def test_formulas_give_what_is_counted(work: KernelWork, skip_empty: bool, monkeypatch):
+    monkeypatch.setattr("spml_kernels.common.heuristics.SKIP_FROM", 0 if skip_empty else 10**6)
+    monkeypatch.setattr("spml_kernels.common.heuristics.SINGLE_LAUNCH_ENTRIES", 0 if skip_empty else 10**4)
     inputs = work.inputs("cpu")
     if work.op == "cam_pool" and not work.shape.endswith("sparse"):
         # Every square has a positive cell, so that lists are full.
@@ -165,7 +165,7 @@ def test_images_are_read_where_something_of_them_is_kept(threshold, kept):
 @pytest.mark.parametrize("limit", [480, 479])
 def test_large_loss_is_made_with_its_selection(limit, monkeypatch):
     """In one launch where one program holds the batch, in the last of five passes where not; no operation beside."""
-    monkeypatch.setattr("spml_kernels.common.heuristics.ONCE_UP_TO", limit)
+    monkeypatch.setattr("spml_kernels.common.heuristics.SINGLE_LAUNCH_ENTRIES", limit)
     logits = torch.randn(8, 60, generator=torch.Generator().manual_seed(0))
     codes = torch.full((8, 60), -1, dtype=torch.int8)
     codes[:, 0] = 1
@@ -173,19 +173,19 @@ def test_large_loss_is_made_with_its_selection(limit, monkeypatch):
     for length in (0, 20, 25):
         seen = count(lambda length=length: large_loss_step(logits, codes, k, 20, "correct", length=length))
         assert [launch.name for launch in seen] == (
-            ["_large_once_kernel"] if limit == 480 else ["aten.zeros.default", *PASSES, "aten.sum.default"]
+            ["_large_single_kernel"] if limit == 480 else ["aten.zeros.default", *PASSES, "aten.sum.default"]
         )
     for name in ("ll_r", "ll_ct", "ll_cp"):
         cls = get_method(name)
         method = cls(cls.Options(name=name, delta_rel=5.0), LabelStore(SparseLabels.from_dense(codes.numpy())))
         batch = Batch({}, codes, torch.arange(8), 8)
         seen = kernels(count(lambda method=method, batch=batch: method.loss(logits, batch, Progress(3, 9, 0, 1))))
-        assert [launch.name for launch in seen] == (["_large_once_kernel"] if limit == 480 else PASSES)
+        assert [launch.name for launch in seen] == (["_large_single_kernel"] if limit == 480 else PASSES)
 
 
 def test_entries_at_the_threshold_are_counted_where_some_of_them_are_left_out(monkeypatch):
     """Without a list, and with exact ties; the data is not read for nothing."""
-    monkeypatch.setattr("spml_kernels.common.heuristics.ONCE_UP_TO", 0)
+    monkeypatch.setattr("spml_kernels.common.heuristics.SINGLE_LAUNCH_ENTRIES", 0)
     logits = torch.arange(600).view(6, 100) // 4 / 8
     codes = torch.full((6, 100), -1, dtype=torch.int8)
     codes[0, :3] = 1

@@ -32,7 +32,7 @@ SHAPES = [
 
 
 @pytest.fixture(params=[False, True], ids=["together", "apart"])
-def apart(request, monkeypatch):
+def skip_empty(request, monkeypatch):
     """Both forms of the backward, whatever the shape: with and without the mean part made by itself."""
     monkeypatch.setattr("spml_kernels.common.heuristics.SKIP_FROM", 0 if request.param else 10**6)
     return request.param
@@ -78,28 +78,28 @@ def check(inputs, tolerance=None):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_equals_the_reference(shape, dtype, device, apart):
+def test_equals_the_reference(shape, dtype, device, skip_empty):
     check(draw(shape, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 10, 23, 64, 129), (7, 10, 10, 33, 70), (9, 8, 8, 32, 65)], ids=str)
-def test_launch_of_large_inputs(shape, dtype, device, monkeypatch, apart):
+def test_launch_of_large_inputs(shape, dtype, device, monkeypatch, skip_empty):
     monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", 0.01)
     batch, height, width, channels, classes = shape
     cards = [(90, dtype == torch.float16 and height * width >= 64)]
     # Cards differ in the forward alone.
-    cards += [] if apart else [(80, False)]
+    cards += [] if skip_empty else [(80, False)]
     for capability, wide in cards:
         launch = cam_pool_launch(batch, height * width, classes, channels, dtype != torch.float32, capability)
         assert launch.forward.rows == (256 if wide else 128)
-        assert launch.apart == apart
+        assert launch.skip_empty_tiles == skip_empty
         with launched(launch) if device == "cpu" else contextlib.nullcontext():
             check(draw(shape, dtype, device))
 
 
 @pytest.mark.parametrize("full", [1, 1000])
-def test_sums_over_cells_in_parts(full, device, monkeypatch, apart):
+def test_sums_over_cells_in_parts(full, device, monkeypatch, skip_empty):
     monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", full)
     shape = (12, 14, 14, 40, 20)
     assert cam_pool_launch(12, 196, 20, 40, True).splits == (1 if full == 1 else 5)
@@ -107,7 +107,7 @@ def test_sums_over_cells_in_parts(full, device, monkeypatch, apart):
 
 
 @pytest.mark.parametrize("parts", [(0, 1), (1, 0), (1, 1)])
-def test_tiny_gradients_in_fp16(parts, device, apart):
+def test_tiny_gradients_in_fp16(parts, device, skip_empty):
     # Means over a batch of 10^4 classes: below what fp16 holds, so gradients are scaled.
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float16, device)
     kept = cam_pool_op(features, weight, bias, True)[2:]
@@ -120,7 +120,7 @@ def test_tiny_gradients_in_fp16(parts, device, apart):
         assert_close("gradient", b * 1e9, a.double(), 1e-3)
 
 
-def test_fp32_weights_under_half_features(device, apart):
+def test_fp32_weights_under_half_features(device, skip_empty):
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
     inputs = [features.half(), weight, bias]
     found = run(cam_pool, inputs)
@@ -132,7 +132,7 @@ def test_fp32_weights_under_half_features(device, apart):
 
 
 @pytest.mark.parametrize("shift", [-100.0, 100.0])
-def test_nothing_or_everything_positive(shift, device, apart):
+def test_nothing_or_everything_positive(shift, device, skip_empty):
     inputs = draw((3, 7, 7, 48, 70), torch.float32, device, shift=shift)
     found = check(inputs)
     if shift < 0:
@@ -141,7 +141,7 @@ def test_nothing_or_everything_positive(shift, device, apart):
         assert_close("relu", found[1], found[0], 1e-6)
 
 
-def test_few_positive_squares(device, apart):
+def test_few_positive_squares(device, skip_empty):
     # Two classes of one image: nearly all squares are passed over.
     features, weight, bias = draw((6, 9, 9, 32, 200), torch.float32, device, shift=-30)
     bias[7] = bias[150] = 0
@@ -157,13 +157,13 @@ def test_zero_is_not_positive(device):
     assert len(grads) == 3
 
 
-def test_mean_features_are_made_where_the_backward_wants_them(device, apart):
+def test_mean_features_are_made_where_the_backward_wants_them(device, skip_empty):
     # 49 cells: images within a tile, and over two tiles of 128.
     for dtype in (torch.float32, torch.bfloat16):
         features, weight, bias = draw((9, 7, 7, 33, 21), dtype, device)
         pooled = cam_pool_op(features, weight, bias, True)[3]
-        assert pooled.dtype == dtype and pooled.shape == ((9, 33) if apart else (0,))
-        if apart:
+        assert pooled.dtype == dtype and pooled.shape == ((9, 33) if skip_empty else (0,))
+        if skip_empty:
             tolerance = 1e-6 if dtype == torch.float32 else 5e-3
             assert_close("mean features", pooled, features.double().mean((1, 2)), tolerance)
         assert cam_pool_op(features, weight, bias, False)[3].numel() == 0
@@ -216,7 +216,7 @@ def test_tiny_maps_go_in_chunks(device):
     check(draw((4, 1, 1, 32, 20), torch.float32, device))
 
 
-def test_empty(device, apart):
+def test_empty(device, skip_empty):
     features, weight, bias = draw((0, 7, 7, 32, 20), torch.float32, device)
     found = run(cam_pool, [features, weight, bias])
     assert found[0].shape == found[1].shape == (0, 20) and found[2].shape == features.shape
@@ -246,13 +246,13 @@ def test_only_wanted_gradients_are_made(device):
         assert not cam_pool(features, weight.clone().requires_grad_(), bias)[0].requires_grad
 
 
-def test_two_runs_are_bit_equal(device, apart):
+def test_two_runs_are_bit_equal(device, skip_empty):
     inputs = draw((5, 14, 14, 96, 20), torch.float16, device)
     one, two = run(cam_pool, inputs), run(cam_pool, inputs)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_op_is_sound(device, apart):
+def test_op_is_sound(device, skip_empty):
     inputs = [t.requires_grad_() for t in draw((2, 5, 5, 32, 9), torch.float32, device)]
     assert_op_sound(torch.ops.spml.cam_pool.default, (*inputs, True))
     kept = [t.detach() for t in cam_pool_op(*inputs, True)[2:]]

@@ -27,7 +27,7 @@ INF = float("inf")
 def form(request, monkeypatch):
     """Both forms of the kernels at shapes that one program holds."""
     if request.param == "passes":
-        monkeypatch.setattr("spml_kernels.common.heuristics.ONCE_UP_TO", -1)
+        monkeypatch.setattr("spml_kernels.common.heuristics.SINGLE_LAUNCH_ENTRIES", -1)
 
 
 def reference(logits, codes, k, k_max, ties):
@@ -216,7 +216,7 @@ def test_both_forms_give_the_same_bits(ties, device, monkeypatch):
     logits, codes = draw_logits((61, 83), torch.float16, device), draw_codes((61, 83), device)
     steps, slopes = [], []
     for limit in (logits.numel(), logits.numel() - 1):
-        monkeypatch.setattr("spml_kernels.common.heuristics.ONCE_UP_TO", limit)
+        monkeypatch.setattr("spml_kernels.common.heuristics.SINGLE_LAUNCH_ENTRIES", limit)
         leaf = logits.clone().requires_grad_()
         steps.append(large_loss_step(leaf, codes, torch.tensor(700, device=device), 700, "reject", ties, length=900))
         slopes += torch.autograd.grad(steps[-1].loss, leaf)

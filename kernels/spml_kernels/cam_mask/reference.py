@@ -1,4 +1,4 @@
-"""Masked images of IGNORE (spec/ignore.md 1.4)."""
+"""Masked images of IGNORE in plain PyTorch. Source: docs/sources.md#ignore."""
 
 from __future__ import annotations
 

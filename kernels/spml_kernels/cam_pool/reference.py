@@ -1,4 +1,4 @@
-"""Class activation map, BoostLU's two means, and single maps (spec/boostlu_large_loss.md 1.1)."""
+"""Class activation map, BoostLU's two means, and single maps. Source: docs/sources.md#boostlu."""
 
 from __future__ import annotations
 

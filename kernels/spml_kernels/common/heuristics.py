@@ -12,7 +12,7 @@ from typing import NamedTuple
 from spml_kernels.common.jit import cdiv
 
 
-class Flat(NamedTuple):
+class FlatLaunch(NamedTuple):
     """Launch of a kernel that walks a tensor as one long row.
 
     Attributes:
@@ -26,24 +26,30 @@ class Flat(NamedTuple):
     programs: int
 
 
-def flat_launch(elements: int, each: int = 16) -> Flat:
+def flat_launch(elements: int) -> FlatLaunch:
     """Point-wise kernels. 16 elements a thread: one 128-bit load of int8 codes, four of fp32 logits."""
     block = 2048 if elements > 2048 * 64 else 512
-    return Flat(block, block // (32 * each), cdiv(elements, block))
+    return FlatLaunch(block, block // 512, cdiv(elements, block))
 
 
-def point_launch(elements: int) -> Flat:
-    """The kernel into which methods hand a point function. The longest of them spill with 16 elements a thread."""
-    return flat_launch(elements, 8)
+def point_launch(elements: int, each: int = 8) -> FlatLaunch:
+    """The kernel into which methods hand a point function. Long functions take fewer elements per thread, or spill.
+
+    Args:
+        elements: B * C.
+        each: elements per thread, a power of two (`PointLoss.elements_per_thread`).
+    """
+    block = (256 if elements > 2048 * 64 else 64) * each
+    return FlatLaunch(block, block // (32 * each), cdiv(elements, block))
 
 
-def histogram_launch(elements: int) -> Flat:
+def histogram_launch(elements: int) -> FlatLaunch:
     """Passes of the radix select: few programs, since each adds its histogram to the one in memory."""
     block = 2048
-    return Flat(block, 8, max(1, min(cdiv(elements, block), 128)))
+    return FlatLaunch(block, 8, max(1, min(cdiv(elements, block), 128)))
 
 
-class Once(NamedTuple):
+class LargeLossSingleLaunch(NamedTuple):
     """Launch of large_loss in one program.
 
     Attributes:
@@ -59,19 +65,19 @@ class Once(NamedTuple):
 
 # Entries that one program holds: 32 a thread of 16 warps, with up to 128 registers a thread. 32 warps, which leave 64,
 # spill on some cards.
-ONCE_UP_TO = 16384
+SINGLE_LAUNCH_ENTRIES = 16384
 
 
-def large_once_launch(elements: int) -> Once | None:
+def large_loss_single_launch(elements: int) -> LargeLossSingleLaunch | None:
     """All passes of large_loss in one program, 16 entries a thread while threads suffice; None if it is too large."""
-    if elements > ONCE_UP_TO:
+    if elements > SINGLE_LAUNCH_ENTRIES:
         return None
     block = max(1024, next_power_of_two(elements))
     warps = max(4, min(block // 512, 16))
-    return Once(block, 128 * warps, warps)
+    return LargeLossSingleLaunch(block, 128 * warps, warps)
 
 
-class Rows(NamedTuple):
+class LabelRowsLaunch(NamedTuple):
     """Launch of `label_rows`.
 
     Attributes:
@@ -85,10 +91,10 @@ class Rows(NamedTuple):
     warps: int
 
 
-def rows_launch(num_classes: int) -> Rows:
+def label_rows_launch(num_classes: int) -> LabelRowsLaunch:
     """Rows of few classes take one small block; rows of many are filled 16 bytes a thread at a time."""
     block = min(max(128, next_power_of_two(num_classes)), 2048)
-    return Rows(block, 32 if block < 2048 else 128, 1 if block < 2048 else 4)
+    return LabelRowsLaunch(block, 32 if block < 2048 else 128, 1 if block < 2048 else 4)
 
 
 def next_power_of_two(value: int) -> int:
@@ -104,7 +110,7 @@ FULL_GPU = 128
 WORD = 32
 
 
-class Tiles(NamedTuple):
+class CamPoolTiles(NamedTuple):
     """Launch of a matrix kernel.
 
     Attributes:
@@ -129,16 +135,16 @@ class CamPoolLaunch(NamedTuple):
         slices: parts of a forward tile that are reduced one after the other.
         d_features: sums over classes.
         d_weight: sums over cells.
-        splits: parts of the cells whose sums are made apart in d_weight, so that enough programs run.
-        apart: whether the backward makes the mean part by itself and skips squares without a positive cell.
+        splits: parts of the cells with sums of their own in d_weight, so that enough programs run.
+        skip_empty_tiles: whether the backward makes the mean part by itself and skips squares without a positive cell.
     """
 
-    forward: Tiles
+    forward: CamPoolTiles
     slices: int
-    d_features: Tiles
-    d_weight: Tiles
+    d_features: CamPoolTiles
+    d_weight: CamPoolTiles
     splits: int
-    apart: bool
+    skip_empty_tiles: bool
 
 
 # Edge of the squares (cells by classes) that the backward passes over when no cell in them is positive.
@@ -150,7 +156,7 @@ SKIP = 64
 SKIP_FROM = 512
 
 
-def mean_apart(rows: int, classes: int) -> bool:
+def skips_empty_tiles(rows: int, classes: int) -> bool:
     """Whether the backward leaves out squares without a positive cell, and makes the mean part by itself for that.
 
     It does where products of this many cells and classes take long beside reading their operands, whatever the number
@@ -174,17 +180,17 @@ def cam_pool_launch(
     if channels < step:
         step = max(16, next_power_of_two(channels))
     if large and capability == 90 and images_per_tile(256, cells) <= 4 and rows * classes >= 128 * 256 * FULL_GPU:
-        forward, slices = Tiles(256, 128, step, 8, 3), 4
+        forward, slices = CamPoolTiles(256, 128, step, 8, 3), 4
     elif large:
-        forward, slices = Tiles(128, 128, step, 8, 3), 2
+        forward, slices = CamPoolTiles(128, 128, step, 8, 3), 2
     else:
-        forward, slices = Tiles(128, 64, step, 8, 3 if half else 2), 2
+        forward, slices = CamPoolTiles(128, 64, step, 8, 3 if half else 2), 2
     across = min(128 if half else 64, max(16, next_power_of_two(channels)))
-    d_features = Tiles(128 if half else 64, SKIP if half else 32, across, 8 if half else 4, 2)
-    d_weight = Tiles(SKIP if half else 32, 128 if half and classes > 64 else 64, across, 8 if half else 4, 2)
+    d_features = CamPoolTiles(128 if half else 64, SKIP if half else 32, across, 8 if half else 4, 2)
+    d_weight = CamPoolTiles(SKIP if half else 32, 128 if half and classes > 64 else 64, across, 8 if half else 4, 2)
     programs = cdiv(classes, d_weight.classes) * cdiv(channels, across)
     splits = max(1, min(cdiv(FULL_GPU, programs), cdiv(rows, d_weight.rows * 8)))
-    return CamPoolLaunch(forward, slices, d_features, d_weight, splits, mean_apart(rows, classes))
+    return CamPoolLaunch(forward, slices, d_features, d_weight, splits, skips_empty_tiles(rows, classes))
 
 
 def images_per_tile(rows: int, cells: int) -> int:
@@ -194,7 +200,7 @@ def images_per_tile(rows: int, cells: int) -> int:
     return cdiv(rows + cells - step, cells)
 
 
-class Columns(NamedTuple):
+class ColumnsLaunch(NamedTuple):
     """Launch of a kernel that sums the rows of a table class by class.
 
     Attributes:
@@ -209,15 +215,15 @@ class Columns(NamedTuple):
     warps: int
 
 
-def columns_launch(rows: int, classes: int) -> Columns:
+def columns_launch(rows: int, classes: int) -> ColumnsLaunch:
     """8 elements a thread: 64 bits of codes, at least 128 of logits. Rows are split over programs to fill a GPU."""
     tile = 8
     across = min(128, max(16, next_power_of_two(classes)))
     parts = min(cdiv(rows, tile), cdiv(FULL_GPU, cdiv(classes, across)))
-    return Columns(tile, across, cdiv(cdiv(rows, tile), max(parts, 1)), max(1, tile * across // 256))
+    return ColumnsLaunch(tile, across, cdiv(cdiv(rows, tile), max(parts, 1)), max(1, tile * across // 256))
 
 
-class MapTile(NamedTuple):
+class ClassMapLaunch(NamedTuple):
     """Launch of the maps of a few classes.
 
     Attributes:
@@ -233,14 +239,14 @@ class MapTile(NamedTuple):
     warps: int
 
 
-def map_launch(channels: int, chosen: int) -> MapTile:
+def class_map_launch(channels: int, chosen: int) -> ClassMapLaunch:
     """One class (a single observed positive) takes long steps; more of them share what is read, four at a time."""
     together = min(4, next_power_of_two(max(chosen, 1)))
     step = min(256 // together, max(16, next_power_of_two(channels)))
-    return MapTile(16, step, together, 4)
+    return ClassMapLaunch(16, step, together, 4)
 
 
-class MaskTile(NamedTuple):
+class MaskLaunch(NamedTuple):
     """Launch of the masked image.
 
     Attributes:
@@ -254,12 +260,12 @@ class MaskTile(NamedTuple):
     warps: int
 
 
-def mask_launch() -> MaskTile:
+def mask_launch() -> MaskLaunch:
     """Small tiles, for then most lie wholly inside or outside; rows of 128 bytes or more; half of a GPU's threads."""
-    return MaskTile(16, 64, 4)
+    return MaskLaunch(16, 64, 4)
 
 
-class Normalise(NamedTuple):
+class NormaliseLaunch(NamedTuple):
     """Launch of the normalisation of maps.
 
     Attributes:
@@ -274,6 +280,6 @@ class Normalise(NamedTuple):
     warps: int
 
 
-def normalise_launch(cells: int) -> Normalise:
+def normalise_launch(cells: int) -> NormaliseLaunch:
     """Maps are small: one block where it holds them, and blocks of few cells where a cell's maps are compared."""
-    return Normalise(min(1024, max(32, next_power_of_two(cells))), 16, 32, 2)
+    return NormaliseLaunch(min(1024, max(32, next_power_of_two(cells))), 16, 32, 2)

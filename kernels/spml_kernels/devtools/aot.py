@@ -1,16 +1,15 @@
 """Ahead-of-time compiles for GPUs that are not there: what a kernel costs in registers, stack and shared memory.
 
-`cases()` lists every kernel with the launch parameters that the ops would choose; `compile_case` compiles one for a
-compute capability and reads the machine code. Used by tests and by `benchmarks/bench_kernels.py --aot`.
+`cases` (the package beside this file) lists every kernel with the launch parameters that the ops would choose;
+`compile_case` compiles one for a compute capability and reads the machine code. Used by tests and by
+`benchmarks/bench_kernels.py --aot`.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,22 +143,3 @@ def compile_case(case: Case, arch: int) -> Report:
         spills=len(re.findall(r"\bSTL\b", sass)),
         matrix=tuple(k for k in kinds if re.search(rf"\b{k}\b", sass)),
     )
-
-
-# Modules that have kernels and `aot_cases`.
-OPS = (
-    "label_loss.op",
-    "large_loss.op",
-    "label_rows.op",
-    "cam_pool.forward",
-    "cam_pool.backward",
-    "cam_mask.op",
-    "ignore_loss.op",
-)
-
-
-def cases(arch: int) -> Iterator[Case]:
-    """Every kernel at its main shapes, as launched on this compute capability."""
-    for op in OPS:
-        # By module name: the package's attributes of these names are the public functions.
-        yield from importlib.import_module(f"spml_kernels.{op}").aot_cases(arch)

@@ -259,7 +259,7 @@ class _Memory:
         self.atomic += len(address) * width
 
     def moved(self) -> Moved:
-        """What has been seen; elements of different widths that share bytes are not told apart."""
+        """What has been seen; elements of different widths that share bytes are not distinguished."""
         unique = sum(len(torch.cat(parts).unique()) * width for width, parts in self.fetched.items())
         return Moved(unique, self.read, self.written, self.atomic)
 

@@ -76,7 +76,7 @@ def _label_rows(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, indptr = grid[0], a["indptr_ptr"]
     entry = _width(a["classes_ptr"]) + 1
     if indptr.is_meta:
-        # The mean number of entries, all rows different and apart.
+        # The mean number of entries, all rows different and none next to another.
         entries = len(a["codes_ptr"]) * rows // max(len(indptr) - 1, 1)
         unique, ends = entries, 2 * rows
     else:
@@ -129,8 +129,8 @@ def _large_written(a: dict[str, Any], sums: int) -> int:
     return int(written)
 
 
-@formula("_large_once_kernel")
-def _large_once(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+@formula("_large_single_kernel")
+def _large_single(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     # Read to find the threshold, and again to write; with k.
     data = a["elements"] * (_width(a["logits_ptr"]) + 1)
     return Moved(data + 8, 2 * data + 8, 4 + _large_written(a, 1))
@@ -195,11 +195,11 @@ def _span(start: int, length: int, end: int, unit: int) -> int:
 @formula("_cam_pool_dx_kernel")
 def _cam_pool_dx(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
-    block_r, block_c, apart = a["BLOCK_R"], a["BLOCK_C"], a["APART"]
+    block_r, block_c, skip_empty = a["BLOCK_R"], a["BLOCK_C"], a["SKIP_EMPTY"]
     tiles_r, tiles_k = cdiv(rows, block_r), cdiv(channels, a["BLOCK_K"])
-    weight, mean = _width(a["weight_ptr"]), _width(a["mean_ptr"]) if apart else 0
+    weight, mean = _width(a["weight_ptr"]), _width(a["mean_ptr"]) if skip_empty else 0
     # Of a class: shares, of cells that are not positive too where both parts are in one product.
-    share = _width(a["on_ptr"]) * (1 if apart else 2)
+    share = _width(a["on_ptr"]) * (1 if skip_empty else 2)
     read = 0
     for tile in range(tiles_r):
         listed = _listed(a, tile)
@@ -207,17 +207,17 @@ def _cam_pool_dx(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
         reached = sum(_span(step * block_c, block_c, classes, 1) for step in listed)
         # Of every step: its number, shares of images, words of signs, and the rows of weights.
         read += tiles_k * len(listed) * block_c * (images * share + 4 * words) + reached * channels * weight
-        read += images * channels * mean + tiles_k * 4 * (1 + len(listed)) * apart
+        read += images * channels * mean + tiles_k * 4 * (1 + len(listed)) * skip_empty
     scale = 4 if a["SCALED"] else 0
     across = min(a["width"] * block_c, a["stride"])
-    unique = 4 * tiles_r * (1 + a["width"]) * apart + rows // cells * (across * share + channels * mean) + scale
+    unique = 4 * tiles_r * (1 + a["width"]) * skip_empty + rows // cells * (across * share + channels * mean) + scale
     unique += 4 * cdiv(rows, 32) * across + classes * channels * weight
     return Moved(min(unique, read), read + scale * grid[0], rows * channels * _width(a["out_ptr"]))
 
 
 def _listed(a: dict[str, Any], tile: int) -> list[int] | range:
     """Steps of a tile of cam_pool's backward: those of its list, or all."""
-    if not a["APART"] or a["count_ptr"].is_meta:
+    if not a["SKIP_EMPTY"] or a["count_ptr"].is_meta:
         return range(a["width"])
     number = int(a["count_ptr"][tile])
     listed: list[int] = a["list_ptr"].flatten()[tile * a["width"] :][:number].tolist()
@@ -227,19 +227,19 @@ def _listed(a: dict[str, Any], tile: int) -> list[int] | range:
 @formula("_cam_pool_dw_kernel")
 def _cam_pool_dw(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
-    block_r, block_c, apart = a["BLOCK_R"], a["BLOCK_C"], a["APART"]
+    block_r, block_c, skip_empty = a["BLOCK_R"], a["BLOCK_C"], a["SKIP_EMPTY"]
     tiles_c, tiles_k, images = cdiv(classes, block_c), cdiv(channels, a["BLOCK_K"]), rows // cells
     grad, features = _width(a["on_ptr"]), _width(a["features_ptr"])
-    share = grad * (1 if apart else 2)
+    share = grad * (1 if skip_empty else 2)
     read = unique = 0
-    if apart:
+    if skip_empty:
         pooled = images * channels * _width(a["pooled_ptr"])
         read += tiles_c * pooled + tiles_k * images * a["stride"] * grad
         unique += pooled + images * a["stride"] * grad + 4 * tiles_c * (1 + a["width"])
     for tile in range(tiles_c):
         listed = _listed(a, tile)
         lanes = min(block_c, a["stride"] - tile * block_c)
-        read += 4 * tiles_k * (a["splits"] + len(listed)) * apart
+        read += 4 * tiles_k * (a["splits"] + len(listed)) * skip_empty
         for step in listed:
             touched, words = (_span(step * block_r, block_r, rows, unit) for unit in (cells, 32))
             read += tiles_k * lanes * (touched * share + 4 * words)

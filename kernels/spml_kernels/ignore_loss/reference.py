@@ -1,4 +1,4 @@
-"""IGNORE's statistics, rejection and losses (spec/ignore.md 1.2 to 1.5)."""
+"""IGNORE's statistics, rejection and losses in plain PyTorch. Source: docs/sources.md#ignore."""
 
 from __future__ import annotations
 

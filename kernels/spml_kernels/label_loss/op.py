@@ -6,21 +6,21 @@ one multiplication by the upstream gradient. Sums are fp32, one per program, add
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spml_kernels.common.autograd import register_computed_gradient
 from spml_kernels.common.dispatch import use_triton
 from spml_kernels.common.heuristics import point_launch
-from spml_kernels.common.jit import LAUNCH, jit, tl
-from spml_kernels.common.math import sigmoid_jit, softplus_jit
-from spml_kernels.devtools.aot import Case
+from spml_kernels.common.jit import LAUNCH
+from spml_kernels.label_loss.kernels import _label_loss_kernel
 from spml_kernels.label_loss.reference import label_loss_reference
 
-_POINTS: dict[str, Any] = {}
+_POINTS: dict[str, PointLoss] = {}
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class PointLoss:
         reference: (logits, int8 codes, *params) -> element-wise loss of the logits' shape, in PyTorch.
         kernel: a `spml_kernels.common.jit.jit` function (fp32 logit, code, *params) -> (loss, derivative in the
             logit) with the same meaning, for the fused kernel; without one the reference runs on every device.
+        elements_per_thread: of the fused kernel, a power of two; a long function takes 4, so that it does not spill.
         key: name of the kernel among all point functions; empty without one.
     """
 
     name: str
     reference: Callable[..., Tensor]
     kernel: Any = None
+    elements_per_thread: int = 8
     key: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
@@ -46,7 +48,7 @@ class PointLoss:
         if self.kernel is not None:
             function = getattr(self.kernel, "fn", self.kernel)
             object.__setattr__(self, "key", f"{function.__module__}.{function.__qualname__}")
-            _POINTS[self.key] = self.kernel
+            _POINTS[self.key] = self
 
 
 def label_loss(logits: Tensor, codes: Tensor, point: PointLoss, params: tuple[float, ...] = ()) -> Tensor:
@@ -68,60 +70,6 @@ def label_loss(logits: Tensor, codes: Tensor, point: PointLoss, params: tuple[fl
     return label_loss_op(logits, codes, point.key, [float(p) for p in params], wanted)[0]
 
 
-@jit
-def _an_point_jit(z, code):
-    """Cross-entropy with unknown as negative, the plainest point function."""
-    sign = tl.where(code == 1, -1.0, 1.0)
-    return softplus_jit(sign * z), sign * sigmoid_jit(sign * z)[0]
-
-
-@jit
-def _store_points(logits_ptr, codes_ptr, grad_ptr, offsets, params, mask, POINT: tl.constexpr, GRAD: tl.constexpr):
-    """Loss of one block, summed; its gradient stored. `mask` is None where the whole block is inside."""
-    if mask is None:
-        z = tl.load(logits_ptr + offsets).to(tl.float32)
-        code = tl.load(codes_ptr + offsets).to(tl.int32)
-        loss, slope = POINT(z, code, *params)
-    else:
-        z = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        code = tl.load(codes_ptr + offsets, mask=mask, other=0).to(tl.int32)
-        loss, slope = POINT(z, code, *params)
-        loss = tl.where(mask, loss, 0.0)
-    if GRAD:
-        tl.store(grad_ptr + offsets, slope.to(grad_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(loss, 0)
-
-
-@jit
-def _label_loss_kernel(
-    logits_ptr,
-    codes_ptr,
-    grad_ptr,
-    partial_ptr,
-    numbers,
-    elements,
-    POINT: tl.constexpr,
-    GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block of entries a program: its part of the loss, and the gradient.
-
-    Args:
-        logits_ptr, codes_ptr, grad_ptr: [elements]; grad is not touched without GRAD.
-        partial_ptr: fp32 [programs].
-        numbers: the point function's. (A kernel's parameter cannot be called `params`: the code that Triton makes for
-            its launch has a variable of that name.)
-    """
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
-    # Without a mask on whole blocks loads stay 128 bits wide whatever the number of entries is.
-    if start + BLOCK <= elements:
-        total = _store_points(logits_ptr, codes_ptr, grad_ptr, offsets, numbers, None, POINT, GRAD)
-    else:
-        total = _store_points(logits_ptr, codes_ptr, grad_ptr, offsets, numbers, offsets < elements, POINT, GRAD)
-    tl.store(partial_ptr + tl.program_id(0), total)
-
-
 @torch.library.custom_op("spml::label_loss", mutates_args=())
 def label_loss_op(
     logits: Tensor, codes: Tensor, point: str, params: list[float], gradient: bool
@@ -132,7 +80,7 @@ def label_loss_op(
     elements = logits.numel()
     if elements == 0:
         return torch.zeros((), dtype=torch.float32, device=logits.device), grad
-    launch = point_launch(elements)
+    launch = point_launch(elements, _POINTS[point].elements_per_thread)
     partial = torch.empty(launch.programs, dtype=torch.float32, device=logits.device)
     _label_loss_kernel[(launch.programs,)](
         logits,
@@ -141,7 +89,7 @@ def label_loss_op(
         partial,
         tuple(params),
         elements,
-        POINT=_POINTS[point],
+        POINT=_POINTS[point].kernel,
         GRAD=gradient,
         BLOCK=launch.block,
         num_warps=launch.warps,
@@ -156,50 +104,4 @@ def _(logits: Tensor, codes: Tensor, point: str, params: list[float], gradient: 
     return logits.new_empty((), dtype=torch.float32), grad
 
 
-def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
-    """grad * upstream; half precision is multiplied in fp32, since upstream is often a tiny 1 / (B C)."""
-    return grad * upstream if grad.dtype == torch.float32 else (grad.float() * upstream).to(grad.dtype)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    # Else zeros of the gradient's size would be written for a gradient that nobody reads.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
-
-
-def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    (grad,) = ctx.saved_tensors
-    return scale_gradient(grad, upstream), None, None, None, None
-
-
-label_loss_op.register_autograd(_backward, setup_context=_setup)
-
-
-def aot_cases(arch: int = 90, points: dict[str, tuple[Any, int]] | None = None) -> Iterator[Case]:
-    """The kernel for compiles without a GPU.
-
-    Args:
-        points: name -> (point function, how many numbers it takes); None takes assume-negative.
-    """
-    for name, (point, numbers) in (points or {"an": (_an_point_jit, 0)}).items():
-        for dtype in ("fp32", "bf16", "fp16"):
-            for elements, aligned in ((128 * 80, True), (128 * 9605, True), (33 * 81, False)):
-                launch = point_launch(elements)
-                pointers = ("logits_ptr", "codes_ptr", "grad_ptr", "partial_ptr")
-                yield Case(
-                    "label_loss",
-                    f"{name} {dtype} {elements} entries",
-                    _label_loss_kernel,
-                    {
-                        "logits_ptr": f"*{dtype}",
-                        "codes_ptr": "*i8",
-                        "grad_ptr": f"*{dtype}",
-                        "partial_ptr": "*fp32",
-                        "numbers": ("fp32",) * numbers,
-                        "elements": "i32",
-                    },
-                    {"POINT": point, "GRAD": True, "BLOCK": launch.block},
-                    (*pointers, "elements") if aligned else pointers,
-                    launch.warps,
-                )
+register_computed_gradient(label_loss_op, 1)

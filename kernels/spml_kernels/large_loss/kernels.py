@@ -6,8 +6,12 @@ all of it for a batch that one program can hold. `large_loss` launches them.
 
 from __future__ import annotations
 
-from spml_kernels.common.jit import jit, tl
+from spml_kernels.common.codes import IGNORED
+from spml_kernels.common.jit import HAVE_TRITON, jit, tl
 from spml_kernels.common.math import sigmoid_jit, softplus_jit
+
+# Kernels see globals of this type alone.
+IGNORED_CODE = tl.constexpr(IGNORED) if HAVE_TRITON else IGNORED
 
 
 @jit
@@ -214,8 +218,8 @@ def large_entry_jit(z, code, selected, CORRECT: tl.constexpr):
 
 @jit
 def kept_point_jit(z, code):
-    """Cross-entropy with unknown as negative, of entries that are not left out (code 2), for `label_loss`."""
-    return large_entry_jit(z, code, code == 2, False)
+    """Cross-entropy with unknown as negative, of entries that are not ignored, for `label_loss`."""
+    return large_entry_jit(z, code, code == IGNORED_CODE, False)
 
 
 @jit
@@ -386,7 +390,7 @@ def _find_kth_jit(key, k):
 
 
 @jit
-def _large_once_kernel(
+def _large_single_kernel(
     logits_ptr,
     codes_ptr,
     k_ptr,

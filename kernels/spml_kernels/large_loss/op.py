@@ -1,6 +1,6 @@
 """large_loss: the k largest unobserved logits of a batch, exact over ranks, and the loss that rejects or corrects them.
 
-Source: Large Loss Matters (CVPR 2022) as in spec/boostlu_large_loss.md 1.4.
+Source: Large Loss Matters (CVPR 2022), docs/sources.md#large-loss.
 
 The kernels find the k-th largest logit without sorting and without the host. Order-preserving 32-bit keys are counted
 by their top 11 bits; the bin in which the k-th lies is known, only its entries are counted by the next 11 bits, then by
@@ -18,21 +18,22 @@ micro-steps), `select_large`, `large_loss` and `list_selected` do the parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from spml_kernels.common.autograd import register_computed_gradient
+from spml_kernels.common.codes import IGNORED
 from spml_kernels.common.dispatch import use_triton
-from spml_kernels.common.heuristics import flat_launch, histogram_launch, large_once_launch
+from spml_kernels.common.heuristics import flat_launch, histogram_launch, large_loss_single_launch
 from spml_kernels.common.jit import LAUNCH, cdiv
-from spml_kernels.devtools.aot import Case
-from spml_kernels.label_loss.op import PointLoss, label_loss, scale_gradient
+from spml_kernels.label_loss.op import PointLoss, label_loss
 from spml_kernels.large_loss.kernels import (
     _large_histogram_kernel,
-    _large_once_kernel,
     _large_select_kernel,
+    _large_single_kernel,
     _large_threshold_kernel,
     kept_point_jit,
 )
@@ -96,7 +97,7 @@ def large_loss(logits: Tensor, codes: Tensor, selected: Tensor, scheme: Scheme) 
         rejected entries included.
     """
     if use_triton(logits):
-        return label_loss(logits, torch.where(selected, 1 if scheme == "correct" else LEFT_OUT, codes), _KEPT)
+        return label_loss(logits, torch.where(selected, 1 if scheme == "correct" else IGNORED, codes), _KEPT)
     return large_loss_reference(logits, codes, selected, scheme)
 
 
@@ -191,12 +192,8 @@ def _select(
     return LargeLossStep(loss, selected, threshold, *listing)
 
 
-# The code of a rejected entry, whose loss is 0.
-LEFT_OUT = 2
-
-
 def _kept_point(logits: Tensor, codes: Tensor) -> Tensor:
-    return torch.where(codes == LEFT_OUT, 0, -torch.nn.functional.logsigmoid(torch.where(codes == 1, logits, -logits)))
+    return torch.where(codes == IGNORED, 0, -torch.nn.functional.logsigmoid(torch.where(codes == 1, logits, -logits)))
 
 
 _KEPT = PointLoss("large_loss", _kept_point, kept_point_jit)
@@ -414,7 +411,7 @@ def large_step_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All passes on one rank: the six results of `large_select_op` and the threshold, fp32 []."""
     logits, codes = logits.contiguous(), codes.contiguous()
-    launch = large_once_launch(logits.numel())
+    launch = large_loss_single_launch(logits.numel())
     if launch is None:
         # Counts of all passes are cleared together; a pass keeps its state in the row of its number.
         hist = torch.zeros(LEVELS, BINS, dtype=torch.int32, device=logits.device)
@@ -428,7 +425,7 @@ def large_step_op(
         return *_launch_select(logits, codes, counts, threshold, room, *flags), threshold
     total, selected, grad, rows, classes, valid = _new_results(logits, loss, gradient, length)
     threshold = torch.empty((), dtype=torch.float32, device=logits.device)
-    _large_once_kernel[(1,)](
+    _large_single_kernel[(1,)](
         logits,
         codes,
         k,
@@ -471,126 +468,5 @@ def _(
     return *_new_results(logits, loss, gradient, length), logits.new_empty((), dtype=torch.float32)
 
 
-def _setup_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Only the loss has a gradient.
-    ctx.mark_non_differentiable(*output[1:])
-    # Else zeros of their sizes would be written for gradients that nobody reads.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2])
-    ctx.others = len(inputs) - 1
-
-
-def _backward_select(ctx: Any, upstream: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    return (scale_gradient(ctx.saved_tensors[0], upstream), *[None] * ctx.others)
-
-
-large_select_op.register_autograd(_backward_select, setup_context=_setup_select)
-large_step_op.register_autograd(_backward_select, setup_context=_setup_select)
-
-
-def aot_cases(arch: int = 90) -> Iterator[Case]:
-    """The kernels for compiles without a GPU."""
-    for rows, classes in ((128, 312), (128, 5000)):
-        for dtype in ("fp32", "bf16"):
-            yield from _passes_cases(rows, classes, dtype)
-    for rows, classes in ((16, 20), (16, 80), (16, 200), (64, 80), (128, 80), (128, 81)):
-        for dtype in ("fp32", "bf16"):
-            for listed in (True, False):
-                yield _once_case(rows, classes, dtype, listed)
-
-
-def _once_case(rows: int, classes: int, dtype: str, listed: bool) -> Case:
-    """Loss and gradient of one batch in one launch; with the list as LL-Cp wants it, without as LL-R."""
-    launch = large_once_launch(rows * classes)
-    assert launch is not None
-    pointers = {"logits_ptr": f"*{dtype}", "codes_ptr": "*i8", "selected_ptr": "*i8", "grad_ptr": f"*{dtype}"}
-    pointers |= {"rows_ptr": "*i64", "classes_ptr": "*i64", "valid_ptr": "*i8"}
-    pointers |= {"k_ptr": "*i64", "threshold_ptr": "*fp32", "loss_ptr": "*fp32"}
-    numbers = ("elements",) if rows * classes % 16 == 0 else ()
-    return Case(
-        "large_once",
-        f"{dtype} {rows} x {classes} {'with list' if listed else 'without list'}",
-        _large_once_kernel,
-        {**pointers, "elements": "i32", "length": "i32", "k_max": "i32"},
-        {
-            "INCLUSIVE": False,
-            "LOSS": True,
-            "CORRECT": listed,
-            "GRAD": True,
-            "LIST": listed,
-            "CLASSES": classes if listed else 1,
-            "BLOCK": launch.block,
-            "PART": launch.part,
-        },
-        (*pointers, *numbers),
-        launch.warps,
-    )
-
-
-def _passes_cases(rows: int, classes: int, dtype: str) -> Iterator[Case]:
-    elements, shape = rows * classes, f"{dtype} {rows} x {classes}"
-    flat, histogram = flat_launch(elements), histogram_launch(elements)
-    pointers: dict[str, str | tuple[str, ...]] = {"logits_ptr": f"*{dtype}", "codes_ptr": "*i8"}
-    state: dict[str, str | tuple[str, ...]] = {"hist_ptr": "*i32", "state_ptr": "*i32"}
-    for level in range(LEVELS):
-        yield Case(
-            "large_histogram",
-            f"{shape} pass {level}",
-            _large_histogram_kernel,
-            {
-                **pointers,
-                "k_ptr": "*i64",
-                **state,
-                "out_ptr": "*i32",
-                "next_ptr": "*i32",
-                "elements": "i32",
-                "rounds": "i32",
-                "k_max": "i32",
-            },
-            {"LEVEL": level, "BINS": BINS, "BLOCK": histogram.block},
-            ("logits_ptr", "codes_ptr", "hist_ptr", "out_ptr", "elements"),
-            histogram.warps,
-        )
-    found: dict[str, str | tuple[str, ...]] = {
-        "counts_ptr": "*i32",
-        "threshold_ptr": "*fp32",
-        "room_ptr": "*i64",
-    }
-    yield Case(
-        "large_threshold",
-        shape,
-        _large_threshold_kernel,
-        {**pointers, **state, **found, "elements": "i32"},
-        {"INCLUSIVE": False, "LIST": False, "BINS": BINS, "BLOCK": flat.block},
-        ("logits_ptr", "codes_ptr", "hist_ptr", "counts_ptr", "elements"),
-        flat.warps,
-    )
-    for listed in (True, False):
-        yield Case(
-            "large_select",
-            f"{shape} with loss and {'list' if listed else 'no list'}",
-            _large_select_kernel,
-            {
-                **pointers,
-                **found,
-                "selected_ptr": "*i8",
-                "grad_ptr": f"*{dtype}",
-                "partial_ptr": "*fp32",
-                "rows_ptr": "*i64",
-                "classes_ptr": "*i64",
-                "valid_ptr": "*i8",
-                "elements": "i32",
-                "length": "i32",
-            },
-            {
-                "INCLUSIVE": False,
-                "LOSS": True,
-                "CORRECT": listed,
-                "GRAD": True,
-                "LIST": listed,
-                "CLASSES": classes if listed else 1,
-                "BLOCK": flat.block,
-            },
-            ("logits_ptr", "codes_ptr", "counts_ptr", "selected_ptr", "grad_ptr", "elements"),
-            flat.warps,
-        )
+register_computed_gradient(large_select_op, 2)
+register_computed_gradient(large_step_op, 2)

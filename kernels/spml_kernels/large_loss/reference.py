@@ -1,4 +1,4 @@
-"""Large Loss in plain PyTorch (spec/boostlu_large_loss.md 1.4).
+"""Large Loss in plain PyTorch. Source: docs/sources.md#large-loss.
 
 For an unobserved entry the assumed target is 0, its loss softplus(z) grows strictly with z, so the k largest losses are
 the k largest unobserved logits. Observed entries are never candidates: they are left out by minus infinity, not by
