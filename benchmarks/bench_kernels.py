@@ -40,268 +40,35 @@ prints registers, spills and load widths (needs no GPU).
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
-import itertools
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from spml_kernels.cam_pool.tiles import launch_of  # noqa: E402
-from spml_kernels.common import heuristics  # noqa: E402
-from spml_kernels.common.heuristics import CamPoolLaunch, CamPoolTiles  # noqa: E402
-from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED, triton  # noqa: E402
-from spml_kernels.devtools.aot import ARCHITECTURES, Case, Report, compile_case  # noqa: E402
-from spml_kernels.devtools.cases import cases  # noqa: E402
-from spml_kernels.devtools.counting import Launch, Moved, count, total  # noqa: E402
-from spml_kernels.devtools.traffic import moved  # noqa: E402
+from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED  # noqa: E402
 
+from benchmarks.kernel_bytes import Compiler, ahead_of_time, bytes_table  # noqa: E402
 from benchmarks.kernel_gpu import Card, run, work_through  # noqa: E402
-from benchmarks.kernel_report import RESULTS, Row, commit, judge, merge_csv, plot_bytes, plot_times  # noqa: E402
-from benchmarks.kernel_works import OPS, KernelWork, cam_work, make_call, method_cases, works  # noqa: E402
-
-
-class Peak(NamedTuple):
-    """Public peak numbers of a card: GB/s of memory, TFLOP/s of dense products in half precision and in tf32."""
-
-    memory: float
-    half: float
-    tf32: float
-
-
-# NVIDIA's data sheets, without sparsity: A100 SXM 80 GB, H100 SXM, H200 SXM, B200 (HGX, one of eight).
-CARDS = {
-    "A100": Peak(2039, 312, 156),
-    "H100": Peak(3350, 989, 494),
-    "H200": Peak(4800, 989, 494),
-    "B200": Peak(8000, 2250, 1120),
-}
-
-
-def machine(gpu: str, known: str | None = None) -> Row:
-    """What a row was made with; `known` is the commit where git is not at hand."""
-    version = triton.__version__ if HAVE_TRITON else "none"
-    return {"gpu": gpu, "torch": torch.__version__, "triton": version, "commit": known or commit()}
-
-
-# ---- without a GPU
-
-
-def launches_of(work: KernelWork, provider: str, mode: str) -> list[Launch]:
-    """What one call of a provider launches, on meta tensors."""
-    with mock.patch.dict(os.environ, SPML_KERNELS="triton" if provider == "fused" else "reference"):
-        return count(make_call(work, provider, mode, work.inputs("meta")))
-
-
-def case_of(launch: Launch) -> Case:
-    """The launch as an ahead-of-time compile, specialised as Triton would: multiples of 16, and ones, are constants."""
-    types: dict[str, str | tuple[str, ...]] = {}
-    constants: dict[str, Any] = {}
-    aligned = []
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
-    names |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
-    constexpr = {p.name for p in launch.kernel.params if p.is_constexpr}
-    for name in launch.kernel.arg_names:
-        value = launch.arguments[name]
-        if name in constexpr or value is None or (isinstance(value, int) and value == 1):
-            constants[name] = value
-        elif isinstance(value, torch.Tensor):
-            types[name] = f"*{names[value.dtype]}"
-            aligned.append(name)
-        elif isinstance(value, tuple):
-            types[name] = ("fp32",) * len(value)
-        elif isinstance(value, int):
-            types[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                aligned.append(name)
-        else:
-            types[name] = "fp32"
-    options = launch.arguments
-    warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)
-    return Case(launch.name, "", launch.kernel, types, constants, tuple(aligned), warps, stages)
-
-
-class Compiler:
-    """Machine code of launches; equal ones are compiled once."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-        self.reports: dict[str, Report] = {}
-
-    def report(self, launch: Launch) -> Report:
-        """Registers and the like of one launch."""
-        case = case_of(launch)
-        key = repr(
-            (case.op, sorted(case.types.items()), sorted(case.constants.items(), key=repr), case.aligned, case.warps)
-        )
-        if key not in self.reports:
-            self.reports[key] = compile_case(case, self.arch)
-        return self.reports[key]
-
-
-def bound_us(work: KernelWork, bytes_: float, mode: str, card: Peak) -> float:
-    """Microseconds that bytes and products take at a card's peak; whichever is longer."""
-    rate = card.tf32 if work.products == 3 else card.half
-    return max(bytes_ / card.memory / 1e3, work.products * work.flops.get(mode, 0.0) / rate / 1e6)
-
-
-def traffic_row(work: KernelWork, mode: str, compiler: Compiler | None) -> Row:
-    """Bytes, launches and machine code of one op at one shape."""
-    fused, eager = launches_of(work, "fused", mode), launches_of(work, "eager", mode)
-    kernels = [launch for launch in fused if launch.kernel is not None]
-    ours, theirs = total(fused, moved), total(eager)
-    row: Row = {"op": work.op, "shape": work.shape, "mode": mode, "provider": "fused" if kernels else "no kernel yet"}
-    row |= {"floor_bytes": int(work.floor[mode]), "fused_bytes": ours.least, "eager_bytes": theirs.least}
-    row |= {"fused_reads": ours.read, "kernel_launches": len(kernels)}
-    row |= {"fused_launches": len(fused), "eager_launches": len(eager)}
-    row |= {"kernel_bytes": total(kernels, moved).least if kernels else Moved().least}
-    if compiler is not None and kernels:
-        reports = [compiler.report(launch) for launch in kernels]
-        row |= {"registers": max(r.registers for r in reports), "spills": sum(r.spills for r in reports)}
-        row |= {"occupancy": min(r.occupancy(compiler.arch) for r in reports), "arch": compiler.arch}
-    return row | {f"{name}_us": bound_us(work, ours.least, mode, card) for name, card in CARDS.items()}
-
-
-def bytes_table(ops: list[str], small: bool, compiler: Compiler | None) -> list[Row]:
-    """All rows, printed as they come."""
-    print("no times here: bytes and launches by formula, machine code for sm_90, and bounds by public peak numbers")
-    cards = "".join(f"{name:>9}" for name in CARDS)
-    titles = f"{'':<70}{'floor':>9}{'fused':>9}{'eager MB':>9}{'launches':>12}{'regs':>6}{'spills':>7}{'occ.':>6}"
-    print(f"{titles}   bound us{cards}")
-    rows = []
-    # Bytes do not depend on the signs.
-    for work in (w for w in works(ops, small) if not w.shape.endswith(" sparse")):
-        for mode in ("fwd", "step") if work.leaves else ("fwd",):
-            row = traffic_row(work, mode, compiler)
-            rows.append(row)
-            text = f"{row['op']:<18}{row['shape']:<47}{mode:<5}"
-            text += "".join(f"{row[k] / 1e6:>9.3f}" for k in ("floor_bytes", "fused_bytes", "eager_bytes"))
-            text += f"{row['fused_launches']:>6}{row['eager_launches']:>6}"
-            text += f"{row.get('registers', ''):>6}{row.get('spills', ''):>7}"
-            text += f"{row['occupancy']:>6.0%}" if "occupancy" in row else " " * 6
-            print(text + " " * 11 + "".join(f"{row[f'{name}_us']:>9.2f}" for name in CARDS), flush=True)
-    return rows
-
-
-# ---- machine code
-
-
-def ahead_of_time(ops: list[str], quick: bool) -> list[Row]:
-    """Compile every kernel at its main shapes for GPUs that are not there."""
-    rows = []
-    for arch in (90,) if quick else ARCHITECTURES:
-        for case in (*cases(arch), *method_cases(arch)):
-            if not any(case.op.startswith(op.split("_")[0]) for op in ops):
-                continue
-            report = compile_case(case, arch)
-            row = {
-                "op": case.op,
-                "shape": case.shape,
-                "arch": arch,
-                **vars(report),
-                "occupancy": report.occupancy(arch),
-            }
-            rows.append(row)
-            loads = " ".join(f"{width}b:{number}" for width, number in report.loads.items())
-            print(
-                f"sm_{arch} {case.op:<22}{case.shape:<44} registers {report.registers:>3} stack {report.stack} "
-                f"shared {report.shared:>6} loads {loads} {' '.join(report.matrix)} threads {row['occupancy']:.0%}",
-                flush=True,
-            )
-    print(f"{len(rows)} compiled, {sum(r['stack'] > 0 for r in rows)} with spills")
-    return rows
-
-
-# ---- other block sizes
-
-
-@contextlib.contextmanager
-def launched(launch: CamPoolLaunch) -> Iterator[None]:
-    """cam_pool with these block sizes, whatever the shape."""
-    with contextlib.ExitStack() as stack:
-        for name in ("cam_pool.forward", "cam_pool.backward"):
-            # By module name: the package's attribute of that name is the function.
-            module = importlib.import_module(f"spml_kernels.{name}")
-            stack.enter_context(mock.patch.object(module, "launch_of", lambda *_: launch))
-        # The forward asks for this alone, to know what the backward wants.
-        stack.enter_context(mock.patch.object(heuristics, "SKIP_FROM", 0 if launch.skip_empty_tiles else 2**40))
-        yield
-
-
-def sweep(card: Card, results: Path, seconds: float, small: bool, known: str | None) -> int:
-    """Other block sizes of cam_pool's kernels at two shapes, dense signs; the best are printed last.
-
-    Nothing is compared with fp64 here: sizes that are taken over into `heuristics.py` meet the gate and the tests.
-    """
-    os.environ["SPML_KERNELS"] = "auto"
-    stop, facts = time.monotonic() + seconds, machine(torch.cuda.get_device_name(), known)
-    table = results / f"{file_name(facts['gpu'])}_sweep.csv"
-    rows: list[Row] = []
-    for classes in (5000,) if small else (5000, 80):
-        work = cam_work(128, 14, 2048, classes, torch.bfloat16)
-        inputs = work.inputs(card.device)
-        shipped = launch_of(inputs[0], classes)
-        tries = [("shipped", "fwd", shipped), ("shipped", "bwd", shipped)]
-        other = shipped._replace(skip_empty_tiles=not shipped.skip_empty_tiles)
-        tries.append(
-            (f"mean part {'with skipped squares' if other.skip_empty_tiles else 'in one product'}", "bwd", other)
-        )
-        for rows_, wide, warps, stages in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4)):
-            if rows_ * wide > 128 * 256 or (rows_ * wide == 128 * 256 and warps == 4):
-                continue
-            tiles = CamPoolTiles(rows_, wide, shipped.forward.channels, warps, stages)
-            tries.append((f"forward {tuple(tiles)}", "fwd", shipped._replace(forward=tiles, slices=rows_ // 64)))
-        for which in ("d_features", "d_weight"):
-            for across, warps, stages in itertools.product((64, 128, 256), (4, 8), (2, 3)):
-                tiles = getattr(shipped, which)._replace(channels=across, warps=warps, stages=stages)
-                tries.append((f"{which} {tuple(tiles)}", "bwd", shipped._replace(**{which: tiles})))
-        for name, mode, launch in tries:
-            row: Row = {"op": "cam_pool", "shape": work.shape, "provider": name, "mode": mode, **facts}
-            if time.monotonic() > stop:
-                row["status"] = "no time left"
-            else:
-                with launched(launch):
-                    try:
-                        row |= {**card.times(make_call(work, "fused", mode, inputs)), "status": "ok"}
-                    except Exception as error:
-                        row["status"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-                        # Too much shared memory is a refusal; a broken card raises here, and ends the sweep.
-                        card.synchronize()
-            rows.append(row)
-            merge_csv(table, [row])
-            print(f"C {classes} {mode} {row.get('p50', float('nan')):8.4f} ms  {name}  {row['status']}", flush=True)
-    for key in dict.fromkeys((r["shape"], r["mode"]) for r in rows):
-        timed = sorted(
-            (r for r in rows if (r["shape"], r["mode"]) == key and r["status"] == "ok"), key=lambda r: r["p50"]
-        )
-        print(
-            f"best of {len(timed)} at {key[0]} {key[1]}: "
-            + ", ".join(f"{r['provider']} {r['p50']:.4f} ms" for r in timed[:3])
-        )
-    print(f"written to {table}")
-    return int(any(r["status"] == "no time left" for r in rows))
-
-
-# ---- with a GPU
-
-
-def file_name(gpu: str) -> str:
-    """A card's name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
+from benchmarks.kernel_report import (  # noqa: E402
+    RESULTS,
+    Row,
+    file_name,
+    judge,
+    machine,
+    merge_csv,
+    plot_bytes,
+    plot_times,
+)
+from benchmarks.kernel_sweep import sweep  # noqa: E402
+from benchmarks.kernel_works import OPS, works  # noqa: E402
 
 
 def worker(given: str) -> int:

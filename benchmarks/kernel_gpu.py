@@ -7,6 +7,7 @@ every event; when it dies, the parent records the work it died at and starts ano
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_base import KernelWork, make_call, upstreams
 from benchmarks.kernel_report import KEY, Row, merge_csv
-from benchmarks.kernel_works import KernelWork, make_call, upstreams, works
+from benchmarks.kernel_works import works
 
 QUANTILES = [0.2, 0.5, 0.8]
 # Bytes of the tensor that is copied to find the copy rate, and edge of the product that finds the product rate.
@@ -78,7 +80,7 @@ class Card:
         torch.set_float32_matmul_precision("high")
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
             a, b = (torch.randn(PRODUCT_EDGE, PRODUCT_EDGE, device=self.device, dtype=dtype) for _ in range(2))
-            found[name] = 2 * PRODUCT_EDGE**3 / 1e9 / self.times(lambda a=a, b=b: torch.mm(a, b))["p50"]
+            found[name] = 2 * PRODUCT_EDGE**3 / 1e9 / self.times(functools.partial(torch.mm, a, b))["p50"]
         torch.set_float32_matmul_precision(precision)
         self.free()
         return found
@@ -220,7 +222,8 @@ def work_through(
 ) -> None:
     """The worker: gate and time `found[first:]`, a line of JSON an event, rows into the table after every work."""
     # A backward that is run again must keep what it reads.
-    importlib.import_module("torch._functorch.config").donated_buffer = False
+    config: Any = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False
     stop = time.monotonic() + seconds
     with events.open("a", encoding="utf-8") as file:
 

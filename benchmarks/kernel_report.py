@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
+from spml_kernels.common.jit import HAVE_TRITON, triton
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,6 +32,17 @@ def commit() -> str:
             return "unknown"
         found.append(done.stdout.strip())
     return found[0] + ("+" if found[1] else "")
+
+
+def machine(gpu: str, known: str | None = None) -> Row:
+    """What a row was made with; `known` is the commit where git is not at hand."""
+    version = triton.__version__ if HAVE_TRITON else "none"
+    return {"gpu": gpu, "torch": torch.__version__, "triton": version, "commit": known or commit()}
+
+
+def file_name(gpu: str) -> str:
+    """A card's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
 
 
 def merge_csv(path: Path, rows: list[Row], keep: bool = True) -> None:

@@ -29,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -68,15 +69,21 @@ def check_decode() -> str:
         Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(images / f"{i}.jpg", quality=92)
     labels = SparseLabels.from_positives([[i % 3] for i in range(16)], 3, 0)
     writer = ManifestWriter(folder / "data", "check", ["a", "b", "c"], images)
-    size = {"width": [640] * 16, "height": [480] * 16}
-    writer.add_split("train", known=labels, paths=[f"{i}.jpg" for i in range(16)], **size)
+    paths = [f"{i}.jpg" for i in range(16)]
+    writer.add_split("train", known=labels, paths=paths, width=[640] * 16, height=[480] * 16)
     split = writer.finish({}).split("train")
     worst = {}
     for crop in ("squash", "random_resized"):
         config = DataConfig(image_size=224, train_crop=crop)
         out = {}
         for device in (torch.device("cpu"), torch.device("cuda", 0)):
-            shared = {"device": device, "mean": [0.0] * 3, "std": [1 / 255.0] * 3, "world_size": 1, "rank": 0}
+            shared: dict[str, Any] = {
+                "device": device,
+                "mean": [0.0] * 3,
+                "std": [1 / 255.0] * 3,
+                "world_size": 1,
+                "rank": 0,
+            }
             train = TrainLoader(split, config, views=("weak", "strong"), batch_size=8, accumulation=1, seed=1, **shared)
             views = [v for update in train.epoch(1) for v in update]
             out[device.type] = {n: torch.cat([v.views[n].cpu() for v in views]) for n in ("weak", "strong")}
@@ -91,6 +98,7 @@ def check_decode() -> str:
 def check_ops() -> str:
     """cam_pool, cam_map, large_loss and label_rows on the GPU against fp64 on the CPU."""
     from spml_kernels import cam_map, cam_pool, label_rows, large_loss, select_large
+    from spml_kernels.large_loss.op import Scheme
 
     worst = 0.0
     # The last takes the form of the backward that skips squares.
@@ -106,7 +114,7 @@ def check_ops() -> str:
             high = [t.detach().cpu().double().requires_grad_() for t in low]
             results = []
             for tensors in (high, low, low):
-                mean, relu = cam_pool(*tensors)
+                mean, relu = cam_pool(tensors[0], tensors[1], tensors[2])
                 assert relu is not None
                 loss = (mean.double() * 0.7 + relu.double() * 2).sum()
                 grads = torch.autograd.grad(loss, tensors)
@@ -118,25 +126,28 @@ def check_ops() -> str:
                 worst = max(worst, error if dtype == torch.float32 else 0)
                 assert error < tolerance, f"cam_pool {shape} {dtype}: relative error {error}"
             ids = torch.randint(-1, classes, (shape[0], 2))
-            maps = cam_map(*[t.detach() for t in low], ids.cuda()).cpu().double()
-            assert float((maps - cam_map(*[t.detach() for t in high], ids)).abs().mean()) < tolerance
+            maps = [
+                cam_map(x.detach(), w.detach(), b.detach(), chosen).cpu().double()
+                for (x, w, b), chosen in ((low, ids.cuda()), (high, ids))
+            ]
+            assert float((maps[0] - maps[1]).abs().mean()) < tolerance
         logits, codes = torch.randn(64, classes), torch.randint(-1, 2, (64, classes), dtype=torch.int8)
         for k in (0, 1, 17, 64 * classes):
             args = (torch.tensor(k), 64 * classes)
             expected, threshold = select_large(logits, codes, *args)
             found, level = select_large(logits.cuda(), codes.cuda(), args[0].cuda(), args[1])
             assert torch.equal(expected, found.cpu()) and torch.equal(threshold, level.cpu())
-            for scheme in ("reject", "correct"):
+            for scheme in get_args(Scheme):
                 one = large_loss(logits.double(), codes, expected, scheme)
                 two = large_loss(logits.cuda(), codes.cuda(), found, scheme)
                 assert abs(float(one) - float(two)) <= 1e-5 * abs(float(one))
         listed = codes != -1
         rows, columns = torch.nonzero(listed, as_tuple=True)
         indptr = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
-        arrays = [indptr, columns.to(torch.int16), codes[rows, columns], torch.randperm(64)]
-        wanted = codes[arrays[3]]
-        got = label_rows(*[a.cuda() for a in arrays], classes, -1, int(listed.sum(1).max()))
-        assert torch.equal(got.cpu(), wanted)
+        index, most = torch.randperm(64), int(listed.sum(1).max())
+        arrays = (indptr.cuda(), columns.to(torch.int16).cuda(), codes[rows, columns].cuda())
+        dense = label_rows(arrays[0], arrays[1], arrays[2], index.cuda(), classes, -1, most)
+        assert torch.equal(dense.cpu(), codes[index])
     return f"largest fp32 relative error {worst:.1e}"
 
 
@@ -172,6 +183,8 @@ def check_points() -> str:
 def check_ignore() -> str:
     """Masked images and IGNORE's two passes on the GPU against fp64 on the CPU, twice for bit-equality."""
     from spml_kernels import cam_mask, ignore_loss, ignore_statistics
+    from spml_kernels.cam_mask.op import MapNorm
+    from spml_kernels.ignore_loss.op import LossForm
 
     def exact(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.cpu()
@@ -188,12 +201,12 @@ def check_ignore() -> str:
         classes = torch.randint(-1, 80, (20, chosen)).cuda()
         for layout in (torch.channels_last, torch.contiguous_format):
             images = torch.randn(20, 3, side, side, device="cuda").to(dtype).to(memory_format=layout)
-            for norm in ("per_image", "batch_rawmax", "batch_minmax"):
-                inputs = (features, weight, bias, classes, images)
-                one, two = (cam_mask(*inputs, 0.8, norm, 16) for _ in range(2))
+            for norm in get_args(MapNorm):
+                one, two = (cam_mask(features, weight, bias, classes, images, 0.8, norm, 16) for _ in range(2))
                 assert torch.equal(one, two), f"cam_mask {norm}: two runs differ"
                 assert one.is_contiguous(memory_format=layout)
-                wanted = cam_mask(*(exact(t) for t in inputs), 0.8, norm, 16)
+                x, w, b, ids, pixels = (exact(t) for t in (features, weight, bias, classes, images))
+                wanted = cam_mask(x, w, b, ids, pixels, 0.8, norm, 16)
                 # Pixels at the threshold itself may fall to either side.
                 difference = float((one.cpu().double() != wanted).double().mean())
                 worst = max(worst, difference)
@@ -204,15 +217,15 @@ def check_ignore() -> str:
             weak, strong, masked = (torch.randn(rows, classes_in_all).mul(4).to(dtype).cuda() for _ in range(3))
             codes = torch.randint(-1, 2, (rows, classes_in_all), dtype=torch.int8).cuda()
             gap, average = torch.tensor(2.0).cuda(), torch.randn(classes_in_all).cuda()
-            for form in ("logits", "epsilon"):
+            for form in get_args(LossForm):
                 results = []
-                for give in (exact, torch.clone, torch.clone):
+                for give in (exact, torch.Tensor.clone, torch.Tensor.clone):
                     leaves = [give(t).requires_grad_() for t in (weak, strong)]
-                    rest = [give(t) for t in (masked, codes, gap, average)]
-                    terms = ignore_loss(leaves[0], leaves[1], *rest, form, truth=rest[1].abs())  # type: ignore[arg-type]
+                    views, known, limit, averages = (give(t) for t in (masked, codes, gap, average))
+                    terms = ignore_loss(leaves[0], leaves[1], views, known, limit, averages, form, truth=known.abs())
                     loss = terms.spbc / rows + terms.ign / (rows * classes_in_all) - terms.reg / (rows * 7)
                     grads = torch.autograd.grad(loss, leaves)
-                    results.append([*terms, *grads, ignore_statistics(leaves[0], rest[0], rest[1])])
+                    results.append([*terms, *grads, ignore_statistics(leaves[0], views, known)])
                 for reference, value, again in zip(*results, strict=True):
                     assert torch.equal(value, again), "ignore_loss: two runs differ"
                     off = (reference.double() - value.cpu().double()).detach().square().mean().sqrt()
@@ -225,8 +238,9 @@ def check_ignore() -> str:
 def small_calls(device: str) -> None:
     """Every op once or twice at small odd shapes, forward and backward, for a tool that watches what kernels access."""
     from spml_kernels import cam_mask, cam_pool, ignore_loss, ignore_statistics, label_loss, label_rows
+    from spml_kernels.cam_mask.op import MapNorm
     from spml_kernels.common import heuristics
-    from spml_kernels.large_loss.op import _KEPT, large_loss_step
+    from spml_kernels.large_loss.op import _KEPT, Ties, large_loss_step
 
     torch.manual_seed(0)
     shapes = ((0, torch.float16, 3, 70), (2**40, torch.bfloat16, 16, 70), (0, torch.float32, 3, 9))
@@ -234,36 +248,36 @@ def small_calls(device: str) -> None:
         with mock.patch.object(heuristics, "SKIP_FROM", skip_from):
             tensors = [torch.randn(batch, 5, 7, 40), torch.randn(classes, 40), torch.randn(classes)]
             leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
-            mean, relu = cam_pool(*leaves)
+            mean, relu = cam_pool(leaves[0], leaves[1], leaves[2])
             assert relu is not None
             torch.autograd.grad((mean * 0.7 + relu).sum(), leaves)
     # One program holds the first of the two.
     for rows, classes in ((3, 7), (28, 601)):
         logits = torch.randn(rows, classes, device=device, requires_grad=True)
         codes = torch.randint(-1, 2, (rows, classes), dtype=torch.int8, device=device)
-        for ties in ("exact", "inclusive"):
-            step = large_loss_step(logits, codes, torch.tensor(11, device=device), 13, "correct", ties)  # type: ignore[arg-type]
+        for ties in get_args(Ties):
+            step = large_loss_step(logits, codes, torch.tensor(11, device=device), 13, "correct", ties)
             torch.autograd.grad(step.loss, logits)
         torch.autograd.grad(label_loss(logits, codes, _KEPT), logits)
         listed = codes.cpu() != -1
         entry = torch.nonzero(listed, as_tuple=True)
         indptr = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
-        arrays = [indptr, entry[1].to(torch.int16), codes.cpu()[entry], torch.randperm(rows)]
-        label_rows(*[a.to(device) for a in arrays], classes, -1, int(listed.sum(1).max()))
-        views = [torch.randn(rows, classes, device=device, requires_grad=True) for _ in range(2)]
+        arrays = (indptr.to(device), entry[1].to(device, torch.int16), codes.cpu()[entry].to(device))
+        index, most = torch.randperm(rows).to(device), int(listed.sum(1).max())
+        label_rows(arrays[0], arrays[1], arrays[2], index, classes, -1, most)
+        weak, strong = (torch.randn(rows, classes, device=device, requires_grad=True) for _ in range(2))
         masked, average = torch.randn(rows, classes, device=device), torch.randn(classes, device=device)
-        terms = ignore_loss(
-            *views, masked, codes, torch.tensor(1.0, device=device), average, "logits", truth=codes.abs()
-        )
-        torch.autograd.grad(terms.spbc + terms.ign - terms.reg, views)
-        ignore_statistics(views[0], masked, codes)
+        gap = torch.tensor(1.0, device=device)
+        terms = ignore_loss(weak, strong, masked, codes, gap, average, "logits", truth=codes.abs())
+        torch.autograd.grad(terms.spbc + terms.ign - terms.reg, (weak, strong))
+        ignore_statistics(weak, masked, codes)
     features, weight, bias = torch.randn(3, 5, 5, 33), torch.randn(9, 33), torch.randn(9)
     ids = torch.tensor([[3, -1], [-1, -1], [0, 8]])
     for layout in (torch.channels_last, torch.contiguous_format):
         images = torch.randn(3, 3, 37, 37).to(memory_format=layout)
-        for norm in ("per_image", "batch_rawmax", "batch_minmax"):
-            inputs = [t.to(device) for t in (features, weight, bias, ids, images)]
-            cam_mask(*inputs, 0.5, norm, 2)  # type: ignore[arg-type]
+        for norm in get_args(MapNorm):
+            x, w, b, chosen, pixels = (t.to(device) for t in (features, weight, bias, ids, images))
+            cam_mask(x, w, b, chosen, pixels, 0.5, norm, 2)
 
 
 def check_sanitize() -> str:

@@ -12,9 +12,11 @@ import torch
 from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
 
 from benchmarks import kernel_gpu
+from benchmarks.kernel_base import KernelWork, make_call
 from benchmarks.kernel_gpu import Card, bench_work, gate, run, work_through
+from benchmarks.kernel_losses import label_loss_work, large_loss_work
+from benchmarks.kernel_maps import cam_work
 from benchmarks.kernel_report import GOAL_SHAPE, judge, merge_csv, plot_times
-from benchmarks.kernel_works import KernelWork, cam_work, label_loss_work, large_loss_work, make_call
 from spml_fast.methods.assume_negative import AssumeNegative
 
 
@@ -223,24 +225,22 @@ def test_tables_keep_other_rows_and_take_new_columns(tmp_path):
 
 @pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="needs triton, not interpreting")
 def test_rows_without_a_gpu(monkeypatch):
-    from benchmarks import bench_kernels
+    from benchmarks.kernel_bytes import Compiler, traffic_row
 
     work = cam_work(128, 14, 2048, 5000, torch.bfloat16)
-    row = bench_kernels.traffic_row(work, "fwd", None)
+    row = traffic_row(work, "fwd", None)
     assert row["provider"] == "fused" and row["kernel_launches"] == 2
     assert row["floor_bytes"] <= row["fused_bytes"] < row["eager_bytes"] / 5
     # 2 x 128 x 196 x 5000 x 2048 operations at 989 TFLOP/s; an A100 is bound by them too.
     assert row["H100_us"] == pytest.approx(2 * 128 * 196 * 5000 * 2048 / 989e6)
-    loss = bench_kernels.traffic_row(
-        label_loss_work(16, 80, AssumeNegative.point, ()), "step", bench_kernels.Compiler(90)
-    )
+    loss = traffic_row(label_loss_work(16, 80, AssumeNegative.point, ()), "step", Compiler(90))
     assert loss["H200_us"] == pytest.approx(loss["fused_bytes"] / 4800e3)
     assert 0 < loss["registers"] < 255 and loss["spills"] == 0 and 0 < loss["occupancy"] <= 1
 
 
 @pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="needs triton, not interpreting")
 def test_kernels_between_the_products_of_cam_pool_do_not_spill():
-    from benchmarks.bench_kernels import Compiler, launches_of
+    from benchmarks.kernel_bytes import Compiler, launches_of
 
     compiler = Compiler(90)
     seen = launches_of(cam_work(128, 14, 2048, 5000, torch.bfloat16), "fused", "step")

@@ -8,7 +8,8 @@ from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
 from spml_kernels.devtools.counting import Moved, count, total
 from spml_kernels.devtools.traffic import moved
 
-from benchmarks.kernel_works import OPS, KernelWork, make_call, works
+from benchmarks.kernel_base import KernelWork, make_call
+from benchmarks.kernel_works import OPS, works
 
 WORKS = works(list(OPS))
 needs_triton = pytest.mark.skipif(
@@ -18,9 +19,6 @@ needs_triton = pytest.mark.skipif(
 
 def traffic(work: KernelWork, provider: str, mode: str) -> Moved:
     return total(count(make_call(work, provider, mode, work.inputs("meta"))), moved)
-
-
-# ---- PyTorch operations
 
 
 def one(function) -> Moved:
@@ -57,9 +55,6 @@ def test_backward_is_counted():
     # Product, sum, the sum's upstream 1, two products, their sum.
     assert names[:3] == ["aten.mul.Tensor", "aten.sum.default", "aten.ones_like.default"]
     assert names.count("aten.mul.Tensor") == 3 and names.count("aten.add.Tensor") == 1
-
-
-# ---- ops
 
 
 @needs_triton

@@ -50,9 +50,6 @@ def select_over(ranks, logits, codes, k, k_max, ties):
     return torch.cat([f[0] for f in found]), [f[1] for f in found]
 
 
-# ---- the worked example
-
-
 @pytest.mark.parametrize(
     ("k", "scheme", "loss", "changed"),
     [
@@ -114,9 +111,6 @@ def test_extreme_logits_stay_finite(scheme):
         total = large_loss(logits, codes, select(logits.detach(), codes, k, k_max=2)[0], scheme)
         (gradient,) = torch.autograd.grad(total, logits)
         assert torch.isfinite(total) and torch.isfinite(gradient).all()
-
-
-# ---- who is selected
 
 
 batches = st.tuples(
@@ -205,9 +199,6 @@ def test_largest_losses_are_largest_unobserved_logits():
     losses = torch.nn.functional.softplus(logits) * (codes == -1)
     selected, _ = select(logits, codes, 7)
     assert set(losses.flatten().topk(7).indices.tolist()) == set(selected.flatten().nonzero().flatten().tolist())
-
-
-# ---- as a list
 
 
 def test_selection_as_a_list():

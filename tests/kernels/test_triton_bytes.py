@@ -9,17 +9,15 @@ from spml_kernels.common.jit import INTERPRETED, jit, tl
 from spml_kernels.devtools.counting import Launch, Moved, count, total
 from spml_kernels.devtools.traffic import BOUNDS, formulas, has_formula, moved
 
-from benchmarks.kernel_works import (
-    KernelWork,
-    cam_mask_work,
-    cam_work,
+from benchmarks.kernel_base import KernelWork, make_call
+from benchmarks.kernel_losses import (
     ignore_loss_work,
     ignore_statistics_work,
     label_loss_work,
     label_rows_work,
     large_loss_work,
-    make_call,
 )
+from benchmarks.kernel_maps import cam_mask_work, cam_work
 from spml_fast.core.batch import Batch
 from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.methods import Progress, get_method

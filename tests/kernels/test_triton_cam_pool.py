@@ -14,7 +14,7 @@ from spml_kernels.cam_pool.forward import cam_pool_op
 from spml_kernels.cam_pool.reference import cam_pool_reference
 from spml_kernels.common.heuristics import cam_pool_launch
 
-from benchmarks.bench_kernels import launched
+from benchmarks.kernel_sweep import launched
 from tests.support.kernels import TOLERANCE, assert_close, assert_op_sound
 
 pytestmark = pytest.mark.usefixtures("triton_on")

@@ -70,10 +70,12 @@ def assert_op_sound(op: Any, arguments: tuple[Any, ...]) -> None:
 
 def on_ranks(ranks: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any]) -> list[Any]:
     """Run `work(rank, gather)` on threads that stand for ranks; `gather` stacks what all of them hand in."""
-    barrier, shared, results = threading.Barrier(ranks), [None] * ranks, [None] * ranks
+    barrier = threading.Barrier(ranks)
+    shared: list[Tensor] = [torch.empty(0)] * ranks
+    results: list[Any] = [None] * ranks
 
-    def run(rank):
-        def gather(tensor):
+    def run(rank: int) -> None:
+        def gather(tensor: Tensor) -> Tensor:
             shared[rank] = tensor
             barrier.wait(60)
             stacked = torch.stack(shared)

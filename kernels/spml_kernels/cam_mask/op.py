@@ -72,7 +72,19 @@ def cam_mask(
 def map_mask(
     maps: Tensor, classes: Tensor, images: Tensor, threshold: float, norm: MapNorm = "per_image", group: int = 16
 ) -> Tensor:
-    """As `cam_mask`, from given maps [B, N, h, w] of the `classes` [B, N] (attention heads have no class weights)."""
+    """As `cam_mask`, from given maps (attention heads have no class weights).
+
+    Args:
+        maps: [B, N, h, w], any floating dtype.
+        classes: int64 [B, N], the classes that the maps are of, padded with -1.
+        images: [B, 3, S, S].
+        threshold: a pixel is kept where the normalised, upsampled map is greater.
+        norm: over what maps are normalised.
+        group: images that are normalised together in the batch modes.
+
+    Returns:
+        [B, 3, S, S] of the images' dtype and memory format, 0 where removed. No gradient reaches the maps.
+    """
     if not use_triton(maps):
         return map_mask_reference(maps, classes, images, threshold, norm, group)
     _check(norm)

@@ -10,7 +10,7 @@ from spml_kernels.cam_pool.reference import cam_map_reference
 
 
 def positive_classes_reference(codes_BC: Tensor, width: int) -> Tensor:
-    """See `spml_kernels.positive_classes`."""
+    """As `spml_kernels.positive_classes`."""
     count = codes_BC.shape[1]
     # Descending keys of positives are ascending class ids; everything else has key 0.
     rank_C = torch.arange(count, 0, -1, device=codes_BC.device)
@@ -20,9 +20,19 @@ def positive_classes_reference(codes_BC: Tensor, width: int) -> Tensor:
 
 
 def normalise_maps(maps_BNhw: Tensor, valid_BN: Tensor, norm: str, group: int) -> Tensor:
-    """Maps normalised in one of the three ways, [B, N, h, w]; meaningless where not `valid`.
+    """Maps normalised in one of the three ways; `per_image` gives 2 for flat maps, which is above every threshold.
 
-    `per_image` gives 2 for flat maps, which is above every threshold.
+    Args:
+        maps_BNhw: [B, N, h, w], fp32 or fp64.
+        valid_BN: bool [B, N], which of the maps there are.
+        norm: `per_image`, `batch_rawmax` or `batch_minmax`, as for `spml_kernels.cam_mask`.
+        group: images that are normalised together in the batch modes.
+
+    Returns:
+        [B, N, h, w]; meaningless where not valid.
+
+    Raises:
+        ValueError: an unknown `norm`.
     """
     if norm == "per_image":
         low, high = maps_BNhw.amin((2, 3), keepdim=True), maps_BNhw.amax((2, 3), keepdim=True)
@@ -43,7 +53,7 @@ def normalise_maps(maps_BNhw: Tensor, valid_BN: Tensor, norm: str, group: int) -
 def map_mask_reference(
     maps_BNhw: Tensor, classes_BN: Tensor, images: Tensor, threshold: float, norm: str, group: int
 ) -> Tensor:
-    """See `spml_kernels.map_mask`."""
+    """As `spml_kernels.map_mask`."""
     valid = classes_BN >= 0
     if images.numel() == 0 or classes_BN.shape[1] == 0:
         return images.clone()
@@ -68,6 +78,6 @@ def cam_mask_reference(
     norm: str,
     group: int,
 ) -> Tensor:
-    """See `spml_kernels.cam_mask.op`."""
+    """As `spml_kernels.cam_mask`."""
     maps = cam_map_reference(features_BHWK.detach(), weight_CK.detach(), bias_C.detach(), classes_BN)
     return map_mask_reference(maps, classes_BN, images, threshold, norm, group)

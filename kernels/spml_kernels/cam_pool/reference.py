@@ -14,7 +14,7 @@ def _accumulate(tensor: Tensor) -> Tensor:
 def cam_pool_reference(
     features_BHWK: Tensor, weight_CK: Tensor, bias_C: Tensor, boost: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """See `spml_kernels.cam_pool.forward`."""
+    """As `spml_kernels.cam_pool`."""
     features, weight, bias = _accumulate(features_BHWK), _accumulate(weight_CK), _accumulate(bias_C)
     cells_BPK = features.flatten(1, 2)
     mean_BC = torch.nn.functional.linear(cells_BPK.mean(1), weight, bias)
@@ -25,7 +25,7 @@ def cam_pool_reference(
 
 
 def cam_map_reference(features_BHWK: Tensor, weight_CK: Tensor, bias_C: Tensor, classes_BN: Tensor) -> Tensor:
-    """See `spml_kernels.cam_map`."""
+    """As `spml_kernels.cam_map`."""
     features, weight, bias = _accumulate(features_BHWK), _accumulate(weight_CK), _accumulate(bias_C)
     chosen = classes_BN.clamp(min=0)
     maps = torch.einsum("bhwk,bnk->bnhw", features, weight[chosen]) + bias[chosen][:, :, None, None]

@@ -168,7 +168,15 @@ def skips_empty_tiles(rows: int, classes: int) -> bool:
 def cam_pool_launch(
     batch: int, cells: int, classes: int, channels: int, half: bool, capability: int = 90
 ) -> CamPoolLaunch:
-    """Block sizes of cam_pool for `batch` images of `cells` = H * W cells on a card of this compute capability.
+    """Block sizes of cam_pool.
+
+    Args:
+        batch: B images.
+        cells: H * W of the feature map.
+        classes: C.
+        channels: K.
+        half: whether products run in half precision (else in three of tf32).
+        capability: the card's compute capability, times 10.
 
     Classes are the rows of the forward's tile, cells its columns: sums over cells then run along the accumulator's
     rows, mostly within a thread. The wide tile halves what is read from the level-2 cache, but only on Hopper and with

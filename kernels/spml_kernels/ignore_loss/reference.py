@@ -23,7 +23,7 @@ def _entry_loss(logits: Tensor, positive: Tensor, form: str, eps: float) -> Tens
 
 
 def ignore_statistics_reference(logits_BC: Tensor, masked_BC: Tensor, codes_BC: Tensor) -> Tensor:
-    """See `spml_kernels.ignore_statistics`."""
+    """As `spml_kernels.ignore_statistics`."""
     z, z_masked = _as_float(logits_BC.detach()), _as_float(masked_BC.detach())
     positive = codes_BC == 1
     gap = torch.where(positive, (z - z_masked).abs(), 0.0).sum()
@@ -42,7 +42,7 @@ def ignore_loss_reference(
     eps: float,
     strong_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `spml_kernels.ignore_loss.op`."""
+    """As `spml_kernels.ignore_loss`, without the counts: the sums of spbc, ign and reg, and the rejected entries."""
     z = _as_float(logits_BC)
     z_strong = z if strong_BC is None else _as_float(strong_BC)
     positive = codes_BC == 1

@@ -11,6 +11,6 @@ from torch import Tensor
 def label_loss_reference(
     logits: Tensor, codes: Tensor, point: Callable[..., Tensor], params: tuple[float, ...]
 ) -> Tensor:
-    """See `spml_kernels.label_loss.op`."""
+    """As `spml_kernels.label_loss`, with the point function's reference alone."""
     values = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return point(values, codes, *params).sum()

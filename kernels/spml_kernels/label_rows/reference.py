@@ -9,7 +9,7 @@ from torch import Tensor
 def label_rows_reference(
     indptr: Tensor, classes: Tensor, codes: Tensor, index: Tensor, num_classes: int, default: int, max_row: int
 ) -> Tensor:
-    """See `spml_kernels.label_rows`. A gather of [B, max_row] entries, so that no size has to be read on the host."""
+    """As `spml_kernels.label_rows`. A gather of [B, max_row] entries, so that no size has to be read on the host."""
     out = torch.full((len(index), num_classes + 1), default, dtype=torch.int8, device=index.device)
     if max_row == 0 or len(index) == 0:
         return out[:, :num_classes]

@@ -27,7 +27,7 @@ def select_large_reference(
     gather: Callable[[Tensor], Tensor],
     rank: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `spml_kernels.select_large`."""
+    """As `spml_kernels.select_large`."""
     values = _as_float(logits.detach())
     candidate = codes == -1
     score = torch.where(candidate, values, -torch.inf).flatten()
@@ -51,7 +51,7 @@ def select_large_reference(
 
 
 def large_loss_reference(logits: Tensor, codes: Tensor, selected: Tensor, scheme: str) -> Tensor:
-    """See `spml_kernels.large_loss.op`."""
+    """As `spml_kernels.large_loss`."""
     values = _as_float(logits)
     positive = codes == 1 if scheme == "reject" else (codes == 1) | selected
     loss = -logsigmoid(torch.where(positive, values, -values))
@@ -59,7 +59,7 @@ def large_loss_reference(logits: Tensor, codes: Tensor, selected: Tensor, scheme
 
 
 def list_selected_reference(selected: Tensor, k_max: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `spml_kernels.list_selected`."""
+    """As `spml_kernels.list_selected`."""
     entry = torch.nonzero_static(selected.flatten(), size=min(k_max, selected.numel()), fill_value=-1)[:, 0]
     return unpack_entries(entry, selected.shape[1])
 

@@ -20,7 +20,7 @@ from spml_kernels.common.jit import triton
 from spml_kernels.devtools.aot import Case, Report, compile_case
 from spml_kernels.devtools.cases import cases
 
-from benchmarks.kernel_works import method_cases
+from benchmarks.kernel_losses import method_cases
 
 RECORD = Path(__file__).parent / "record.json"
 

@@ -1,0 +1,192 @@
+"""The ops on feature maps at the shapes that matter: cam_pool and cam_mask."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from spml_kernels import cam_mask, cam_pool
+from spml_kernels.cam_mask.reference import cam_mask_reference
+from spml_kernels.cam_pool.chunked import cam_pool_chunked
+from spml_kernels.cam_pool.reference import cam_pool_reference
+from spml_kernels.common.heuristics import SKIP, WORD, cam_pool_launch
+from spml_kernels.common.jit import cdiv
+from torch import Tensor
+
+from benchmarks.kernel_base import NAMES, Call, KernelWork, Specs, compiled, size
+
+
+def _cam_inputs(specs: Specs, sparse: bool, device: str) -> list[Tensor]:
+    """Features (positive where they matter), weights and bias.
+
+    Sparse: all but a few classes of an image are negative everywhere, and those are positive in half of their cells,
+    so that one cell in a hundred is positive. Dense: about half of them, in no order.
+    """
+    (shape, dtype), ((classes, channels), _), (_, bias_dtype) = specs
+    batch, side = shape[0], shape[1]
+    draw: dict[str, Any] = {"generator": torch.Generator(device=device).manual_seed(0), "device": device}
+    features = torch.randn(shape, **draw)
+    weight = torch.randn(classes, channels, **draw) / channels**0.5
+    bias = torch.zeros(classes, device=device)
+    if sparse:
+        # One channel per group of classes switches them on in a fiftieth of the images.
+        bias -= 8.0
+        groups = min(50, channels, classes)
+        for group in range(groups):
+            weight[group::groups, group] = 4.0
+            features[..., group] = 0.0
+            chosen = torch.arange(group % batch, batch, 50, device=device)
+            features[chosen, : max(side // 2, 1), :, group] = 4.0
+    return [features.to(dtype), weight.to(dtype), bias.to(bias_dtype)]
+
+
+def _cam_plain(features: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Both means as one would write them: the product in the features' type, sums over cells in fp32."""
+    cells = features.flatten(1, 2)
+    pooled = cells.mean(1, dtype=torch.float32)
+    cam = torch.nn.functional.linear(cells, weight, bias.to(cells.dtype))
+    mean = torch.nn.functional.linear(pooled, weight.float(), bias.float())
+    return mean, cam.relu().mean(1, dtype=torch.float32)
+
+
+def _both(means: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(m for m in means if m is not None)
+
+
+def cam_work(
+    batch: int, side: int, channels: int, classes: int, dtype: torch.dtype, sparse: bool = False
+) -> KernelWork:
+    """cam_pool at one shape."""
+    specs: Specs = [
+        ((batch, side, side, channels), dtype),
+        ((classes, channels), dtype),
+        ((classes,), torch.float32),
+    ]
+    rows, cells, half = batch * side * side, side * side, dtype != torch.float32
+    flops = 2.0 * rows * classes * channels
+    outputs = 2 * batch * classes * 4
+    signs = 4 * cdiv(rows, WORD) * cdiv(classes, SKIP) * SKIP
+    weight = size(specs[1:2])
+    providers: dict[str, Call] = {"fused": lambda *t: _both(cam_pool(*t)), "chunked": cam_pool_chunked}
+    if not sparse:
+        # The others do not care about signs.
+        providers |= {"eager": _cam_plain, "compile": compiled(_cam_plain), "matmul": _cam_plain}
+    launch = cam_pool_launch(batch, cells, classes, channels, half)
+    touched = [(p * cells + cells - 1) // launch.forward.rows - p * cells // launch.forward.rows for p in range(batch)]
+    slots = 8 * classes * sum(n + 1 for n in touched if n)
+    slotted = {"sums of images that lie in several tiles, written and read": 2.0 * slots}
+    share = 2.0 * batch * cdiv(classes, SKIP) * SKIP * dtype.itemsize
+    beyond = {**slotted, "signs read again by the second product": signs}
+    beyond["shares of cells, written and read by both products"] = 3 * share
+    if dtype == torch.float16:
+        beyond["largest gradient"] = 4.0 * outputs
+    if launch.splits > 1:
+        beyond["parts of the gradients of weights and bias, written and read"] = (
+            8.0 * launch.splits * classes * (channels + 1)
+        )
+    if launch.skip_empty_tiles:
+        rounded = dtype == torch.float16
+        beyond["signs read again for the list of squares"] = signs
+        beyond["weights read again for the mean part"] = weight + (8.0 * classes * channels if rounded else 0.0)
+        beyond["mean features and mean part of images, written and read"] = 16.0 * batch * channels
+    return KernelWork(
+        op="cam_pool",
+        shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} C {classes} {'sparse' if sparse else 'dense'}",
+        specs=specs,
+        draw=lambda device: _cam_inputs(specs, sparse, device),
+        leaves=3,
+        providers=providers,
+        exact=lambda features, weight, bias: _both(cam_pool_reference(features, weight, bias, True)),
+        # A step reads features and weights forward and backward, and the upstream gradients; it writes the gradients.
+        floor={"fwd": size(specs) + outputs, "step": 3 * size(specs) + 2 * outputs + 2 * signs},
+        residuals={
+            "fwd": slotted,
+            "step": beyond,
+        },
+        flops={"fwd": flops, "bwd": 2 * flops, "step": 3 * flops},
+        products=1 if half else 3,
+        tolerance=1e-2 if half else 1e-4,
+        # Sums are fp32 in every type; a cell too few or too many moves a mean by more than this.
+        value_tolerance=5e-4 if half else 0.0,
+        cam=2.0 * rows * classes,
+    )
+
+
+def cam_works(small: bool) -> Iterator[KernelWork]:
+    """Dense and sparse signs; the large vocabulary first, since it has the goals."""
+    shapes = [(128, 14, 2048, 5000), (128, 14, 2048, 80)]
+    if not small:
+        shapes += [(16, 14, 2048, 20), (64, 16, 768, 81), (128, 7, 1280, 312), (512, 7, 2048, 80)]
+        shapes += [(32, 32, 512, 5000), (64, 14, 2048, 9605), (1, 14, 2048, 5000), (128, 8, 96, 10)]
+    for shape, sparse in itertools.product(shapes, (False, True)):
+        yield cam_work(*shape, torch.bfloat16, sparse)
+    if not small:
+        yield cam_work(*shapes[1], torch.float32)
+        for shape in shapes[:2]:
+            yield cam_work(*shape, torch.float16)
+
+
+def cam_mask_work(
+    batch: int, side: int, channels: int, classes: int, pixels: int, chosen: int, dtype: torch.dtype
+) -> KernelWork:
+    """Images of `pixels` x `pixels`, masked by the maps of `chosen` classes each."""
+    specs: Specs = [
+        ((batch, side, side, channels), dtype),
+        ((classes, channels), dtype),
+        ((classes,), torch.float32),
+        ((batch, chosen), torch.int64),
+        ((batch, 3, pixels, pixels), torch.float32),
+    ]
+
+    def draw(device: str) -> list[Tensor]:
+        """Maps that fall off from a point of the image, so that about a third of it is kept, in one piece."""
+        draw: dict[str, Any] = {"generator": torch.Generator(device=device).manual_seed(0), "device": device}
+        place = torch.arange(side, device=device) / side
+        centre = torch.rand(2, batch, 1, 1, **draw)
+        far = (place[None, :, None] - centre[0]).square() + (place[None, None, :] - centre[1]).square()
+        direction = torch.rand(channels, **draw)
+        features = torch.exp(-4 * far)[..., None] * direction + 0.02 * torch.randn(specs[0][0], **draw)
+        weight = (direction + 0.1 * torch.randn(classes, channels, **draw)) / channels
+        ids = (torch.randint(0, classes, (batch, 1), **draw) + torch.arange(chosen, device=device)) % classes
+        images = torch.randn(batch, 3, pixels, pixels, **draw).to(memory_format=torch.channels_last)
+        return [features.to(dtype), weight.to(dtype), torch.zeros(classes, device=device), ids, images]
+
+    def reference(features: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, images: Tensor) -> tuple[Tensor, ...]:
+        return (cam_mask_reference(features, weight, bias, ids, images, 0.5, "per_image", 16),)
+
+    def fused(features: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, images: Tensor) -> tuple[Tensor, ...]:
+        return (cam_mask(features, weight, bias, ids, images, threshold=0.5),)
+
+    maps = 4.0 * batch * chosen * side * side
+    rows = min(classes, batch * chosen)
+    head = size(specs[:1]) + rows * (channels * dtype.itemsize + 4) + 8 * batch * chosen
+    return KernelWork(
+        op="cam_mask",
+        shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} S {pixels} N {chosen}",
+        specs=specs,
+        draw=draw,
+        leaves=0,
+        providers={
+            "eager": reference,
+            "compile": compiled(reference),
+            "fused": fused,
+        },
+        exact=reference,
+        # Every image read and written; kernels may do with less where nothing is kept.
+        floor={"fwd": head + 2 * size(specs[4:])},
+        residuals={"fwd": {"maps written, normalised, and read": 4 * maps, "names of classes": 16.0 * batch * chosen}},
+        # A pixel on the threshold may fall to either side.
+        tolerance=1e-2,
+    )
+
+
+def cam_mask_works(small: bool) -> Iterator[KernelWork]:
+    """One observed positive, and six."""
+    yield cam_mask_work(128, 14, 2048, 80, 448, 1, torch.bfloat16)
+    if not small:
+        yield cam_mask_work(128, 14, 2048, 80, 448, 6, torch.bfloat16)
+        yield cam_mask_work(16, 14, 2048, 20, 448, 1, torch.bfloat16)
+        yield cam_mask_work(64, 16, 768, 81, 225, 1, torch.bfloat16)
+        yield cam_mask_work(32, 8, 96, 10, 64, 1, torch.float32)
