@@ -81,20 +81,20 @@ def worker(given: str) -> int:
         facts = {"ceilings": card.ceilings(), "machine": machine(torch.cuda.get_device_name(), task["commit"])}
         Path(task["events"]).write_text(json.dumps(facts), encoding="utf-8")
         return 0
-    found = works([task["op"]], task["small"])
+    kernel_works = works([task["op"]], task["small"])
     facts = {"ceilings": task["ceilings"], "machine": task["machine"]}
     events, table = Path(task["events"]), Path(task["table"])
-    work_through(card, found, task["first"], events, table, facts, task["seconds"])
+    work_through(card, kernel_works, task["first"], events, table, facts, task["seconds"])
     return 0
 
 
 def bench(ops: list[str], small: bool, results: Path, seconds: float, known: str | None) -> tuple[list[Row], int]:
     """Time everything on this machine's GPU; rows and exit status."""
-    words = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "facts.json"
         task = json.dumps({"op": "ceilings", "events": str(answer), "commit": known})
-        done = subprocess.run([*words, task])
+        done = subprocess.run([*command, task])
         if done.returncode or not answer.exists():
             print("the card's copy and product rates could not be measured; nothing was timed", file=sys.stderr)
             return [], 1
@@ -103,7 +103,7 @@ def bench(ops: list[str], small: bool, results: Path, seconds: float, known: str
     print(", ".join(f"{k} {v:.0f} {'GB/s' if k == 'copy' else 'TFLOP/s'}" for k, v in facts["ceilings"].items()))
     table = results / f"{file_name(facts['machine']['gpu'])}_kernels.csv"
     given = {**facts, "small": small, "table": str(table)}
-    rows = run(ops, small, table, given, seconds, words)
+    rows = run(ops, small, table, given, seconds, command)
     sentences = judge(rows)
     if rows:
         merge_csv(table, rows)

@@ -58,8 +58,8 @@ class KernelWork:
         """Inputs on `device`; on `meta` shapes alone."""
         if device != "meta":
             return self.draw(device)
-        found = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.specs]
-        return [t.to(memory_format=torch.channels_last) if t.dim() == 4 and t.shape[1] == 3 else t for t in found]
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.specs]
+        return [t.to(memory_format=torch.channels_last) if t.dim() == 4 and t.shape[1] == 3 else t for t in tensors]
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -51,8 +51,8 @@ class Card:
 
     def graph_times(self, function: Callable[[], Any]) -> dict[str, float]:
         """The same as a CUDA graph: no launch gaps, a warm cache."""
-        found = self.testing.do_bench_cudagraph(function, quantiles=QUANTILES)
-        return dict(zip(("graph_p20", "graph_p50", "graph_p80"), found, strict=True))
+        times = self.testing.do_bench_cudagraph(function, quantiles=QUANTILES)
+        return dict(zip(("graph_p20", "graph_p50", "graph_p80"), times, strict=True))
 
     def peak(self, function: Callable[[], Any]) -> tuple[float, float]:
         """Megabytes allocated at most during a call, and those beyond what it returns."""
@@ -75,15 +75,15 @@ class Card:
 
     def ceilings(self) -> dict[str, float]:
         """GB/s of a copy (bytes read and written) and TFLOP/s of large products, as this card does them now."""
-        found = {"copy": self._copy_rate()}
+        rates = {"copy": self._copy_rate()}
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
             a, b = (torch.randn(PRODUCT_EDGE, PRODUCT_EDGE, device=self.device, dtype=dtype) for _ in range(2))
-            found[name] = 2 * PRODUCT_EDGE**3 / 1e9 / self.times(functools.partial(torch.mm, a, b))["p50"]
+            rates[name] = 2 * PRODUCT_EDGE**3 / 1e9 / self.times(functools.partial(torch.mm, a, b))["p50"]
         torch.set_float32_matmul_precision(precision)
         self.free()
-        return found
+        return rates
 
 
 def _size(results: Any) -> int:
@@ -103,14 +103,14 @@ def gate(work: KernelWork, inputs: list[Tensor]) -> float:
     high = [t.detach().double() if t.is_floating_point() else t for t in inputs]
     high = [t.requires_grad_(i < work.leaves) for i, t in enumerate(high)]
     values, exact = work.providers["fused"](*low), work.exact(*high)
-    found, wanted = list(values), list(exact)
+    results, wanted = list(values), list(exact)
     if work.leaves:
         heads, exact_heads = work.differentiable(values), work.differentiable(exact)
         start = upstreams(heads)
-        found += torch.autograd.grad(heads, low[: work.leaves], start)
+        results += torch.autograd.grad(heads, low[: work.leaves], start)
         wanted += torch.autograd.grad(exact_heads, high[: work.leaves], [s.double() for s in start])
     worst = 0.0
-    for place, (a, b) in enumerate(zip(found, wanted, strict=True)):
+    for place, (a, b) in enumerate(zip(results, wanted, strict=True)):
         a, b = a.detach().double(), b.detach().double()
         error = float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
         allowed = (work.value_tolerance or work.tolerance) if place < len(values) else work.tolerance
@@ -218,9 +218,15 @@ def show(row: Row) -> None:
 
 
 def work_through(
-    card: Card, found: list[KernelWork], first: int, events: Path, table: Path, facts: dict[str, Any], seconds: float
+    card: Card,
+    kernel_works: list[KernelWork],
+    first: int,
+    events: Path,
+    table: Path,
+    facts: dict[str, Any],
+    seconds: float,
 ) -> None:
-    """The worker: gate and time `found[first:]`, a line of JSON an event, rows into the table after every work."""
+    """The worker: gate and time `kernel_works[first:]`, a line of JSON per event, the table after every work."""
     # A backward that is run again must keep what it reads.
     config: Any = importlib.import_module("torch._functorch.config")
     config.donated_buffer = False
@@ -231,10 +237,10 @@ def work_through(
             file.write(json.dumps(event) + "\n")
             file.flush()
 
-        for place in range(first, len(found)):
+        for place in range(first, len(kernel_works)):
             say({"begun": place})
             rows = []
-            for row in bench_work(card, found[place], facts["ceilings"], lambda: time.monotonic() > stop):
+            for row in bench_work(card, kernel_works[place], facts["ceilings"], lambda: time.monotonic() > stop):
                 row |= facts["machine"]
                 say({"row": row})
                 rows.append(row)
@@ -272,16 +278,16 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         for op in ops:
             try:
-                found, first = works([op], small), 0
+                kernel_works, first = works([op], small), 0
             except Exception as problem:
                 rows.append(
                     {"op": op, "shape": "", "provider": "", "mode": "", "status": f"FAILED {_first_line(problem)}"}
                 )
                 continue
-            while first < len(found):
+            while first < len(kernel_works):
                 left = stop - time.monotonic()
                 if left <= 0:
-                    rows += [_failed(w, "fused", "worker", "no time left") for w in found[first:]]
+                    rows += [_failed(w, "fused", "worker", "no time left") for w in kernel_works[first:]]
                     break
                 events = Path(folder) / f"{op}_{first}.jsonl"
                 events.touch()
@@ -296,10 +302,12 @@ def run(
                 rows += [e["row"] for e in seen if "row" in e]
                 finished = [e["done"] for e in seen if "done" in e]
                 begun = [e["begun"] for e in seen if "begun" in e]
-                if not reason and len(finished) == len(found) - first:
+                if not reason and len(finished) == len(kernel_works) - first:
                     break
                 place = begun[-1] if begun else first
-                lost = _failed(found[place], "fused", "worker", reason or "worker stopped early") | facts["machine"]
+                lost = (
+                    _failed(kernel_works[place], "fused", "worker", reason or "worker stopped early") | facts["machine"]
+                )
                 # What the worker had measured of this work is in its events, and not yet in the table.
                 merge_csv(table, [*(e["row"] for e in seen if "row" in e and e["row"]["shape"] == lost["shape"]), lost])
                 rows.append(lost)

@@ -90,13 +90,13 @@ def large_loss_work(rows: int, classes: int, k: int, listed: bool = True) -> Ker
 
     def plain(z: Tensor, codes: Tensor, number: Tensor) -> tuple[Tensor, ...]:
         selected, _ = select_large_reference(z, codes, number, k, "exact", lambda t: t[None], 0)
-        found = list_selected_reference(selected, k) if listed else ()
-        return (large_loss_reference(z, codes, selected, "reject"), selected, *found)
+        entries = list_selected_reference(selected, k) if listed else ()
+        return (large_loss_reference(z, codes, selected, "reject"), selected, *entries)
 
     def fused(z: Tensor, codes: Tensor, number: Tensor) -> tuple[Tensor, ...]:
         step = large_loss_step(z, codes, number, k, "reject", length=k if listed else 0)
-        found = (step.rows, step.classes, step.valid) if listed else ()
-        return (step.loss, step.selected, *found)
+        entries = (step.rows, step.classes, step.valid) if listed else ()
+        return (step.loss, step.selected, *entries)
 
     specs = _loss_specs(rows, classes)
     data, logits = size(specs), size(specs[:1])

@@ -24,14 +24,14 @@ KEY = ("op", "shape", "provider", "mode")
 
 def commit() -> str:
     """Short hash of the checked-out commit, with + when files differ from it."""
-    found = []
-    for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain")):
+    answers = []
+    for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain")):
         try:
-            done = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=True)
+            done = subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
-        found.append(done.stdout.strip())
-    return found[0] + ("+" if found[1] else "")
+        answers.append(done.stdout.strip())
+    return answers[0] + ("+" if answers[1] else "")
 
 
 def machine(gpu: str, known: str | None = None) -> Row:
@@ -95,24 +95,24 @@ def judge(rows: list[Row]) -> list[str]:
     sentences = []
     against: dict[str, list[float]] = {"compile": [], "eager": []}
     slower = []
-    for (op, shape, mode), found in by_place(rows).items():
-        fused = found.get("fused")
+    for (op, shape, mode), providers in by_place(rows).items():
+        fused = providers.get("fused")
         if fused is None:
             continue
         verdicts = []
-        if "compile" in found and fused["p50"] > found["compile"]["p50"]:
+        if "compile" in providers and fused["p50"] > providers["compile"]["p50"]:
             verdicts.append(
-                f"MISSED: slower than torch.compile ({fused['p50'] / found['compile']['p50']:.2f}x its time)"
+                f"MISSED: slower than torch.compile ({fused['p50'] / providers['compile']['p50']:.2f}x its time)"
             )
             slower.append(f"{op} {shape} {mode}")
-        if mode == ("step" if found["fused"]["has_backward"] else "fwd"):
+        if mode == ("step" if providers["fused"]["has_backward"] else "fwd"):
             for rival, ratios in against.items():
-                if rival in found:
-                    ratios.append(found[rival]["p50"] / fused["p50"])
-        if op == "cam_pool" and shape == GOAL_SHAPE and mode in ("fwd", "step") and "matmul" in found:
-            goal, ratio = (1.15 if mode == "fwd" else 1.30), fused["p50"] / found["matmul"]["p50"]
-            words = f"{ratio:.2f}x the bare product{'' if mode == 'fwd' else 's'}, goal {goal:.2f}x"
-            verdicts.append(f"{'met' if ratio <= goal else 'MISSED'}: {words}")
+                if rival in providers:
+                    ratios.append(providers[rival]["p50"] / fused["p50"])
+        if op == "cam_pool" and shape == GOAL_SHAPE and mode in ("fwd", "step") and "matmul" in providers:
+            goal, ratio = (1.15 if mode == "fwd" else 1.30), fused["p50"] / providers["matmul"]["p50"]
+            comparison = f"{ratio:.2f}x the bare product{'' if mode == 'fwd' else 's'}, goal {goal:.2f}x"
+            verdicts.append(f"{'met' if ratio <= goal else 'MISSED'}: {comparison}")
             sentences.append(f"cam_pool {mode} at {shape}: {verdicts[-1]}")
         if fused.get("cam_mb") and mode == "step":
             share = fused["extra_mb"] / fused["cam_mb"]
@@ -137,13 +137,13 @@ def judge(rows: list[Row]) -> list[str]:
 
 def plot_times(rows: list[Row], path: Path, title: str) -> None:
     """Speed-up over the rivals, and the share of the card's ceiling, of every shape."""
-    found = [(place, group) for place, group in by_place(rows).items() if "fused" in group and place[2] != "bwd"]
-    names = [f"{op} {shape} {mode}" for (op, shape, mode), _ in found]
-    rivals = [r for r in ("eager", "compile", "chunked", "matmul") if any(r in g for _, g in found)]
-    speed = {r: [g[r]["p50"] / g["fused"]["p50"] if r in g else float("nan") for _, g in found] for r in rivals}
+    places = [(place, group) for place, group in by_place(rows).items() if "fused" in group and place[2] != "bwd"]
+    names = [f"{op} {shape} {mode}" for (op, shape, mode), _ in places]
+    rivals = [r for r in ("eager", "compile", "chunked", "matmul") if any(r in g for _, g in places)]
+    speed = {r: [g[r]["p50"] / g["fused"]["p50"] if r in g else float("nan") for _, g in places] for r in rivals}
     ceiling = {
-        "of copy rate": [g["fused"]["copy"] for _, g in found],
-        "of product rate": [g["fused"]["matmul"] or float("nan") for _, g in found],
+        "of copy rate": [g["fused"]["copy"] for _, g in places],
+        "of product rate": [g["fused"]["matmul"] or float("nan") for _, g in places],
     }
     _dots(names, [("times faster than", speed, True), ("share of the measured ceiling", ceiling, False)], path, title)
 

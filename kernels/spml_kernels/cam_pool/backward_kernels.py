@@ -36,10 +36,10 @@ def _cam_pool_shares_kernel(
     if SCALED:
         factor = 1.0 / tl.load(scale_ptr)
         mean, relu = mean * factor, relu * factor
-    there = cls < stride
-    tl.store(off_ptr + image * stride + cls, mean.to(off_ptr.dtype.element_ty), mask=there)
+    inside = cls < stride
+    tl.store(off_ptr + image * stride + cls, mean.to(off_ptr.dtype.element_ty), mask=inside)
     on = relu if SKIP_EMPTY else mean + relu
-    tl.store(on_ptr + image * stride + cls, on.to(on_ptr.dtype.element_ty), mask=there)
+    tl.store(on_ptr + image * stride + cls, on.to(on_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -52,12 +52,12 @@ def _cam_pool_flags_kernel(bits_ptr, flags_ptr, words, stride, width, SIDE: tl.c
     """
     down = tl.program_id(0)
     cls = tl.program_id(1) * SQUARES * SIDE + tl.arange(0, SQUARES * SIDE)
-    found = tl.zeros((SQUARES * SIDE,), tl.int32)
+    signs = tl.zeros((SQUARES * SIDE,), tl.int32)
     for turn in tl.static_range(SIDE // 32):
         word = down * (SIDE // 32) + turn + tl.zeros_like(cls)
         place = bits_ptr + word.to(tl.int64) * stride + cls
-        found = found | tl.load(place, mask=(cls < stride) & (word < words), other=0)
-    hit = tl.max(tl.reshape((found != 0).to(tl.int32), (SQUARES, SIDE)), 1)
+        signs = signs | tl.load(place, mask=(cls < stride) & (word < words), other=0)
+    hit = tl.max(tl.reshape((signs != 0).to(tl.int32), (SQUARES, SIDE)), 1)
     square = tl.program_id(1) * SQUARES + tl.arange(0, SQUARES)
     tl.store(flags_ptr + down.to(tl.int64) * width + square, hit.to(tl.int8), mask=square < width)
 
@@ -161,12 +161,12 @@ def _cam_pool_dx_kernel(
         acc = tl.dot(share, operand_jit(w, UPCAST), acc, input_precision=PRECISION)
     if SCALED:
         acc = acc * tl.load(scale_ptr)
-    there = (row < rows)[:, None] & (k < channels)[None, :]
+    inside = (row < rows)[:, None] & (k < channels)[None, :]
     if SKIP_EMPTY:
-        mean = tl.load(mean_ptr + image[:, None] * channels + k[None, :], mask=there, other=0.0)
+        mean = tl.load(mean_ptr + image[:, None] * channels + k[None, :], mask=inside, other=0.0)
         acc += mean.to(tl.float32)
     place = out_ptr + row.to(tl.int64)[:, None] * channels + k[None, :]
-    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=there)
+    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -223,8 +223,8 @@ def _cam_pool_dw_kernel(
         for first in range(0, tl.where(part == 0, images, 0), BLOCK_R):
             image = first + tl.arange(0, BLOCK_R)
             safe = tl.minimum(image, images - 1).to(tl.int64)
-            here = known & (image < images)[None, :]
-            mean = tl.load(off_ptr + safe[None, :] * stride + cls[:, None], mask=here, other=0.0)
+            existing = known & (image < images)[None, :]
+            mean = tl.load(off_ptr + safe[None, :] * stride + cls[:, None], mask=existing, other=0.0)
             x = tl.load(pooled_ptr + safe[:, None] * channels + k[None, :], mask=(k < channels)[None, :], other=0.0)
             mean = operand_jit(mean, UPCAST)
             acc = tl.dot(mean, operand_jit(x, UPCAST), acc, input_precision=PRECISION)
@@ -272,9 +272,9 @@ def _cam_pool_sum_kernel(part_ptr, weight_ptr, bias_ptr, weights, classes, split
         weight_ptr: [weights], all of them; bias_ptr: fp32 [classes].
     """
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = lane < weights + classes
+    inside = lane < weights + classes
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(0, splits):
-        total += tl.load(part_ptr + part * part_stride.to(tl.int64) + lane, mask=there, other=0.0)
+        total += tl.load(part_ptr + part * part_stride.to(tl.int64) + lane, mask=inside, other=0.0)
     tl.store(weight_ptr + lane, total.to(weight_ptr.dtype.element_ty), mask=lane < weights)
-    tl.store(bias_ptr + (lane - weights), total, mask=there & (lane >= weights))
+    tl.store(bias_ptr + (lane - weights), total, mask=inside & (lane >= weights))

@@ -55,9 +55,9 @@ def _reduce_cells(
     for turn in range(0, TOUCHED):
         image = corner // cells + turn
         inside = ((row >= image * cells) & (row < tl.minimum(image * cells + cells, rows)))[None, :]
-        here = (slot == image - first)[None, :]
-        sums += tl.where(here, tl.sum(tl.where(inside, cam, 0.0), 1)[:, None], 0.0)
-        sums_relu += tl.where(here, tl.sum(tl.where(inside, tl.maximum(cam, 0.0), 0.0), 1)[:, None], 0.0)
+        same_image = (slot == image - first)[None, :]
+        sums += tl.where(same_image, tl.sum(tl.where(inside, cam, 0.0), 1)[:, None], 0.0)
+        sums_relu += tl.where(same_image, tl.sum(tl.where(inside, tl.maximum(cam, 0.0), 0.0), 1)[:, None], 0.0)
     return sums, sums_relu
 
 
@@ -88,10 +88,10 @@ def _pool_features(
         total = tl.zeros((BLOCK_K, IMAGES), tl.float32)
         for row0 in range(0, number, BLOCK_R):
             row = row0 + tl.arange(0, BLOCK_R)
-            there = (row < number)[None, :] & (k < channels)[:, None]
-            x = operand_jit(tl.load(x_ptr + row[None, :] * channels + k[:, None], mask=there, other=0.0), UPCAST)
-            mine = (row[:, None] >= begin) & (row[:, None] < begin + cells)
-            total = tl.dot(x, mine.to(x.dtype), total, input_precision=PRECISION)
+            inside = (row < number)[None, :] & (k < channels)[:, None]
+            x = operand_jit(tl.load(x_ptr + row[None, :] * channels + k[:, None], mask=inside, other=0.0), UPCAST)
+            member = (row[:, None] >= begin) & (row[:, None] < begin + cells)
+            total = tl.dot(x, member.to(x.dtype), total, input_precision=PRECISION)
         place = pooled_ptr + image.to(tl.int64)[None, :] * channels + k[:, None]
         mean = (total * scale).to(pooled_ptr.dtype.element_ty)
         tl.store(place, mean, mask=(image < last)[None, :] & (k < channels)[:, None])
@@ -190,8 +190,8 @@ def _cam_pool_fwd_kernel(
         w_ptr += BLOCK_K
 
     cls = first_cls + tl.arange(0, BLOCK_C)
-    there = cls < classes
-    acc += tl.load(bias_ptr + cls, mask=there, other=0.0)[:, None]
+    inside = cls < classes
+    acc += tl.load(bias_ptr + cls, mask=inside, other=0.0)[:, None]
     first = start // cells
     sums = tl.zeros((BLOCK_C, IMAGES), tl.float32)
     sums_relu = tl.zeros((BLOCK_C, IMAGES), tl.float32)
@@ -220,7 +220,7 @@ def _cam_pool_fwd_kernel(
     image = first + tl.arange(0, IMAGES)
     begin = image * cells
     end = begin + cells
-    seen = there[:, None] & (begin < tl.minimum(stop, rows))[None, :]
+    seen = inside[:, None] & (begin < tl.minimum(stop, rows))[None, :]
     whole = ((begin >= start) & (end <= stop))[None, :]
     place = image.to(tl.int64)[None, :] * classes + cls[:, None]
     tl.store(mean_ptr + place, sums * scale, mask=seen & whole)
@@ -238,17 +238,17 @@ def _cam_pool_finish_kernel(
     """Means of one image that lies in several tiles, summed tile after tile."""
     image = tl.program_id(0)
     cls = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    there = cls < classes
+    inside = cls < classes
     first = image * cells // BLOCK_R
     last = (image * cells + cells - 1) // BLOCK_R
     if last > first:
         place = part_ptr + (first.to(tl.int64) * 2 + 1) * 2 * classes + cls
-        total = tl.load(place, mask=there, other=0.0)
-        total_relu = tl.load(place + classes, mask=there, other=0.0)
+        total = tl.load(place, mask=inside, other=0.0)
+        total_relu = tl.load(place + classes, mask=inside, other=0.0)
         for turn in range(0, last - first):
             place = part_ptr + (first.to(tl.int64) + 1 + turn) * 4 * classes + cls
-            total += tl.load(place, mask=there, other=0.0)
-            total_relu += tl.load(place + classes, mask=there, other=0.0)
+            total += tl.load(place, mask=inside, other=0.0)
+            total_relu += tl.load(place + classes, mask=inside, other=0.0)
         out = image.to(tl.int64) * classes + cls
-        tl.store(mean_ptr + out, total * scale, mask=there)
-        tl.store(relu_ptr + out, total_relu * scale, mask=there)
+        tl.store(mean_ptr + out, total * scale, mask=inside)
+        tl.store(relu_ptr + out, total_relu * scale, mask=inside)

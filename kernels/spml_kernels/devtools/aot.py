@@ -1,4 +1,4 @@
-"""Ahead-of-time compiles for GPUs that are not there: what a kernel costs in registers, stack and shared memory.
+"""Ahead-of-time compiles for absent GPUs: what a kernel costs in registers, stack and shared memory.
 
 `cases` (the package beside this file) lists every kernel with the launch parameters that the ops would choose;
 `compile_case` compiles one for a compute capability and reads the machine code. Used by tests and by
@@ -94,7 +94,7 @@ def _disassemble(flag: str, file: str) -> str:
 
 def _widths(sass: str, instruction: str) -> dict[int, int]:
     """Width in bits -> how often, of LDG or STG style instructions (no suffix is 32 bits)."""
-    found: dict[int, int] = {}
+    widths: dict[int, int] = {}
     for suffix in re.findall(rf"\b{instruction}((?:\.[A-Z0-9_]+)+)", sass):
         parts = suffix.split(".")
         width = 32
@@ -105,8 +105,8 @@ def _widths(sass: str, instruction: str) -> dict[int, int]:
                 width = 8
             elif part in ("U16", "S16"):
                 width = 16
-        found[width] = found.get(width, 0) + 1
-    return dict(sorted(found.items()))
+        widths[width] = widths.get(width, 0) + 1
+    return dict(sorted(widths.items()))
 
 
 def compile_case(case: Case, arch: int) -> Report:

@@ -304,11 +304,11 @@ def _class_map(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     read = written = seen = 0
     used: set[int] = set()
     for image in range(images):
-        mine = ids[image * chosen :][:chosen]
-        written += 4 * cells * sum(i >= 0 for i in mine)
-        seen += any(i >= 0 for i in mine)
+        row = ids[image * chosen :][:chosen]
+        written += 4 * cells * sum(i >= 0 for i in row)
+        seen += any(i >= 0 for i in row)
         for first in range(0, chosen, together):
-            part = mine[first : first + together]
+            part = row[first : first + together]
             if max(part) >= 0:
                 # Lanes without a class read the weights of class 0 and drop what comes of it.
                 lanes = {max(i, 0) for i in part} | ({0} if len(part) < together else set())

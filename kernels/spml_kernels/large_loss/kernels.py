@@ -122,7 +122,7 @@ def _large_histogram_kernel(
             tl.store(next_ptr, bits)
             tl.store(next_ptr + 1, left)
             tl.store(next_ptr + 2, mode)
-    found = tl.zeros((BINS,), tl.int32)
+    counts = tl.zeros((BINS,), tl.int32)
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     for turn in range(0, rounds):
         offsets = pid.to(tl.int64) * BLOCK + turn * stride + tl.arange(0, BLOCK)
@@ -130,9 +130,9 @@ def _large_histogram_kernel(
         z = tl.load(logits_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         candidate = tl.load(codes_ptr + offsets, mask=inside, other=0).to(tl.int32) == -1
         digit, agrees = _digit_jit(order_key_jit(z), bits, LEVEL)
-        found += tl.histogram(digit, BINS, mask=candidate & agrees)
+        counts += tl.histogram(digit, BINS, mask=candidate & agrees)
     # Sums of integers are the same in every order.
-    tl.atomic_add(out_ptr + tl.arange(0, BINS), found, mask=found > 0, sem="relaxed")
+    tl.atomic_add(out_ptr + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
 
 @jit
@@ -178,14 +178,14 @@ def _large_threshold_kernel(
 
 
 @jit
-def _sum_before(counts_ptr, here, number, CHUNK: tl.constexpr):
-    """Sums of the first `here` and of the first `number` int32 counts, `number` being at least `here`."""
+def _sum_before(counts_ptr, place, number, CHUNK: tl.constexpr):
+    """Sums of the first `place` and of the first `number` int32 counts, `number` being at least `place`."""
     before = tl.zeros((CHUNK,), tl.int32)
     total = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, number, CHUNK):
         lane = start + tl.arange(0, CHUNK)
         counts = tl.load(counts_ptr + lane, mask=lane < number, other=0)
-        before += tl.where(lane < here, counts, 0)
+        before += tl.where(lane < place, counts, 0)
         total += counts
     return tl.sum(before, 0), tl.sum(total, 0)
 
@@ -255,7 +255,7 @@ def _select_block_jit(
         tied_before, before: how many entries at the threshold, and how many selected ones, lie before `first`.
 
     Returns:
-        How many entries at the threshold and how many selected ones are here, and the sum of losses.
+        How many entries at the threshold and how many selected ones are in this block, and the sum of losses.
     """
     lane = tl.arange(0, BLOCK)
     inside = lane < tl.minimum(elements - first, BLOCK).to(tl.int32)

@@ -78,8 +78,8 @@ def select_large(
         bool [B, C] selection and the 0-d threshold.
     """
     if use_triton(logits):
-        found = _select(logits.detach(), codes, k, k_max, gather, rank, (ties == "inclusive", False, False, False, 0))
-        return found.selected, found.threshold
+        step = _select(logits.detach(), codes, k, k_max, gather, rank, (ties == "inclusive", False, False, False, 0))
+        return step.selected, step.threshold
     return select_large_reference(logits, codes, k, k_max, ties, gather or _alone, rank if gather else 0)
 
 
@@ -109,7 +109,7 @@ class LargeLossStep(NamedTuple):
         selected: bool [B, C].
         threshold: 0-d.
         rows, classes: int64 [length], the selected entries by position.
-        valid: bool [length], which of them are there.
+        valid: bool [length], which of them exist.
     """
 
     loss: Tensor

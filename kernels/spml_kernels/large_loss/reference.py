@@ -32,8 +32,8 @@ def select_large_reference(
     candidate = codes == -1
     score = torch.where(candidate, values, -torch.inf).flatten()
     top = score.new_full((k_max,), -torch.inf)
-    here = min(k_max, len(score))
-    top[:here] = score.topk(here).values
+    within = min(k_max, len(score))
+    top[:within] = score.topk(within).values
     pooled = gather(top).flatten().sort(descending=True).values
     # k = 0 selects nothing: a threshold above everything. Fewer candidates than k: minus infinity, all are selected.
     padded = torch.cat([pooled.new_full((1,), torch.inf), pooled])

@@ -78,7 +78,7 @@ def _passes_cases(rows: int, classes: int, dtype: str) -> Iterator[Case]:
             ("logits_ptr", "codes_ptr", "hist_ptr", "out_ptr", "elements"),
             histogram.warps,
         )
-    found: dict[str, str | tuple[str, ...]] = {
+    threshold: dict[str, str | tuple[str, ...]] = {
         "counts_ptr": "*i32",
         "threshold_ptr": "*fp32",
         "room_ptr": "*i64",
@@ -87,7 +87,7 @@ def _passes_cases(rows: int, classes: int, dtype: str) -> Iterator[Case]:
         "large_threshold",
         shape,
         _large_threshold_kernel,
-        {**pointers, **state, **found, "elements": "i32"},
+        {**pointers, **state, **threshold, "elements": "i32"},
         {"INCLUSIVE": False, "LIST": False, "BINS": BINS, "BLOCK": flat.block},
         ("logits_ptr", "codes_ptr", "hist_ptr", "counts_ptr", "elements"),
         flat.warps,
@@ -99,7 +99,7 @@ def _passes_cases(rows: int, classes: int, dtype: str) -> Iterator[Case]:
             _large_select_kernel,
             {
                 **pointers,
-                **found,
+                **threshold,
                 "selected_ptr": "*i8",
                 "grad_ptr": f"*{dtype}",
                 "partial_ptr": "*fp32",
