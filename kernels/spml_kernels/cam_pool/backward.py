@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spml_kernels.cam_pool.backward_kernels import (
+from spml_kernels.cam_pool.kernels import (
     _cam_pool_dw_kernel,
     _cam_pool_dx_kernel,
     _cam_pool_flags_kernel,

@@ -17,7 +17,14 @@ CACHE_BYTES = 24 * 2**20
 
 
 def chunk_size(cells: int, num_classes: int, itemsize: int, cache: int = CACHE_BYTES) -> int:
-    """Classes of one chunk: a multiple of 64 whose map takes at most `cache` bytes, and at least 64."""
+    """Classes of one chunk: a multiple of 64 whose map takes at most `cache` bytes, and at least 64.
+
+    Args:
+        cells: B * H * W.
+        num_classes: C.
+        itemsize: bytes per entry of the map.
+        cache: bytes.
+    """
     fitting = cache // max(cells * itemsize, 1) // 64 * 64
     return max(64, min(fitting, -(-num_classes // 64) * 64))
 

@@ -10,7 +10,7 @@ in a fixed order.
 What is kept is one bit per cell, the sign, 32 cells of one class to a word: making the map again instead would be a
 fourth product beside the three that forward and backward need anyway, a bit costs 1/16 of a bf16 map. Where the
 backward will want the mean features, the forward makes them beside the tiles that read the same cells.
-The gradients are in `backward`, the kernels in `forward_kernels`.
+The gradients are in `backward`, all kernels in `kernels`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spml_kernels.cam_pool import backward
 from spml_kernels.cam_pool.chunked import cam_pool_chunked
-from spml_kernels.cam_pool.forward_kernels import _cam_pool_finish_kernel, _cam_pool_fwd_kernel
+from spml_kernels.cam_pool.kernels import _cam_pool_finish_kernel, _cam_pool_fwd_kernel
 from spml_kernels.cam_pool.reference import cam_map_reference, cam_pool_reference
 from spml_kernels.cam_pool.tiles import constants, launch_of
 from spml_kernels.common.autograd import without_gradient

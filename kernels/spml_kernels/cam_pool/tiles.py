@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from spml_kernels.common.heuristics import CamPoolLaunch, CamPoolTiles, cam_pool_launch
-from spml_kernels.common.jit import INTERPRETED, jit, tl
-
-
-@jit
-def operand_jit(value, UPCAST: tl.constexpr):
-    """A tile as an operand of a product. Triton's interpreter multiplies bf16 by its bit patterns, so it gets fp32."""
-    return value.to(tl.float32) if UPCAST else value
+from spml_kernels.common.jit import INTERPRETED
 
 
 def launch_of(features: Tensor, classes: int) -> CamPoolLaunch:

@@ -41,7 +41,7 @@ def moved(launch: Launch) -> Moved:
     if launch.kernel is None and launch.moved is not None:
         return launch.moved
     if launch.name not in _FORMULAS:
-        raise KeyError(f"{launch.name} has no formula in spml_kernels.traffic")
+        raise KeyError(f"{launch.name} has no formula in spml_kernels.devtools.traffic")
     return _FORMULAS[launch.name](launch.arguments, launch.grid)
 
 

@@ -25,8 +25,7 @@ MODULES = (
     "label_loss.kernels",
     "large_loss.kernels",
     "label_rows.kernels",
-    "cam_pool.forward_kernels",
-    "cam_pool.backward_kernels",
+    "cam_pool.kernels",
     "cam_mask.kernels",
     "ignore_loss.kernels",
 )

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spml_kernels.cam_pool.backward_kernels import _cam_pool_dw_kernel, _cam_pool_dx_kernel
 from spml_kernels.cam_pool.forward import GROUP
-from spml_kernels.cam_pool.forward_kernels import _cam_pool_fwd_kernel
+from spml_kernels.cam_pool.kernels import _cam_pool_dw_kernel, _cam_pool_dx_kernel, _cam_pool_fwd_kernel
 from spml_kernels.cam_pool.tiles import constants
 from spml_kernels.common.heuristics import SKIP, CamPoolLaunch, cam_pool_launch, images_per_tile, next_power_of_two
 from spml_kernels.devtools.aot import Case

@@ -34,7 +34,7 @@ def aot_cases(arch: int = 90, points: Sequence[tuple[PointLoss, int]] = ((AN, 0)
     """The kernel with each of these point functions.
 
     Args:
-        arch: compute capability, as 90 for 9.0.
+        arch: compute capability, times 10.
         points: point losses that have a kernel, and how many numbers each of them takes.
     """
     for point, numbers in points:

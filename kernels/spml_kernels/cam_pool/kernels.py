@@ -1,9 +1,266 @@
-"""The kernels of cam_pool's gradients: what each cell hands on, lists of tiles with a positive cell, two products."""
+"""The kernels of cam_pool, forward and backward.
+
+Forward: a tiled product whose tiles are summed over images, mean features beside it, and the sums across tiles.
+Backward: what each cell hands on, the lists of squares with a positive cell, the two products, and the sum of parts.
+"""
 
 from __future__ import annotations
 
-from spml_kernels.cam_pool.tiles import operand_jit
 from spml_kernels.common.jit import jit, tl
+
+
+@jit
+def operand_jit(value, UPCAST: tl.constexpr):
+    """A tile as an operand of a product. Triton's interpreter multiplies bf16 by its bit patterns, so it gets fp32."""
+    return value.to(tl.float32) if UPCAST else value
+
+
+@jit
+def _halves(values):
+    """Left and right half of a tile; no value moves to another thread."""
+    left, right = tl.split(tl.permute(tl.reshape(values, (values.shape[0], 2, values.shape[1] // 2)), (0, 2, 1)))
+    return left, right
+
+
+@jit
+def _slice(values, SLICES: tl.constexpr):
+    """A tile cut into 1, 2, 4 or 8 tiles of fewer columns."""
+    if SLICES == 1:
+        result = (values,)
+    else:
+        left, right = _halves(values)
+        result = _slice(left, SLICES // 2) + _slice(right, SLICES // 2)
+    return result
+
+
+@jit
+def _reduce_cells(
+    cam,
+    sums,
+    sums_relu,
+    bits_ptr,
+    corner,
+    first,
+    cls,
+    rows,
+    classes,
+    cells,
+    stride,
+    TOUCHED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IMAGES: tl.constexpr,
+):
+    """Add WIDTH cells of the map, from cell `corner` on, to the sums of their images; store their signs."""
+    row = corner + tl.arange(0, WIDTH)
+    if BITS:
+        positive = ((cam > 0) & (row < rows)[None, :] & (cls < classes)[:, None]).to(tl.int32)
+        lanes = tl.reshape(positive, (BLOCK_C, WIDTH // 32, 32)) << tl.arange(0, 32)[None, None, :]
+        word = corner // 32 + tl.arange(0, WIDTH // 32)
+        target = bits_ptr + word.to(tl.int64)[None, :] * stride + cls[:, None]
+        tl.store(target, tl.sum(lanes, 2), mask=(cls < stride)[:, None] & (word < tl.cdiv(rows, 32))[None, :])
+    slot = tl.arange(0, IMAGES)
+    for turn in range(0, TOUCHED):
+        image = corner // cells + turn
+        inside = ((row >= image * cells) & (row < tl.minimum(image * cells + cells, rows)))[None, :]
+        same_image = (slot == image - first)[None, :]
+        sums += tl.where(same_image, tl.sum(tl.where(inside, cam, 0.0), 1)[:, None], 0.0)
+        sums_relu += tl.where(same_image, tl.sum(tl.where(inside, tl.maximum(cam, 0.0), 0.0), 1)[:, None], 0.0)
+    return sums, sums_relu
+
+
+@jit
+def _pool_features(
+    features_ptr,
+    pooled_ptr,
+    start,
+    rows,
+    channels,
+    cells,
+    scale,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    IMAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Mean features of the images that begin in a tile of cells: products with a 0/1 matrix, image by image."""
+    first = tl.cdiv(start, cells)
+    last = tl.cdiv(tl.minimum(start + BLOCK_R, rows), cells)
+    image = first + tl.arange(0, IMAGES)
+    begin = (tl.arange(0, IMAGES) * cells)[None, :]
+    number = (last - first) * cells
+    x_ptr = features_ptr + (first * cells).to(tl.int64) * channels
+    for k0 in range(0, channels, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        total = tl.zeros((BLOCK_K, IMAGES), tl.float32)
+        for row0 in range(0, number, BLOCK_R):
+            row = row0 + tl.arange(0, BLOCK_R)
+            inside = (row < number)[None, :] & (k < channels)[:, None]
+            x = operand_jit(tl.load(x_ptr + row[None, :] * channels + k[:, None], mask=inside, other=0.0), UPCAST)
+            member = (row[:, None] >= begin) & (row[:, None] < begin + cells)
+            total = tl.dot(x, member.to(x.dtype), total, input_precision=PRECISION)
+        place = pooled_ptr + image.to(tl.int64)[None, :] * channels + k[:, None]
+        mean = (total * scale).to(pooled_ptr.dtype.element_ty)
+        tl.store(place, mean, mask=(image < last)[None, :] & (k < channels)[:, None])
+
+
+@jit
+def _cam_pool_fwd_kernel(
+    features_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    relu_ptr,
+    part_ptr,
+    bits_ptr,
+    pooled_ptr,
+    rows,
+    classes,
+    channels,
+    cells,
+    stride,
+    scale,
+    IMAGES: tl.constexpr,
+    SLICES: tl.constexpr,
+    TOUCHED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BITS: tl.constexpr,
+    POOL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of the map (classes by cells), summed over the cells of each image.
+
+    With POOL one program more for every tile of cells makes mean features, while they are in cache.
+
+    Args:
+        features_ptr: [rows, channels]; weight_ptr: [classes, channels]; bias_ptr: fp32 [classes].
+        mean_ptr, relu_ptr: fp32 [B, classes], of images that lie within one tile.
+        part_ptr: fp32 [tiles, 2, 2, classes]: of each tile the image that began before it (0) and the one that goes
+            on after it (1); sums of M and of relu M.
+        bits_ptr: int32 [words, stride], the signs; classes past the last are 0.
+        pooled_ptr: [B, channels], mean features.
+        scale: 1 / cells.
+        SLICES: parts of the tile that are reduced one after the other, to hold fewer values at a time.
+    """
+    columns = tl.cdiv(classes, BLOCK_C) + (1 if POOL else 0)
+    tiles_r = tl.cdiv(rows, BLOCK_R)
+    # A few row tiles meet all class tiles before the next few, so that operands are found in the level-2 cache.
+    pid = tl.program_id(0)
+    first_r = pid // (GROUP * columns) * GROUP
+    width = tl.minimum(tiles_r - first_r, GROUP)
+    tile_r = first_r + pid % (GROUP * columns) % width
+    tile_c = pid % (GROUP * columns) // width
+
+    start = tile_r * BLOCK_R
+    # Two conditions in one would be looked at by the GPU.
+    if POOL:  # noqa: SIM102
+        if tile_c == columns - 1:
+            _pool_features(
+                features_ptr,
+                pooled_ptr,
+                start,
+                rows,
+                channels,
+                cells,
+                scale,
+                PRECISION,
+                UPCAST,
+                # As many as a tile can hold the beginnings of; a product takes 16 columns at least.
+                IMAGES if IMAGES > 16 else 16,
+                BLOCK_R,
+                BLOCK_K,
+            )
+            return
+    first_cls = tile_c * BLOCK_C
+    k = tl.arange(0, BLOCK_K)
+    # 64-bit addresses of tiles, 32-bit offsets within them: half the registers. Lanes past the end repeat the last row
+    # or class and are dropped below: loads need no mask for them.
+    x_ptr = features_ptr + start.to(tl.int64) * channels
+    w_ptr = weight_ptr + first_cls.to(tl.int64) * channels
+    x_lane = tl.minimum(tl.arange(0, BLOCK_R), rows - 1 - start)[None, :] * channels + k[:, None]
+    w_lane = tl.minimum(tl.arange(0, BLOCK_C), classes - 1 - first_cls)[:, None] * channels + k[None, :]
+    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    for k0 in range(0, channels, BLOCK_K):
+        if EVEN:
+            x = tl.load(x_ptr + x_lane)
+            w = tl.load(w_ptr + w_lane)
+        else:
+            x = tl.load(x_ptr + x_lane, mask=(k0 + k)[:, None] < channels, other=0.0)
+            w = tl.load(w_ptr + w_lane, mask=(k0 + k)[None, :] < channels, other=0.0)
+        acc = tl.dot(operand_jit(w, UPCAST), operand_jit(x, UPCAST), acc, input_precision=PRECISION)
+        x_ptr += BLOCK_K
+        w_ptr += BLOCK_K
+
+    cls = first_cls + tl.arange(0, BLOCK_C)
+    inside = cls < classes
+    acc += tl.load(bias_ptr + cls, mask=inside, other=0.0)[:, None]
+    first = start // cells
+    sums = tl.zeros((BLOCK_C, IMAGES), tl.float32)
+    sums_relu = tl.zeros((BLOCK_C, IMAGES), tl.float32)
+    slices = _slice(acc, SLICES)
+    for index in tl.static_range(SLICES):
+        sums, sums_relu = _reduce_cells(
+            slices[index],
+            sums,
+            sums_relu,
+            bits_ptr,
+            start + index * (BLOCK_R // SLICES),
+            first,
+            cls,
+            rows,
+            classes,
+            cells,
+            stride,
+            TOUCHED,
+            BITS,
+            BLOCK_C,
+            BLOCK_R // SLICES,
+            IMAGES,
+        )
+
+    stop = start + BLOCK_R
+    image = first + tl.arange(0, IMAGES)
+    begin = image * cells
+    end = begin + cells
+    seen = inside[:, None] & (begin < tl.minimum(stop, rows))[None, :]
+    whole = ((begin >= start) & (end <= stop))[None, :]
+    place = image.to(tl.int64)[None, :] * classes + cls[:, None]
+    tl.store(mean_ptr + place, sums * scale, mask=seen & whole)
+    tl.store(relu_ptr + place, sums_relu * scale, mask=seen & whole)
+    side = tl.where(begin < start, 0, 1)
+    place = (tile_r.to(tl.int64) * 2 + side)[None, :] * 2 * classes + cls[:, None]
+    tl.store(part_ptr + place, sums, mask=seen & (whole == 0))
+    tl.store(part_ptr + place + classes, sums_relu, mask=seen & (whole == 0))
+
+
+@jit
+def _cam_pool_finish_kernel(
+    mean_ptr, relu_ptr, part_ptr, classes, cells, scale, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Means of one image that lies in several tiles, summed tile after tile."""
+    image = tl.program_id(0)
+    cls = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cls < classes
+    first = image * cells // BLOCK_R
+    last = (image * cells + cells - 1) // BLOCK_R
+    if last > first:
+        place = part_ptr + (first.to(tl.int64) * 2 + 1) * 2 * classes + cls
+        total = tl.load(place, mask=inside, other=0.0)
+        total_relu = tl.load(place + classes, mask=inside, other=0.0)
+        for turn in range(0, last - first):
+            place = part_ptr + (first.to(tl.int64) + 1 + turn) * 4 * classes + cls
+            total += tl.load(place, mask=inside, other=0.0)
+            total_relu += tl.load(place + classes, mask=inside, other=0.0)
+        out = image.to(tl.int64) * classes + cls
+        tl.store(mean_ptr + out, total * scale, mask=inside)
+        tl.store(relu_ptr + out, total_relu * scale, mask=inside)
 
 
 @jit
