@@ -149,7 +149,8 @@ def option_hint(word: str, method: str, head: str) -> str:
 
     Args:
         word: as it was given, such as `--batch-size` or `--method.delta_rel=3`.
-        method, head: those of the run.
+        method: the run's method.
+        head: the run's head.
     """
     name = word.partition("=")[0].lstrip("-").replace("-", "_")
     known = _all_options(method, head)

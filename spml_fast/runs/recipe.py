@@ -53,6 +53,8 @@ def check_keys(recipe: dict[str, Any], path: str, method: str | None) -> None:
     """Raise `UserError` naming file, section and key for a key that no option has.
 
     Args:
+        recipe: section -> option -> value, as read from YAML.
+        path: name of its file, for messages.
         method: check the `method` section against this method's options; None leaves it to the parser.
     """
     sections: dict[str, type | None] = {**SECTIONS, "method": get_method(method).Options if method else None}
