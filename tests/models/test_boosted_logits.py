@@ -5,6 +5,7 @@ Source: BoostLU (CVPR 2023); docs/sources.md#boostlu.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from spml_fast.core.config import ModelConfig
 from spml_fast.models.classifier import Classifier, boosted_logits
 from spml_fast.models.heads import Head, HeadOutput, get_head, head_names
+from tests.support.paths import ROOT
 
 CLASSES, SIDE = 5, 64
 
@@ -108,3 +110,18 @@ def test_the_formula_at_a_point() -> None:
     assert boosted_logits(mean, None, 1.0) is mean
     with pytest.raises(ValueError, match="boost=True"):
         boosted_logits(mean, None, 5.0)
+
+
+def test_nobody_else_computes_them() -> None:
+    """Heads give the two means; the factor alpha - 1 stands in the classifier's file alone."""
+    package = ROOT / "spml_fast"
+    writers = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+                left = ast.unparse(node.left)
+                if left.split(".")[-1].startswith("alpha") and ast.unparse(node.right) == "1":
+                    writers.add(str(path.relative_to(package)))
+    assert writers == {"models/classifier.py"}
+    for name in head_names():
+        assert get_head(name).forward.__annotations__["return"] == "HeadOutput", name
