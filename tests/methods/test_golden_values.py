@@ -172,7 +172,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("row", GOLDEN)
 def test_golden_values(row: str) -> None:
-    """spec/baselines.md 5, eight digits."""
+    """Values by hand with eight digits. Source: docs/sources.md#golden-values."""
     point, code, params, text = GOLDEN[row]
     want = np.array([[float(x) for x in pair.split("/")] for pair in text.split()])
     for kind, tolerance in ((torch.float64, 1e-7), (torch.float32, 1e-4)):

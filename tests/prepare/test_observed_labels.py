@@ -15,7 +15,7 @@ from spml_fast.data.labels import SparseLabels
 from spml_fast.prepare import label_encodings, observed_labels
 from spml_fast.prepare.observed_labels import ObservationScheme, draw_fraction, draw_published, published_split
 
-# spec/protocol.md 1.1: rows, sum(train), sum(val), sha256 heads, first rows of both.
+# Source: docs/sources.md#protocol. Rows, sum(train), sum(val), sha256 heads, first rows of both.
 SPLITS = {
     "voc": (
         5717,

@@ -51,7 +51,7 @@ class CamHead(Head):
         images: Tensor | None = None,
         mask: MaskOptions | None = None,
     ) -> HeadOutput:
-        """The two means of the map; maps are signed, unboosted and include the bias. See `Head.forward`."""
+        """The two means of the map; maps are signed, unboosted and include the bias. As `Head.forward`."""
         maps = masked = None
         # Autocast would take these fp32 products down to bf16; logits are ranked, so they stay fp32.
         with no_autocast(features.device):

@@ -300,7 +300,7 @@ class Query2LabelHead(Head):
         images: Tensor | None = None,
         mask: MaskOptions | None = None,
     ) -> HeadOutput:
-        """Logits; maps without gradient. See `Head.forward`."""
+        """Logits; maps without gradient. As `Head.forward`."""
         grid = features.shape[1:3]
         position = self._position(int(grid[0]), int(grid[1]))
         memory = self.project(features.flatten(1, 2))
