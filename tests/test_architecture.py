@@ -285,20 +285,7 @@ LONGER_FILES: dict[str, str] = {}
 # Functions that may be longer, as `path:name`, each with its reason.
 LONGER_FUNCTIONS: dict[str, str] = {}
 
-# TEMPORARY: files that do not keep a rule yet; an entry goes when its file does.
-TEMPORARY: dict[str, set[str]] = {
-    "length": set(),
-    "function": set(),
-    "banner": set(),
-    "arguments": set(),
-    "spec": set(),
-}
-
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def exempt(path: Path, rule: str) -> bool:
-    return str(path.relative_to(ROOT)) in TEMPORARY[rule]
 
 
 def length(function: Function) -> int:
@@ -369,11 +356,10 @@ def test_the_measures_measure():
 def test_files_and_functions_are_short(path):
     """Kernels aside: a kernel is as long as its arithmetic."""
     name, source = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
-    if name not in LONGER_FILES and not exempt(path, "length"):
+    if name not in LONGER_FILES:
         assert source.count("\n") <= MAX_FILE_LINES, f"{name} is too long: a file has one subject"
-    if not exempt(path, "function"):
-        long = {f"{name}:{f.name}": length(f) for f in functions(source) if length(f) > MAX_FUNCTION_LINES}
-        assert not long.keys() - LONGER_FUNCTIONS.keys(), long
+    long = {f"{name}:{f.name}": length(f) for f in functions(source) if length(f) > MAX_FUNCTION_LINES}
+    assert not long.keys() - LONGER_FUNCTIONS.keys(), long
 
 
 def test_exceptions_to_lengths_are_needed():
@@ -388,18 +374,15 @@ def test_exceptions_to_lengths_are_needed():
 @pytest.mark.parametrize("path", [*OURS, *KERNELS, *PROGRAMS, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_banners(path):
     """A file that needs banners is two files."""
-    if not exempt(path, "banner"):
-        assert not [line for line in path.read_text(encoding="utf-8").splitlines() if BANNER.match(line)]
+    assert not [line for line in path.read_text(encoding="utf-8").splitlines() if BANNER.match(line)]
 
 
 @pytest.mark.parametrize("path", [*OURS, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_many_arguments_are_described(path):
-    if not exempt(path, "arguments"):
-        assert not undescribed(path.read_text(encoding="utf-8"))
+    assert not undescribed(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", [*OURS, *KERNELS, *PROGRAMS, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_sources_are_where_readers_find_them(path):
     """Papers, or docs/sources.md; never a folder that is not part of the repository."""
-    if not exempt(path, "spec"):
-        assert "spec" + "/" not in path.read_text(encoding="utf-8")
+    assert "spec" + "/" not in path.read_text(encoding="utf-8")
