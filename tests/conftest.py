@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 
+from tests.support.markers import marks
 from tests.support.paths import ROOT
 from tests.support.runs import Run, command, environment
 
 SMALL = {"train": 192, "val": 60, "test": 90}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by what they do, before `-m` chooses among them."""
+    for item in items:
+        for name in sorted(marks(item, ROOT)):
+            item.add_marker(name)
 
 
 @pytest.fixture
