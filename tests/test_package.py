@@ -25,7 +25,7 @@ SMALL = {"data.image_size": 32, "train.epochs": 1, "train.batch_size": 16, "deep
 def run(folder: Path, *words: object, status: int = 0) -> str:
     """What a command prints that runs in `folder`, with nothing of this process's Python path."""
     clean = {k: v for k, v in environment().items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    done = subprocess.run([str(w) for w in words], cwd=folder, env=clean, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([str(w) for w in words], cwd=folder, env=clean, capture_output=True, text=True, timeout=900)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -83,15 +83,32 @@ def build_parser(method: str = DEFAULT_METHOD, prog: str | None = None, head: st
     parser.add_argument("--config", action="config", help="YAML recipe; later options and files win over earlier ones")
     for name, cls in SECTIONS.items():
         kind = _model_config(head) if name == "model" else cls
+        _resolve_types(kind)
         parser.add_argument(f"--{name}", type=kind, default=kind())
     options = get_method(method).Options
+    _resolve_types(options)
     parser.add_argument("--method", type=options, default=options(name=method))
     return parser
+
+
+def _resolve_types(cls: type) -> None:
+    """Replace the text of a dataclass's annotations by the types.
+
+    jsonargparse would do it with all that the class's module imports for type checkers, which takes seconds.
+    """
+    try:
+        types_of = get_type_hints(cls)
+    except NameError:
+        # A type that is known to type checkers alone.
+        return
+    initialiser: Any = cls.__init__  # type: ignore[misc]
+    initialiser.__annotations__ = {name: types_of.get(name, kind) for name, kind in initialiser.__annotations__.items()}
 
 
 def _model_config(head: str) -> type[ModelConfig]:
     """`ModelConfig` whose `head_options` are those of `head`."""
     options = get_head(head).Options
+    _resolve_types(options)
     if not dataclasses.fields(options):
         # A class without fields makes no options.
         return ModelConfig
