@@ -112,7 +112,7 @@ def sample_images(config: Config, classifier: Classifier) -> tuple[Tensor, str]:
     if name not in manifest.splits:
         return noise
     split = manifest.split(name)
-    config.eval.batch_size = min(CHECKED, len(split))
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=min(CHECKED, len(split))))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in input_normalisation(config, classifier))
     try:
         loader = make_eval_loader(config, split, classifier, torch.device("cpu"))

@@ -1,16 +1,34 @@
-"""The one description of a run: dataclasses whose fields are the YAML keys and the command line options.
+"""The one description of a run: frozen dataclasses whose fields are the YAML keys and the command line options.
 
-Field comments below are the help texts (jsonargparse reads the docstrings).
+The texts under `Attributes:` are the help texts. `dataclasses.replace` makes a section, or a run, with other values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from spml_fast.core.errors import UserError
+from spml_fast.core.rules import Section, all_positive, channels, fraction, not_negative, positive, ruled
 
 
-@dataclass
-class DataConfig:
+def _seed(value: int) -> str | None:
+    return None if 0 <= value < 2**63 else f"is {value}; it must lie between 0 and 2^63 - 1"
+
+
+def _betas(values: Sequence[float]) -> str | None:
+    fine = len(values) == 2 and all(0 <= beta < 1 for beta in values)
+    return None if fine else f"is {values}; it needs two numbers from 0 to below 1"
+
+
+def _alphas(values: Sequence[float]) -> str | None:
+    wrong = next((alpha for alpha in values if not alpha > 0), None)
+    return None if wrong is None else f"has {wrong}; every alpha must be greater than 0"
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
     """Images and how they reach the model.
 
     Attributes:
@@ -21,41 +39,51 @@ class DataConfig:
         val_split: split for model selection after every epoch; null for none.
         test_split: split for the final figures; null for none.
         train_crop: squash resizes to the square ignoring the aspect ratio (the papers' way); random_resized crops.
-        crop_scale: smallest share of the image's area that random_resized keeps.
+        crop_scale: smallest fraction of the image's area that random_resized keeps.
         hflip: probability of a horizontal flip in training.
-        randaugment_ops: RandAugment operations an image in the strong view.
+        randaugment_ops: RandAugment operations per image in the strong view.
         randaugment_magnitude: RandAugment magnitude, 0 to 30.
         mean: per-channel mean in 0..1; null takes the backbone's.
         std: per-channel standard deviation in 0..1; null takes the backbone's.
-        threads: decoding threads a rank; 0 shares the cores out evenly over the ranks of a machine.
+        threads: decoding threads per process; 0 divides the cores evenly among the processes of a machine.
         prefetch: batches decoded ahead.
         shuffle: global draws every epoch's order from all samples; window reads shards a block at a time and shuffles
             within windows of blocks, for disks and mounts that are slow at random reads (docs/data.md).
         shuffle_window: samples of a window; shuffle_block times train.batch_size or more mixes batches well. Encoded
-            images of two windows are in memory, shared out over the ranks.
+            images of two windows are in memory, spread over the ranks.
         shuffle_block: samples that follow each other in the shards and are read in one go.
-        read_threads: threads a rank that read shards ahead.
+        read_threads: threads per process that read shards ahead.
     """
+
+    section: ClassVar[str] = "data"
 
     dir: str | None = None
     image_root: str | None = None
-    image_size: int = 448
+    image_size: int = positive(448)
     train_split: str = "train"
     val_split: str | None = "val"
     test_split: str | None = "test"
     train_crop: Literal["squash", "random_resized"] = "squash"
-    crop_scale: float = 0.5
-    hflip: float = 0.5
+    crop_scale: float = fraction(0.5)
+    hflip: float = fraction(0.5)
     randaugment_ops: int = 3
     randaugment_magnitude: int = 5
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    threads: int = 0
-    prefetch: int = 2
+    mean: list[float] | None = ruled(None, channels)
+    std: list[float] | None = ruled(None, channels, all_positive)
+    threads: int = not_negative(0)
+    prefetch: int = positive(2)
     shuffle: Literal["global", "window"] = "global"
     shuffle_window: int = 8192
-    shuffle_block: int = 64
-    read_threads: int = 4
+    shuffle_block: int = positive(64)
+    read_threads: int = positive(4)
+
+    def check(self) -> None:
+        """A window holds whole blocks."""
+        if self.shuffle_window < self.shuffle_block:
+            raise UserError(
+                f"data.shuffle_window is {self.shuffle_window}; it must be data.shuffle_block "
+                f"({self.shuffle_block}) or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,8 +91,8 @@ class HeadOptions:
     """A head without options of its own; those of a head with some are a subclass."""
 
 
-@dataclass
-class ModelConfig:
+@dataclass(frozen=True)
+class ModelConfig(Section):
     """Backbone and head.
 
     Attributes:
@@ -84,18 +112,20 @@ class ModelConfig:
         drop_path: stochastic depth rate; null takes the backbone's default.
         grad_checkpointing: recompute activations in the backward, to save memory.
         compile: torch.compile the backbone.
-        prior_bias: start the head's biases at the logit of each class's positive share among its observed labels
+        prior_bias: start the head's biases at the logit of each class's fraction of positives among its observed labels
             (labels), or among all images (images: what assumed negative is headed for); none leaves them random.
-        prior_floor: smallest share, and 1 minus the largest, that prior_bias takes.
+        prior_floor: smallest fraction, and 1 minus the largest, that prior_bias takes.
     """
+
+    section: ClassVar[str] = "model"
 
     backbone: str = "resnet50.tv_in1k"
     pretrained: bool = True
     weights: str | None = None
     head: str = "cam"
     head_options: HeadOptions | dict[str, Any] = field(default_factory=dict)
-    alpha_train: float = 5.0
-    alpha_eval: float = 5.0
+    alpha_train: float = positive(5.0)
+    alpha_eval: float = positive(5.0)
     output_stride: int | None = None
     freeze_bn: bool = False
     freeze: list[str] = field(default_factory=list)
@@ -107,8 +137,8 @@ class ModelConfig:
     prior_floor: float = 1e-3
 
 
-@dataclass
-class TrainConfig:
+@dataclass(frozen=True)
+class TrainConfig(Section):
     """Optimisation.
 
     Attributes:
@@ -127,7 +157,7 @@ class TrainConfig:
         momentum: SGD momentum.
         betas: Adam betas.
         schedule: learning rate over updates.
-        warmup_share: share of updates that the learning rate rises for (one_cycle, cosine).
+        warmup_share: fraction of the updates during which the learning rate rises (one_cycle, cosine).
         clip: largest global gradient norm; 0 is off.
         ema_decay: decay of an exponential moving average of the weights (then evaluated and saved); 0 is off.
         precision: bf16 runs the network under autocast; auto takes bf16 where it is faster (GPUs from sm_80, CPUs with
@@ -136,40 +166,42 @@ class TrainConfig:
         log_every: updates between two progress lines in metrics.jsonl.
         sampling: uniform shows every image once an epoch; repeat_factor shows images of rare classes more often
             (LVIS; spml_fast/data/repeat_factor.py has the formula), so that an epoch is longer.
-        repeat_threshold: repeat_factor repeats classes with a positive in a smaller share of the images than this.
+        repeat_threshold: repeat_factor repeats classes with a positive in a smaller fraction of the images than this.
     """
 
-    epochs: int = 10
-    linear_epochs: int = 0
-    linear_lr: float | None = None
-    batch_size: int = 16
-    accumulation: int = 1
+    section: ClassVar[str] = "train"
+
+    epochs: int = positive(10)
+    linear_epochs: int = not_negative(0)
+    linear_lr: float | None = positive(None)
+    batch_size: int = positive(16)
+    accumulation: int = positive(1)
     exact_accumulation: bool = False
-    lr: float = 1e-5
-    head_lr_multiplier: float = 10.0
+    lr: float = positive(1e-5)
+    head_lr_multiplier: float = positive(10.0)
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    weight_decay: float = 0.0
+    weight_decay: float = not_negative(0.0)
     decay_all: bool = False
-    momentum: float = 0.9
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    momentum: float = not_negative(0.9)
+    betas: list[float] = ruled([0.9, 0.999], _betas)
     schedule: Literal["constant", "one_cycle", "cosine"] = "constant"
-    warmup_share: float = 0.2
-    clip: float = 0.0
-    ema_decay: float = 0.0
+    warmup_share: float = fraction(0.2)
+    clip: float = not_negative(0.0)
+    ema_decay: float = fraction(0.0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    stop_after_drop: float = 0.0
-    log_every: int = 50
+    stop_after_drop: float = not_negative(0.0)
+    log_every: int = positive(50)
     sampling: Literal["uniform", "repeat_factor"] = "uniform"
     repeat_threshold: float = 1e-3
 
 
-@dataclass
-class EvalConfig:
+@dataclass(frozen=True)
+class EvalConfig(Section):
     """Evaluation.
 
     Attributes:
         alphas: BoostLU factors to report at the end; null reports 1 and model.alpha_eval. All come from one pass.
-        batch_size: images a rank and forward; every batch is padded to this size, so results do not depend on ranks.
+        batch_size: images per rank and forward; every batch is padded to this size, so results do not depend on ranks.
         definition: average precision as scikit-learn defines it, by rank, or VOC-interpolated.
         every: epochs between two validations.
         threshold: probability above which a class counts as predicted (OP, OR, OF1, CP, CR, CF1).
@@ -182,18 +214,20 @@ class EvalConfig:
         group_by: number of labels means positives and negatives (labels) or positives alone.
     """
 
-    alphas: list[float] | None = None
-    batch_size: int = 64
+    section: ClassVar[str] = "eval"
+
+    alphas: list[float] | None = ruled(None, _alphas)
+    batch_size: int = positive(64)
     definition: Literal["sklearn", "rank", "voc"] = "sklearn"
-    every: int = 1
-    threshold: float = 0.5
+    every: int = positive(1)
+    threshold: float = fraction(0.5)
     empty_classes: Literal["zero", "skip_unlabelled", "skip", "skip_one_sided"] | None = None
-    groups: int | None = None
+    groups: int | None = not_negative(None)
     group_by: Literal["labels", "positives"] = "labels"
 
 
-@dataclass
-class EngineConfig:
+@dataclass(frozen=True)
+class EngineConfig(Section):
     """DeepSpeed.
 
     Attributes:
@@ -203,19 +237,21 @@ class EngineConfig:
             {wandb: {enabled: true, project: spml}, csv_monitor: {enabled: true, output_path: runs/csv}}.
     """
 
+    section: ClassVar[str] = "deepspeed"
+
     zero_stage: Literal[0, 1, 2, 3] = 0
     tensorboard: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class RunConfig:
+@dataclass(frozen=True)
+class RunConfig(Section):
     """Where the run lives.
 
     Attributes:
         dir: run directory; null makes a new one under runs/.
-        resume: auto goes on from the newest checkpoint in the run directory if there is one, never starts afresh and
-            refuses a directory that has one; anything else is the path of a checkpoint directory to go on from.
+        resume: auto resumes from the newest checkpoint in the run directory if there is one, never starts afresh and
+            refuses a directory that has one; anything else is the path of a checkpoint directory to resume from.
         seed: seed of everything random.
         keep: checkpoints kept beside the best one.
         save_updates: also save every so many updates within an epoch; 0 saves at the end of epochs only.
@@ -226,20 +262,48 @@ class RunConfig:
             set; --plugins NAME adds one.
     """
 
+    section: ClassVar[str] = "run"
+
     dir: str | None = None
     resume: str = "auto"
-    seed: int = 0
-    keep: int = 1
-    save_updates: int = 0
+    seed: int = ruled(0, _seed)
+    keep: int = positive(1)
+    save_updates: int = not_negative(0)
     deterministic: bool = False
     plugins: list[str] = field(default_factory=list)
 
 
-@dataclass
-class Config:
-    """A whole run. `method` holds the options dataclass of the method chosen."""
+@dataclass(frozen=True)
+class MethodOptions(Section):
+    """Method.
 
-    method: Any
+    Attributes:
+        name: the method.
+    """
+
+    section: ClassVar[str] = "method"
+
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run.
+
+    Attributes:
+        method: options of the method chosen, an instance of that method's `Options`.
+        data: images and how they reach the model.
+        model: backbone and head.
+        train: optimisation.
+        eval: evaluation.
+        deepspeed: DeepSpeed.
+        run: where the run lives.
+
+    Raises:
+        UserError: options of two sections do not go together.
+    """
+
+    method: MethodOptions
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -247,8 +311,12 @@ class Config:
     deepspeed: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        if self.train.ema_decay and self.deepspeed.zero_stage == 3:
+            raise UserError("train.ema_decay does not work with deepspeed.zero_stage 3 (no rank holds whole weights)")
 
-SECTIONS: dict[str, type] = {
+
+SECTIONS: dict[str, type[Section]] = {
     "data": DataConfig,
     "model": ModelConfig,
     "train": TrainConfig,

@@ -47,7 +47,7 @@ def an_ls_point_jit(z, code, smoothing, guard):
     return target * positive + (1.0 - target) * negative, target * d_positive + (1.0 - target) * d_negative
 
 
-@dataclass
+@dataclass(frozen=True)
 class ANLSOptions(MethodOptions):
     """Assume negative with label smoothing.
 

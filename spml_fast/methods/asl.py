@@ -140,7 +140,7 @@ def asl_point_jit(z, code, gamma_positive, gamma_negative, margin, clamp, attach
     return tl.where(code == 1, positive, negative), tl.where(code == 1, d_positive, d_negative)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ASLOptions(MethodOptions):
     """Asymmetric loss.
 

@@ -10,23 +10,13 @@ from torch import Tensor, nn
 
 from spml_fast.core import distributed
 from spml_fast.core.batch import Batch
+from spml_fast.core.config import MethodOptions as MethodOptions
 from spml_fast.core.precision import no_autocast
 from spml_fast.core.registry import Registry
 from spml_fast.data.labels import LabelStore, SparseLabels
 
 if TYPE_CHECKING:
     from spml_fast.models.classifier import Classifier
-
-
-@dataclass
-class MethodOptions:
-    """Method.
-
-    Attributes:
-        name: the method.
-    """
-
-    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from spml_fast.methods.iu import iu_point
 from spml_fast.methods.pointwise import COLE_GUARD, LogForm, require_negatives
 
 
-@dataclass
+@dataclass(frozen=True)
 class DurandOptions(MethodOptions):
     """Partial BCE with Durand's normalisation.
 

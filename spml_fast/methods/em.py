@@ -59,7 +59,7 @@ def em_point_jit(z, code, alpha, guard):
     return tl.where(code == -1, -alpha * entropy, loss), tl.where(code == -1, -alpha * d_entropy, slope)
 
 
-@dataclass
+@dataclass(frozen=True)
 class EMOptions(MethodOptions):
     """Entropy maximisation.
 

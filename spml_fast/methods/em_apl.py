@@ -49,7 +49,7 @@ from spml_fast.methods.state.memory import require_memory
 _SELECTION_ELEMENTS = 2**24
 
 
-@dataclass
+@dataclass(frozen=True)
 class EMAPLOptions(EMOptions):
     """Entropy maximisation with asymmetric pseudo-labels.
 

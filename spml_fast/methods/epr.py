@@ -67,7 +67,7 @@ def mean_positives(logits: Tensor, global_size: int, update_mean: Tensor | None)
     return update_mean + (distributed.world_size() / global_size) * (local - local.detach())
 
 
-@dataclass
+@dataclass(frozen=True)
 class EPROptions(MethodOptions):
     """Expected positive regularisation.
 

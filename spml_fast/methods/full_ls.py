@@ -16,7 +16,7 @@ from spml_fast.methods.base import MethodOptions, register
 from spml_fast.methods.full import FullLabels
 
 
-@dataclass
+@dataclass(frozen=True)
 class FullLSOptions(ANLSOptions):
     """Full labels with label smoothing. Fields as for AN-LS."""
 

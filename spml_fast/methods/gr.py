@@ -85,7 +85,7 @@ def gr_point_jit(z, code, w, b, mu, s, q2, q3, guard):
     return loss, tl.where(code == 1, d_positive, tl.where(code == 0, d_negative, d_robust))
 
 
-@dataclass
+@dataclass(frozen=True)
 class GROptions(MethodOptions):
     """Generalised robust loss.
 

@@ -59,7 +59,7 @@ def hill_point_jit(z, code, lam, margin, gamma, attached):
     return tl.where(code == 1, weight * log, (lam - p) * p * p), tl.where(code == 1, d_positive, d_hill)
 
 
-@dataclass
+@dataclass(frozen=True)
 class HillOptions(MethodOptions):
     """Hill loss.
 

@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class IgnoreOptions(MethodOptions):
     """IGNORE.
 

@@ -39,7 +39,7 @@ def iu_point_jit(z, code, guard):
     return loss, tl.where(code == 1, d_positive, tl.where(code == 0, d_negative, 0.0))
 
 
-@dataclass
+@dataclass(frozen=True)
 class IUOptions(MethodOptions):
     """Ignore unknown.
 

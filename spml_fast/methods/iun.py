@@ -23,7 +23,7 @@ from spml_fast.methods.base import MethodOptions, Progress, register
 from spml_fast.methods.iu import IgnoreUnknown, IUOptions
 
 
-@dataclass
+@dataclass(frozen=True)
 class IUNOptions(IUOptions):
     """Ignore unobserved positives (oracle). Fields as for IU."""
 

@@ -62,7 +62,7 @@ def selection_size(entries: int, delta_percent: float, epoch: int, ramp: bool, k
     return min(math.ceil(entries * steps * Fraction(str(delta_percent)) / 100), entries)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LargeLossOptions(MethodOptions):
     """Large Loss.
 
@@ -266,7 +266,7 @@ class LLR(LargeLoss):
     scheme: ClassVar[Scheme] = "reject"
 
 
-@dataclass
+@dataclass(frozen=True)
 class LLCtOptions(LargeLossOptions):
     """Large Loss, temporary correction. Fields as for LL-R."""
 
@@ -283,7 +283,7 @@ class LLCt(LargeLoss):
     scheme: ClassVar[Scheme] = "correct"
 
 
-@dataclass
+@dataclass(frozen=True)
 class LLCpOptions(LargeLossOptions):
     """Large Loss, permanent correction. Fields as for LL-R."""
 

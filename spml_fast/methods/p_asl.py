@@ -95,7 +95,7 @@ def p_asl_point_jit(z, code, a_positive, a_negative, a_unknown, g_positive, g_ne
     return loss, tl.where(code == 1, a_positive * d_positive, weight * d_negative)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PASLOptions(MethodOptions):
     """P-ASL with class-aware selective loss (CSL).
 

@@ -156,7 +156,7 @@ class AdamTable(nn.Module):
         self.rates = state["rates"].to(self.value.device)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ROLEOptions(EPROptions):
     """Regularised online label estimation.
 

@@ -76,7 +76,7 @@ def splc_point_jit(z, code, tau, margin, gamma, correct, attached):
     return weight * log, sign * weight * (wrong + attached * gamma * right * log)
 
 
-@dataclass
+@dataclass(frozen=True)
 class SPLCOptions(MethodOptions):
     """Self-paced loss correction.
 

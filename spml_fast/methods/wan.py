@@ -43,7 +43,7 @@ def wan_point_jit(z, code, gamma, guard):
     return tl.where(observed, positive, gamma * negative), tl.where(observed, d_positive, gamma * d_negative)
 
 
-@dataclass
+@dataclass(frozen=True)
 class WANOptions(MethodOptions):
     """Weak assume negative.
 

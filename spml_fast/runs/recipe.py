@@ -106,83 +106,13 @@ def to_config(parser: RunParser, namespace: Any) -> Config:
     sections = instantiate(namespace)
     values = {name: getattr(sections, name) for name in SECTIONS}
     values["model"] = plain_model_config(values["model"])
-    config = resolve_head(Config(method=sections.method, **values))
-    validate(config)
+    config = resolve_head_alpha(Config(method=sections.method, **values))
     uses = (get_method(config.method.name), get_head(config.model.head))
     plugins = used_plugins(config.run.plugins, uses)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, plugins=plugins))
 
 
-def validate(config: Config) -> None:
-    """Raise `UserError` for values that have the right type but no meaning; names the option."""
-    resolve_head(config)
-    positive = {
-        "data.image_size": config.data.image_size,
-        "data.prefetch": config.data.prefetch,
-        "data.shuffle_block": config.data.shuffle_block,
-        "data.read_threads": config.data.read_threads,
-        "train.batch_size": config.train.batch_size,
-        "train.accumulation": config.train.accumulation,
-        "train.epochs": config.train.epochs,
-        "train.lr": config.train.lr,
-        "train.log_every": config.train.log_every,
-        "train.head_lr_multiplier": config.train.head_lr_multiplier,
-        "eval.batch_size": config.eval.batch_size,
-        "eval.every": config.eval.every,
-        "run.keep": config.run.keep,
-        "model.alpha_train": config.model.alpha_train,
-        "model.alpha_eval": config.model.alpha_eval,
-    }
-    for alpha in config.eval.alphas or []:
-        if not alpha > 0:
-            raise UserError(f"eval.alphas has {alpha}; every alpha must be greater than 0")
-    if config.train.linear_lr is not None:
-        positive["train.linear_lr"] = config.train.linear_lr
-    for name, value in positive.items():
-        if not value > 0:
-            raise UserError(f"{name} is {value}; it must be greater than 0")
-    if config.data.shuffle_window < config.data.shuffle_block:
-        raise UserError(
-            f"data.shuffle_window is {config.data.shuffle_window}; it must be data.shuffle_block "
-            f"({config.data.shuffle_block}) or more"
-        )
-    shares = {
-        "data.hflip": config.data.hflip,
-        "data.crop_scale": config.data.crop_scale,
-        "train.warmup_share": config.train.warmup_share,
-        "eval.threshold": config.eval.threshold,
-        "train.ema_decay": config.train.ema_decay,
-    }
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"{name} is {share}; it must lie between 0 and 1")
-    if len(config.train.betas) != 2 or not all(0 <= beta < 1 for beta in config.train.betas):
-        raise UserError(f"train.betas is {config.train.betas}; it needs two numbers from 0 to below 1")
-    for name, values in {"data.mean": config.data.mean, "data.std": config.data.std}.items():
-        if values is not None and len(values) != 3:
-            raise UserError(f"{name} needs three numbers, one a channel, not {len(values)}")
-    if config.data.std is not None and not all(value > 0 for value in config.data.std):
-        raise UserError(f"data.std is {config.data.std}; its numbers must be greater than 0")
-    if not 0 <= config.run.seed < 2**63:
-        raise UserError(f"run.seed is {config.run.seed}; it must lie between 0 and 2^63 - 1")
-    if config.train.ema_decay and config.deepspeed.zero_stage == 3:
-        raise UserError("train.ema_decay does not work with deepspeed.zero_stage 3 (no rank holds whole weights)")
-    not_negative = {
-        "data.threads": config.data.threads,
-        "train.linear_epochs": config.train.linear_epochs,
-        "train.weight_decay": config.train.weight_decay,
-        "train.momentum": config.train.momentum,
-        "train.clip": config.train.clip,
-        "train.stop_after_drop": config.train.stop_after_drop,
-        "run.save_updates": config.run.save_updates,
-        "eval.groups": config.eval.groups or 0,
-    }
-    for name, value in not_negative.items():
-        if not value >= 0:
-            raise UserError(f"{name} is {value}; it must not be negative")
-
-
-def resolve_head(config: Config) -> Config:
+def resolve_head_alpha(config: Config) -> Config:
     """The configuration with the head's options as its dataclass, and alpha 1 for a head without a map to boost.
 
     Raises:

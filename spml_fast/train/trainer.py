@@ -228,12 +228,11 @@ class Trainer:
 
     def _resolved(self) -> Config:
         """The configuration with what was decided on the way, so that the run can be repeated from it."""
-        config = dataclasses.replace(self.config)
-        config.data = dataclasses.replace(config.data, dir=str(self.manifest.folder.resolve()))
-        config.run = dataclasses.replace(config.run, dir=str(self.run_dir))
         mean, std = input_normalisation(self.config, self.classifier)
-        config.data.mean, config.data.std = mean, std
-        return config
+        folder = str(self.manifest.folder.resolve())
+        data = dataclasses.replace(self.config.data, dir=folder, mean=mean, std=std)
+        run = dataclasses.replace(self.config.run, dir=str(self.run_dir))
+        return dataclasses.replace(self.config, data=data, run=run)
 
     # ---- the run
 

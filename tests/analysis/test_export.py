@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def make_run(folder: Path, *options: str, data: Path | None = None) -> Path:
         if classifier.head.supports_boostlu:
             # Logits of different images differ by far more than rounding.
             classifier.head.weight.mul_(10)
-    config.data.mean, config.data.std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+    data = dataclasses.replace(config.data, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+    config = dataclasses.replace(config, data=data)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / "classes.txt").write_text("".join(f"{c}\n" for c in CLASSES), encoding="utf-8")
     save_weights(folder / "model.safetensors", classifier, {"epoch": "1", "val_map": "50"})
@@ -73,7 +75,7 @@ def logits_of(run: Path, alpha: float, paths: list[str]) -> tuple[np.ndarray, np
     """Logits of the run's own classifier for its own views, and predict.py's probabilities, [n, C] each."""
     config = load_run_config(run)
     classifier, _ = load_classifier(run, config, len(CLASSES), CPU)
-    config.eval.batch_size = len(paths)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=len(paths)))
     files = ImageFiles(paths, np.ones(len(paths), np.uint8))
     (batch,) = make_eval_loader(config, files, classifier, CPU)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
 import shutil
@@ -342,7 +343,7 @@ class TestRuns:
     ) -> None:
         config, manifest, _, _ = load_run(trained, CPU)
         assert run_classes(tmp_path, config) == manifest.classes
-        config.data.dir = str(tmp_path / "gone")
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(tmp_path / "gone")))
         assert run_classes(run, config) == manifest.classes
         with pytest.raises(UserError, match=r"has no classes\.txt, and its data set .*gone is not there either; copy"):
             run_classes(tmp_path, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from spml_fast.core.batch import MicroBatch
-from spml_fast.core.config import Config
+from spml_fast.core.config import Config, DataConfig, EvalConfig, MethodOptions
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, POSITIVE, SparseLabels
 from spml_fast.data.manifest import Manifest
@@ -22,7 +23,6 @@ from spml_fast.evaluation.metrics import evaluate_scores, groups_by_count
 from spml_fast.evaluation.thresholds import top_k_mask
 from spml_fast.methods import get_method
 from spml_fast.models.classifier import ClassifierOutput
-from spml_fast.runs.recipe import validate
 from tests.support.data import some_labels
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_pairs_give_what_dense_scores_give(partly):
         )
         assert found[alpha] == expected
         assert [g["num_classes"] for g in found[alpha]["groups"]] == [1921] * 5
-    config.eval.empty_classes = "zero"
+    config = dataclasses.replace(config, eval=EvalConfig(empty_classes="zero"))
     again = evaluate_split(scripted, scripted, split, [5.0], config, names)[5.0]
     assert again["map"] == found[5.0]["map_zero"] < found[5.0]["map"] and "groups" not in again
 
@@ -133,26 +133,23 @@ def test_groups_by_training_labels(options, expected):
     rows, classes, codes = zip(*entries, strict=True)
     known = SparseLabels.from_entries(rows, classes, codes, 7, 6)
     manifest = SimpleNamespace(splits={"train": None}, split=lambda name: SimpleNamespace(known=known), num_classes=6)
-    config = Config(method=None)
-    for key, value in options.items():
-        setattr(config.eval, key, value)
-    groups = class_groups(manifest, config)
+    groups = class_groups(manifest, Config(method=MethodOptions(), eval=EvalConfig(**options)))
     assert (None if groups is None else groups.tolist()) == expected
 
 
 def test_groups_are_for_partly_known_data_unless_asked_for(small_digits):
-    manifest, config = Manifest(small_digits), Config(method=None)
-    assert class_groups(manifest, config) is None
-    config.eval.groups = 2
-    assert np.bincount(class_groups(manifest, config)).tolist() == [5, 5]
-    config.data.train_split = "trian"
+    manifest = Manifest(small_digits)
+
+    def groups(count: int | None, split: str = "train") -> np.ndarray | None:
+        data, evaluation = DataConfig(train_split=split), EvalConfig(groups=count)
+        return class_groups(manifest, Config(method=MethodOptions(), data=data, eval=evaluation))
+
+    assert groups(None) is None
+    assert np.bincount(groups(2)).tolist() == [5, 5]
     with pytest.raises(UserError, match=r"'trian', which .* does not have; set eval.groups to 0"):
-        class_groups(manifest, config)
-    config.eval.groups = None
-    assert class_groups(manifest, config) is None
-    config.data.train_split, config.eval.groups = "train", 11
+        groups(2, "trian")
+    assert groups(None, "trian") is None
     with pytest.raises(UserError, match="10 classes cannot be cut into 11 groups"):
-        class_groups(manifest, config)
-    config.eval.groups = -1
+        groups(11)
     with pytest.raises(UserError, match=r"eval.groups is -1"):
-        validate(Config(method=get_method("an").Options(), eval=config.eval))
+        groups(-1)

@@ -257,9 +257,8 @@ class TestClassifier:
         for name, parameter in classifier.backbone.named_parameters():
             fixed = name.startswith(("conv1.", "layer1.")) or "bn" in name
             assert parameter.requires_grad is not fixed, name
-        config.freeze = ["layer9.*"]
         with pytest.raises(UserError, match=r"layer9\.\*"):
-            Classifier(config, 5, 64)
+            Classifier(dataclasses.replace(config, freeze=["layer9.*"]), 5, 64)
 
     def test_evaluation_refuses_other_alphas(self):
         config = Config(method=None, model=self.CONFIG)
