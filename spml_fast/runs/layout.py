@@ -12,7 +12,8 @@ RUN/checkpoints/newest.json        which checkpoint to resume from
 RUN/checkpoints/best.json          which checkpoint has the best weights
 RUN/checkpoints/TAG/               what DeepSpeed saved
 RUN/checkpoints/TAG/mark.json      the position of a whole checkpoint, written last
-RUN/checkpoints/TAG/method_shard_R.pt  rank R's part of a method's state that grows with the samples
+RUN/checkpoints/TAG/method_rank_R.pt  rank R's part of a method's state that grows with the samples; versions before
+                                   0.2.0 wrote method_shard_R.pt
 """
 
 from __future__ import annotations
@@ -51,8 +52,14 @@ class CheckpointLayout:
 
 
 def rank_state(checkpoint: Path, rank: int) -> Path:
-    """A rank's part of a method's state in one checkpoint's folder."""
-    return checkpoint / f"method_shard_{rank:05d}.pt"
+    """Where a rank's part of a method's state is written in one checkpoint's folder."""
+    return checkpoint / f"method_rank_{rank:05d}.pt"
+
+
+def saved_rank_state(checkpoint: Path, rank: int) -> Path:
+    """A rank's part of a method's state as it was saved, by this version or by one before 0.2.0."""
+    path, before = rank_state(checkpoint, rank), checkpoint / f"method_shard_{rank:05d}.pt"
+    return before if before.is_file() and not path.is_file() else path
 
 
 @dataclass(frozen=True)

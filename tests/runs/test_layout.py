@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spml_fast.core.errors import UserError
-from spml_fast.runs.layout import CheckpointLayout, RunLayout, rank_state
+from spml_fast.runs.layout import CheckpointLayout, RunLayout, rank_state, saved_rank_state
 
 RUN = Path("runs/a")
 
@@ -29,7 +29,16 @@ def test_names_have_not_changed():
     assert checkpoints.newest == RUN / "checkpoints" / "newest.json"
     assert checkpoints.best == RUN / "checkpoints" / "best.json"
     assert checkpoints.position("tag") == RUN / "checkpoints" / "tag" / "mark.json"
-    assert rank_state(RUN, 3) != rank_state(RUN, 30)
+    assert rank_state(RUN, 3) == RUN / "method_rank_00003.pt" and rank_state(RUN, 3) != rank_state(RUN, 30)
+
+
+def test_rank_states_of_older_versions_are_found(tmp_path):
+    assert saved_rank_state(tmp_path, 1) == rank_state(tmp_path, 1), "the name for messages where there is none"
+    older = tmp_path / "method_shard_00001.pt"
+    older.touch()
+    assert saved_rank_state(tmp_path, 1) == older and saved_rank_state(tmp_path, 0) == rank_state(tmp_path, 0)
+    rank_state(tmp_path, 1).touch()
+    assert saved_rank_state(tmp_path, 1) == rank_state(tmp_path, 1)
 
 
 def test_what_is_a_run_and_what_has_begun(tmp_path):

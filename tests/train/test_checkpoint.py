@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, which are kept, and what is said about damaged files."""
+"""Which checkpoint a run resumes from, which are kept, and what is said about damaged files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from spml_fast.train.checkpoint import (
     clear_unfinished,
     commit_checkpoint,
     find_resume,
+    load_rank_states,
     read_position,
+    save_rank_state,
 )
 
 
@@ -50,9 +52,6 @@ def kept(folder):
     return {p.name for p in folder.iterdir() if p.is_dir()}
 
 
-# ---- marks
-
-
 def test_tags_are_distinct_and_sort_by_place():
     marks = [mark(e, u, world_size=w) for e in (0, 3, 12) for u in (0, 7, 12_000) for w in (1, 16)]
     tags = [m.tag for m in marks]
@@ -67,9 +66,6 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
-
-
-# ---- going on
 
 
 def test_nothing_to_go_on_from(folder):
@@ -128,9 +124,6 @@ def test_marks_round_trip(folder):
     assert read_position(folder / "none.json") is None
 
 
-# ---- keeping
-
-
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_newest_and_the_best_are_kept(folder, keep):
     for epoch in range(1, 8):
@@ -181,7 +174,18 @@ def test_clear_unfinished(folder):
     assert kept(folder) == {mark(1).tag}
 
 
-# ---- the weights file
+def test_rank_states_round_trip_under_both_names(tmp_path):
+    save_rank_state(tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
+    save_rank_state(tmp_path, {"rows": torch.arange(3)})
+    (path,) = tmp_path.iterdir()
+    assert path.name == "method_rank_00000.pt"
+    assert torch.equal(load_rank_states(tmp_path, 1)[0]["rows"], torch.arange(3))
+    # Versions before 0.2.0.
+    path.rename(tmp_path / "method_shard_00000.pt")
+    assert torch.equal(load_rank_states(tmp_path, 1)[0]["rows"], torch.arange(3))
+    with pytest.raises(UserError, match=r"method_rank_00001\.pt cannot be read"):
+        load_rank_states(tmp_path, 2)
 
 
 def network(width=4):
@@ -238,9 +242,6 @@ def test_many_differences_make_no_long_message(tmp_path):
         with pytest.raises(UserError) as error:
             load_weights(path, other)
         assert len(one_sentence(error, path)) < 600
-
-
-# ---- randomness
 
 
 def test_seeds_are_distinct_and_repeat():
