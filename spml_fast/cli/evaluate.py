@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     from spml_fast.core.io import write_json
     from spml_fast.evaluation.evaluate import class_groups, evaluate_split, table_rows
     from spml_fast.runs.open import load_run, make_eval_loader
-    from spml_fast.train.logs import print_table
+    from spml_fast.train.console import print_table
 
     config, manifest, classifier, _ = load_run(args.run, device)
     config = with_options(config, args.definition, args.batch_size)

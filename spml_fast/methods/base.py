@@ -79,6 +79,7 @@ class Method(nn.Module, Generic[Forward, Statistics]):
         one_visit_per_step: whether an image must not come twice in a micro-step, because the step writes its row.
         needs_samples: whether the loss reads state that is kept for single samples, so that logits and codes alone do
             not tell it.
+        corrects_labels: whether unknown labels that it selects are taken for positive rather than left out.
         options: an instance of `Options`; a subclass with options of its own declares their type.
     """
 
@@ -89,6 +90,7 @@ class Method(nn.Module, Generic[Forward, Statistics]):
     uses_truth: ClassVar[bool] = False
     one_visit_per_step: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
+    corrects_labels: ClassVar[bool] = False
     options: MethodOptions
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:

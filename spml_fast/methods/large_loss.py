@@ -281,6 +281,7 @@ class LLCt(LargeLoss):
 
     Options: ClassVar[type[MethodOptions]] = LLCtOptions
     scheme: ClassVar[Scheme] = "correct"
+    corrects_labels: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -298,4 +299,5 @@ class LLCp(LargeLoss):
 
     Options: ClassVar[type[MethodOptions]] = LLCpOptions
     scheme: ClassVar[Scheme] = "correct"
+    corrects_labels: ClassVar[bool] = True
     permanent: ClassVar[bool] = True

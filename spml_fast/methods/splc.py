@@ -106,6 +106,7 @@ class SelfPacedLossCorrection(PointMethod):
     Options: ClassVar[type[MethodOptions]] = SPLCOptions
     options: SPLCOptions
     point: ClassVar[PointLoss] = PointLoss("splc", splc_point, splc_point_jit)
+    corrects_labels: ClassVar[bool] = True
     examples: ClassVar[tuple[MethodOptions, ...]] = (
         SPLCOptions(),
         SPLCOptions(change_epoch=3),

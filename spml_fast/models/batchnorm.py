@@ -6,11 +6,17 @@ import contextlib
 from collections.abc import Iterator
 from typing import Literal
 
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 BnMode = Literal["update", "no_update", "eval"]
+
+
+def synchronised(module: nn.Module) -> nn.Module:
+    """The module with BatchNorm statistics over all ranks in training (GPUs only)."""
+    return convert_sync_batchnorm(module)
 
 
 @contextlib.contextmanager

@@ -204,7 +204,7 @@ def read_run(folder: Path) -> Run:
     if not recipe:
         raise UserError(f"{layout.config} holds no configuration; is {folder} a run directory?")
     options = flatten(recipe)
-    run = Run(folder, _defaults(options.get("method.name")) | options)
+    run = Run(folder, default_options(options.get("method.name")) | options)
     run.results = _read_json(run, layout.results, "there are no test figures")
     if run.results is not None and not _whole(run.results):
         run.notes.append(f"{layout.results.name} does not hold what a run writes there; there are no test figures")
@@ -219,8 +219,8 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _defaults(method: Any) -> dict[str, Any]:
-    """Every option at its default; those of a method that is not known here are left out."""
+def default_options(method: Any) -> dict[str, Any]:
+    """Every option at its default, `section.option` -> value; those of a method that is not known are left out."""
     sections: dict[str, Any] = {name: dataclasses.asdict(cls()) for name, cls in SECTIONS.items()}
     try:
         sections["method"] = dataclasses.asdict(get_method(str(method)).Options(name=str(method)))

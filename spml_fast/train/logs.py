@@ -1,10 +1,9 @@
-"""What a run says: metrics.jsonl, a live line on a terminal, plain lines elsewhere, the closing table."""
+"""Where a run's figures and lines go: metrics.jsonl, a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from spml_fast.core import distributed
 from spml_fast.core.io import finite
@@ -42,8 +40,8 @@ class Meter:
         return self.samples / max(self.seconds, 1e-9)
 
     @property
-    def wait_share(self) -> float:
-        """Share of the time spent waiting for data on this rank, 0..1."""
+    def wait_fraction(self) -> float:
+        """Fraction of the time spent waiting for data on this rank, 0..1."""
         return self.waited / max(self.seconds, 1e-9)
 
 
@@ -116,15 +114,3 @@ class RunLog:
         """Move the live line; nothing where there is no terminal."""
         if self.live:
             self.live.update(self.task, completed=done, description=text)
-
-
-def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """A table of two columns on rank 0."""
-    if not distributed.is_main():
-        return
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(justify="left", overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

@@ -220,7 +220,7 @@ from spml_fast.methods.assume_negative import AssumeNegative
 from spml_fast.methods.base import MethodOptions, register
 
 
-@dataclass
+@dataclass(frozen=True)
 class StrangerOptions(MethodOptions):
     """Stranger.
 

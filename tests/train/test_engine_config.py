@@ -31,9 +31,6 @@ def configured(train=None, engine_config=None, world_size=2):
     )
 
 
-# ---- DeepSpeed's configuration
-
-
 def test_whole_configuration():
     train = {"batch_size": 24, "accumulation": 3, "clip": 1.5, "precision": "bf16"}
     assert configured(train, {"zero_stage": 1}) == {
@@ -85,9 +82,6 @@ def test_other_sections_pass_through():
 )
 def test_micro_batch_size(batch, world, accumulation, expected):
     assert micro_batch_size(TrainConfig(batch_size=batch, accumulation=accumulation), world) == expected
-
-
-# ---- optimizer
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +183,6 @@ def test_fused_optimizers_do_the_same(name):
     assert not torch.allclose(ends[0], torch.ones(2, 2)) and torch.allclose(*ends, rtol=1e-5)
 
 
-# ---- schedules
-
-
 def learning_rates(updates, peaks=(1.0,), **train):
     """Rates of each update, and the one after the last, per group."""
     train = TrainConfig(optimizer="adamw", **train)
@@ -224,12 +215,12 @@ def test_one_cycle_schedule():
     torch.testing.assert_close(rates[1], 3 * rates[0])
     assert rates[0, 0] == pytest.approx(1 / 25)
     assert rates[0].max() == pytest.approx(1, abs=2e-3) and rates[0].argmax() in (19, 20)
-    # Published end points (spec/ignore.md 1.6): a 25th of the peak, the peak, 4e-6 of it in the last update.
+    # Published end points: a 25th of the peak, the peak, 4e-6 of it in the last update. Source: docs/sources.md#ignore.
     assert rates[0, 99] == pytest.approx(4e-6, rel=1e-3)
 
 
 def test_one_cycle_cycles_beta1():
-    """0.95, 0.85 at the peak, 0.95: the stated 0.9 is never held (spec/ignore.md 1.6)."""
+    """0.95, 0.85 at the peak, 0.95: the stated 0.9 is never held. Source: docs/sources.md#ignore."""
     train = TrainConfig(optimizer="adamw", schedule="one_cycle", warmup_share=0.2)
     optimizer = optim.make_optimizer(a_group(1e-5), train, fused=False)
     schedule = optim.make_schedule(optimizer, train, 100)
@@ -255,9 +246,6 @@ def test_schedules_of_short_runs(name, updates, share):
         assert rates[0] == pytest.approx(1, abs=1e-4) and (rates.diff() < 0).all()
     if share == 1:
         assert rates.argmax() == updates - 1
-
-
-# ---- launchers' environment
 
 
 @pytest.fixture
@@ -352,9 +340,6 @@ def test_a_shell_or_a_single_task_is_not_adopted(environment):
     slurm(environment, STEP_NUM_TASKS="1")
     read_slurm_environment()
     assert "RANK" not in os.environ
-
-
-# ---- names of DeepSpeed's that are used though they are private
 
 
 def test_deepspeed_still_has_what_is_used():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,8 @@ from spml_fast.methods import Progress, get_method
 from spml_fast.models.classifier import Classifier
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.train.optim import make_optimizer, parameter_groups
-from spml_fast.train.trainer import Trainer, TrainingModule
+from spml_fast.train.setup import make_sampler
+from spml_fast.train.trainer import TrainingModule
 from tests.support.data import some_labels
 from tests.support.paths import ROOT
 
@@ -43,9 +43,8 @@ def layered(version: str, layer: str | None, *more: str) -> Config:
 def test_repeats_are_refused_where_every_image_has_a_row():
     words = ["--data.dir", "x", "--method", "role", "--method.expected_positives", "2"]
     config = parse_config([*words, "--train.sampling", "repeat_factor"])
-    trainer = SimpleNamespace(config=config, method_class=get_method("role"))
     with pytest.raises(UserError, match="role keeps a row for every image"):
-        Trainer._make_order(trainer, some_labels(10, 4, 1))
+        make_sampler(config, some_labels(10, 4, 1))
 
 
 def test_every_openimages_recipe_is_looked_at():

@@ -65,7 +65,15 @@ class TestQuickStart:
         return run, succeed(done)
 
     def test_table_says_what_was_promised(self, finished: tuple[Path, str]) -> None:
-        for text in ("test mAP, alpha 1", "test mAP, alpha 5", "images/s", "waiting for data", "run directory"):
+        for text in (
+            "test mAP, plain",
+            "test mAP, BoostLU x5",
+            "epoch 2/2 | loss",
+            "labels rejected (",
+            "images/s",
+            "waiting for data",
+            "run directory",
+        ):
             assert text in finished[1]
 
     def test_run_directory_is_complete(self, finished: tuple[Path, str]) -> None:
@@ -115,7 +123,7 @@ class TestQuickStart:
         run, _ = finished
         before = len(read_metrics(run, "epoch"))
         out = succeed(run_script("train.py", "--config", run / "config.yaml"))
-        assert "going on from" in out and "test mAP" in out
+        assert "resuming after epoch 2, the last (from" in out and "test mAP" in out
         assert len(read_metrics(run, "epoch")) == before
 
     def test_never_resume_refuses_the_directory(self, finished: tuple[Path, str], run_script: Run) -> None:
@@ -164,7 +172,8 @@ class TestKillAndResume:
         mark = json.loads(newest.read_text())
         assert mark["epoch"] < 3, "the run ended before it was killed"
         out = succeed(run_script("train.py", *options(small_digits, cut, **more)))
-        assert "going on from" in out
+        update = f", update {mark['update'] + 1}" if mark["update"] else ""
+        assert f"resuming at epoch {mark['epoch'] + 1}{update} (from {cut}" in out
         first, second = weights(whole), weights(cut)
         assert all(torch.equal(first[k], second[k]) for k in first)
         ends = [read_metrics(run, "epoch")[-1] for run in (whole, cut)]
@@ -175,7 +184,7 @@ class TestKillAndResume:
         run = tmp_path / "run"
         succeed(run_script("train.py", *options(small_digits, run, train__epochs=1)))
         out = succeed(run_script("train.py", *options(small_digits, run, train__epochs=2)))
-        assert "other options" in out and "epochs: 2" in out
+        assert "resuming with changed options: train.epochs 1 -> 2\n" in out
         assert [e["epoch"] for e in read_metrics(run, "epoch")] == [1, 2]
 
     def test_keeps_the_newest_and_the_best(self, small_digits: Path, run_script: Run, tmp_path: Path) -> None:
@@ -244,9 +253,11 @@ class TestRanks:
         np.testing.assert_allclose(losses(plain), losses(staged), rtol=1e-4)
         first, second = weights(plain), weights(staged)
         assert all(first[k].shape == second[k].shape for k in first)
-        # Going on needs DeepSpeed's own files of that stage.
+        # Resuming needs DeepSpeed's own files of that stage.
         more |= {"train__epochs": 2}
-        assert "going on" in succeed(run_script("train.py", *options(small_digits, staged, **more), ranks=2))
+        assert "resuming at epoch 2 " in succeed(
+            run_script("train.py", *options(small_digits, staged, **more), ranks=2)
+        )
 
     def test_slurm_variables_start_it(self, small_digits: Path, tmp_path: Path) -> None:
         port = str(20000 + free_port() % 20000)
@@ -345,7 +356,8 @@ class TestBadInput:
         self.refuse(done, victim.name)
         victim_back = Path(manifest.split("train").path(6)).read_bytes()
         victim.write_bytes(victim_back)
-        assert "going on from" in succeed(run_script("train.py", *options(tmp_path / "digits", run, train__epochs=2)))
+        out = succeed(run_script("train.py", *options(tmp_path / "digits", run, train__epochs=2)))
+        assert "resuming at epoch 2 (from" in out
 
     def test_batch_of_one_trains(self, run_script: Run, tmp_path: Path) -> None:
         from spml_fast.prepare.datasets.digits import prepare_digits

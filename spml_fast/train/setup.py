@@ -1,0 +1,251 @@
+"""What a run needs before its first update: data, run directory, model, loader."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spml_fast.core import distributed
+from spml_fast.core.config import Config, ModelConfig
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import NEGATIVE, POSITIVE, LabelStore, SparseLabels
+from spml_fast.data.loader import TrainLoader
+from spml_fast.data.manifest import Manifest, Split
+from spml_fast.data.repeat_factor import RepeatFactorSampler, repeat_factors
+from spml_fast.data.sampler import TrainSampler
+from spml_fast.methods import get_method
+from spml_fast.models.batchnorm import synchronised
+from spml_fast.models.classifier import Classifier
+from spml_fast.models.weights import load_weights
+from spml_fast.runs.layout import RunLayout
+from spml_fast.runs.open import input_normalisation, open_data
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of training with an optimizer of its own.
+
+    Attributes:
+        name: `linear` trains the head on a frozen backbone, `finetune` everything.
+        epochs: its length.
+    """
+
+    name: str
+    epochs: int
+
+
+def make_phases(config: Config) -> list[Phase]:
+    """The phases of a run in order."""
+    linear = [Phase("linear", config.train.linear_epochs)] if config.train.linear_epochs else []
+    return [*linear, Phase("finetune", config.train.epochs)]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run's data set.
+
+    Attributes:
+        manifest: all of it.
+        train: the split to train on.
+        val: the split for model selection, or None.
+        test: the split for the final figures, or None.
+        labels: the labels of `train` that the method may see.
+    """
+
+    manifest: Manifest
+    train: Split
+    val: Split | None
+    test: Split | None
+    labels: SparseLabels
+
+
+def load_data(config: Config) -> RunData:
+    """Open a run's data set and check that it suits the method (collective: rank 0 builds the digit scenes first).
+
+    Raises:
+        UserError: no such data set or split, an empty split, or labels that the method cannot train on.
+    """
+    if distributed.is_main() and config.data.dir is None:
+        open_data(config)
+    distributed.barrier()
+    manifest = open_data(config)
+    method = get_method(config.method.name)
+    train = manifest.split(config.data.train_split)
+    val = _optional_split(manifest, config.data.val_split, "val")
+    test = _optional_split(manifest, config.data.test_split, "test")
+    for split in (train, val, test):
+        if split is not None and len(split) == 0:
+            raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
+    labels = train.observed if method.label_source == "observed" else train.known
+    if not (labels.codes == POSITIVE).any():
+        raise UserError(f"no image of split {train.name!r} has a positive label; nothing to learn from")
+    method.check_labels(train.known if method.uses_truth else labels, config.method)
+    return RunData(manifest, train, val, test, labels)
+
+
+def _optional_split(manifest: Manifest, name: str | None, default: str) -> Split | None:
+    """The split called `name`. One that nobody asked for by name may be missing; the opening lines say so."""
+    if name is None or (name == default and name not in manifest.splits):
+        return None
+    return manifest.split(name)
+
+
+def make_run_dir(config: Config, data_name: str) -> Path:
+    """Make the run directory on rank 0, and tell all ranks where it is (collective).
+
+    Args:
+        config: `run.dir` names it; without one it is a new folder under runs/.
+        data_name: the data set's name, for such a folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = config.run.dir
+    if folder is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = f"runs/{data_name}-{config.method.name}-{stamp}"
+        if distributed.is_main():
+            number, base = 2, folder
+            while Path(folder).exists():
+                folder, number = f"{base}-{number}", number + 1
+    path = Path(distributed.broadcast_text(folder))
+    if distributed.is_main():
+        try:
+            RunLayout(path).checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"run directory {path} cannot be written: {error.strerror}") from error
+    distributed.barrier()
+    return path
+
+
+def make_classifier(model: ModelConfig, num_classes: int, image_size: int, device: torch.device) -> Classifier:
+    """A classifier on the CPU, with what the run asks of it in training.
+
+    Args:
+        model: backbone and head.
+        num_classes: C.
+        image_size: side of the square input in pixels.
+        device: where it will train.
+
+    Raises:
+        UserError: no such backbone, head or weights; `model.sync_bn` without a GPU.
+    """
+    classifier = Classifier(model, num_classes, image_size)
+    if model.sync_bn:
+        if device.type != "cuda":
+            raise UserError("model.sync_bn needs GPUs; leave it off (statistics are averaged over ranks anyway)")
+        classifier.backbone = synchronised(classifier.backbone)
+    if model.compile:
+        classifier.backbone.compile()
+    return classifier
+
+
+def load_best_classifier(
+    config: Config, layout: RunLayout, num_classes: int, device: torch.device
+) -> tuple[Classifier, dict[str, str]]:
+    """A new classifier on the CPU with a run's best weights so far, and their metadata (collective).
+
+    The one that was trained cannot take them: ZeRO stage 3 leaves it in pieces.
+
+    Args:
+        config: the run's.
+        layout: the run's.
+        num_classes: C.
+        device: where it will compute.
+
+    Raises:
+        UserError: there are no weights that fit.
+    """
+    distributed.barrier()
+    model = dataclasses.replace(config.model, pretrained=False, weights=None)
+    classifier = make_classifier(model, num_classes, config.data.image_size, device)
+    return classifier, load_weights(layout.weights, classifier)
+
+
+def set_prior(classifier: Classifier, config: Config, store: LabelStore, images: int) -> None:
+    """Start the head's biases where `model.prior_bias` wants them.
+
+    Args:
+        classifier: changed in place.
+        config: the run's.
+        store: the labels that training sees.
+        images: number of training images.
+    """
+    if config.model.prior_bias != "none":
+        positives, negatives = (store.class_counts(code).cpu() for code in (POSITIVE, NEGATIVE))
+        classifier.set_prior(positives, negatives, images)
+
+
+def make_truth(config: Config, train: Split, device: torch.device) -> LabelStore | None:
+    """All known labels, where they are more than the method may see: a simulation, or an oracle's diagnostics."""
+    if get_method(config.method.name).label_source == "observed" and train.hides_labels:
+        return LabelStore(train.known, device)
+    return None
+
+
+def make_sampler(config: Config, labels: SparseLabels) -> Callable[..., TrainSampler]:
+    """How often images come (`train.sampling`), from the labels that training sees; makes the loader's sampler.
+
+    Raises:
+        UserError: the method must not see an image twice in a step, but the sampling may show it so.
+    """
+    train = config.train
+    if train.sampling == "uniform":
+        return TrainSampler
+    if get_method(config.method.name).one_visit_per_step:
+        raise UserError(
+            f"method {config.method.name} keeps a row for every image, which must not come twice in a step; "
+            f"it does not go with train.sampling {train.sampling}"
+        )
+    return functools.partial(RepeatFactorSampler, repeat_factors(labels, train.repeat_threshold))
+
+
+def make_train_loader(config: Config, data: RunData, classifier: Classifier, device: torch.device) -> TrainLoader:
+    """The loader of this rank's training images.
+
+    Args:
+        config: the run's.
+        data: the run's.
+        classifier: its backbone knows the normalisation where the configuration has none.
+        device: where the images go.
+    """
+    mean, std = input_normalisation(config, classifier)
+    return TrainLoader(
+        data.train,
+        config.data,
+        views=get_method(config.method.name).views,
+        batch_size=config.train.batch_size,
+        accumulation=config.train.accumulation,
+        seed=config.run.seed,
+        device=device,
+        mean=mean,
+        std=std,
+        make_sampler=make_sampler(config, data.labels),
+    )
+
+
+def resolved_config(config: Config, data: RunData, run_dir: Path, classifier: Classifier) -> Config:
+    """The configuration with what was decided on the way, so that the run can be repeated from it.
+
+    Args:
+        config: as it was given.
+        data: the run's.
+        run_dir: the run directory.
+        classifier: knows the normalisation.
+    """
+    mean, std = input_normalisation(config, classifier)
+    folder = str(data.manifest.folder.resolve())
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, dir=folder, mean=mean, std=std),
+        run=dataclasses.replace(config.run, dir=str(run_dir)),
+    )
