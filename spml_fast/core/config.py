@@ -146,7 +146,7 @@ class TrainConfig(Section):
         linear_epochs: epochs before that with a frozen backbone, training the head only (linear-init protocol).
         linear_lr: head learning rate of the linear phase; null takes lr times head_lr_multiplier.
         batch_size: samples of one optimizer update, over all ranks and accumulation steps.
-        accumulation: forward and backward passes an update.
+        accumulation: forward and backward passes per update.
         exact_accumulation: batch statistics of the method over the whole update instead of each micro-step; costs one
             more forward without gradient a step. No effect when accumulation is 1.
         lr: learning rate of the backbone (peak value for one_cycle and cosine).

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake a user can mend, and the wrapper that prints it."""
+"""The one exception that stands for a mistake that a user can correct, and the wrapper that prints it."""
 
 from __future__ import annotations
 

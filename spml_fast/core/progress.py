@@ -39,7 +39,9 @@ def show_progress(total: int, description: str, enabled: bool) -> Iterator[Calla
         if now - last >= 10:
             last = now
             rate = done / (now - started)
-            left = (total - done) / rate
-            print(f"{description}: {done:,} of {total:,}, {rate:,.0f} a second, {left:,.0f} s left", file=sys.stderr)
+            remaining = (total - done) / rate
+            print(
+                f"{description}: {done:,} of {total:,}, {rate:,.0f} a second, {remaining:,.0f} s left", file=sys.stderr
+            )
 
     yield advance

@@ -71,8 +71,8 @@ def ruled(default: T, *rules: Rule) -> T:
         made: Any = dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     else:
         made = dataclasses.field(default=default, metadata=metadata)
-    found: T = made
-    return found
+    typed: T = made
+    return typed
 
 
 def positive(default: T) -> T:

@@ -2,8 +2,8 @@
 
 RUN/config.yaml                    the recipe with everything that was decided, to repeat the run
 RUN/deepspeed.json                 the configuration that DeepSpeed got
-RUN/classes.txt                    class names, one a line, line number = class id
-RUN/metrics.jsonl                  figures of updates and epochs, one JSON object a line
+RUN/classes.txt                    class names, one per line, line number = class id
+RUN/metrics.jsonl                  figures of updates and epochs, one JSON object per line
 RUN/results.json                   the final figures; a run that has it is finished
 RUN/model.safetensors              the best weights, whole
 RUN/options.json                   of `reproduce`: the options that the run was begun with
@@ -84,12 +84,12 @@ class RunLayout:
 
     @property
     def classes(self) -> Path:
-        """Class names in class-id order, one a line."""
+        """Class names in class-id order, one per line."""
         return self.folder / "classes.txt"
 
     @property
     def metrics(self) -> Path:
-        """Figures of updates and epochs, one JSON object a line."""
+        """Figures of updates and epochs, one JSON object per line."""
         return self.folder / "metrics.jsonl"
 
     @property

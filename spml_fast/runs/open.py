@@ -62,7 +62,14 @@ def input_normalisation(config: Config, classifier: Classifier) -> tuple[list[fl
 
 
 def make_eval_loader(config: Config, split: Split, classifier: Classifier, device: torch.device) -> EvalLoader:
-    """The loader that training and stand-alone evaluation share."""
+    """The loader that both training and stand-alone evaluation use.
+
+    Args:
+        config: image size, normalisation and batch size.
+        split: its images.
+        classifier: its backbone knows the normalisation where the configuration has none.
+        device: where the images go.
+    """
     mean, std = input_normalisation(config, classifier)
     return EvalLoader(split, config.data, batch_size=config.eval.batch_size, device=device, mean=mean, std=std)
 

@@ -122,17 +122,17 @@ def _load_file(path: Path) -> ModuleType:
 def _broken(name: str, why: str, error: Exception) -> UserError:
     """The sentence about an import that ended with an error, with the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return UserError(f"plugin {name}{why} cannot be imported: {type(error).__name__}: {error}{place}")
+    location = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return UserError(f"plugin {name}{why} cannot be imported: {type(error).__name__}: {error}{location}")
 
 
 @contextlib.contextmanager
 def _working_directory_first() -> Iterator[None]:
     """Inside, modules of the working directory can be imported, which a console script's path does not have."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
         with contextlib.suppress(ValueError):
-            sys.path.remove(here)
+            sys.path.remove(folder)

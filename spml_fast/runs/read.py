@@ -25,7 +25,7 @@ class Run:
 
     Attributes:
         folder: the run directory.
-        options: resolved configuration, `section.key` -> value; sections within sections go on with dots. What an
+        options: resolved configuration, `section.key` -> value; sections within sections are joined by dots. What an
             older version's file lacks has its default, as in every command that loads a run.
         epochs: epoch lines of metrics.jsonl in order; of an epoch that was repeated the last one.
         losses: loss of every line of metrics.jsonl that has one, None where it was not finite.
@@ -60,8 +60,8 @@ class Run:
     def validated(self) -> list[tuple[float, float | None]]:
         """(validation mAP, training loss) of the epochs of the last phase that were validated."""
         last = [e for e in self.epochs if e.get("phase") == self.epochs[-1].get("phase")]
-        found = [(number(e.get("val_map")), number(e.get("loss"))) for e in last]
-        return [(score, loss) for score, loss in found if score is not None]
+        figures = [(number(e.get("val_map")), number(e.get("loss"))) for e in last]
+        return [(score, loss) for score, loss in figures if score is not None]
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -189,8 +189,8 @@ def read_epochs(run: Path) -> list[dict[str, Any]]:
 
 def read_results(run: Path) -> dict[str, Any]:
     """The final figures of a finished run."""
-    found: dict[str, Any] = json.loads(RunLayout(run).results.read_text(encoding="utf-8"))
-    return found
+    results: dict[str, Any] = json.loads(RunLayout(run).results.read_text(encoding="utf-8"))
+    return results
 
 
 def read_run(folder: Path) -> Run:
@@ -206,7 +206,7 @@ def read_run(folder: Path) -> Run:
     options = flatten(recipe)
     run = Run(folder, default_options(options.get("method.name")) | options)
     run.results = _read_json(run, layout.results, "there are no test figures")
-    if run.results is not None and not _whole(run.results):
+    if run.results is not None and not _is_well_formed(run.results):
         run.notes.append(f"{layout.results.name} does not hold what a run writes there; there are no test figures")
         run.results = None
     run.engine = _read_json(run, layout.deepspeed, "the precision is shown as it was asked for") or {}
@@ -234,33 +234,33 @@ def _lenient_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _read(run: Run, path: Path, lost: str, reader: Callable[[Path], T]) -> T | None:
-    """A file of the run; where it is missing or cannot be read, None and a note that says what is `lost`."""
+def _read(run: Run, path: Path, consequence: str, reader: Callable[[Path], T]) -> T | None:
+    """A file of the run; where it is missing or cannot be read, None and a note that says what follows from that."""
     try:
         return reader(path)
     except FileNotFoundError:
-        run.notes.append(f"there is no {path.name}; {lost}")
+        run.notes.append(f"there is no {path.name}; {consequence}")
     except OSError as error:
-        run.notes.append(f"{path.name} cannot be read ({error.strerror}); {lost}")
+        run.notes.append(f"{path.name} cannot be read ({error.strerror}); {consequence}")
     return None
 
 
-def _read_json(run: Run, path: Path, lost: str) -> dict[str, Any] | None:
+def _read_json(run: Run, path: Path, consequence: str) -> dict[str, Any] | None:
     """A file of the run that holds a dictionary; None where it is missing, and with a note where it is damaged."""
-    if not path.exists() or (text := _read(run, path, lost, _lenient_text)) is None:
+    if not path.exists() or (text := _read(run, path, consequence, _lenient_text)) is None:
         return None
     try:
-        found = json.loads(text)
+        values = json.loads(text)
     except ValueError as error:
-        run.notes.append(f"{path.name} is damaged ({error}); {lost}")
+        run.notes.append(f"{path.name} is damaged ({error}); {consequence}")
         return None
-    if not isinstance(found, dict):
-        run.notes.append(f"{path.name} is damaged (it holds no dictionary); {lost}")
+    if not isinstance(values, dict):
+        run.notes.append(f"{path.name} is damaged (it holds no dictionary); {consequence}")
         return None
-    return found
+    return values
 
 
-def _whole(results: dict[str, Any]) -> bool:
+def _is_well_formed(results: dict[str, Any]) -> bool:
     """Whether the test figures have the shape that a run gives them."""
     alphas = results.get("alpha", {})
     try:

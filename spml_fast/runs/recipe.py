@@ -39,9 +39,9 @@ def read_recipe(path: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path} is no UTF-8 text ({error})") from error
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"recipe {path} is not valid YAML{where}: {getattr(error, 'problem', error)}") from error
+        position = getattr(error, "problem_mark", None)
+        line = f" in line {position.line + 1}" if position else ""
+        raise UserError(f"recipe {path} is not valid YAML{line}: {getattr(error, 'problem', error)}") from error
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):

@@ -62,7 +62,7 @@ def init_distributed() -> torch.device:
     deepspeed = _deepspeed()
     device = torch.device("cpu")
     if not env.threads_given():
-        # Ranks that share a machine share its cores, or they would slow each other down.
+        # Ranks on one machine divide its cores, or they would slow each other down.
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // env.local_world_size()))
     if torch.cuda.is_available():
@@ -94,6 +94,13 @@ def deepspeed_config(
 
     Everything whose default has moved between DeepSpeed's releases is explicit: clipping (on by default since 2026),
     precision (`bf16` breaks BatchNorm models, `torch_autocast` does not), the untested-optimizer switch.
+
+    Args:
+        train: batch size, accumulation, clipping and precision.
+        engine: ZeRO stage, TensorBoard and further sections.
+        world_size: number of ranks.
+        device: what the ranks compute on.
+        run_dir: where TensorBoard's events go.
 
     Raises:
         UserError: `deepspeed.extra` sets a section that other options own.
@@ -202,9 +209,9 @@ class Engine:
             self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restore module, optimizer and the place in the schedule (collective); returns the client state.
+        """Restore module, optimizer and the position in the schedule (collective); returns the client state.
 
-        The schedule itself stays as configured now, so a run may go on with more epochs.
+        The schedule itself stays as configured now, so a run may be resumed with more epochs.
 
         Raises:
             UserError: nothing usable is there.

@@ -19,6 +19,12 @@ def parameter_groups(
 
     Biases, norms and other one-dimensional parameters get no weight decay unless `train.decay_all`. Empty groups are
     never made: DeepSpeed drops them, which would desynchronise the schedule.
+
+    Args:
+        classifier: backbone and head; parameters that do not require gradients are left out.
+        method: its own parameters learn as fast as the head.
+        train: learning rates and weight decay.
+        head_only: the linear phase, in which the backbone does not train.
     """
     head_lr = train.lr * train.head_lr_multiplier
     if head_only and train.linear_lr is not None:
@@ -56,21 +62,23 @@ def make_optimizer(groups: list[dict[str, object]], train: TrainConfig, fused: b
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, updates: int) -> lr_scheduler.LRScheduler:
-    """Learning rate over `updates`, stepped once an update.
+    """Learning rate over `updates`, stepped once per update.
 
     one_cycle is torch's OneCycleLR (cosine, and it cycles beta1 or the momentum between 0.95 and 0.85 as the released
     Query2Label recipes do); cosine rises linearly for warmup_share, then falls to 0.
+
+    Source: docs/sources.md#ignore.
     """
     if train.schedule == "one_cycle":
         peaks = [float(g["lr"]) for g in optimizer.param_groups]
         # As published: the last update has the lowest rate. A rise to the very end needs one step more to fall in, and
         # two steps are the least that OneCycleLR can be made of.
         total = max(updates, 2) if train.warmup_share < 1 else updates + 1
-        share = min(float(train.warmup_share), updates / total)
-        if share * total <= 1 + 1e-6:
+        rise = min(float(train.warmup_share), updates / total)
+        if rise * total <= 1 + 1e-6:
             # A rise of one step or none starts at the peak; OneCycleLR divides by zero on exactly one step.
-            share = (1 - 1e-6) / total
-        return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=total, pct_start=share)
+            rise = (1 - 1e-6) / total
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=total, pct_start=rise)
     if train.schedule == "cosine":
         warm = round(updates * train.warmup_share)
 
@@ -90,7 +98,7 @@ SCHEDULE_OPTIONS = ("total_steps", "_schedule_phases", "base_lrs")
 def schedule_options(optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler) -> list[dict[str, object]]:
     """What the configuration says of the schedule, to be put back after a checkpoint was loaded over it.
 
-    A checkpoint holds the options of the run that saved it; a run that goes on with more epochs or another learning
+    A checkpoint holds the options of the run that saved it; a run that is resumed with more epochs or another learning
     rate must follow the new ones from where it stands.
     """
     state = scheduler.state_dict()

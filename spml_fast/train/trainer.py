@@ -78,7 +78,7 @@ class Trainer:
         device: this rank's device, from `engine.init_distributed`.
 
     Raises:
-        UserError: anything the user can mend.
+        UserError: anything that the user can correct.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
