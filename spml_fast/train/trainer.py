@@ -171,7 +171,7 @@ class Trainer:
             self._finish_epoch(phase, epoch, self._validate() if validates else None)
         self.engine.close()
         if linear and self.layout.weights.exists():
-            # Fine-tuning starts from the best linear head. Source: docs/sources.md#cole.
+            # Fine-tuning starts from the best linear head. Source: docs/sources.md#large-loss.
             self.classifier, _ = self._load_best()
             self.score.reset()
 

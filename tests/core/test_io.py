@@ -84,3 +84,11 @@ def test_csv_rows_that_fail_leave_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         io.write_csv(tmp_path / "t.csv", ("n",), ((1 // n,) for n in (1, 0)))
     assert not list(tmp_path.iterdir())
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    io.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        io.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}

@@ -1,0 +1,95 @@
+"""DeepSpeed's configuration, and what is used of it though it is private."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spml_fast.core import precision
+from spml_fast.core.config import EngineConfig, TrainConfig
+from spml_fast.core.errors import UserError
+from spml_fast.train.engine import OWNED_KEYS, deepspeed_config, micro_batch_size
+
+CPU = torch.device("cpu")
+
+
+def configured(train=None, engine_config=None, world_size=2):
+    return deepspeed_config(
+        TrainConfig(**(train or {"precision": "fp32"})),
+        EngineConfig(**(engine_config or {})),
+        world_size,
+        CPU,
+        Path("runs/x"),
+    )
+
+
+def test_whole_configuration():
+    train = {"batch_size": 24, "accumulation": 3, "clip": 1.5, "precision": "bf16"}
+    assert configured(train, {"zero_stage": 1}) == {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 1.5,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        "tensorboard": {"enabled": True, "output_path": "runs/x", "job_name": "tensorboard"},
+    }
+
+
+def test_clipping_is_always_written():
+    """DeepSpeed's own default has become 1.0."""
+    assert configured()["gradient_clipping"] == 0.0
+
+
+def test_precision_never_turns_parameters_into_bf16():
+    for name, on in (("fp32", False), ("bf16", True)):
+        config = configured({"precision": name})
+        assert config["torch_autocast"]["enabled"] is on
+        assert not {"bf16", "fp16", "amp", "optimizer", "scheduler"} & set(config)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_automatic_precision_asks_the_hardware(monkeypatch, able):
+    monkeypatch.setattr(precision, "prefers_bf16", lambda device: able)
+    assert configured({"precision": "auto"})["torch_autocast"]["enabled"] is able
+
+
+@pytest.mark.parametrize("key", OWNED_KEYS)
+def test_owned_sections_are_refused(key):
+    with pytest.raises(UserError, match=f"deepspeed.extra may not set {key};"):
+        configured(engine_config={"extra": {key: {}, "wandb": {}}})
+
+
+def test_other_sections_pass_through():
+    extra = {"wandb": {"enabled": True, "project": "p"}, "comms_logger": {"enabled": True}, "steps_per_print": 5}
+    config = configured(engine_config={"extra": extra, "tensorboard": False})
+    assert extra.items() <= config.items() and "tensorboard" not in config
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "accumulation", "expected"),
+    [(16, 1, 1, 16), (16, 4, 1, 4), (10, 4, 1, 3), (10, 2, 3, 2), (3, 3, 1, 1)],
+)
+def test_micro_batch_size(batch, world, accumulation, expected):
+    assert micro_batch_size(TrainConfig(batch_size=batch, accumulation=accumulation), world) == expected
+
+
+def test_deepspeed_still_has_what_is_used():
+    """The switch that keeps its optional C++ build off machines without a GPU."""
+    code = (
+        "from spml_fast.train.cluster import set_environment; set_environment()\n"
+        "import deepspeed\n"
+        "assert 'deepspeed_shm_comm' in deepspeed.ops.__compatible_ops__\n"
+        "assert callable(deepspeed.initialize) and callable(deepspeed.init_distributed)\n"
+        "assert callable(deepspeed.zero.GatheredParameters)\n"
+    )
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
