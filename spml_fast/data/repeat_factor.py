@@ -11,8 +11,8 @@ itself, so that epochs differ in length, here one random offset rounds the runni
 image comes floor(r_i) or ceil(r_i) times with the same mean, and all epochs have the same number of samples,
 ceil(sum r_i), which schedules need. For that the r_i are stretched by less than one sample over the epoch.
 
-Source: Gupta, Dollar and Girshick, "LVIS: A Dataset for Large Vocabulary Instance Segmentation", CVPR 2019, section
-"repeat factor sampling"; Madow, "On the Theory of Systematic Sampling, II", 1949; docs/sources.md#repeat-factor.
+Source: Gupta, Dollar and Girshick, "LVIS: A Dataset for Large Vocabulary Instance Segmentation", CVPR 2019;
+Madow, "On the Theory of Systematic Sampling, II", 1949; docs/sources.md#repeat-factor.
 """
 
 from __future__ import annotations

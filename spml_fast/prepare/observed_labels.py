@@ -4,7 +4,7 @@ All draws take known labels (`SparseLabels`) and give observed labels (`SparseLa
 not observed become unknown. They run over *all* official rows in file order, before a validation split is cut off
 and before unreadable images are dropped, so that neither changes the labels of any other image.
 
-Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, section 5 (split and draw);
+Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021;
 docs/sources.md#protocol, docs/sources.md#golden-values.
 """
 

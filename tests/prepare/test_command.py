@@ -32,7 +32,9 @@ def test_every_data_set_has_a_subcommand_and_help(capsys):
 def test_command_line_mistakes(words, capsys):
     with pytest.raises(SystemExit) as stop:
         run_prepare(*words)
-    assert stop.value.code == 2 and "usage:" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    assert "--help lists every option" in message
 
 
 def test_a_new_data_set_is_one_class(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ Protocol: only images with at least one annotation, image ids sorted as strings,
 in the order of the categories in the JSON file; a fifth of the training images becomes validation, the official
 validation file is the test set.
 
-Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, section 5; docs/sources.md#coco.
+Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021; docs/sources.md#coco.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 Protocol: the official split in the order of images.txt; an attribute is positive where "is
 present" says so, however certain; everything else is negative; a fifth of the training images becomes validation.
 
-Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, section 5; docs/sources.md#cub.
+Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021; docs/sources.md#cub.
 """
 
 from __future__ import annotations

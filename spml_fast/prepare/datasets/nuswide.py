@@ -17,7 +17,7 @@ Protocol: rows in the order of the files; images without any label are kept (22 
 observe nothing; a fifth of the training images becomes validation. The papers do not state the order of the arrays'
 columns; alphabetical, as in the original distribution, is assumed.
 
-Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, section 5; docs/sources.md#nuswide.
+Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021; docs/sources.md#nuswide.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 Protocol: difficult counts as negative, classes in alphabetical order, image names sorted; a
 fifth of the official training set becomes validation, the official validation set is the test set.
 
-Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, section 5; docs/sources.md#voc.
+Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021; docs/sources.md#voc.
 """
 
 from __future__ import annotations
