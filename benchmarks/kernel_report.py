@@ -166,7 +166,7 @@ def plot_bytes(rows: list[Row], path: Path, title: str) -> None:
 
 
 def _dots(names: list[str], panels: list[tuple[str, dict[str, list[float]], bool]], path: Path, title: str) -> None:
-    """Panels side by side with a line a name, a mark a series; the vertical line is 1."""
+    """Panels side by side with a line per name, a mark per series; the vertical line is 1."""
     import matplotlib
 
     matplotlib.use("Agg")

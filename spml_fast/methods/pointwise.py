@@ -21,16 +21,7 @@ from torch.nn.functional import logsigmoid
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, UNKNOWN, LabelStore, SparseLabels
-from spml_fast.methods.base import (
-    LossOutput,
-    Method,
-    MethodOptions,
-    Progress,
-    get_method,
-    global_mean,
-    global_sum,
-    method_names,
-)
+from spml_fast.methods.base import METHODS, LossOutput, Method, MethodOptions, Progress, global_mean, global_sum
 
 LogForm = Literal["released", "logits"]
 Reduction = Literal["mean", "sum"]
@@ -141,18 +132,20 @@ def point_examples() -> list[PointExample]:
     """
     store = LabelStore(SparseLabels.from_positives([[0], [1]], 80, UNKNOWN))
     progress = Progress(epoch=2, epochs=3, update=1, updates_per_epoch=1)
-    registered = {name: get_method(name) for name in method_names()}
-    found = []
-    for name, method_class in registered.items():
+    registered = METHODS.items()
+    classes = {method_class for _, method_class in registered}
+    examples = []
+    for name, method_class in registered:
         if not issubclass(method_class, PointMethod):
             continue
-        parents = [p for p in method_class.__mro__[1:] if p in registered.values()]
+        parents = [parent for parent in method_class.__mro__[1:] if parent in classes]
         inherited = any(getattr(parent, "point", None) is method_class.point for parent in parents)
         if inherited and "examples" not in vars(method_class):
             continue
         for options in method_class.examples or (method_class.Options(name=name),):
-            found.append(PointExample(name, method_class.point, method_class(options, store).params(progress)))
-    return found
+            params = method_class(options, store).params(progress)
+            examples.append(PointExample(name, method_class.point, params))
+    return examples
 
 
 def hidden_positives(selected: Tensor, batch: Batch) -> dict[str, Tensor]:

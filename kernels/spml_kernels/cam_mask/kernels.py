@@ -171,7 +171,7 @@ def _mask_kernel(
         images_ptr, out_ptr: [B, PLANES, height, width * STEP], integers of the images' width: STEP is the number of
             channels where they are innermost, else 1.
         margin: more than rounding can move an upsampled value that is close to the threshold.
-        ratio_y, ratio_x: cells a pixel.
+        ratio_y, ratio_x: cells per pixel.
         CELLS_Y, CELLS_X: at least the cells that a tile touches.
     """
     row = width * STEP

@@ -6,7 +6,7 @@ G = m + r P, made on the fly from two rows of B x C numbers and a bit:
 
 Where the products take longer than the bytes (many classes), most of what they would add is left out: 64 x 64 squares
 without a positive cell, most of a trained network's, are skipped by lists made beforehand, and the mean part, which has
-no zeros, becomes two products with one row an image:
+no zeros, becomes two products with one row per image:
     dX = (m W) [of its image] + (r P) W,   dW = m' sum(X) + (r P)' X.
 The forward has made the mean features for that. Elsewhere one product holds both parts, and nothing is made beside it.
 Sums that are split over programs are added in a fixed order: no atomics.

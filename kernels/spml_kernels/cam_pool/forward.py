@@ -5,7 +5,7 @@ two means give the logits of every alpha in one pass. Source: BoostLU (CVPR 2023
 
 Forward: a tiled matrix product whose tile of the map is summed over the cells of each image in registers and dropped.
 Cells of one image follow those of another, so a tile holds the end of one image, whole ones, and the start of one
-more. Sums of whole images are final; the two others go to a buffer of two slots a tile, which a second kernel adds up
+more. Sums of whole images are final; the two others go to a buffer of two slots per tile, which a second kernel adds up
 in a fixed order.
 What is kept is one bit per cell, the sign, 32 cells of one class to a word: making the map again instead would be a
 fourth product beside the three that forward and backward need anyway, a bit costs 1/16 of a bf16 map. Where the

@@ -337,7 +337,7 @@ def _cam_pool_list_kernel(
     Args:
         flags_ptr: int8, squares; `lines` of them across, a line of squares each.
         list_ptr: int32 [tiles, width]; count_ptr: int32 [tiles].
-        width: steps a line.
+        width: steps per line.
         MERGED: lines that a tile spans; PARTS: steps that a square is cut into.
     """
     tile = tl.program_id(0)

@@ -16,8 +16,8 @@ class FlatLaunch(NamedTuple):
     """Launch of a kernel that walks a tensor as one long row.
 
     Attributes:
-        block: elements a program.
-        warps: warps a program.
+        block: elements per program.
+        warps: warps per program.
         programs: grid size.
     """
 
@@ -27,7 +27,7 @@ class FlatLaunch(NamedTuple):
 
 
 def flat_launch(elements: int) -> FlatLaunch:
-    """Point-wise kernels. 16 elements a thread: one 128-bit load of int8 codes, four of fp32 logits."""
+    """Point-wise kernels. 16 elements per thread: one 128-bit load of int8 codes, four of fp32 logits."""
     block = 2048 if elements > 2048 * 64 else 512
     return FlatLaunch(block, block // 512, cdiv(elements, block))
 
@@ -63,13 +63,13 @@ class LargeLossSingleLaunch(NamedTuple):
     warps: int
 
 
-# Entries that one program holds: 32 a thread of 16 warps, with up to 128 registers a thread. 32 warps, which leave 64,
+# Entries that one program holds: 32 per thread of 16 warps, with up to 128 registers each. 32 warps, which leave 64,
 # spill on some cards.
 SINGLE_LAUNCH_ENTRIES = 16384
 
 
 def large_loss_single_launch(elements: int) -> LargeLossSingleLaunch | None:
-    """All passes of large_loss in one program, 16 entries a thread while threads suffice; None if it is too large."""
+    """All passes of large_loss in one program, 16 entries per thread while threads suffice; None if it is too large."""
     if elements > SINGLE_LAUNCH_ENTRIES:
         return None
     block = max(1024, next_power_of_two(elements))
@@ -83,7 +83,7 @@ class LabelRowsLaunch(NamedTuple):
     Attributes:
         block: columns filled at a time.
         entries: listed entries read at a time.
-        warps: warps a program.
+        warps: warps per program.
     """
 
     block: int
@@ -92,7 +92,7 @@ class LabelRowsLaunch(NamedTuple):
 
 
 def label_rows_launch(num_classes: int) -> LabelRowsLaunch:
-    """Rows of few classes take one small block; rows of many are filled 16 bytes a thread at a time."""
+    """Rows of few classes take one small block; rows of many are filled 16 bytes per thread at a time."""
     block = min(max(128, next_power_of_two(num_classes)), 2048)
     return LabelRowsLaunch(block, 32 if block < 2048 else 128, 1 if block < 2048 else 4)
 
@@ -114,8 +114,8 @@ class CamPoolTiles(NamedTuple):
     """Launch of a matrix kernel.
 
     Attributes:
-        rows: cells a tile.
-        classes: classes a tile, or a step where classes are summed over.
+        rows: cells per tile.
+        classes: classes per tile, or a step where classes are summed over.
         channels: channels a tile, or a step where channels are summed over.
         warps, stages: of a program.
     """
@@ -151,7 +151,7 @@ class CamPoolLaunch(NamedTuple):
 SKIP = 64
 
 
-# Operations a byte of a product in half precision from which the backward skips squares. By their data sheets an H200
+# Operations per byte of a product in half precision from which the backward skips squares. By their data sheets an H200
 # balances the two at 210, an H100 at 300. Skipping takes four launches more and reads signs and weights once more.
 SKIP_FROM = 512
 
@@ -214,7 +214,7 @@ class ColumnsLaunch(NamedTuple):
     Attributes:
         rows, classes: of a tile.
         turns: tiles that a program sums, one below the other.
-        warps: warps a program.
+        warps: warps per program.
     """
 
     rows: int
@@ -224,7 +224,7 @@ class ColumnsLaunch(NamedTuple):
 
 
 def columns_launch(rows: int, classes: int) -> ColumnsLaunch:
-    """8 elements a thread: 64 bits of codes, at least 128 of logits. Rows are split over programs to fill a GPU."""
+    """8 elements per thread: 64 bits of codes, at least 128 of logits. Rows are split over programs to fill a GPU."""
     tile = 8
     across = min(128, max(16, next_power_of_two(classes)))
     parts = min(cdiv(rows, tile), cdiv(FULL_GPU, cdiv(classes, across)))
@@ -238,7 +238,7 @@ class ClassMapLaunch(NamedTuple):
         cells: of one image, a program.
         channels: a step of the sum.
         chosen: classes summed at a time.
-        warps: warps a program.
+        warps: warps per program.
     """
 
     cells: int
@@ -260,7 +260,7 @@ class MaskLaunch(NamedTuple):
     Attributes:
         rows: of pixels.
         columns: elements of a row of memory: pixels, or pixels by channels where channels are innermost.
-        warps: warps a program.
+        warps: warps per program.
     """
 
     rows: int
@@ -279,7 +279,7 @@ class NormaliseLaunch(NamedTuple):
     Attributes:
         image: cells of one map read at a time.
         rows, cells: maps and cells of a tile where maps of several images are compared.
-        warps: warps a program.
+        warps: warps per program.
     """
 
     image: int

@@ -34,7 +34,7 @@ class Case:
             a tuple of numbers.
         constants: constexpr arguments.
         aligned: arguments whose value is a multiple of 16.
-        warps: warps a program.
+        warps: warps per program.
         stages: depth of software pipelining.
         streamed: whether the operands' loads are expected to be 128 bits wide.
         tensor_cores: whether matrix instructions are expected.
@@ -58,8 +58,8 @@ class Report:
 
     Attributes:
         registers: a thread.
-        stack: bytes a thread; not 0 means spills.
-        shared: bytes a block.
+        stack: bytes per thread; not 0 means spills.
+        shared: bytes per block.
         warps: of a block.
         loads: width in bits -> number of load instructions from global memory, plain, asynchronous and by tensor copy.
         stores: the same of store instructions.

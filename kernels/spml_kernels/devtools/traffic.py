@@ -149,7 +149,7 @@ def _cam_pool_forward(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     # Every tile of classes reads all features, and so do mean features; every tile of cells all weights and biases.
     read = (tiles_c + a["POOL"]) * features + tiles_r * (weight + 4 * classes)
     touched = [_tiles_touched(p, cells, a["BLOCK_R"]) for p in range(rows // cells)]
-    # Two sums a class: in the place of the result for an image within one tile, in one slot a tile for the others.
+    # Two sums per class: in the place of the result for an image within one tile, in one slot a tile for the others.
     written = 8 * classes * sum(touched)
     if a["BITS"]:
         written += 4 * cdiv(rows, 32) * a["stride"]

@@ -34,7 +34,7 @@ def _label_loss_kernel(
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of entries a program: its part of the loss, and the gradient.
+    """One block of entries per program: its part of the loss, and the gradient.
 
     Args:
         logits_ptr, codes_ptr, grad_ptr: [elements]; grad is not touched without GRAD.

@@ -1,6 +1,6 @@
 """label_rows: the label codes of a batch from CSR arrays, on the device.
 
-One program a row: it fills the row with the default code and writes the listed codes over it, so the dense codes are
+One program per row: it fills the row with the default code and writes the listed codes over it, so the dense codes are
 written once and nothing but the row's own entries is read.
 """
 

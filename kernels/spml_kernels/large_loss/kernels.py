@@ -313,7 +313,7 @@ def _large_select_kernel(
         counts_ptr, threshold_ptr, room_ptr: from `_large_threshold_kernel`.
         selected_ptr: int8 (bool) [elements]; grad_ptr: [elements]; partial_ptr: fp32 [programs].
         rows_ptr, classes_ptr: int64 [length]; valid_ptr: int8 (bool) [length]; length at most elements.
-        CLASSES: entries a row, read with LIST.
+        CLASSES: entries per row, read with LIST.
     """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -415,7 +415,7 @@ def _large_single_kernel(
 ):
     """All passes in one program, which holds the batch: elements at most BLOCK.
 
-    The keys stay in registers while the threshold is found. What is written needs more registers an entry, so it is
+    The keys stay in registers while the threshold is found. What is written needs more registers per entry, so it is
     made in parts, from logits and codes that are still in the multiprocessor's own cache.
 
     Args:
