@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import re
+import runpy
 import sys
 import tomllib
+from typing import Any
+from unittest import mock
 
 import pytest
 from packaging.requirements import Requirement
@@ -16,15 +19,22 @@ from tests.support.paths import ROOT
 STACKS = tomllib.loads((ROOT / "stacks.toml").read_text(encoding="utf-8"))
 
 
+@functools.cache
+def setup_arguments() -> dict[str, Any]:
+    """What setup.py hands to setuptools."""
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    return dict(setup.call_args.kwargs)
+
+
 def floors() -> dict[str, Version]:
-    """Lowest version of every requirement in setup.py, by name."""
-    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    """Lowest version of every requirement that users or tests install, by name."""
+    extras = setup_arguments()["extras_require"]
     found = {}
-    for words in re.findall(r'"([A-Za-z][\w-]*(?:\s*[<>=!~]=?[^"]*)?)"', text):
-        if re.match(r"[\w-]+\s*>=", words):
-            requirement = Requirement(words)
-            (lowest,) = [s.version for s in requirement.specifier if s.operator == ">="]
-            found[requirement.name] = Version(lowest)
+    for words in [*setup_arguments()["install_requires"], *extras["test"], *extras["onnx"]]:
+        requirement = Requirement(words)
+        (lowest,) = [s.version for s in requirement.specifier if s.operator == ">="]
+        found[requirement.name] = Version(lowest)
     return found
 
 
@@ -42,7 +52,10 @@ def test_what_is_installed_is_not_older(name):
 
 
 def test_python():
-    text = (ROOT / "setup.py").read_text(encoding="utf-8")
     oldest = STACKS["python"]["oldest"]
-    assert f'python_requires=">={oldest}"' in text
+    assert setup_arguments()["python_requires"] == f">={oldest}"
     assert sys.version_info[:2] >= tuple(int(n) for n in oldest.split("."))
+
+
+def test_nothing_else_is_required():
+    assert set(floors()) == {*STACKS["packages"], *STACKS["extras"]}
