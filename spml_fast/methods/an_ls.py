@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spml_fast.data.labels import LabelStore
 from spml_fast.methods.base import MethodOptions, Progress, register
-from spml_fast.methods.pointwise import LogForm, PointMethod, log_terms, require_share
+from spml_fast.methods.pointwise import LogForm, PointMethod, log_terms, require_fraction
 
 
 def an_ls_point(logits: Tensor, codes: Tensor, smoothing: float, guard: float) -> Tensor:
@@ -75,7 +75,7 @@ class AssumeNegativeSmoothed(PointMethod):
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)
-        require_share(options, "smoothing")
+        require_fraction(options, "smoothing")
 
     def params(self, progress: Progress) -> tuple[float, ...]:
         """Weight of the wrong label, guard."""

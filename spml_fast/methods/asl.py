@@ -35,8 +35,8 @@ from spml_fast.methods.pointwise import (
     Reduction,
     power_p,
     power_q,
+    require_fraction,
     require_not_negative,
-    require_share,
 )
 
 
@@ -183,7 +183,7 @@ class AsymmetricLoss(PointMethod):
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)
         require_not_negative(options, "gamma_positive", "gamma_negative")
-        require_share(options, "margin")
+        require_fraction(options, "margin")
 
     def params(self, progress: Progress) -> tuple[float, ...]:
         """Exponents, margin, clamp, whether the weights carry gradient."""

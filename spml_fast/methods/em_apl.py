@@ -41,7 +41,7 @@ from spml_fast.core.batch import Batch
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels, class_dtype
 from spml_fast.methods.base import LossOutput, MethodOptions, Progress, register
 from spml_fast.methods.em import EMOptions, EntropyMaximisation
-from spml_fast.methods.pointwise import log_terms, require_not_negative, require_share
+from spml_fast.methods.pointwise import log_terms, require_fraction, require_not_negative
 from spml_fast.methods.state import sample_rows
 from spml_fast.methods.state.memory import require_memory
 
@@ -142,7 +142,7 @@ class AsymmetricPseudoLabels(EntropyMaximisation):
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)
-        require_share(options, "theta")
+        require_fraction(options, "theta")
         require_not_negative(options, "beta", "warm_up")
         self.soft = SoftLabels(sample_rows.owned_count(len(store)), store.num_classes, store.device)
         # Soft labels of all ranks.

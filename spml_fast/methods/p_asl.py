@@ -44,9 +44,9 @@ from spml_fast.methods.pointwise import (
     PointMethod,
     Reduction,
     hidden_positives,
+    require_fraction,
     require_negatives,
     require_not_negative,
-    require_share,
 )
 
 
@@ -188,7 +188,7 @@ class PartialASL(PointMethod):
         o = self.options
         require_not_negative(o, "top_k", "g_positive", "g_negative", "g_unknown")
         require_not_negative(o, "a_positive", "a_negative", "a_unknown")
-        require_share(o, "eta", "margin")
+        require_fraction(o, "eta", "margin")
         self.tracks = o.prior_out is not None or (o.prior == "running" and o.prior_file is None)
         self.register_buffer("prior_sum", torch.zeros(store.num_classes, dtype=torch.float64, device=store.device))
         self.register_buffer("prior_count", torch.zeros((), dtype=torch.float64, device=store.device))

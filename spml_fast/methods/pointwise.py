@@ -64,7 +64,7 @@ def require_negatives(labels: SparseLabels, name: str) -> None:
         )
 
 
-class PointMethod(Method):
+class PointMethod(Method[Tensor, Tensor]):
     """A method whose loss is a sum over (logit, code) pairs. Subclasses give the point function and its numbers.
 
     `options.log_form` chooses the guard and `options.reduction` mean or sum, where a method has these options.
@@ -157,7 +157,7 @@ def hidden_positives(selected: Tensor, batch: Batch) -> dict[str, Tensor]:
     return metrics
 
 
-def require_share(options: MethodOptions, *names: str) -> None:
+def require_fraction(options: MethodOptions, *names: str) -> None:
     """Raise `UserError` unless these options lie between 0 and 1."""
     for name in names:
         if not 0 <= getattr(options, name) <= 1:

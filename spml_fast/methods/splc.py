@@ -34,8 +34,8 @@ from spml_fast.methods.pointwise import (
     hidden_positives,
     power_p,
     power_q,
+    require_fraction,
     require_not_negative,
-    require_share,
 )
 
 
@@ -115,7 +115,7 @@ class SelfPacedLossCorrection(PointMethod):
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)
-        require_share(options, "tau")
+        require_fraction(options, "tau")
         require_not_negative(options, "gamma", "change_epoch")
 
     def corrects(self, progress: Progress) -> bool:
