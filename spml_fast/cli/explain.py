@@ -6,13 +6,15 @@ import argparse
 import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-    from spml_fast.analysis.explain import Choice
+    from spml_fast.analysis.explain import Choice, Explained
+    from spml_fast.analysis.explain_page import MapFolder
     from spml_fast.core.config import Config
     from spml_fast.data.image_files import ImageFiles
     from spml_fast.data.manifest import Manifest, Split
@@ -92,7 +94,7 @@ def class_ids(names: list[str], classes: list[str]) -> list[int]:
 
 
 def given_images(args: argparse.Namespace) -> tuple[ImageFiles, list[float], int]:
-    """The images of the command line that can be read, width through height of each, and how many were left out."""
+    """The images of the command line that can be read, width / height of each, and how many were left out."""
     import numpy as np
 
     from spml_fast.analysis import predict
@@ -121,7 +123,16 @@ def chosen_samples(
     device: torch.device,
     alpha: float,
 ) -> tuple[Split, list[Choice]]:
-    """The split without images on the command line, and the samples of it that are worth a look."""
+    """The split without images on the command line, and the samples of it that are worth a look.
+
+    Args:
+        args: the command line.
+        config: of the run.
+        manifest: of the run's data set.
+        classifier: with the run's weights, on `device`.
+        device: where it runs.
+        alpha: BoostLU's factor.
+    """
     from spml_fast.analysis.explain import PREDICTED, choose_samples
     from spml_fast.analysis.suggest import find_suggestions
     from spml_fast.core.progress import show_progress
@@ -149,7 +160,7 @@ def chosen_samples(
 
 
 def sample_files(split: Split, choices: list[Choice], stack: contextlib.ExitStack) -> tuple[ImageFiles, list[float]]:
-    """The chosen samples as image files, and width through height of each; unpacked for a while from tar shards."""
+    """The chosen samples as image files, and width / height of each; unpacked for a while from tar shards."""
     import numpy as np
 
     from spml_fast.data.image_files import ImageFiles
@@ -175,6 +186,91 @@ def page_name(place: int, path: str) -> str:
     return f"{place:04d}-{stem[:80]}.png"
 
 
+def with_batch_size(config: Config, batch_size: int) -> Config:
+    """The configuration with another batch size in evaluation."""
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
+
+
+def first_classes(named: list[int] | None, choices: list[Choice] | None, images: int) -> list[list[int]] | None:
+    """Class ids whose maps come first, for each image: those named, or the one that an image was chosen for."""
+    if named is not None:
+        return [named] * images
+    return [[] if c.class_id is None else [c.class_id] for c in choices or ()] or None
+
+
+class Drawing:
+    """Draws images as they are explained: all on one page at the end, or a page each.
+
+    Args:
+        out: a PNG file for one page, or a folder.
+        one_page: which of the two.
+        title: over every page.
+        classes: class names in class-id order.
+        alpha: BoostLU's factor.
+        signed: whether maps say what speaks against a class.
+        maps: takes the maps as arrays; None for pictures alone.
+
+    Attributes:
+        shown: images drawn so far.
+        unprintable: class names for which no font has the characters, at most on one page.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        one_page: bool,
+        title: str,
+        classes: Sequence[str],
+        alpha: float,
+        signed: bool,
+        maps: MapFolder | None,
+    ) -> None:
+        self.out, self.one_page, self.title, self.classes = out, one_page, title, classes
+        self.alpha, self.signed, self.maps = alpha, signed, maps
+        self.pages: list[Explained] = []
+        self.shown = self.unprintable = 0
+        try:
+            (out.parent if one_page else out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}") from error
+
+    def add(self, place: int, image: Explained) -> None:
+        """The image that is number `place` of those chosen."""
+        self.shown += 1
+        if self.maps is not None:
+            self.maps.add(image, self.classes)
+        if self.one_page:
+            self.pages.append(image)
+        else:
+            self._draw(self.out / page_name(place, image.path), [image])
+
+    def finish(self) -> None:
+        """Draw the one page; `UserError` where there is nothing to draw."""
+        if not self.shown:
+            raise UserError("none of the images can be used; the reasons stand above")
+        if self.one_page:
+            self._draw(self.out, self.pages)
+        if self.unprintable:
+            common.say(
+                f"note: no font of this machine has the characters of {self.unprintable} class names, which stand as "
+                "their ids; install one that has, such as Noto Sans CJK"
+            )
+
+    def _draw(self, path: Path, images: list[Explained]) -> None:
+        from spml_fast.analysis import explain_page
+
+        unprintable = explain_page.draw(path, images, self.classes, self.title, self.alpha, self.signed)
+        self.unprintable = max(self.unprintable, unprintable)
+
+
+def check_count(number: int, one_page: bool, what: str) -> None:
+    """Raise `UserError` for more images than fit on one page; `what` begins the sentence."""
+    from spml_fast.analysis.explain import MAX_IMAGES
+
+    if one_page and number > MAX_IMAGES:
+        raise UserError(f"{what} {MAX_IMAGES} at most, and --out DIR makes a page each")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Look and draw; 1 if an image was left out."""
     args = parse(argv)
@@ -190,86 +286,48 @@ def main(argv: list[str] | None = None) -> int:
     manifest = None if args.images else open_data(config)
     classes = run_classes(args.run, config) if manifest is None else manifest.classes
     named = None if args.classes is None else class_ids(args.classes, classes)
-    top = args.top or TOP if named is None else len(named)
-    if args.count > explain.MAX_IMAGES and one_page and manifest is not None:
-        raise UserError(
-            f"--count is {args.count}; a page holds {explain.MAX_IMAGES} at most, and --out DIR makes a page each"
-        )
-    missing = 0
     # Processes are forked to check images, so the GPU is touched after that.
-    files, aspects = None, list[float]()
-    if manifest is None:
+    files, aspects, missing = None, list[float](), 0
+    if manifest is not None:
+        check_count(args.count, one_page, f"--count is {args.count}; a page holds")
+    else:
         files, aspects, missing = given_images(args)
-        if one_page and len(files) > explain.MAX_IMAGES:
-            raise UserError(
-                f"{len(files)} images are too many for one page, which holds {explain.MAX_IMAGES}; "
-                "--out DIR makes a page each"
-            )
+        check_count(len(files), one_page, f"{len(files)} images are too many for one page, which holds")
     device = common.default_device()
     classifier, _ = load_classifier(args.run, config, len(classes), device)
     alpha = classifier.alpha_eval if args.alpha is None else args.alpha
     check_alphas([alpha], classifier, config)
-    batch_size = args.batch_size or config.eval.batch_size
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
+    config = with_batch_size(config, args.batch_size or config.eval.batch_size)
     with contextlib.ExitStack() as stack:
         split, choices = None, None
         if manifest is not None:
             split, choices = chosen_samples(args, config, manifest, classifier, device, alpha)
             files, aspects = sample_files(split, choices, stack)
         assert files is not None
-        first: list[list[int]] | None
-        if named is not None:
-            first = [named] * len(files)
-        else:
-            first = [[] if c.class_id is None else [c.class_id] for c in choices or ()] or None
-        section = dataclasses.replace(config.eval, batch_size=min(batch_size, len(files)))
-        config = dataclasses.replace(config, eval=section)
-        folder = None
-        if args.maps is not None:
-            about = {"run": str(args.run), "alpha": alpha, "image_size": config.data.image_size}
-            folder = stack.enter_context(explain_page.MapFolder(args.maps, about))
-        try:
-            (out.parent if one_page else out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror}") from error
+        about = {"run": str(args.run), "alpha": alpha, "image_size": config.data.image_size}
+        maps = None if args.maps is None else stack.enter_context(explain_page.MapFolder(args.maps, about))
         where = "" if split is None else f", {split.name} split"
         title = f"{args.run}{where}, {config.data.image_size} px, alpha {alpha:g}"
-        pages, lost = [], 0
-        found_images = explain.explain(
+        drawing = Drawing(out, one_page, title, classes, alpha, classifier.head.supports_boostlu, maps)
+        images = explain.explain(
             classifier,
-            config,
+            with_batch_size(config, min(config.eval.batch_size, len(files))),
             files,
             device,
             alpha=alpha,
             classes=classes,
-            top=top,
-            first=first,
+            top=args.top or TOP if named is None else len(named),
+            first=first_classes(named, choices, len(files)),
             aspects=aspects,
         )
-        shown = 0
-        for place, found in enumerate(found_images):
-            if found.refused is not None:
-                common.say(left_out(found.path, found.refused))
+        for place, image in enumerate(images):
+            if image.refused is not None:
+                common.say(left_out(image.path, image.refused))
                 missing += 1
-                continue
-            shown += 1
-            if split is not None and choices is not None:
-                found = explain.with_labels(found, split, choices[place], classes)
-            if folder is not None:
-                folder.add(found, classes)
-            if one_page:
-                pages.append(found)
-                continue
-            name = out / page_name(place, found.path)
-            lost = max(lost, explain_page.draw(name, [found], classes, title, alpha, classifier.head.supports_boostlu))
-        if not shown:
-            raise UserError("none of the images can be used; the reasons stand above")
-        if one_page:
-            lost = explain_page.draw(out, pages, classes, title, alpha, classifier.head.supports_boostlu)
-    if lost:
-        common.say(
-            f"note: no font of this machine has the characters of {lost} class names, which stand as their ids; "
-            "install one that has, such as Noto Sans CJK"
-        )
-    print(f"{out}: {shown} images" + (f"; {missing} left out, the reasons stand above" if missing else ""))
+            elif split is not None and choices is not None:
+                drawing.add(place, explain.with_labels(image, split, choices[place], classes))
+            else:
+                drawing.add(place, image)
+        drawing.finish()
+    print(f"{out}: {drawing.shown} images" + (f"; {missing} left out, the reasons stand above" if missing else ""))
     return 1 if missing else 0

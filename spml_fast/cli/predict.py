@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+
+if TYPE_CHECKING:
+    from spml_fast.analysis.predict import Prediction, PredictionTable
+    from spml_fast.data.image_files import ImageFiles
 
 DESCRIPTION = """Print a line an image: its most probable classes with their probabilities. The run directory is enough;
 its data set is not needed. Images that cannot be read are named on standard error and left out, and the exit status is
@@ -55,19 +63,64 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--csv - is not supported; leave --csv out to see the classes on the screen")
 
 
+def usable_files(args: argparse.Namespace, paths: list[str], progress: bool) -> ImageFiles:
+    """The images that can be read; the others are named on standard error."""
+    import numpy as np
+
+    from spml_fast.analysis.predict import left_out
+    from spml_fast.data.image_check import check_images, choose_level
+    from spml_fast.data.image_files import ImageFiles
+
+    verified = check_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress)
+    for index, why in verified.rejected.items():
+        common.say(left_out(paths[index], *why))
+    usable = np.flatnonzero(verified.ok)
+    orientation = verified.orientation[usable] if args.orientation == "exif" else np.ones(len(usable), np.uint8)
+    return ImageFiles([paths[i] for i in usable], orientation)
+
+
+def write_out(
+    predictions: Iterable[Prediction],
+    table: PredictionTable | None,
+    line: Callable[[Prediction], str],
+    advance: Callable[[int], None],
+) -> int:
+    """Write predictions as they come; those that the loader refused are named on standard error.
+
+    Args:
+        predictions: of every image, in order.
+        table: rows go there; None prints a line each.
+        line: an image's line.
+        advance: called with 1 after each image.
+
+    Returns:
+        How many images were predicted.
+    """
+    from spml_fast.analysis.predict import left_out
+
+    done = 0
+    for prediction in predictions:
+        advance(1)
+        if prediction.reason is not None:
+            common.say(left_out(prediction.path, prediction.reason))
+            continue
+        done += 1
+        if table is not None:
+            table.add(prediction)
+        else:
+            print(line(prediction), flush=True)
+    return done
+
+
 def main(argv: list[str] | None = None) -> int:
     """Predict and print, or write; 1 if an image was left out."""
     args = parse(argv)
     check(args)
-    import contextlib
-
-    import numpy as np
     import torch
 
     from spml_fast.analysis import predict
     from spml_fast.core.progress import show_progress
-    from spml_fast.data.image_check import check_images, choose_level
-    from spml_fast.data.image_files import ImageFiles, find_images
+    from spml_fast.data.image_files import find_images
     from spml_fast.evaluation.evaluate import check_alphas
     from spml_fast.runs.open import load_classifier, load_run_config, run_classes
 
@@ -80,19 +133,13 @@ def main(argv: list[str] | None = None) -> int:
     check_alphas([alpha], classifier, config)
     top = TOP if args.top is None and args.threshold is None else args.top
     threshold = args.threshold or 0.0
+    progress = len(paths) >= PROGRESS_FROM
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(predict.PredictionTable(args.csv, classes)) if args.csv is not None else None
         # Processes are forked to check images, so the GPU is touched after that.
-        progress = len(paths) >= PROGRESS_FROM
-        verified = check_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress)
-        for index, why in verified.rejected.items():
-            common.say(predict.left_out(paths[index], *why))
-        usable = np.flatnonzero(verified.ok)
-        orientation = verified.orientation[usable] if args.orientation == "exif" else np.ones(len(usable), np.uint8)
-        files = ImageFiles([paths[i] for i in usable], orientation)
+        files = usable_files(args, paths, progress)
         batch_size = max(1, min(args.batch_size or config.eval.batch_size, len(files)))
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
-        width = predict.path_width(files.paths) if len(files) else 0
         device = common.default_device()
         predictions = predict.predict(
             classifier.to(device),
@@ -104,18 +151,10 @@ def main(argv: list[str] | None = None) -> int:
             top=top,
             threshold=threshold,
         )
-        done = 0
+        width = predict.path_width(files.paths) if len(files) else 0
+        line = functools.partial(predict.prediction_line, classes=classes, threshold=threshold, width=width)
         advance = stack.enter_context(show_progress(len(files), "predicting", table is not None and progress))
-        for found in predictions:
-            advance(1)
-            if found.reason is not None:
-                common.say(predict.left_out(found.path, found.reason))
-                continue
-            done += 1
-            if table is not None:
-                table.add(found)
-            else:
-                print(predict.prediction_line(found, classes, threshold, width), flush=True)
+        done = write_out(predictions, table, line, advance)
         if done == 0:
             raise UserError(f"none of the {len(paths)} images can be used; the reasons stand above")
     missing = len(paths) - done

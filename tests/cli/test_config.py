@@ -43,9 +43,6 @@ def refused(capsys, *argv: str) -> str:
     return said.err
 
 
-# ---- what wins
-
-
 def test_defaults():
     config = parse_config([])
     assert config.method == get_method("ll_r").Options(name="ll_r")
@@ -91,9 +88,6 @@ def test_default_recipe_only_without_recipe_and_data(recipe, argv, used):
     assert parse_config([*argv, "--config", other], default).train.epochs == 10
 
 
-# ---- the method
-
-
 @pytest.mark.parametrize("words", [["--method", "ll_cp"], ["--method=ll_cp"], ["--method.name", "ll_cp"]])
 def test_method_shorthand(words):
     config = parse_config([*words, "--method.delta_rel", "0.3"])
@@ -133,9 +127,6 @@ def test_an_unknown_method(recipe):
             parse_config(argv)
     with pytest.raises(UserError, match=re.escape("write `method: {name: ll_ct}`")):
         parse_config(["--config", recipe("method: ll_ct")])
-
-
-# ---- mistakes
 
 
 def test_unknown_keys_name_file_section_and_key(recipe):
@@ -259,16 +250,10 @@ def test_ema_needs_whole_weights():
     parse_config(["--train.ema_decay", "0.99", "--deepspeed.zero_stage", "2"])
 
 
-# ---- launchers
-
-
 @pytest.mark.parametrize("words", [["--local_rank=3"], ["--local_rank", "3"], []])
 def test_the_launchers_local_rank_is_passed_over(words):
     for argv in ([*words, "--train.lr", "0.5"], ["--train.lr", "0.5", *words]):
         assert parse_config(argv).train.lr == 0.5
-
-
-# ---- round trip
 
 
 @pytest.mark.parametrize("method", method_names())
@@ -307,9 +292,6 @@ def test_published_recipes_parse(path):
             assert found == value or float(found) == float(value), f"{section}.{key}"
     for method in ("an", "ll_r"):
         assert parse_config(["--config", str(path), "--method", method]).method.name == method
-
-
-# ---- help
 
 
 def documented_fields(cls: type) -> set[str]:
