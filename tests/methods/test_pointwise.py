@@ -21,7 +21,7 @@ def power_point(logits: Tensor, codes: Tensor, exponent: float) -> Tensor:
     return torch.where(codes == 1, -logits, logits).sigmoid() ** exponent
 
 
-@dataclass
+@dataclass(frozen=True)
 class PowerOptions(MethodOptions):
     """Power loss."""
 
