@@ -75,7 +75,3 @@ def train(
     from spml_fast.api.training import train_run
 
     return train_run(config, overrides)
-
-
-# Importing the folder spml_fast/train puts it in the function's place; it calls this name.
-_train = train

@@ -24,7 +24,7 @@ FLOORS = [
     {"data", "models"},
     {"methods", "prepare", "evaluation"},
     {"runs"},
-    {"train", "analysis", "reproduction"},
+    {"training", "analysis", "reproduction"},
     {"cli"},
     {"api"},
 ]
@@ -93,7 +93,7 @@ def floor(module: str) -> int | None:
 def test_there_is_something_to_look_at():
     assert len(OURS) > 20 and len(KERNELS) > 8 and len(PROGRAMS) >= 3
     assert uses(PACKAGE / "models" / "classifier.py", "timm")
-    assert uses(PACKAGE / "train" / "engine.py", "deepspeed"), "an import within a function counts"
+    assert uses(PACKAGE / "training" / "engine.py", "deepspeed"), "an import within a function counts"
     base = PACKAGE / "methods" / "base.py"
     assert not uses(base, "spml_fast.models.classifier"), "one for types alone does not"
     assert module_name(KERNELS[0]).startswith("spml_kernels")
@@ -149,7 +149,7 @@ def test_kernels_need_torch_and_triton_only():
     ("package", "owners"),
     [
         ("nvidia.dali", {"spml_fast/data/dali_graph.py", "spml_fast/data/dali_stream.py"}),
-        ("deepspeed", {"spml_fast/train/engine.py"}),
+        ("deepspeed", {"spml_fast/training/engine.py"}),
         ("timm.models", {"spml_fast/models/backbone.py"}),
         ("jsonargparse", {"spml_fast/runs/options.py"}),
     ],
@@ -162,7 +162,7 @@ def test_timm_makes_models_in_one_folder():
     """The trainer may use timm's helpers for moving averages and BatchNorm; nothing else touches timm."""
     users = {str(p.relative_to(ROOT)): imported(p) for p in OURS if uses(p, "timm")}
     others = {name for name in users if not name.startswith("spml_fast/models/")}
-    assert others <= {"spml_fast/train/trainer.py"}
+    assert others <= {"spml_fast/training/trainer.py"}
     helpers = {n for name in others for n in users[name] if n.split(".")[0] == "timm"}
     assert all(n.startswith(("timm.utils", "timm.layers")) for n in helpers)
 

@@ -75,12 +75,12 @@ def _names_data(values: Mapping[str, Any], words: Sequence[str]) -> bool:
 
 def train_run(source: Source, overrides: Overrides) -> Run:
     """See `spml_fast.train`."""
-    from spml_fast.train.cluster import set_environment
+    from spml_fast.training.cluster import set_environment
 
     set_environment()
     config = make_config(source, overrides)
-    from spml_fast.train.engine import init_distributed, shutdown_distributed
-    from spml_fast.train.trainer import Trainer
+    from spml_fast.training.engine import init_distributed, shutdown_distributed
+    from spml_fast.training.trainer import Trainer
 
     device = init_distributed()
     # DeepSpeed keeps what it made of the first process group, so that another one would be of no use to it.

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--negatives and --seed must not be negative")
     if args.plot is not None and args.plot.suffix.lower() != ".png":
         raise UserError(f"--plot {args.plot} must be named .png")
-    from spml_fast.train.engine import init_distributed, shutdown_distributed
+    from spml_fast.training.engine import init_distributed, shutdown_distributed
 
     device = init_distributed()
     from spml_fast.analysis.diagnostics import measure_maps, plot, summarise
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     from spml_fast.core.io import write_json
     from spml_fast.runs.open import input_normalisation, load_run, make_eval_loader
     from spml_fast.runs.read import read_epochs
-    from spml_fast.train.console import print_table
+    from spml_fast.training.console import print_table
 
     config, manifest, classifier, _ = load_run(args.run, device)
     split = manifest.split(args.split or config.data.test_split or config.data.train_split)

@@ -49,14 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate and print."""
     args = parse(argv)
     common.check_at_least_one(args, "batch_size")
-    from spml_fast.train.engine import init_distributed, shutdown_distributed
+    from spml_fast.training.engine import init_distributed, shutdown_distributed
 
     device = init_distributed()
     from spml_fast.core import distributed
     from spml_fast.core.io import write_json
     from spml_fast.evaluation.evaluate import class_groups, evaluate_split, table_rows
     from spml_fast.runs.open import load_run, make_eval_loader
-    from spml_fast.train.console import print_table
+    from spml_fast.training.console import print_table
 
     config, manifest, classifier, _ = load_run(args.run, device)
     config = with_options(config, args.definition, args.batch_size)

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     check(args)
     import contextlib
 
-    from spml_fast.train.engine import init_distributed, shutdown_distributed
+    from spml_fast.training.engine import init_distributed, shutdown_distributed
 
     device = init_distributed()
     from spml_fast.analysis import suggest
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     from spml_fast.core.progress import show_progress
     from spml_fast.evaluation.evaluate import check_alphas
     from spml_fast.runs.open import load_run, make_eval_loader
-    from spml_fast.train.console import print_table
+    from spml_fast.training.console import print_table
 
     common.print_any_text()
     config, manifest, classifier, _ = load_run(args.run, device)

@@ -11,17 +11,17 @@ DEFAULT_RECIPE = "digits"
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, join the other ranks, train."""
-    from spml_fast.train.cluster import set_environment
+    from spml_fast.training.cluster import set_environment
 
     # Under SLURM the messages below say which rank they are of.
     set_environment()
     from spml_fast.cli.parse import parse_config
 
     config = parse_config(sys.argv[1:] if argv is None else argv, DEFAULT_RECIPE, prog=program("train"))
-    from spml_fast.train.engine import init_distributed, shutdown_distributed
+    from spml_fast.training.engine import init_distributed, shutdown_distributed
 
     device = init_distributed()
-    from spml_fast.train.trainer import Trainer
+    from spml_fast.training.trainer import Trainer
 
     Trainer(config, device).run()
     shutdown_distributed()

@@ -29,7 +29,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
 from spml_fast.runs.read import Run, flatten, read_epochs, read_run
 from spml_fast.runs.recipe import to_yaml
-from spml_fast.train.logs import RunLog
+from spml_fast.training.logs import RunLog
 
 NAMES = ["cat", "<script>alert(1)</script>", "never there", "$x^2$ & Straße"]
 

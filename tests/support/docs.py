@@ -117,10 +117,10 @@ SMALL = [
 # a small command's time is its imports.
 DRIVER = """
 import json, os, sys, traceback
-from spml_fast.train.cluster import set_environment
+from spml_fast.training.cluster import set_environment
 set_environment()
 from spml_fast.cli.main import main
-import spml_fast.analysis.explain, spml_fast.analysis.suggest, spml_fast.train.trainer
+import spml_fast.analysis.explain, spml_fast.analysis.suggest, spml_fast.training.trainer
 for kind, content in json.load(open(sys.argv[1])):
     print("::", content if kind == "command" else "python", flush=True)
     if (child := os.fork()) == 0:

@@ -18,8 +18,8 @@ from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.runs.layout import TENSORBOARD
-from spml_fast.train.cluster import free_port, set_environment
-from spml_fast.train.optim import restore_schedule_options, schedule_options
+from spml_fast.training.cluster import free_port, set_environment
+from spml_fast.training.optim import restore_schedule_options, schedule_options
 
 OWNED_KEYS = (
     "train_batch_size",

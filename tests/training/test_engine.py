@@ -13,7 +13,7 @@ import torch
 from spml_fast.core import precision
 from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
-from spml_fast.train.engine import OWNED_KEYS, deepspeed_config, micro_batch_size
+from spml_fast.training.engine import OWNED_KEYS, deepspeed_config, micro_batch_size
 
 CPU = torch.device("cpu")
 
@@ -84,7 +84,7 @@ def test_micro_batch_size(batch, world, accumulation, expected):
 def test_deepspeed_still_has_what_is_used():
     """The switch that keeps its optional C++ build off machines without a GPU."""
     code = (
-        "from spml_fast.train.cluster import set_environment; set_environment()\n"
+        "from spml_fast.training.cluster import set_environment; set_environment()\n"
         "import deepspeed\n"
         "assert 'deepspeed_shm_comm' in deepspeed.ops.__compatible_ops__\n"
         "assert callable(deepspeed.initialize) and callable(deepspeed.init_distributed)\n"

@@ -16,9 +16,9 @@ from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.models.classifier import Classifier
-from spml_fast.train.checkpoint import CheckpointPosition
-from spml_fast.train.logs import Meter, memory_gib
-from spml_fast.train.setup import Phase, RunData
+from spml_fast.training.checkpoint import CheckpointPosition
+from spml_fast.training.logs import Meter, memory_gib
+from spml_fast.training.setup import Phase, RunData
 
 
 def opening_line(config: Config, data: RunData, classifier: Classifier, device: torch.device, run_dir: Path) -> str:

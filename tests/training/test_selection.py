@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from spml_fast.train.selection import BestScore
+from spml_fast.training.selection import BestScore
 
 
 def test_only_a_higher_score_is_kept():

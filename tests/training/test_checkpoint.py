@@ -10,7 +10,7 @@ import torch
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_json
-from spml_fast.train.checkpoint import (
+from spml_fast.training.checkpoint import (
     CheckpointPosition,
     clear_unfinished,
     commit_checkpoint,

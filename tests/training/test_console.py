@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from spml_fast.methods import get_method, method_names
-from spml_fast.train import console
-from spml_fast.train.checkpoint import CheckpointPosition
-from spml_fast.train.logs import Meter
-from spml_fast.train.setup import Phase
+from spml_fast.training import console
+from spml_fast.training.checkpoint import CheckpointPosition
+from spml_fast.training.logs import Meter
+from spml_fast.training.setup import Phase
 
 FINETUNE, LINEAR = Phase("finetune", 12), Phase("linear", 4)
 FIGURES = {"loss": 0.12345, "images_per_second": 99.6, "data_wait": 0.04, "memory_gib": 1.25, "seconds": 3.21}

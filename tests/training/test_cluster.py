@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from spml_fast.train.cluster import first_slurm_host, read_slurm_environment
+from spml_fast.training.cluster import first_slurm_host, read_slurm_environment
 
 
 @pytest.fixture

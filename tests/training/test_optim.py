@@ -7,7 +7,7 @@ import torch
 
 from spml_fast.core.config import ModelConfig, TrainConfig
 from spml_fast.models.classifier import Classifier
-from spml_fast.train import optim
+from spml_fast.training import optim
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ from spml_fast.models.weights import save_weights
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import make_eval_loader
 from spml_fast.runs.write import write_description, write_results
-from spml_fast.train import console
-from spml_fast.train.checkpoint import (
+from spml_fast.training import console
+from spml_fast.training.checkpoint import (
     CheckpointPosition,
     clear_unfinished,
     commit_checkpoint,
@@ -38,11 +38,11 @@ from spml_fast.train.checkpoint import (
     load_rank_states,
     save_rank_state,
 )
-from spml_fast.train.engine import Engine, deepspeed_config
-from spml_fast.train.logs import Meter, RunLog, memory_gib
-from spml_fast.train.optim import make_optimizer, make_schedule, parameter_groups
-from spml_fast.train.selection import BestScore
-from spml_fast.train.setup import (
+from spml_fast.training.engine import Engine, deepspeed_config
+from spml_fast.training.logs import Meter, RunLog, memory_gib
+from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
+from spml_fast.training.selection import BestScore
+from spml_fast.training.setup import (
     Phase,
     load_best_classifier,
     load_data,

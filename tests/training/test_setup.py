@@ -13,7 +13,7 @@ from spml_fast.cli.parse import parse_config
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.runs.layout import RunLayout
-from spml_fast.train.setup import (
+from spml_fast.training.setup import (
     Phase,
     load_data,
     make_classifier,
