@@ -13,7 +13,7 @@ from spml_fast.cli.common import split_plugins, without_launcher_words
 from spml_fast.core.config import Config, ModelConfig
 from spml_fast.models.heads.base import head_options
 from spml_fast.runs.options import DEFAULT_METHOD, build_parser, option_names
-from spml_fast.runs.plugins import load_plugins
+from spml_fast.runs.plugins import load_plugins, require_plugins
 from spml_fast.runs.recipe import check_keys, chosen_head, chosen_method, named_plugins, read_recipe, to_config
 
 Recipe = dict[str, Any]
@@ -72,10 +72,9 @@ def parse_words(
         given += [str(name) for name in names] if isinstance(names, list) else [value]
     argv = [f"--method.name={a.partition('=')[2]}" if a.startswith("--method=") else a for a in argv]
     argv = ["--method.name" if a == "--method" else a for a in argv]
-    plugins: list[str] = []
+    plugins = load_plugins(given)
     for path, recipe in recipes:
-        plugins += load_plugins(named_plugins(recipe), f"recipe {path}")
-    plugins += load_plugins(given)
+        plugins += require_plugins(named_plugins(recipe), f"recipe {path}")
     from_files = next((m for path, r in reversed(recipes) if (m := chosen_method(r, path)) is not None), None)
     chosen = _option_values(argv, "--method.name")
     method = chosen[-1] if chosen else from_files or DEFAULT_METHOD

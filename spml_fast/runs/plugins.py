@@ -1,7 +1,9 @@
 """Modules outside of this package that register methods, heads and data sets.
 
 Installed distributions name theirs under the entry point group `spml_fast.plugins`; these are imported whenever a
-configuration is read or the data sets are listed. Others are named by `--plugins MODULE`, or by a run's `run.plugins`.
+configuration is read or the data sets are listed. Others are named by `--plugins MODULE`. A run's `run.plugins` says
+which it needs, but a file that may be somebody else's must not run code: those are imported only when they are named by
+`--plugins` as well, or were imported before.
 """
 
 from __future__ import annotations
@@ -38,12 +40,11 @@ def load_installed() -> tuple[str, ...]:
     return tuple(modules)
 
 
-def load_plugins(names: Sequence[str], needed_by: str = "") -> list[str]:
-    """Import modules, each once.
+def load_plugins(names: Sequence[str]) -> list[str]:
+    """Import modules that a user has named, each once.
 
     Args:
         names: of modules, which may lie in the working directory, or paths of .py files; commas separate several.
-        needed_by: what needs them, for messages.
 
     Returns:
         The names that a configuration keeps: those of modules as they are, files by their full path.
@@ -59,9 +60,34 @@ def load_plugins(names: Sequence[str], needed_by: str = "") -> list[str]:
         if name.endswith(".py"):
             name = str(Path(name).resolve())
         if name not in found:
-            _load(name, f", which {needed_by} needs" if needed_by else "")
+            _load(name, "")
             found.append(name)
     return found
+
+
+def require_plugins(names: Sequence[str], needed_by: str) -> list[str]:
+    """Check that the plugins which a file names are there; nothing but installed plugins is imported.
+
+    Args:
+        names: as the file has them.
+        needed_by: the file, for messages.
+
+    Returns:
+        The same names.
+
+    Raises:
+        UserError: one has not been imported, which takes `--plugins` or an `import` of one's own.
+    """
+    installed = load_installed()
+    for name in names:
+        # A file may have moved since the run was made.
+        same_file = name.endswith(".py") and any(Path(name).name == Path(other).name for other in _loaded)
+        if not same_file and name not in installed and name not in _loaded and name not in sys.modules:
+            raise UserError(
+                f"{needed_by} needs the plugin {name}, which is code; give --plugins {name} (or import it first) if "
+                "you trust it"
+            )
+    return list(names)
 
 
 def used_plugins(names: Iterable[str], classes: Iterable[type]) -> list[str]:

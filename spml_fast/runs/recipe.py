@@ -22,7 +22,7 @@ from spml_fast.runs.options import (
     method_option_hint,
     plain_model_config,
 )
-from spml_fast.runs.plugins import load_plugins, used_plugins
+from spml_fast.runs.plugins import require_plugins, used_plugins
 from spml_fast.runs.recipes import find_recipe
 
 
@@ -142,13 +142,13 @@ def to_yaml(config: Config) -> str:
 
 
 def load_config(path: Path) -> Config:
-    """Read a run's resolved recipe, and import the plugins that it names.
+    """Read a run's resolved recipe.
 
     Raises:
-        UserError: it is missing or from another version, or a plugin cannot be imported.
+        UserError: it is missing or from another version, or needs a plugin that was not imported.
     """
     recipe = read_recipe(str(path.absolute()))
-    load_plugins(named_plugins(recipe), f"the run of {path}")
+    require_plugins(named_plugins(recipe), f"the run of {path}")
     name = chosen_method(recipe, str(path)) or DEFAULT_METHOD
     check_keys(recipe, str(path), name)
     parser = build_parser(name, Path(sys.argv[0]).name, chosen_head(recipe) or ModelConfig.head)

@@ -262,16 +262,28 @@ class TestPlugins:
         assert config.run.plugins == [module]
         path = tmp_path / "config.yaml"
         path.write_text(to_yaml(config))
-        code = "from spml_fast.runs.recipe import load_config; from pathlib import Path;"
-        code += f"print(load_config(Path({str(path)!r})).method)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
-        assert f"name='{method}', weight=3.0" in done.stdout
         assert load_config(path) == parse_config(["--config", str(path)]) == config
-        path.write_text(to_yaml(config).replace(module, "gone_plugin"))
-        with pytest.raises(
-            UserError, match=r"there is no plugin gone_plugin, which the run of .* needs; start in the folder"
-        ):
-            load_config(path)
+        path.write_text(to_yaml(config).replace(module, "another_plugin"))
+        for read in (lambda: load_config(path), lambda: parse_config(["--config", str(path)])):
+            with pytest.raises(UserError, match=r"needs the plugin another_plugin, which is code; give --plugins"):
+                read()
+
+    @pytest.mark.parametrize("asked", [False, True])
+    def test_a_run_imports_nothing_that_was_not_asked_for(self, plugin: Any, tmp_path: Path, asked: bool) -> None:
+        from spml_fast.runs.recipe import to_yaml
+
+        module, method = plugin
+        config = parse_config(["--plugins", module, "--method", method, "--method.weight", "3"])
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        # Whoever made the run may have changed what its plugin does.
+        with (tmp_path / f"{module}.py").open("a") as file:
+            file.write("\nopen('executed', 'w').close()\n")
+        code = "from spml_fast.runs.plugins import load_plugins; from spml_fast.runs.recipe import load_config\n"
+        code += f"from pathlib import Path\nif {asked}: load_plugins([{module!r}])\n"
+        code += "print(load_config(Path('config.yaml')).method)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert (tmp_path / "executed").exists() is asked
+        assert ("weight=3.0" in done.stdout) is asked and ("which is code" in done.stderr) is not asked
 
     def test_a_file(self, plugin: Any, tmp_path: Path) -> None:
         module, method = plugin

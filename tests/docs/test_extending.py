@@ -60,9 +60,9 @@ def test_files_of_strangers_train(pets):
                 words = [*words, *SMALL, "--data.dir", "data/pets", *run]
             steps.append(("command", words))
     steps = [step for step in steps if "--help" not in step[1]]
-    # A run remembers its plugins.
-    steps.append(("command", ["evaluate", "--run", "runs/method.md", "--split", "val"]))
-    steps.append(("command", ["explain", "--run", "runs/head.md", "--split", "val", "--count", "2", "--out", "x.png"]))
+    steps.append(("command", ["evaluate", "--plugins", "my_loss", "--run", "runs/method.md", "--split", "val"]))
+    explain = ["explain", "--plugins", "my_head", "--run", "runs/head.md", "--split", "val", "--count", "2"]
+    steps.append(("command", [*explain, "--out", "x.png"]))
     assert [words[0] for _, words in steps] == ["prepare", *["train"] * 3, "evaluate", "explain"]
     shown = run_steps(pets, steps)
     assert Manifest(pets / "data" / "pets").split("train").observed.row_counts(1).max() == 1
