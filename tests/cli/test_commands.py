@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from spml_fast.cli.main import COMMANDS, main
 from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.methods import method_names
+from spml_fast.methods.base import METHODS
 from spml_fast.models.heads import head_names
+from spml_fast.models.heads.base import HEADS
 from spml_fast.models.heads.query2label import Query2LabelOptions
 from spml_fast.prepare.datasets import load_all
+from spml_fast.prepare.datasets.base import DATASETS
 from spml_fast.runs.recipes import FOLDER, find_recipe, recipe_names
 from tests.support.paths import ROOT
 
@@ -240,6 +244,14 @@ class Stranger(AssumeNegative):
 
 
 class TestPlugins:
+    @pytest.fixture(autouse=True)
+    def registries(self) -> Iterator[None]:
+        """What plugins register goes again: other tests look at every method."""
+        kept = [(registry, dict(registry._classes)) for registry in (METHODS, HEADS, DATASETS)]
+        yield
+        for registry, classes in kept:
+            registry._classes = classes
+
     @pytest.fixture
     def plugin(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
         """A module of the working directory that registers a method; a new name for every test, as imports last."""
