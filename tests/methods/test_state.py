@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from dataclasses import replace
 from typing import Any
@@ -85,8 +86,8 @@ def test_state_survives_a_checkpoint(name: str) -> None:
 @pytest.mark.parametrize("name", BASELINES)
 def test_options_have_help_and_travel_through_yaml(name: str, tmp_path: Any) -> None:
     helps = {action.dest: action.help for action in build_parser(name)._actions}
-    for field in get_method(name).Options.__dataclass_fields__:
-        assert helps[f"method.{field}"], f"--method.{field} has no help"
+    for field in dataclasses.fields(get_method(name).Options):
+        assert helps[f"method.{field.name}"], f"--method.{field.name} has no help"
     config = parse_config(["--method", name, "--data.dir", "x"])
     assert config.method.name == name and type(config.method) is get_method(name).Options
     path = tmp_path / "config.yaml"
