@@ -24,6 +24,8 @@ def load_benchmark() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
+@pytest.mark.multirank
 def test_made_prepared_sharded_killed_resumed_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}.items():
         monkeypatch.setenv(name, value)
