@@ -19,7 +19,7 @@ from spml_fast.analysis.report.tables import (
     group_runs,
     mean_text,
     option_table,
-    setup,
+    setup_rows,
     summary,
     training_counts,
 )
@@ -233,11 +233,11 @@ def test_the_set_up_stands_in_few_lines(tmp_path):
         read_run(make_run(tmp_path / "a", "--method", "an", *options, ranks=2, device="cpu")),
         read_run(make_run(tmp_path / "b", "--method", "asl", *options, "--run.seed", "1", finished=False)),
     ]
-    rows = dict(setup(runs))
+    rows = dict(setup_rows(runs))
     assert rows["method"] == "an; asl" and rows["seed"] == "0; 1" and rows["precision"] == "auto"
     assert rows["data set"].startswith("x, 4 classes") and rows["batch"] == "16 over 2 rank(s); 16"
     (tmp_path / "a" / "deepspeed.json").write_text('{"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}')
-    assert dict(setup([read_run(tmp_path / "a")]))["precision"] == "bf16 under autocast"
+    assert dict(setup_rows([read_run(tmp_path / "a")]))["precision"] == "bf16 under autocast"
 
 
 def test_an_option_that_an_older_file_lacks_is_at_its_default(tmp_path):

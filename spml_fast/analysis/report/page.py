@@ -25,7 +25,7 @@ from spml_fast.analysis.report.tables import (
     group_runs,
     option_table,
     option_text,
-    setup,
+    setup_rows,
     summary,
     training_counts,
 )
@@ -66,7 +66,7 @@ def make_page(folders: Sequence[Path]) -> str:
         groups=groups,
         compared=compared,
         summary=summary(groups),
-        setup=setup(runs),
+        setup=setup_rows(runs),
         averaged=any(len(g.runs) > 1 for g in groups),
         conventions=conventions(groups),
         options=option_table(groups) if compared else [],

@@ -119,7 +119,7 @@ def option_text(value: Any) -> str:
     return str(value)
 
 
-def setup(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def setup_rows(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Data, model and training of the runs: (name, value) rows; values that differ follow each other in a cell."""
     rows: dict[str, list[str]] = {}
     for run in runs:
