@@ -75,6 +75,11 @@ def has_master_port() -> bool:
     return "MASTER_PORT" in os.environ
 
 
+def master_port() -> str:
+    """MASTER_PORT: the port that the processes meet at; "?" when nobody set it."""
+    return os.environ.get("MASTER_PORT", "?")
+
+
 def default_master_port(port: int) -> None:
     """MASTER_PORT: the port that the processes meet at, unless the launcher named one."""
     os.environ.setdefault("MASTER_PORT", str(port))

@@ -41,20 +41,11 @@ def read_slurm_environment() -> None:
     env.set_ranks(step.process, step.local_process, step.tasks)
     env.default_local_world_size(step.tasks_per_node.split("(")[0].split(",")[0])
     env.default_master_address(first_slurm_host(step.nodes))
-    # One port per job, so that jobs sharing a machine do not meet.
-    env.default_master_port(20000 + step.job % 20000)
+    # One port per job, so that jobs sharing a machine do not meet; below the ports that a system hands out by itself.
+    env.default_master_port(20000 + step.job % 12000)
 
 
 def first_slurm_host(nodelist: str) -> str:
     """First host of SLURM's compressed list: `rack[1-2]n[003-007,012]-ib,login1` -> `rack1n003-ib`."""
     head = re.match(r"(\[[^\]]*\]|[^,\[])*", nodelist)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", head[0] if head else nodelist)
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -18,7 +18,7 @@ from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.runs.layout import TENSORBOARD
-from spml_fast.training.cluster import free_port, set_environment
+from spml_fast.training.cluster import set_environment
 from spml_fast.training.optim import restore_schedule_options, schedule_options
 
 OWNED_KEYS = (
@@ -55,10 +55,9 @@ def init_distributed() -> torch.device:
     Works under `deepspeed`, `torchrun` and SLURM, and alone, when no launcher set the environment.
     """
     env.default_ranks()
-    if not env.has_master_port():
-        if env.world_size() != 1:
-            raise UserError("MASTER_PORT is not set although WORLD_SIZE is; start with deepspeed, torchrun or srun")
-        env.default_master_port(free_port())
+    alone = env.world_size() == 1
+    if not alone and not env.has_master_port():
+        raise UserError("MASTER_PORT is not set although WORLD_SIZE is; start with deepspeed, torchrun or srun")
     deepspeed = _deepspeed()
     device = torch.device("cpu")
     if not env.threads_given():
@@ -71,7 +70,19 @@ def init_distributed() -> torch.device:
             raise UserError(f"local rank {local} has no GPU; this machine has {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if alone and not dist.is_initialized():
+        # Nobody to meet: no port, so two trainings on one machine cannot take each other's.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {env.master_port()}, where the ranks meet, is taken by another program; "
+            "start with another, as in: deepspeed --master_port 29501 ..."
+        ) from error
     return device
 
 

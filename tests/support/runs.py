@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -15,10 +17,14 @@ from tests.support.paths import ROOT
 
 
 def free_port() -> int:
-    """A TCP port nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port nobody uses now, on any address, and that the system gives to nobody who asks for just any port."""
+    ports = list(range(20000, 32000))
+    random.SystemRandom().shuffle(ports)
+    for port in ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError("no TCP port between 20000 and 32000 is free")
 
 
 def command(script: str, ranks: int, launcher: str) -> list[str]:
