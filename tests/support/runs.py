@@ -47,6 +47,15 @@ def environment(**more: str) -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
 
 
+def rank_variables(ranks: int) -> list[dict[str, str]]:
+    """What torchrun sets for each rank of a run on one machine; nothing for one rank."""
+    if ranks == 1:
+        return [{}]
+    same = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    same |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [{**same, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
