@@ -23,6 +23,8 @@ import pytest
 
 # Import time, before any test has started.
 AT_IMPORT = ""
+# Signal, timer, and how often a test's limit it waits.
+TIMERS = ((signal.SIGPROF, signal.ITIMER_PROF, 1), (signal.SIGALRM, signal.ITIMER_REAL, 20))
 
 
 class _ChangedSource(importlib.machinery.SourceFileLoader):
@@ -145,13 +147,16 @@ class Session:
             # Test libraries put tracers of their own in place and leave none behind.
             self.lines.start()
         if self.chosen is not None:
-            signal.signal(signal.SIGALRM, lambda *_: self._late(item.nodeid))
-            signal.setitimer(signal.ITIMER_REAL, self.chosen[item.nodeid])
+            # Processor time, so that other work on the machine makes no mutant look dead; a test that sleeps has more.
+            for number, timer, times in TIMERS:
+                signal.signal(number, lambda *_: self._late(item.nodeid))
+                signal.setitimer(timer, self.chosen[item.nodeid] * times)
         self.ran += 1
         try:
             return (yield)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            for _, timer, _ in TIMERS:
+                signal.setitimer(timer, 0)
             if self.lines is not None:
                 self.say(test=item.nodeid, outcome=self.outcome.get(item.nodeid), seconds=self.seconds[item.nodeid])
 

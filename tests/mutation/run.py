@@ -81,7 +81,7 @@ def _fork(root: Path, module: str, mutant: Mutant, tests: dict[str, float], foun
         result, by = ("error", errors[0]) if errors else (verdicts[0]["result"], verdicts[0]["by"])
         found.add(mutant, result, by, time.monotonic() - start)
 
-    return Fork(child, sum(limits.values()) + 120, done, found.folder)
+    return Fork(child, 20 * sum(limits.values()) + 1200, done, found.folder)
 
 
 def run_mutants(

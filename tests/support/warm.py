@@ -25,12 +25,26 @@ from typing import Any
 
 from tests.support.paths import ROOT
 
-LIBRARIES = (
-    "numpy", "scipy.sparse", "PIL.Image", "matplotlib.figure", "rich.console", "jsonargparse", "yaml", "safetensors.torch",
-    "triton", "torch", "torch._dynamo", "torch.utils.tensorboard", "timm", "nvidia.dali.fn", "nvidia.dali.types",
-    "nvidia.dali.plugin.pytorch", "deepspeed",
-)  # fmt: skip
-# When one rank has failed the others get this many seconds to say why they fail too; torchrun and deepspeed do the same.
+LIBRARIES = [
+    "numpy",
+    "scipy.sparse",
+    "PIL.Image",
+    "matplotlib.figure",
+    "rich.console",
+    "jsonargparse",
+    "yaml",
+    "safetensors.torch",
+    "triton",
+    "torch",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "timm",
+    "nvidia.dali.fn",
+    "nvidia.dali.types",
+    "nvidia.dali.plugin.pytorch",
+    "deepspeed",
+]
+# When one rank has failed the others get this many seconds to say why they fail too, as under the launchers.
 GRACE = 5.0
 
 
