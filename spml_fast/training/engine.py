@@ -73,7 +73,7 @@ def init_distributed() -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if alone and not dist.is_initialized():
         # Nobody to meet: no port, so two trainings on one machine cannot take each other's.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
     except dist.DistNetworkError as error:

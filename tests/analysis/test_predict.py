@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +30,8 @@ from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import save_weights
 from spml_fast.runs.open import load_run, make_eval_loader, run_classes
 from spml_fast.runs.recipe import to_yaml
+from tests.support import warm
 from tests.support.paths import ROOT
-from tests.support.runs import command, environment
 
 CPU = torch.device("cpu")
 Row = tuple[str, str, float, int]
@@ -61,19 +60,9 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one epoch, with its data set."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    arguments = [*command("train.py", 1, "python"), "--config", str(ROOT / "launch" / "configs" / "digits.yaml")]
-    arguments += [
-        "--data.dir",
-        str(small_digits),
-        "--run.dir",
-        str(run),
-        "--train.epochs",
-        "1",
-        "--eval.batch_size",
-        "32",
-    ]
-    arguments += ["--train.precision", "fp32", "--deepspeed.tensorboard", "false"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, env=environment(), cwd=ROOT)
+    arguments = ["--config", ROOT / "launch" / "configs" / "digits.yaml", "--data.dir", small_digits, "--run.dir", run]
+    arguments += ["--train.epochs", 1, "--eval.batch_size", 32, "--train.precision", "fp32"]
+    done = warm.run_script("train.py", *arguments, "--deepspeed.tensorboard", "false")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return run
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.paths import ROOT
+from tests.support.runs import command, environment, rank_variables
 
 LIBRARIES = [
     "numpy",
@@ -97,6 +98,27 @@ class WarmProcess:
 
 
 WARM = WarmProcess()
+
+
+def run_script(
+    script: str, *args: object, ranks: int = 1, launcher: str | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of launch/ to its end, at most ten minutes.
+
+    Real processes where a launcher or variables of the environment are named; else forks, which start quicker.
+
+    Args:
+        script: a file's name, as `train.py`.
+        args: words of its command line.
+        ranks: how many processes.
+        launcher: python, torchrun or deepspeed.
+        env: variables beside the usual ones.
+    """
+    words = [str(a) for a in args]
+    if launcher is None and not env and not os.environ.get("SPML_TEST_COLD"):
+        return WARM.run([str(ROOT / "launch" / script), *words], rank_variables(ranks), 600, environment())
+    words = command(script, ranks, launcher or ("python" if ranks == 1 else "torchrun")) + words
+    return subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment(**env), cwd=ROOT)
 
 
 def _fork(request: dict[str, Any], rank: dict[str, str]) -> int:

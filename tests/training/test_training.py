@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from spml_fast.analysis.report.page import make_page
+from tests.support import warm
 from tests.support.paths import ROOT
 from tests.support.runs import Run, command, environment, free_port, read_metrics
 
@@ -391,9 +392,8 @@ class TestPartlyKnownLabels:
                 lines.append(f"{split.relative_path(i)},{lists[0]},{lists[1]},{name}")
         table = folder / "table.csv"
         table.write_text("\n".join(lines) + "\n")
-        words = [*command("prepare.py", 1, "python"), "csv", "--table", str(table)]
-        words += ["--images", str(manifest.image_root), "--out", str(folder / "data")]
-        succeed(subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT))
+        words = ["csv", "--table", table, "--images", manifest.image_root, "--out", folder / "data"]
+        succeed(warm.run_script("prepare.py", *words))
         return folder / "data"
 
     def test_trains_and_scores_annotated_pairs_alone(self, data: Path, run_script: Run, tmp_path: Path) -> None:
