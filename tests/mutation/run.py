@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import itertools
 import os
 import random
 import sys
@@ -84,6 +85,13 @@ def _fork(root: Path, module: str, mutant: Mutant, tests: dict[str, float], foun
     return Fork(child, 20 * sum(limits.values()) + 1200, done, found.folder)
 
 
+def within(tests: dict[str, float], budget: float) -> dict[str, float]:
+    """The first tests that take `budget` seconds together, at least one."""
+    ends = itertools.accumulate(tests.values())
+    chosen = [t for t, end in zip(tests, ends, strict=True) if end <= budget] or list(tests)[:1]
+    return {t: tests[t] for t in chosen}
+
+
 def run_mutants(
     root: Path,
     targets: dict[str, str],
@@ -92,15 +100,27 @@ def run_mutants(
     found: Results,
     jobs: int,
     end: float,
+    budget: float = float("inf"),
 ) -> None:
-    """Run mutants without a result until all are done or `end` (of `time.monotonic`) has come."""
+    """Run mutants without a result until all are done or `end` (of `time.monotonic`) has come.
+
+    Args:
+        root: the repository.
+        targets: file -> name of its module.
+        mutants: those to run.
+        coverage: which tests reach them.
+        found: where results go.
+        jobs: forks at a time.
+        end: when to stop.
+        budget: seconds of tests for a mutant; what is later in the order is left for another call.
+    """
 
     def forks() -> Iterator[Fork]:
         for mutant in mutants:
             if time.monotonic() > end:
                 print("the time is up; the next run goes on from here")
                 return
-            tests = coverage.tests(mutant)
+            tests = within(coverage.tests(mutant), budget)
             if tests:
                 yield _fork(root, targets[mutant.file], mutant, tests, found)
             else:
@@ -117,6 +137,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, metavar="N", help="a random choice of N mutants")
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no mutant after that")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="S", help="seconds of tests for a mutant, nearest first"
+    )
     parser.add_argument("--retry", action="store_true", help="run survivors and timeouts again")
     parser.add_argument("--report", action="store_true", help="write results.md from what is known, run nothing")
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
@@ -151,7 +174,8 @@ def main(words: Sequence[str] | None = None) -> int:
             chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
         waiting = [m for m in chosen if found.wanted(m, options.retry)]
         print(f"{len(mutants)} mutants, {len(chosen)} chosen, {len(waiting)} to run", flush=True)
-        run_mutants(root, targets, waiting, coverage, found, options.jobs, time.monotonic() + options.minutes * 60)
+        end = time.monotonic() + options.minutes * 60
+        run_mutants(root, targets, waiting, coverage, found, options.jobs, end, options.budget)
         mutants = chosen
     print(results.summary(mutants, found))
     return len([m for m in mutants if found.verdict(m) == "survived"])

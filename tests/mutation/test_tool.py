@@ -15,7 +15,7 @@ import torch
 from tests.mutation.child import Probe, detached
 from tests.mutation.operators import find_mutants, mutated, probed
 from tests.mutation.results import Results, read_equivalents
-from tests.mutation.run import ROOT, TARGETS, target_modules
+from tests.mutation.run import ROOT, TARGETS, target_modules, within
 
 TOY = '''
 """A docstring with 1 + 1."""
@@ -174,6 +174,12 @@ def test_a_run_kills_reports_and_goes_on(tmp_path):
     row = next(line for line in table.splitlines() if line.startswith("| all |"))
     assert row.split("|")[2].strip() == str(total) and row.split("|")[6].strip() == "1"
     assert "`if value < low:`" not in table and "`return value * 2`" in table
+
+
+def test_a_budget_takes_the_first_tests():
+    tests = {"near": 1.0, "next": 2.0, "far": 4.0}
+    assert list(within(tests, 3.0)) == ["near", "next"] and within(tests, float("inf")) == tests
+    assert list(within(tests, 0.5)) == ["near"] and within({}, 1.0) == {}
 
 
 def test_a_changed_function_loses_its_results(tmp_path):
