@@ -159,7 +159,7 @@ def make_release(
     release = release_paths(Path(out), version)
     images = images or {"train": 300, "validation": 60, "test": 80}
     rows = rows or {split: int(number * 6.5) for split, number in images.items()}
-    names = class_ids(classes + other_classes)
+    names = class_ids(classes + other_classes, all_forms=version == "v7")
     rng = np.random.default_rng([seed, 0])
     _write_classes(release, version, names, rng.permutation(classes))
     # Classes that are not trainable are rare: they stand at the end of Zipf's law.
@@ -204,7 +204,8 @@ def _write_classes(release: Release, version: Version, names: list[str], order: 
     # The order of the file is not that of the frequencies.
     release.classes.write_text("".join(f"{names[i]}\n" for i in order), encoding="utf-8")
     with release.descriptions.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        # As published: V7's file has the line ends of Windows.
+        writer = csv.writer(file, lineterminator="\r\n" if version == "v7" else "\n")
         if version in ("v6", "v7"):
             writer.writerow(["LabelName", "DisplayName"])
         writer.writerows([name, class_name(i)] for i, name in enumerate(names))

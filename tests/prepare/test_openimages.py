@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,10 @@ def test_versions(tmp_path, version, capsys):
         names = dict(csv.reader(file))
     assert sum(c.startswith("Twin (/m/0") for c in manifest.classes) == 2
     assert {'Quoted "name"', "Ducks, geese and swans", "Café au lait", "茶"} <= set(manifest.classes)
-    assert all(c.split(" (/m/")[0] == names[i] for c, i in zip(manifest.classes, class_ids, strict=True))
+    assert all(re.split(r" \(/\w+/", c)[0] == names[i] for c, i in zip(manifest.classes, class_ids, strict=True))
+    forms = {i.split("/")[1] for i in class_ids}
+    assert forms == ({"m", "g", "oi"} if version == "v7" else {"m"})
+    assert (b"\r\n" in made.descriptions.read_bytes()) == (version == "v7")
     assert "rows of classes that" in capsys.readouterr().out
 
 

@@ -21,14 +21,44 @@ from tests.support.openimages import (
 )
 from tests.support.paths import need_data
 
+# Descriptions, how many classes they name, how many names two classes share; list of trainable classes and its length.
+OFFICIAL = {
+    "v3": ("v3/class-descriptions.csv", 19_995, "v3/classes-trainable.txt", 5_000),
+    "v4": ("v4/class-descriptions.csv", 19_995, "v4/classes-trainable.txt", 7_186),
+    "v6": ("oidv6-class-descriptions.csv", 19_994, None, 0),
+    "v7": ("v7/oidv7-class-descriptions.csv", 20_931, None, 0),
+}
 
-def test_real_class_descriptions():
-    path = need_data("openimages", "oidv6-class-descriptions.csv")
-    names_by_id = read_descriptions(path)
-    assert len(names_by_id) == 19_994 and names_by_id["/m/01c_0l"] == "Ducks, geese and swans"
-    names = class_names(list(names_by_id), names_by_id)
-    # Twelve names belong to two classes each.
-    assert len(set(names)) == 19_994 and sum(n.endswith(")") and "(/m/" in n for n in names) == 24
+
+@pytest.mark.parametrize("version", OFFICIAL)
+def test_official_class_files(version):
+    descriptions, number, trainable, trained = OFFICIAL[version]
+    names_by_id = read_descriptions(need_data("openimages", *descriptions.split("/")))
+    assert len(names_by_id) == number and names_by_id["/m/01c_0l"] == "Ducks, geese and swans"
+    ids = read_classes(need_data("openimages", *trainable.split("/"))) if trainable else list(names_by_id)
+    assert len(ids) == (trained or number)
+    names = class_names(ids, names_by_id)
+    # Names that two classes share carry the id.
+    assert len(set(names)) == len(names) and not set(names) & set(ids)
+    if version == "v7":
+        assert names_by_id["/oi/m_0dzf4"] == "Arm" and sum(i.startswith("/g/") for i in ids) == 47
+        assert sum(i.startswith("/oi/m_") for i in ids) == 10
+
+
+def test_labels_of_official_classes(tmp_path):
+    """Rows in the published format for classes of every form; the file of names is V7's own."""
+    names_by_id = read_descriptions(need_data("openimages", "v7", "oidv7-class-descriptions.csv"))
+    ids = list(names_by_id)
+    forms = [next(i for i in ids if i.startswith(f"/{form}/")) for form in ("m", "g", "oi")]
+    rows = [f"000026e7ee790996,verification,{forms[0]},0", f"000026e7ee790996,crowdsource-verification,{forms[2]},1"]
+    rows += [f"000062a39995e348,verification,{forms[1]},1"]
+    for end in ("\n", "\r\n"):
+        table = tmp_path / "labels.csv"
+        table.write_bytes(end.join(["ImageID,Source,LabelName,Confidence", *rows, ""]).encode())
+        grouped = group_files([table], "last", classes=ids)
+        assert grouped.ids.tolist() == [0x000026E7EE790996, 0x000062A39995E348]
+        codes = grouped.human.rows([0, 1])[:, [ids.index(i) for i in forms]]
+        assert codes.tolist() == [[0, -1, 1], [-1, 1, -1]]
 
 
 A, B, C = "/m/0a", "/m/0b", "/m/0c"

@@ -1,4 +1,4 @@
-"""Ids of OpenImages: 16 hexadecimal digits for an image, such as /m/01g317 for a class."""
+"""Ids of OpenImages: 16 hexadecimal digits for an image; /m/01g317, /g/11b6xjp0kx or /oi/m_0dzf4 for a class."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-CLASS_ID = re.compile(rb"/[a-z]/[0-9a-z_-]+")
+CLASS_ID = re.compile(rb"/[a-z]+/[0-9a-z_-]+")
 IMAGE_ID = re.compile(r"[0-9a-fA-F]{16}")
 # Value of a hexadecimal digit by its ASCII code; 255 where it is none.
 _NIBBLE = np.full(256, 255, np.uint8)
