@@ -11,6 +11,7 @@ import pytest
 from spml_fast.core.errors import UserError
 from spml_fast.prepare.datasets import nuswide
 from tests.support import data as make
+from tests.support.paths import need_data
 from tests.support.prepare import check_protocol, notes_of, prepare
 
 TRAIN, TEST = 20, 6
@@ -57,9 +58,51 @@ def test_nuswide(tmp_path, kind):
     # Rows without a label are kept and observe nothing.
     assert sum((np.diff(manifest.split(n).known.indptr) == 0).sum() for n in ("train", "val")) >= TRAIN // 4
     notes = notes_of(manifest)
+    # Photo 77 and others stand in both lists.
+    assert "6 photos are listed more than once, under several concepts, 6 of them in train and in test" in notes
     assert "5 official images have no label at all and are kept" in notes
     assert ("20 images, not the published 150,000" in notes) == (kind == "arrays")
     assert ("20 images, not the official 161,789" in notes) == (kind == "lists")
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        {"Groundtruth": "GroundTruth", "Flickr": "images"},
+        {"Groundtruth/TrainTestLabels": "TrainTestLabels", "ImageList/TrainImagelist.txt": "TrainImagelist.txt"}
+        | {"ImageList/TestImagelist.txt": "TestImagelist.txt", "ConceptsList/Concepts81.txt": "Concepts81.txt"},
+    ],
+)
+def test_layouts_of_copies(tmp_path, moves):
+    root = make_nus(tmp_path / "NUS", "lists")
+    make.write_files(root, {"ConceptsList/Concepts81.txt": "\r\n".join(nuswide.CONCEPTS).encode()})
+    expected = prepare("nuswide", "--root", root, "--out", tmp_path / "expected", "--observe", "all")
+    for old, new in moves.items():
+        (root / old).rename(root / new)
+    found = prepare("nuswide", "--root", root, "--out", tmp_path / "m", "--observe", "all")
+    for name, split in expected.splits.items():
+        rows = range(len(split))
+        assert found.split(name).known.rows(rows).tolist() == split.known.rows(rows).tolist()
+        assert [found.split(name).relative_path(i) for i in rows] == [split.relative_path(i) for i in rows]
+
+
+def test_all_images_in_one_folder(tmp_path):
+    root = make_nus(tmp_path / "NUS", "lists")
+    (root / "images").mkdir()
+    for path in sorted((root / "Flickr").rglob("*.jpg")):
+        # The number is of the concept, so files of one name may come from two of them.
+        path.rename(root / "images" / path.name)
+    (root / "Flickr" / "actor").rmdir()
+    (root / "Flickr" / "zoo").rmdir()
+    (root / "Flickr").rmdir()
+    manifest = prepare("nuswide", "--root", root, "--out", tmp_path / "m", "--val-fraction", "0", "--observe", "all")
+    assert manifest.split("train").relative_path(3) == "0003_231.jpg"
+    assert manifest.split("train").known.rows(range(TRAIN)).tolist() == nus_labels(TRAIN, 0).tolist()
+
+
+def test_the_official_concepts():
+    path = need_data("nuswide", "Concepts81.txt")
+    assert nuswide.read_lines(path) == nuswide.CONCEPTS and b"\r\n" in path.read_bytes()
 
 
 def test_nuswide_images_elsewhere_and_no_cut(tmp_path):

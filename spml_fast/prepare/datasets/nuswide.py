@@ -13,9 +13,12 @@ The original distribution (161,789 and 107,859 images), which other papers use:
     ROOT/Groundtruth/TrainTestLabels/Labels_CONCEPT_{Train,Test}.txt   0 or 1 per line
     ROOT/Flickr/...
 
+Copies of it name the folders otherwise: GroundTruth, the lists or the labels in ROOT itself, images/ with all images in
+one folder. Those are found too.
+
 Protocol: rows in the order of the files; images without any label are kept (22 per cent) and
-observe nothing; a fifth of the training images becomes validation. The papers do not state the order of the arrays'
-columns; alphabetical, as in the original distribution, is assumed.
+observe nothing; a fifth of the training images becomes validation. The columns of the arrays are in alphabetical order,
+as the original distribution's list of concepts is.
 
 Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021; docs/sources.md#nuswide.
 """
@@ -23,6 +26,8 @@ Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 20
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +52,20 @@ CONCEPTS = [
 # Images, and images without any label, of the published arrays; images of the original lists.
 PUBLISHED = {"train": (150_000, 33_410), "test": (60_260, 13_412)}
 ORIGINAL = {"train": 161_789, "test": 107_859}
+# Where copies keep the parts of the original distribution, under the root.
+LIST_FOLDERS = ("ImageList", "Imagelist", "image_list", "")
+LABEL_FOLDERS = (
+    *(
+        "Groundtruth/TrainTestLabels",
+        "GroundTruth/TrainTestLabels",
+        "TrainTestLabels",
+        "Groundtruth",
+        "GroundTruth",
+        "",
+    ),
+)
+CONCEPT_FILES = ("ConceptsList/Concepts81.txt", "Concepts81.txt")
+IMAGE_FOLDERS = ("Flickr", "images", "Images")
 # Rows read at a time.
 _ROWS = 1 << 14
 
@@ -105,6 +124,31 @@ def read_concept(path: Path, images: int, listed: Path) -> npt.NDArray[np.int64]
     return np.flatnonzero(values == "1")
 
 
+def find_folder(root: Path, folders: Sequence[str], name: str) -> Path | None:
+    """The first of some folders under the root that holds a file of that name."""
+    return next((root / f for f in folders if (root / f / name).is_file()), None)
+
+
+def in_one_folder(images: Path, splits: Sequence[RawSplit]) -> bool:
+    """Whether the images lie in one folder, without the folders by concept that the lists name."""
+    first = next(p for s in splits for p in s.paths or ())
+    return not (images / first).exists() and (images / Path(first).name).exists()
+
+
+def photo_notes(splits: Sequence[RawSplit]) -> list[str]:
+    """What is to be said of photos that are listed more than once; files are named NUMBER_PHOTO.jpg, by concept."""
+    photos = {s.name: [Path(p).stem.rpartition("_")[2] for p in s.paths or ()] for s in splits}
+    counts = Counter(photo for listed in photos.values() for photo in listed)
+    repeated = {photo for photo, count in counts.items() if count > 1}
+    if not repeated:
+        return []
+    both = len(repeated & set(photos["train"]) & set(photos["test"]))
+    return [
+        f"{len(repeated):,} photos are listed more than once, under several concepts, {both:,} of them in train and in "
+        "test; they are kept, as in the published lists"
+    ]
+
+
 @register("nuswide")
 class NusWide(Dataset):
     """NUS-WIDE, 81 concepts: the single-positive papers' arrays or the original distribution."""
@@ -121,24 +165,31 @@ class NusWide(Dataset):
     def read(self, options: argparse.Namespace) -> RawDataset:
         """Labels and lists of train and test."""
         root: Path = options.root
-        images: Path = options.images or root / "Flickr"
         if (root / "formatted_train_images.npy").is_file():
             splits, notes = self._read_arrays(root)
-        elif (root / "ImageList").is_dir():
-            splits, notes = self._read_lists(root)
+        elif (lists := find_folder(root, LIST_FOLDERS, "TrainImagelist.txt")) is not None:
+            splits, notes = self._read_lists(root, lists)
         else:
-            raise UserError(f"{root} holds neither formatted_train_images.npy nor ImageList; give NUS-WIDE's folder")
-        if not images.is_dir():
-            raise UserError(f"image folder {images} does not exist; name it with --images")
+            raise UserError(
+                f"{root} holds neither formatted_train_images.npy nor ImageList/TrainImagelist.txt; "
+                "give NUS-WIDE's folder"
+            )
+        images: Path | None = options.images or next((root / f for f in IMAGE_FOLDERS if (root / f).is_dir()), None)
+        if images is None or not images.is_dir():
+            raise UserError(f"image folder {images or root / 'Flickr'} does not exist; name it with --images")
+        if in_one_folder(images, splits):
+            for split in splits:
+                split.paths = [Path(p).name for p in split.paths or ()]
         for split in splits:
             empty = int((np.diff(split.known.indptr) == 0).sum())
             notes.append(f"{split.name}: {empty:,} official images have no label at all and are kept")
+        notes += photo_notes(splits)
         carve = ("train", "val") if options.val_fraction == "published" else None
         return RawDataset("nuswide", CONCEPTS, images, splits, carve, notes)
 
     @staticmethod
     def _read_arrays(root: Path) -> tuple[list[RawSplit], list[str]]:
-        notes = ["the papers do not state the order of the label columns; alphabetical is assumed"]
+        notes: list[str] = []
         splits = []
         for official, name in (("train", "train"), ("val", "test")):
             paths = load_array(root / f"formatted_{official}_images.npy")
@@ -155,18 +206,23 @@ class NusWide(Dataset):
         return splits, notes
 
     @staticmethod
-    def _read_lists(root: Path) -> tuple[list[RawSplit], list[str]]:
+    def _read_lists(root: Path, lists: Path) -> tuple[list[RawSplit], list[str]]:
         notes = ["the original distribution: other images and another test set than in the single-positive papers"]
-        names = root / "ConceptsList" / "Concepts81.txt"
-        if names.is_file() and read_lines(names) != CONCEPTS:
-            raise UserError(f"{names} does not list the 81 concepts in alphabetical order")
+        for names in (root / name for name in CONCEPT_FILES):
+            if names.is_file() and read_lines(names) != CONCEPTS:
+                raise UserError(f"{names} does not list the 81 concepts in alphabetical order")
+        labels = find_folder(root, LABEL_FOLDERS, f"Labels_{CONCEPTS[0]}_Train.txt")
+        if labels is None:
+            raise UserError(
+                f"{root} holds no {LABEL_FOLDERS[0]}/Labels_{CONCEPTS[0]}_Train.txt; give NUS-WIDE's folder"
+            )
         splits = []
         for official, name in (("Train", "train"), ("Test", "test")):
-            listed = root / "ImageList" / f"{official}Imagelist.txt"
+            listed = lists / f"{official}Imagelist.txt"
             paths = [line.replace("\\", "/") for line in read_lines(listed)]
             rows = []
             for concept in CONCEPTS:
-                path = root / "Groundtruth" / "TrainTestLabels" / f"Labels_{concept}_{official}.txt"
+                path = labels / f"Labels_{concept}_{official}.txt"
                 rows.append(read_concept(path, len(paths), listed))
             classes = np.repeat(np.arange(len(CONCEPTS)), [len(r) for r in rows])
             row_of = np.concatenate(rows)
