@@ -60,6 +60,29 @@ def test_cub(tmp_path):
     assert np.array_equal(again.split("train").known.rows(range(len(train))), labels[train])
 
 
+@pytest.mark.parametrize("certainty", [2, 4])
+def test_what_is_not_certain_is_unknown(tmp_path, certainty):
+    root = make_cub(tmp_path)
+    options = ("--certainty", certainty, "--observe", "all", "--val-fraction", "0")
+    manifest = prepare("cub", "--root", root, "--out", tmp_path / "m", *options)
+    certain = 1 + np.add.outer(np.arange(BIRDS), np.arange(312)) % 4
+    labels = np.where(certain >= certainty, cub_labels(), -1)
+    for name, chosen in (("train", True), ("test", False)):
+        rows = [i for i in range(BIRDS) if is_training(i) == chosen]
+        found = manifest.split(name).known.rows(range(len(rows)))
+        assert np.array_equal(found, labels[rows]) and {-1, 0, 1} <= set(found.ravel().tolist())
+    assert f"{(certain < certainty).sum():,} attributes of images are less certain than" in notes_of(manifest)
+
+
+def test_a_certainty_out_of_range(tmp_path):
+    root = make_cub(tmp_path)
+    edit(root / ATTRIBUTES, "\n1 3 0 3 ", "\n1 3 0 5 ")
+    with pytest.raises(UserError, match=r"image_attribute_labels\.txt, line 3: the certainty must be 1 to 4"):
+        prepare("cub", "--root", root, "--certainty", 2, "--out", tmp_path / "m")
+    # Nobody asked how certain it is.
+    assert prepare("cub", "--root", root, "--out", tmp_path / "m").num_classes == 312
+
+
 def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
@@ -78,7 +101,7 @@ ATTRIBUTES = "attributes/image_attribute_labels.txt"
         (lambda r: edit(r / "train_test_split.txt", "\n26 1", "\n26 2"), "must have 0 or 1 for each of 26"),
         (lambda r: (r.parent / "attributes.txt").unlink(), r"attributes\.txt is neither in"),
         (lambda r: (r / ATTRIBUTES).unlink(), r"image_attribute_labels\.txt cannot be read"),
-        (lambda r: edit(r / ATTRIBUTES, "\n1 3 ", "\n1 x "), "line 3: expected three whole numbers, not '1 x "),
+        (lambda r: edit(r / ATTRIBUTES, "\n1 3 ", "\n1 x "), "line 3: expected whole numbers, not '1 x "),
         (lambda r: edit(r / ATTRIBUTES, "\n1 3 ", "\n\n27 3 "), "line 4: image 27 is not in images"),
         (lambda r: edit(r / ATTRIBUTES, "\n1 3 ", "\n1 313 "), "line 3: attribute 313 is not in"),
         (lambda r: edit(r / ATTRIBUTES, "\n1 3 0", "\n1 3 2"), "line 3: 'is present' is 2"),

@@ -21,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.labels import NEGATIVE, SparseLabels
+from spml_fast.data.labels import NEGATIVE, UNKNOWN, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
 from spml_fast.prepare.raw import RawDataset, RawSplit
 
 NUM_ATTRIBUTES = 312
 OFFICIAL = {"train": 5994, "test": 5794}
+CERTAINTIES = ("not visible", "guessing", "probably", "definitely")
 
 
 def read_numbered(path: Path) -> list[str]:
@@ -50,27 +51,36 @@ def read_numbered(path: Path) -> list[str]:
     return out
 
 
-def read_attributes(path: Path, images: int, attributes: int) -> npt.NDArray[np.int64]:
-    """Rows of image_attribute_labels.txt: image, attribute (both from 0) and is present, int64 [n, 3].
+def read_attributes(path: Path, images: int, attributes: int, columns: int = 3) -> npt.NDArray[np.int64]:
+    """Rows of image_attribute_labels.txt: image, attribute (both from 0), is present, and perhaps certainty (1 to 4).
 
-    Some lines of the official file have a field too many behind these three; what follows them is ignored.
+    Some lines of the official file have a field too many behind these; what follows them is ignored.
+
+    Args:
+        path: the file.
+        images: how many there are.
+        attributes: how many there are.
+        columns: 3, or 4 with the certainty.
+
+    Returns:
+        int64 [n, columns].
 
     Raises:
         UserError: naming file and line.
     """
     try:
-        table = np.loadtxt(path, np.int64, comments=None, usecols=(0, 1, 2), ndmin=2)
+        table = np.loadtxt(path, np.int64, comments=None, usecols=range(columns), ndmin=2)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise _wrong_line(path, images, attributes) or UserError(f"{path} cannot be read: {error}") from error
-    low, high = np.array([1, 1, 0]), np.array([images, attributes, 1])
+        raise _wrong_line(path, images, attributes, columns) or UserError(f"{path} cannot be read: {error}") from error
+    low, high = np.array([1, 1, 0, 1])[:columns], np.array([images, attributes, 1, len(CERTAINTIES)])[:columns]
     if len(table) and ((table < low) | (table > high)).any():
-        raise _wrong_line(path, images, attributes) or UserError(f"{path} has a number out of range")
-    return table - low
+        raise _wrong_line(path, images, attributes, columns) or UserError(f"{path} has a number out of range")
+    return table - np.array([1, 1, 0, 0])[:columns]
 
 
-def _wrong_line(path: Path, images: int, attributes: int) -> UserError | None:
+def _wrong_line(path: Path, images: int, attributes: int, columns: int) -> UserError | None:
     """The error that names the first wrong line."""
     with path.open(encoding="utf-8", errors="backslashreplace") as file:
         for number, line in enumerate(file, 1):
@@ -78,15 +88,17 @@ def _wrong_line(path: Path, images: int, attributes: int) -> UserError | None:
             if not fields:
                 continue
             try:
-                image, attribute, present = (int(field) for field in fields[:3])
+                image, attribute, present, *more = (int(field) for field in fields[:columns])
             except ValueError:
-                return UserError(f"{path}, line {number}: expected three whole numbers, not {line.strip()[:60]!r}")
+                return UserError(f"{path}, line {number}: expected whole numbers, not {line.strip()[:60]!r}")
             if not 1 <= image <= images:
                 return UserError(f"{path}, line {number}: image {image} is not in images.txt")
             if not 1 <= attribute <= attributes:
                 return UserError(f"{path}, line {number}: attribute {attribute} is not in attributes.txt")
             if present not in (0, 1):
                 return UserError(f"{path}, line {number}: 'is present' is {present}, not 0 or 1")
+            if len(fields) < columns or (more and not 1 <= more[0] <= len(CERTAINTIES)):
+                return UserError(f"{path}, line {number}: the certainty must be 1 to {len(CERTAINTIES)}")
     return None
 
 
@@ -98,6 +110,15 @@ class Cub(Dataset):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """Where the data set is, and how validation images are chosen."""
         parser.add_argument("--root", required=True, type=Path, help="folder with images.txt (CUB_200_2011)")
+        parser.add_argument(
+            "--certainty",
+            type=int,
+            choices=range(1, len(CERTAINTIES) + 1),
+            default=1,
+            help="least certainty with which an attribute is known: "
+            + ", ".join(f"{i} {name}" for i, name in enumerate(CERTAINTIES, 1))
+            + " (default: 1, all of them, as in the papers)",
+        )
         add_val_fraction(parser)
 
     def read(self, options: argparse.Namespace) -> RawDataset:
@@ -117,7 +138,8 @@ class Cub(Dataset):
         notes = []
         if len(classes) != NUM_ATTRIBUTES:
             notes.append(f"{len(classes)} attributes found, not the official {NUM_ATTRIBUTES}")
-        known = self._known(root / "attributes" / "image_attribute_labels.txt", len(paths), len(classes), notes)
+        table = root / "attributes" / "image_attribute_labels.txt"
+        known = self._known(table, len(paths), len(classes), options.certainty, notes)
         training = np.array(flags) == "1"
         splits = []
         for name, rows in (("train", np.flatnonzero(training)), ("test", np.flatnonzero(~training))):
@@ -128,8 +150,18 @@ class Cub(Dataset):
         return RawDataset("cub", classes, root / "images", splits, carve, notes)
 
     @staticmethod
-    def _known(path: Path, images: int, attributes: int, notes: list[str]) -> SparseLabels:
-        image, attribute, present = read_attributes(path, images, attributes).T
+    def _known(path: Path, images: int, attributes: int, certainty: int, notes: list[str]) -> SparseLabels:
+        """Labels from the table, where it is at least that certain; without a demand all others are negative.
+
+        Args:
+            path: the table.
+            images: how many there are.
+            attributes: how many there are.
+            certainty: 1 to 4; from 2 on what is less certain, or missing, is unknown.
+            notes: sentences for the summary are added here.
+        """
+        partial = certainty > 1
+        image, attribute, present, *certain = read_attributes(path, images, attributes, 4 if partial else 3).T
         pairs = image * attributes + attribute
         keys, first, group = np.unique(pairs, return_index=True, return_inverse=True)
         if len(keys) < len(image):
@@ -142,8 +174,14 @@ class Cub(Dataset):
             notes.append(f"{len(image) - len(keys):,} lines of {path.name} repeat others")
         missing = images * attributes - len(keys)
         if missing:
-            notes.append(f"{missing:,} attributes of images are not annotated and count as absent")
-        positive = keys[present[first] == 1]
-        return SparseLabels.from_entries(
-            positive // attributes, positive % attributes, np.ones(len(positive)), images, attributes, NEGATIVE
-        )
+            notes.append(
+                f"{missing:,} attributes of images are not annotated and {'unknown' if partial else 'count as absent'}"
+            )
+        codes = present[first]
+        chosen = certain[0][first] >= certainty if partial else codes == 1
+        if partial:
+            left = int((~chosen).sum())
+            notes.append(f"{left:,} attributes of images are less certain than {CERTAINTIES[certainty - 1]!r}: unknown")
+        keys, codes = keys[chosen], codes[chosen]
+        default = UNKNOWN if partial else NEGATIVE
+        return SparseLabels.from_entries(keys // attributes, keys % attributes, codes, images, attributes, default)
