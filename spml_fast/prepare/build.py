@@ -25,6 +25,8 @@ from spml_fast.prepare.raw import CommonOptions, RawDataset, RawSplit
 
 # At most this many left-out images are named one by one in report.json.
 MAX_LISTED = 100_000
+# How many classes are named on screen.
+MAX_NAMED = 10
 
 
 def build(raw: RawDataset, common: CommonOptions) -> Manifest:
@@ -303,6 +305,28 @@ def turn_boxes(boxes: npt.NDArray[np.float32], orientation: npt.NDArray[np.uint8
     return out
 
 
+def _without_positive(manifest: Manifest, split: str, number: int) -> str:
+    """Which classes have no positive image."""
+    missing = np.flatnonzero(manifest.split(split).known.class_counts(POSITIVE) == 0)
+    named = ", ".join(manifest.classes[int(i)] for i in missing[:MAX_NAMED])
+    more = f" and {number - MAX_NAMED:,} more" if number > MAX_NAMED else ""
+    return f"no positive image for {number:,} of {manifest.num_classes:,} classes: {named}{more}"
+
+
+def _images_by_class(manifest: Manifest, split: str) -> str:
+    """Positive images of every class, of the most and least frequent ones where there are many."""
+    counts = manifest.split(split).known.class_counts(POSITIVE)
+    order = np.argsort(-counts, kind="stable")
+    texts = [f"{manifest.classes[int(i)]} {counts[i]:,}" for i in order]
+    if len(texts) <= 2 * MAX_NAMED:
+        return f"positive images by class ({split}): {', '.join(texts)}"
+    half = MAX_NAMED // 2
+    return (
+        f"positive images by class ({split}): {', '.join(texts[:half])} ... {', '.join(texts[-half:])}; "
+        f"median {int(np.median(counts)):,}"
+    )
+
+
 def summary(manifest: Manifest, train_options: str = "") -> str:
     """What the command prints at its end: counts, what was left out and why, the next command.
 
@@ -325,12 +349,12 @@ def summary(manifest: Manifest, train_options: str = "") -> str:
         if split["without_positive"]:
             lines.append(f"{name}: no positive label for {split['without_positive']:,} of {split['samples']:,} images")
         if split["classes_without_positive"]:
-            missing = split["classes_without_positive"]
-            lines.append(f"{name}: no positive image for {missing:,} of {report['classes']:,} classes")
+            lines.append(f"{name}: {_without_positive(manifest, name, split['classes_without_positive'])}")
         if split["turned_by_exif"]:
             lines.append(f"{name}: turned as their EXIF data say: {split['turned_by_exif']:,} images")
         if split["turned_by_list"]:
             lines.append(f"{name}: turned as the image lists say: {split['turned_by_list']:,} images")
+    lines.append(_images_by_class(manifest, next(iter(report["splits"]))))
     lines += report["notes"]
     left_out = report["left_out"]
     if left_out["total"]:

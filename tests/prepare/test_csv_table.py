@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
+from spml_fast.prepare.build import summary
 from spml_fast.prepare.datasets import csv_table
 from spml_fast.prepare.observed_labels import published_split
 from tests.support import data as make
@@ -195,6 +200,102 @@ def test_csv_bad_input(tmp_path, text, options, message):
     with pytest.raises(UserError, match=message):
         prepare("csv", "--table", tmp_path / "table.csv", "--images", images, "--out", tmp_path / "m", *arguments)
     assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()
+
+
+JSON_ROWS = [
+    {"path": "a.jpg", "positives": ["cat", "dog"], "negatives": ["ant"], "split": "train"},
+    {"path": "b.jpg", "positives": "dog", "split": "train"},
+    {"path": "c.jpg", "negatives": None, "positives": ["cat"], "split": "test"},
+]
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    """The same rows as JSON lines, Parquet or CSV, by the name's ending."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\r\n" for row in rows) + "\n")
+    elif path.suffix == ".parquet":
+        listed = [{**row, "positives": as_list(row["positives"])} for row in rows]
+        pq.write_table(pa.Table.from_pylist(listed), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["path", "positives", "negatives", "split"])
+            writer.writeheader()
+            for row in rows:
+                writer.writerow({k: ";".join(v) if isinstance(v, list) else v for k, v in row.items()})
+    return path
+
+
+def as_list(value: object) -> object:
+    return value.split(";") if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.jsonl", "labels.parquet"])
+def test_other_kinds_of_tables(tmp_path, name):
+    images = make.write_files(tmp_path / "birds", {n: make.encoded() for n in ("a.jpg", "b.jpg", "c.jpg")})
+    table = write_rows(tmp_path / name, JSON_ROWS)
+    manifest = prepare("csv", "--table", table, "--images", images, "--out", tmp_path / "m")
+    # Called by the folder of the images: every table is called labels.
+    assert manifest.name == "birds" and manifest.classes == ["ant", "cat", "dog"]
+    assert manifest.split("train").known.rows([0, 1]).tolist() == [[0, 1, 1], [-1, -1, 1]]
+    assert manifest.split("test").known.rows([0]).tolist() == [[-1, 1, -1]]
+    images = images.rename(tmp_path / "Images")
+    again = prepare("csv", "--table", table, "--images", images, "--out", tmp_path / "again")
+    assert again.name == tmp_path.name
+    named = prepare("csv", "--table", table, "--images", images, "--out", tmp_path / "n", "--name", "My birds")
+    assert named.name == "My birds"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("t.jsonl", b'{"path": "a.jpg", "positives": ["cat"]}\n{"path": \n', "line 2: not an object of JSON"),
+        ("t.jsonl", b'["a.jpg"]\n', "line 1: not an object of JSON such as"),
+        ("t.jsonl", b"[" * 100_000, "line 1: not an object of JSON"),
+        ("t.jsonl", b'{"path": "a.jpg", "positives": [1]}\n', "line 1: 'positives' must be a text or a list of texts"),
+        ("t.jsonl", b'{"path": "a.jpg", "positives": ["a;b"]}\n', "line 1: class 'a;b' has a semicolon"),
+        ("t.jsonl", b'{"path": "a.jpg", "labels": ["cat"]}\n', "line 1: column 'labels' is not one of"),
+        ("t.jsonl", b'{"path": "a.jpg"}\n', "there is no column 'positives', only path"),
+        ("t.jsonl", b'{"positives": ["cat"]}\n', "line 1: the path is empty"),
+        ("t.jsonl", b"", "has no rows"),
+        ("t.parquet", b"PAR1 or not", "is not a Parquet file"),
+        ("t.parquet", [{"path": "a.jpg", "positives": 3}], "row 1: 'positives' must be a text or a list of texts"),
+        ("t.parquet", [{"file": "a.jpg", "positives": "cat"}], "there is no column 'path', only file, positives"),
+    ],
+)
+def test_bad_tables_of_other_kinds(tmp_path, name, rows, message):
+    path = tmp_path / name
+    path.write_bytes(rows) if isinstance(rows, bytes) else pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(UserError, match=message) as raised:
+        prepare("csv", "--table", path, "--images", tmp_path, "--out", tmp_path / "m")
+    assert str(path) in str(raised.value)
+
+
+def test_ten_thousand_classes_in_a_field(tmp_path):
+    names = [f"class number {i:05d}" for i in range(10_000)]
+    manifest = prepare_table(tmp_path, f"path,positives,split\na.jpg,{';'.join(names)},train\nb.jpg,cat,train\n")
+    assert manifest.num_classes == 10_001 and manifest.split("train").known.class_counts(1).tolist() == [1] * 10_001
+
+
+def test_the_summary_names_classes(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\ncow\ndog\n")
+    rows = "path,positives,split\na.jpg,cat;dog,train\nb.jpg,dog,train\n"
+    manifest = prepare_table(tmp_path, rows, "--classes", tmp_path / "classes.txt")
+    lines = summary(manifest).splitlines()
+    assert "train: no positive image for 1 of 3 classes: cow" in lines
+    assert "positive images by class (train): dog 2, cat 1, cow 0" in lines
+    (tmp_path / "many").mkdir()
+    many = prepare_table(tmp_path / "many", "path,positives,split\na.jpg," + ";".join(map(str, range(50))) + ",train\n")
+    assert any(
+        "0 1, 1 1, 10 1, 11 1, 12 1 ... 5 1" in line and line.endswith("; median 1")
+        for line in summary(many).splitlines()
+    )
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a\x1b[31mb"])
+def test_bad_names(tmp_path, name, capsys):
+    with pytest.raises(SystemExit):
+        prepare_table(tmp_path, "path,positives\na.jpg,cat\nb.jpg,cat\n", "--name", name)
+    assert "may be part of a file name" in capsys.readouterr().err
 
 
 def test_csv_missing_files_and_targets(tmp_path):

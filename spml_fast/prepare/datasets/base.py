@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -65,7 +66,8 @@ class Dataset:
             overwrite=options.overwrite,
             workers=options.workers,
         )
-        return build(self.read(options), common)
+        raw = self.read(options)
+        return build(replace(raw, name=options.name) if options.name else raw, common)
 
 
 DATASETS: Registry[Dataset] = Registry("data set")
@@ -88,6 +90,13 @@ def _seed(text: str) -> int:
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError("the seed must be between 0 and 4294967295")
     return value
+
+
+def _name(text: str) -> str:
+    """The name of a data set from the command line; folders of runs are called by it."""
+    if not text.strip() or not text.isprintable() or text.startswith(".") or set(text) & set("/\\"):
+        raise argparse.ArgumentTypeError("a name may be part of a file name: no slash, no dot at its beginning")
+    return text.strip()
 
 
 def _workers(text: str) -> int:
@@ -113,6 +122,7 @@ def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) 
     """Declare the options that all data sets have."""
     group = parser.add_argument_group("options of all data sets")
     group.add_argument("--out", required=True, type=Path, help="Manifest directory to write")
+    group.add_argument("--name", type=_name, help="what the data set is called in folders of runs and on screen")
     group.add_argument("--overwrite", action="store_true", help="replace the Manifest that is already at --out")
     group.add_argument(
         "--observe",

@@ -1,7 +1,11 @@
-"""Any data set as a CSV table: one row per image, class names separated by semicolons.
+"""Any data set as a table: one row per image, class names separated by semicolons.
 
     path,positives,negatives,unknowns,split
     photos/001.jpg,cat;sofa,dog,,train
+
+or as JSON lines or Parquet, where a field may be a list of names:
+
+    {"path": "photos/001.jpg", "positives": ["cat", "sofa"], "negatives": ["dog"], "split": "train"}
 
 Only `path` and `positives` must be there. What a row does not list is, unless --unlisted says otherwise: unknown
 where the table has a `negatives` column; negative where it has none (with an `unknowns` column those are the
@@ -12,18 +16,20 @@ drawn as in the papers.
 from __future__ import annotations
 
 import argparse
-import csv
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, register
+from spml_fast.prepare.datasets.table_files import JSON_LINES, Value, read_rows, row_word
 from spml_fast.prepare.raw import Orientation, RawDataset, RawSplit
 
 COLUMNS = {"path", "positives", "negatives", "unknowns", "split"}
 LABEL_COLUMNS = {"positives": POSITIVE, "negatives": NEGATIVE, "unknowns": UNKNOWN}
+GENERIC_FOLDERS = {"images", "image", "img", "photos", "pictures", "jpegimages"}
 CODE_NAMES = {POSITIVE: "positive", NEGATIVE: "negative", UNKNOWN: "unknown"}
 
 
@@ -59,72 +65,62 @@ def read_table(path: Path, conflicts: str) -> Table:
     """Parse a table.
 
     Args:
-        path: UTF-8 CSV, with or without byte order mark, any line ends.
+        path: CSV, JSON lines (.jsonl) or Parquet.
         conflicts: `error`, or `positive` to let positive win where rows contradict each other.
 
     Raises:
         UserError: naming file, line and column or class.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return _parse(csv.reader(file, strict=True), path, conflicts)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
-
-
-def _parse(reader: Any, path: Path, conflicts: str) -> Table:
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        for required in ("path", "positives"):
-            if required not in header:
-                raise UserError(
-                    f"{path}, line 1: there is no column {required!r}, only {', '.join(header) or 'an empty line'}"
-                )
-        unknown = [name for name in header if name not in COLUMNS]
-        if unknown:
-            raise UserError(
-                f"{path}, line 1: column {unknown[0]!r} is not one of path, positives, negatives, unknowns, split"
-            )
-        if len(set(header)) != len(header):
-            raise UserError(f"{path}, line 1: a column is listed twice")
-        table = Table({}, header)
-        for values in reader:
-            line = reader.line_num
-            if not values or values == [""]:
-                continue
-            if len(values) != len(header):
-                raise UserError(f"{path}, line {line}: {len(values)} fields, but the header has {len(header)}")
-            _add(table, dict(zip(header, values, strict=True)), line, path, conflicts)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+    columns, rows = read_rows(path)
+    table = Table({}, columns)
+    if path.suffix.lower() not in JSON_LINES:
+        _check_columns(columns, f"{path}, line 1" if row_word(path) == "line" else str(path))
+    for line, fields in rows:
+        if not COLUMNS.issuperset(fields):
+            _refuse_unknown(fields, f"{path}, line {line}")
+        _add(table, fields, line, path, conflicts)
+    if table.rows:
+        _check_columns(columns, str(path))
     return table
 
 
-def _add(table: Table, fields: dict[str, str], line: int, path: Path, conflicts: str) -> None:
+def _check_columns(columns: list[str], where: str) -> None:
+    for required in ("path", "positives"):
+        if required not in columns:
+            raise UserError(f"{where}: there is no column {required!r}, only {', '.join(columns) or 'an empty line'}")
+    _refuse_unknown(columns, where)
+    if len(set(columns)) != len(columns):
+        raise UserError(f"{where}: a column is listed twice")
+
+
+def _refuse_unknown(columns: Iterable[str], where: str) -> None:
+    unknown = [name for name in columns if name not in COLUMNS]
+    if unknown:
+        raise UserError(f"{where}: column {unknown[0]!r} is not one of path, positives, negatives, unknowns, split")
+
+
+def _add(table: Table, fields: Mapping[str, Value], line: int, path: Path, conflicts: str) -> None:
     """Merge one line into the table."""
-    image, split = fields["path"].strip(), fields.get("split", "").strip()
+    where = f"{path}, {row_word(path)} {line}"
+    image, split = (str(fields.get(name, "")).strip() for name in ("path", "split"))
     if not image:
-        raise UserError(f"{path}, line {line}: the path is empty")
+        raise UserError(f"{where}: the path is empty")
     if "split" in fields and (not split or "/" in split or split.startswith(".")):
-        raise UserError(f"{path}, line {line}: {split!r} cannot be the name of a split")
+        raise UserError(f"{where}: {split!r} cannot be the name of a split")
     row = table.rows.get(image)
     if row is None:
         row = table.rows[image] = Row(line, split)
     else:
         table.merged += 1
         if row.split != split:
-            raise UserError(
-                f"{path}, line {line}: image {image} is in split {split!r} and in line {row.line} in {row.split!r}"
-            )
+            raise UserError(f"{where}: image {image} is in split {split!r} and in line {row.line} in {row.split!r}")
     for column, code in LABEL_COLUMNS.items():
-        for name in filter(None, (part.strip() for part in fields.get(column, "").split(";"))):
+        for name in class_names(fields.get(column, ""), where):
             earlier = row.codes.get(name)
             if earlier is not None and earlier != code:
                 if conflicts == "error":
                     raise UserError(
-                        f"{path}, line {line}: class {name!r} of image {image} is {CODE_NAMES[code]}, and "
+                        f"{where}: class {name!r} of image {image} is {CODE_NAMES[code]}, and "
                         f"{CODE_NAMES[earlier]} in line {row.lines[name]}; fix it or pass --conflicts positive"
                     )
                 table.conflicts += 1
@@ -133,6 +129,17 @@ def _add(table: Table, fields: dict[str, str], line: int, path: Path, conflicts:
                 code_kept = code
             row.codes[name] = code_kept
             row.lines.setdefault(name, line)
+
+
+def class_names(value: Value, where: str) -> list[str]:
+    """Names in a field: a list, or a text with semicolons. Raises `UserError` where a list's name has one."""
+    if isinstance(value, list):
+        wrong = next((name for name in value if ";" in name), None)
+        if wrong is not None:
+            raise UserError(f"{where}: class {wrong!r} has a semicolon, which separates classes in tables")
+    else:
+        value = value.split(";")
+    return [name for name in (part.strip() for part in value) if name]
 
 
 def read_classes(path: Path) -> list[str]:
@@ -159,6 +166,12 @@ def read_classes(path: Path) -> list[str]:
     return list(names)
 
 
+def folder_name(images: Path) -> str:
+    """What a data set is called: all tables are called labels, but the images' folder, or the one above, has a name."""
+    folder = images.resolve()
+    return folder.parent.name if folder.name.lower() in GENERIC_FOLDERS and folder.parent.name else folder.name
+
+
 def unlisted_code(columns: list[str], choice: str | None) -> int:
     """Code of classes that a row does not list: as chosen, else by the columns that the table has."""
     if choice is not None:
@@ -168,7 +181,7 @@ def unlisted_code(columns: list[str], choice: str | None) -> int:
 
 @register("csv")
 class Csv(Dataset):
-    """Your own images: a CSV with one image per row and its known classes."""
+    """Your own images: a table (CSV, JSONL, Parquet) with one image per row and its known classes."""
 
     default_observe: ClassVar[str] = "all"
     default_orientation: ClassVar[Orientation] = "exif"
@@ -177,7 +190,10 @@ class Csv(Dataset):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """The table and how it is read."""
         parser.add_argument(
-            "--table", required=True, type=Path, help="CSV: path, positives[, negatives, unknowns, split]"
+            "--table",
+            required=True,
+            type=Path,
+            help="CSV, .jsonl or .parquet: path, positives[, negatives, unknowns, split]",
         )
         parser.add_argument("--images", required=True, type=Path, help="folder that the paths are relative to")
         parser.add_argument(
@@ -212,7 +228,9 @@ class Csv(Dataset):
         class_id = {name: i for i, name in enumerate(classes)}
         for name, line in named.items():
             if name not in class_id:
-                raise UserError(f"{options.table}, line {line}: class {name!r} is not in {options.classes}")
+                raise UserError(
+                    f"{options.table}, {row_word(options.table)} {line}: class {name!r} is not in {options.classes}"
+                )
         notes = []
         if table.merged:
             notes.append(f"{table.merged} rows named an image again and were merged with its first row")
@@ -240,7 +258,9 @@ class Csv(Dataset):
         elif missing := [name for name in ("val", "test") if name not in by_split]:
             notes.append(f"the split column names no {' and no '.join(missing)} split")
         carve = None if has_splits else ("train", "val")
-        return RawDataset(options.table.stem, classes, options.images, splits, carve, notes)
+        return RawDataset(
+            folder_name(options.images) or options.table.stem, classes, options.images, splits, carve, notes
+        )
 
     @staticmethod
     def _split(name: str, images: list[str], table: Table, class_id: dict[str, int], default: int) -> RawSplit:
