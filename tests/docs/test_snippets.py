@@ -161,7 +161,7 @@ def check_line(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_pages_have_blocks():
-    assert {"bash", "python", "csv", "yaml", "toml", "text"} == {b.language for b in BLOCKS}
+    assert {"bash", "python", "csv", "json", "yaml", "toml", "text"} == {b.language for b in BLOCKS}
     assert len(of("python")) >= 10 and len(of("bash")) >= 25
 
 
@@ -219,11 +219,11 @@ def test_a_wrong_line_is_found(monkeypatch, capsys):
             check_line(shell_commands(line)[0], monkeypatch)
 
 
-@pytest.mark.parametrize("block", of("csv"), ids=ids)
+@pytest.mark.parametrize("block", of("csv", "json"), ids=ids)
 def test_tables_are_read(block, tmp_path):
-    path = tmp_path / "labels.csv"
+    path = tmp_path / ("labels.csv" if block.language == "csv" else "labels.jsonl")
     path.write_text(block.text + "\n", encoding="utf-8")
-    assert len(read_table(path, "error").rows) == len(block.text.splitlines()) - 1
+    assert len(read_table(path, "error").rows) == len(block.text.splitlines()) - (block.language == "csv")
 
 
 @pytest.mark.parametrize("block", of("yaml", "toml"), ids=ids)
