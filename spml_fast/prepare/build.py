@@ -19,6 +19,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.image_check import CheckResults, Level, check_images, choose_level
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.data.manifest import Manifest
+from spml_fast.prepare.label_encodings import observed_from_file
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.observed_labels import published_split
 from spml_fast.prepare.raw import CommonOptions, RawDataset, RawSplit
@@ -107,7 +108,11 @@ class _Preparation:
         Labels are drawn over all of its rows, so that those of an image do not depend on which other images are left
         out.
         """
-        observed = self.common.observe.draw(official.known, self.common.seed, official.name)
+        if self.common.observed is not None and official is self.raw.splits[0]:
+            observed: SparseLabels | None = observed_from_file(*self.common.observed, official.known)
+            self._notes.append(f"{official.name}: observed labels were read from {self.common.observed[0]}, not drawn")
+        else:
+            observed = self.common.observe.draw(official.known, self.common.seed, official.name)
         hides_labels = observed is not None
         if official.extra is not None:
             observed = merge_labels(official.known if observed is None else observed, official.extra)
@@ -154,12 +159,15 @@ class _Preparation:
     def report(self) -> dict[str, Any]:
         """The content of report.json."""
         raw, common, reasons = self.raw, self.common, self._reasons
+        # Reports of before have no such entry, and say the same.
+        negatives = {"negatives": common.observe.negatives} if common.observe.negatives else {}
         return {
             "name": raw.name,
             "classes": len(raw.classes),
             "observe": {
                 "kind": common.observe.kind,
                 "positives": common.observe.positives,
+                **negatives,
                 "fraction": common.observe.fraction,
                 "seed": common.seed,
             },

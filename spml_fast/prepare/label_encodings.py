@@ -6,6 +6,7 @@ Source: docs/sources.md#label-encodings.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -104,6 +105,53 @@ def import_labels(
         UNKNOWN,
     )
     return Imported(labels, np.concatenate(soft) if fmt == "soft" else None)
+
+
+def load_array(path: Path) -> npt.NDArray[Any]:
+    """A .npy file, memory-mapped; never one that holds Python objects. Raises `UserError` naming it."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a NumPy array of text or numbers ({error})") from error
+
+
+def observed_from_file(path: Path, fmt: ImportFormat, known: SparseLabels) -> SparseLabels:
+    """Observed labels of the official training rows from a published array, such as Cole's `labels_obs.npy`.
+
+    Args:
+        path: .npy, dense [rows of `known`, classes], in the order of the official rows and classes.
+        fmt: its encoding, as in `import_labels`.
+        known: the rows' annotations.
+
+    Raises:
+        UserError: another shape or encoding; soft labels; labels that contradict the annotations, which shows that rows
+            or classes are in another order.
+    """
+    if fmt == "soft":
+        raise UserError("soft labels are a method's state, not observed labels; import spml, openimages or nan arrays")
+    values = load_array(path)
+    if len(values) != len(known):
+        raise UserError(f"{path} has {len(values):,} rows, but there are {len(known):,} official training images")
+    labels = import_labels(values, fmt, known.num_classes, str(path)).labels
+    rows, classes, codes = labels.entry_rows(), np.asarray(labels.classes), np.asarray(labels.codes)
+    step = max(1, CHUNK_ENTRIES // known.num_classes)
+    wrong, first = 0, (0, 0)
+    for start in range(0, len(known), step):
+        of_block = (rows >= start) & (rows < start + step)
+        truth = known.rows(range(start, min(start + step, len(known))))
+        expected = truth[rows[of_block] - start, classes[of_block]]
+        differs = np.flatnonzero((expected != UNKNOWN) & (expected != codes[of_block]))
+        if len(differs) and not wrong:
+            first = int(rows[of_block][differs[0]]), int(classes[of_block][differs[0]])
+        wrong += len(differs)
+    if wrong:
+        raise UserError(
+            f"{path}: {wrong:,} of {len(codes):,} observed labels contradict the annotations, the first in row "
+            f"{first[0]}, column {first[1]}; its rows or classes are in another order, or its format is not {fmt}"
+        )
+    return labels
 
 
 def _invalid_value(

@@ -33,24 +33,33 @@ class ObservationScheme:
     Attributes:
         kind: "all" shows all known labels, "single" the published draw, "keep" a random fraction.
         positives: positives per row that "single" keeps.
+        negatives: negatives per row that "single" keeps.
         fraction: probability that "keep" keeps a known label.
     """
 
     kind: Literal["all", "single", "keep"]
     positives: int = 1
     fraction: float = 1.0
+    negatives: int = 0
 
     @classmethod
     def parse(cls, text: str) -> ObservationScheme:
-        """Read `all`, `single`, `single=K` or `keep=P`. Raises `UserError` on anything else."""
-        kind, equals, value = text.partition("=")
+        """Read `all`, `single`, `single=K`, `single=K,negatives=L` or `keep=P`. Raises `UserError` on anything else."""
+        text_of_scheme, comma, more = text.partition(",")
+        kind, equals, value = text_of_scheme.partition("=")
+        negatives = 0
+        if comma:
+            name, _, number = more.partition("=")
+            if kind != "single" or name != "negatives" or not (number.isascii() and number.isdigit()):
+                raise UserError(f"--observe {text}: what follows a comma is negatives=L, as in single=1,negatives=1")
+            negatives = int(number)
         if kind == "all" and not equals:
             return cls("all")
         if kind == "single":
             if not equals:
-                return cls("single")
+                return cls("single", negatives=negatives)
             if value.isascii() and value.isdigit() and int(value) >= 1:
-                return cls("single", positives=int(value))
+                return cls("single", positives=int(value), negatives=negatives)
             raise UserError(f"--observe {text}: single=K needs a whole number K of at least 1")
         if kind == "keep":
             try:
@@ -61,51 +70,75 @@ class ObservationScheme:
             if not 0 < fraction <= 1:
                 raise UserError(f"--observe {text}: the probability must be above 0 and at most 1")
             return cls("keep", fraction=fraction)
-        raise UserError(f"--observe {text}: choose all, single, single=K or keep=P")
+        raise UserError(f"--observe {text}: choose all, single, single=K, single=K,negatives=L or keep=P")
 
     def draw(self, known: SparseLabels, seed: int, phase: str) -> SparseLabels | None:
         """Observed labels of one phase, such as the official train rows; None for "all"."""
         if self.kind == "single":
-            return draw_published(known, seed, self.positives)
+            return draw_published(known, seed, self.positives, self.negatives)
         if self.kind == "keep":
             return draw_fraction(known, self.fraction, seed, phase)
         return None
 
 
-def draw_published(known: SparseLabels, seed: int = PUBLISHED_SEED, positives: int = 1) -> SparseLabels:
+def draw_published(
+    known: SparseLabels, seed: int = PUBLISHED_SEED, positives: int = 1, negatives: int = 0
+) -> SparseLabels:
     """The observed labels that the single-positive literature uses, bit for bit.
 
     Legacy MT19937, one fresh generator per phase; for every row in file order the positives (ascending) are shuffled
-    and the first `positives` kept; then the negatives are shuffled as well. The second shuffle has no result, but it
-    advances the generator, and leaving it out changes a large part of the drawn labels.
+    and the first `positives` kept; then the negatives are shuffled as well and the first `negatives` kept. With none
+    kept the second shuffle has no result, but it advances the generator, and leaving it out changes a large part of
+    the drawn labels.
 
-    Rows without a positive observe nothing. In partly annotated sets only known negatives are shuffled.
+    Rows without a positive observe no positive. In partly annotated sets only known negatives are shuffled.
 
     Args:
         known: labels of one phase.
         seed: 1200 is the published one.
         positives: positives per row that are kept.
+        negatives: negatives per row that are kept; the papers' benchmarks have none.
 
     Returns:
-        Labels with default -1 that list nothing but observed positives.
+        Labels with default -1 that list nothing but observed ones.
     """
     rng = np.random.RandomState(seed)
+    num_negatives = known.row_counts(NEGATIVE)
+    if known.default == NEGATIVE:
+        num_negatives = num_negatives + known.num_classes - np.diff(known.indptr)
     indptr = np.zeros(len(known) + 1, np.int64)
-    np.cumsum(np.minimum(known.row_counts(POSITIVE), positives), out=indptr[1:])
+    kept_counts = np.minimum(known.row_counts(POSITIVE), positives) + np.minimum(num_negatives, negatives)
+    np.cumsum(kept_counts, out=indptr[1:])
     kept = np.empty(indptr[-1], class_dtype(known.num_classes))
-    # `shuffle` draws by length alone, so the content of the negatives' array does not matter.
-    negatives = np.zeros(known.num_classes, np.int64)
-    listed_negatives = known.row_counts(NEGATIVE)
+    codes = np.full(indptr[-1], POSITIVE, np.int8)
+    # `shuffle` draws by length alone, so where none is kept the content of the negatives' array does not matter.
+    shuffled = np.zeros(known.num_classes, np.int64)
     for row in range(len(known)):
         entries = slice(int(known.indptr[row]), int(known.indptr[row + 1]))
-        classes = np.array(known.classes[entries][known.codes[entries] == POSITIVE], dtype=np.int64)
-        num_negatives = int(listed_negatives[row])
-        if known.default == NEGATIVE:
-            num_negatives += known.num_classes - (entries.stop - entries.start)
+        listed, listed_codes = known.classes[entries], known.codes[entries]
+        classes = np.array(listed[listed_codes == POSITIVE], dtype=np.int64)
         rng.shuffle(classes)
-        rng.shuffle(negatives[:num_negatives])
-        kept[indptr[row] : indptr[row + 1]] = np.sort(classes[:positives])
-    return SparseLabels(indptr, kept, np.full(len(kept), POSITIVE, np.int8), known.num_classes, UNKNOWN)
+        chosen = classes[:positives]
+        if negatives:
+            shuffled = _negatives_of_row(known, listed, listed_codes)
+        rng.shuffle(shuffled[: num_negatives[row]])
+        of_row = slice(int(indptr[row]), int(indptr[row + 1]))
+        drawn = np.concatenate([chosen, shuffled[: min(negatives, num_negatives[row])]])
+        order = np.argsort(drawn)
+        kept[of_row] = drawn[order]
+        codes[of_row][order >= len(chosen)] = NEGATIVE
+    return SparseLabels(indptr, kept, codes, known.num_classes, UNKNOWN)
+
+
+def _negatives_of_row(
+    known: SparseLabels, listed: npt.NDArray[np.integer], codes: npt.NDArray[np.int8]
+) -> npt.NDArray[np.int64]:
+    """Ids of a row's negatives, ascending, int64."""
+    if known.default != NEGATIVE:
+        return np.array(listed[codes == NEGATIVE], dtype=np.int64)
+    negative = np.ones(known.num_classes, np.bool_)
+    negative[listed[codes != NEGATIVE]] = False
+    return np.flatnonzero(negative)
 
 
 def draw_fraction(known: SparseLabels, fraction: float, seed: int, phase: str = "train") -> SparseLabels:

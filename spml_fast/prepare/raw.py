@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from spml_fast.data.image_check import Level
 from spml_fast.data.labels import SparseLabels
+from spml_fast.prepare.label_encodings import ImportFormat
 from spml_fast.prepare.observed_labels import PUBLISHED_SEED, ObservationScheme
 
 Orientation = Literal["exif", "ignore"]
@@ -144,6 +145,7 @@ class CommonOptions:
         orientation: whether the loader turns images as their EXIF data say.
         overwrite: replace an older Manifest.
         workers: processes that check images; None for all cores.
+        observed: an array of the first split's observed labels, and its format, in place of a draw.
         progress: show progress.
     """
 
@@ -154,4 +156,5 @@ class CommonOptions:
     orientation: Orientation = "ignore"
     overwrite: bool = False
     workers: int | None = None
+    observed: tuple[Path, ImportFormat] | None = None
     progress: bool = True

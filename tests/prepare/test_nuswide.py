@@ -9,7 +9,9 @@ import numpy.typing as npt
 import pytest
 
 from spml_fast.core.errors import UserError
+from spml_fast.data.labels import SparseLabels
 from spml_fast.prepare.datasets import nuswide
+from spml_fast.prepare.observed_labels import draw_published
 from tests.support import data as make
 from tests.support.paths import need_data
 from tests.support.prepare import check_protocol, notes_of, prepare
@@ -116,6 +118,27 @@ def test_nuswide_images_elsewhere_and_no_cut(tmp_path):
     options = ("--images", tmp_path / "photos", "--val-fraction", "0", "--observe", "all")
     manifest = prepare("nuswide", "--root", root, "--out", tmp_path / "m", *options)
     assert set(manifest.splits) == {"train", "test"} and len(manifest.split("train")) == TRAIN
+
+
+def test_the_papers_observed_labels(tmp_path):
+    root = make_nus(tmp_path / "NUS", "arrays")
+    known = SparseLabels.from_dense(nus_labels(TRAIN, 0).astype(np.int8), 0)
+    drawn = draw_published(known, seed=77, negatives=1).rows(range(TRAIN))
+    path = root / "formatted_train_labels_obs.npy"
+    np.save(path, np.select([drawn == 1, drawn == 0], [1.0, -1.0], 0.0))
+    options = ("--root", root, "--observed", path)
+    with pytest.raises(UserError, match=r"--observed FILE\.npy and --observed-format go together"):
+        prepare("nuswide", *options, "--out", tmp_path / "m")
+    read = prepare("nuswide", *options, "--observed-format", "spml", "--out", tmp_path / "read")
+    made = prepare(
+        "nuswide", "--root", root, "--observe", "single=1,negatives=1", "--seed", 77, "--out", tmp_path / "made"
+    )
+    for name in ("train", "val"):
+        rows = range(len(read.split(name)))
+        assert read.split(name).hides_labels
+        assert read.split(name).observed.rows(rows).tolist() == made.split(name).observed.rows(rows).tolist()
+        assert (read.split(name).observed.rows(rows) == 0).sum(1).tolist() == [1] * len(rows)
+    assert f"train: observed labels were read from {path}, not drawn" in notes_of(read)
 
 
 def save_labels(root: Path, change) -> None:

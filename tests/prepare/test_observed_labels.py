@@ -69,7 +69,7 @@ def test_published_draw_golden():
     assert set(observed.codes.tolist()) == {1} and observed.default == -1
 
 
-def published_reference(labels: np.ndarray, seed: int, num_pos: int) -> np.ndarray:
+def published_reference(labels: np.ndarray, seed: int, num_pos: int, num_neg: int) -> np.ndarray:
     """The draw as protocol.md 1.2 words it, densely: shuffle positives, keep the first, then shuffle the negatives."""
     rng = np.random.RandomState(seed)
     out = np.full(labels.shape, -1, np.int8)
@@ -79,6 +79,7 @@ def published_reference(labels: np.ndarray, seed: int, num_pos: int) -> np.ndarr
         out[row, positives[:num_pos]] = 1
         negatives = np.nonzero(codes == 0)[0]
         rng.shuffle(negatives)
+        out[row, negatives[:num_neg]] = 0
     return out
 
 
@@ -86,11 +87,11 @@ codes_arrays = hnp.arrays(np.int8, st.tuples(st.integers(1, 12), st.integers(1, 
 
 
 @settings(deadline=None, max_examples=60)
-@given(codes_arrays, st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from([0, -1]))
-def test_published_draw_is_the_dense_draw(codes, seed, positives, default):
+@given(codes_arrays, st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(0, 3), st.sampled_from([0, -1]))
+def test_published_draw_is_the_dense_draw(codes, seed, positives, negatives, default):
     known = SparseLabels.from_dense(codes, default)
-    observed = draw_published(known, seed, positives)
-    assert np.array_equal(observed.rows(range(len(codes))), published_reference(codes, seed, positives))
+    observed = draw_published(known, seed, positives, negatives)
+    assert np.array_equal(observed.rows(range(len(codes))), published_reference(codes, seed, positives, negatives))
     assert all(
         (np.diff(observed.classes[a:b]) > 0).all() for a, b in zip(observed.indptr, observed.indptr[1:], strict=False)
     )
@@ -165,6 +166,8 @@ def test_fraction_lists_the_shorter_side():
         ("all", ObservationScheme("all")),
         ("single", ObservationScheme("single", positives=1)),
         ("single=3", ObservationScheme("single", positives=3)),
+        ("single=1,negatives=2", ObservationScheme("single", positives=1, negatives=2)),
+        ("single,negatives=1", ObservationScheme("single", negatives=1)),
         ("keep=0.25", ObservationScheme("keep", fraction=0.25)),
         ("keep=1", ObservationScheme("keep", fraction=1.0)),
     ],
@@ -180,3 +183,60 @@ def test_observe_parse(text, expected):
 def test_observe_parse_refuses(text):
     with pytest.raises(UserError, match="--observe"):
         ObservationScheme.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["single=1,", "single=1,negatives", "single=1,negatives=x", "single=1,positives=1", "all,negatives=1"]
+)
+def test_observe_parse_refuses_what_follows_a_comma(text):
+    with pytest.raises(UserError, match="what follows a comma is negatives=L"):
+        ObservationScheme.parse(text)
+
+
+def test_published_arrays_take_the_place_of_the_draw(tmp_path):
+    known = toy()
+    drawn = draw_published(known, seed=77, negatives=1)
+    dense = drawn.rows(range(6))
+    assert (dense == 0).sum(1).tolist() == [1] * 6 and (dense == 1).sum(1).tolist() == [1] * 6
+    encoded = {
+        "spml": np.select([dense == 1, dense == 0], [1.0, -1.0], 0.0),
+        "openimages": dense.astype(np.int64),
+        "nan": np.where(dense == -1, np.nan, dense),
+    }
+    for name, values in encoded.items():
+        np.save(tmp_path / f"{name}.npy", values)
+        found = label_encodings.observed_from_file(tmp_path / f"{name}.npy", name, known)
+        assert np.array_equal(found.rows(range(6)), dense)
+
+
+@pytest.mark.parametrize(
+    ("values", "fmt", "message"),
+    [
+        (np.ones((5, 8)), "spml", "has 5 rows, but there are 6 official training images"),
+        (np.ones((6, 7)), "spml", "has 7 columns, but there are 8 classes"),
+        (
+            toy().rows(range(6))[::-1],
+            "spml",
+            r"\d+ of \d+ observed labels contradict the annotations, the first in row \d",
+        ),
+        (
+            np.zeros((6, 8)),
+            "openimages",
+            "10 of 48 observed labels contradict the annotations, the first in row 0, column 0",
+        ),
+        (np.full((6, 8), 0.5), "spml", "row 0, column 0 holds 0.5"),
+        (np.zeros((6, 8)), "soft", "soft labels are a method's state"),
+    ],
+)
+def test_arrays_that_do_not_fit(tmp_path, values, fmt, message, monkeypatch):
+    # Blocks of one row.
+    monkeypatch.setattr(label_encodings, "CHUNK_ENTRIES", 8)
+    np.save(tmp_path / "obs.npy", values)
+    with pytest.raises(UserError, match=message):
+        label_encodings.observed_from_file(tmp_path / "obs.npy", fmt, toy())
+
+
+def test_an_array_of_objects_is_never_loaded(tmp_path):
+    np.save(tmp_path / "obs.npy", np.array([[print]], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="is not a NumPy array of text or numbers"):
+        label_encodings.observed_from_file(tmp_path / "obs.npy", "spml", toy())

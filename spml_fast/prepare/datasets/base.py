@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from spml_fast.core.errors import UserError
 from spml_fast.core.registry import Registry
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.build import build
@@ -55,6 +56,8 @@ class Dataset:
             options: what `add_options` and `add_common_options` declared.
         """
         observe = ObservationScheme.parse(options.observe)
+        if (options.observed is None) != (options.observed_format is None):
+            raise UserError("--observed FILE.npy and --observed-format go together: the encoding is never guessed")
         # Before the annotations are read, which can take minutes.
         ManifestWriter.check_target(options.out, options.overwrite)
         common = CommonOptions(
@@ -65,6 +68,7 @@ class Dataset:
             orientation=options.orientation,
             overwrite=options.overwrite,
             workers=options.workers,
+            observed=None if options.observed is None else (options.observed, options.observed_format),
         )
         raw = self.read(options)
         return build(replace(raw, name=options.name) if options.name else raw, common)
@@ -127,9 +131,22 @@ def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) 
     group.add_argument(
         "--observe",
         default=dataset.default_observe,
-        metavar="{all,single,single=K,keep=P}",
-        help="labels that training sees: all known ones; the published draw of one (or K) positives per image; or "
-        "each known label, positive or negative, with probability P (default: %(default)s)",
+        metavar="{all,single,single=K,single=K,negatives=L,keep=P}",
+        help="labels that training sees: all known ones; the published draw of one (or K) positives per image, with L "
+        "negatives; or each known label, positive or negative, with probability P (default: %(default)s)",
+    )
+    group.add_argument(
+        "--observed",
+        type=Path,
+        metavar="FILE.npy",
+        help="observed labels of the official training images from a published array [images, classes] in place of a "
+        "draw",
+    )
+    group.add_argument(
+        "--observed-format",
+        choices=["spml", "openimages", "nan"],
+        help="what the array's values mean: spml 1 positive, 0 unknown, -1 negative (labels_obs.npy of the "
+        "single-positive papers); openimages 1, 0 negative, -1 unknown; nan 1, 0 negative, NaN unknown",
     )
     group.add_argument(
         "--seed", type=_seed, default=PUBLISHED_SEED, help="seed of that draw; 1200 is the published one (%(default)s)"

@@ -29,7 +29,6 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +36,7 @@ import numpy.typing as npt
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
+from spml_fast.prepare.label_encodings import load_array
 from spml_fast.prepare.raw import RawDataset, RawSplit
 
 CONCEPTS = [
@@ -68,16 +68,6 @@ CONCEPT_FILES = ("ConceptsList/Concepts81.txt", "Concepts81.txt")
 IMAGE_FOLDERS = ("Flickr", "images", "Images")
 # Rows read at a time.
 _ROWS = 1 << 14
-
-
-def load_array(path: Path) -> npt.NDArray[Any]:
-    """A .npy file, memory-mapped. Raises `UserError` naming it."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a NumPy array of text or numbers ({error})") from error
 
 
 def labels_of_array(path: Path, rows: int) -> SparseLabels:
