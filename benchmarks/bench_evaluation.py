@@ -20,7 +20,6 @@ sparse case's group means must equal means of scikit-learn's too. `held` is what
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -35,6 +34,7 @@ import numpy as np
 import sklearn
 from sklearn.metrics import average_precision_score
 
+from spml_fast.core.outputs import add_json_option, json_output
 from spml_fast.evaluation import average_precision, entries, metrics
 
 TOLERANCE = 1e-12
@@ -198,10 +198,11 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there as well")
+    add_json_option(parser)
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of ours; the median is reported")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     args = parser.parse_args()
+    out_file = json_output(args, "bench_evaluation")
 
     machine_info = machine()
     print(", ".join(f"{key} {value}" for key, value in machine_info.items()))
@@ -218,9 +219,8 @@ def main() -> None:
         print(f"{row['ours_rank_s']['median']:10.4f}{row['ours_voc_s']['median']:10.4f}", end="")
         print(f"{row['all_metrics_s']['median']:13.4f}{row['worst_difference']:18.1e}", end="")
         print("".join(f"{row[k] / 1e6:{w}.0f}" for k, w in zip(MEMORY, (9, 10, 10), strict=True)), flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine_info, "results": results}, indent=1) + "\n")
+    if out_file is not None:
+        out_file.write_json({"machine": machine_info, "results": results})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ First the views are compared with Pillow's and torchvision's; wrong views are no
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError, run_command
+from spml_fast.core.outputs import add_json_option, json_output
 from spml_fast.data.loader import EvalLoader, TrainLoader
 from spml_fast.data.manifest import Split
 from spml_fast.prepare.pack import PackOptions, pack
@@ -278,7 +278,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shard-size", type=float, default=256, metavar="MB", help="of shards, in 10^6 bytes")
     parser.add_argument("--read-latency", type=float, default=0, metavar="MS", help="also time shards on a slow mount")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    add_json_option(parser)
     return parser.parse_args()
 
 
@@ -308,6 +308,7 @@ def compare(args: argparse.Namespace, loaders: Loaders) -> dict[str, Any]:
 def main() -> int:
     """Parse the command line, compare, write the results."""
     args = parse()
+    out_file = json_output(args, "bench_input")
     # DALI's own RandAugment calls operators by their old names, and DALI turns the filters for its warnings back on.
     warnings.showwarning = lambda *args, **kwargs: None
     device = torch.device(args.device)
@@ -329,8 +330,8 @@ def main() -> int:
         )
         settings = {"machine": hardware, "threads": threads, "image_size": args.image_size}
         result = {**settings, **compare(args, loaders)}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    if out_file is not None:
+        out_file.write_json(result)
     return 0
 
 

@@ -69,6 +69,7 @@ from benchmarks.kernel_report import (  # noqa: E402
 )
 from benchmarks.kernel_sweep import sweep  # noqa: E402
 from benchmarks.kernel_works import OPS, works  # noqa: E402
+from spml_fast.core.outputs import add_json_option, json_output  # noqa: E402
 
 
 def worker(given: str) -> int:
@@ -124,7 +125,7 @@ def main() -> int:
     )
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
     parser.add_argument("--quick", action="store_true", help="few shapes")
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    add_json_option(parser)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tables and plots")
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop timing after this long")
     parser.add_argument("--bytes", action="store_true", help="bytes and launches, as without a GPU")
@@ -134,6 +135,7 @@ def main() -> int:
     parser.add_argument("--commit", help="commit to record where git is not at hand")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    out_file = json_output(options, "bench_kernels")
     if not HAVE_TRITON:
         print("triton is not installed, so there are no kernels to look at", file=sys.stderr)
         return 2
@@ -161,8 +163,8 @@ def main() -> int:
         print(f"written to {table}")
     else:
         rows, status = bench(options.ops, options.quick, options.results, options.seconds, options.commit)
-    if options.json:
-        options.json.write_text(json.dumps({"rows": rows}, indent=1, default=str), encoding="utf-8")
+    if out_file is not None:
+        out_file.write_json({"rows": json.loads(json.dumps(rows, default=str))})
     return status
 
 

@@ -12,7 +12,6 @@ make and write their part of a checkpoint, and to read it back, with its bytes. 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import resource
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from spml_fast.core.outputs import add_json_option, json_output
 from spml_fast.data.labels import UNKNOWN, LabelStore, SparseLabels, class_dtype
 
 
@@ -93,7 +93,7 @@ def epoch_of_corrections(store: LabelStore, number: int, batch: int, epoch: int,
 def main() -> None:
     """Parse the command line, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="file for the results")
+    add_json_option(parser)
     parser.add_argument("--images", type=int, default=9_011_219)
     parser.add_argument("--labels", type=int, default=58_783_034)
     parser.add_argument("--classes", type=int, default=9668)
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=512)
     args = parser.parse_args()
+    out_file = json_output(args, "bench_labels")
 
     labels = random_labels(args.images, args.labels, args.classes)
     out: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
@@ -128,9 +129,8 @@ def main() -> None:
         out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f"{args.batch} rows with corrections in {1e3 * out['rows_corrected_s']:.1f} ms;", end=" ")
         print(f"peak memory of the process {out['peak_rss_bytes'] / 1e9:.1f} GB, labels and PyTorch included")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
+    if out_file is not None:
+        out_file.write_json(out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Sorted by class is the worst case: neighbours on the disk are similar. Each over
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from spml_fast.core.errors import run_command
+from spml_fast.core.outputs import add_json_option, json_output
 from spml_fast.data.sampler import TrainSampler, Windows
 
 # Samples of a window, and of a block.
@@ -94,8 +94,9 @@ def main() -> int:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=16, help="over all ranks")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="file for the results")
+    add_json_option(parser)
     args = parser.parse_args()
+    out_file = json_output(args, "bench_shuffle")
 
     # Class sizes fall like 1 / rank, from the most frequent class to the rarest, as in real data.
     frequency = 1 / np.arange(1, args.classes + 1)
@@ -121,10 +122,8 @@ def main() -> int:
             f"{figures['stretch_ratio']:>12.2f}{figures['reads_1']:>10.1f}{figures['reads_8']:>7.1f}",
             flush=True,
         )
-    if args.json:
-        args.json.write_text(
-            json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}, indent=1)
-        )
+    if out_file is not None:
+        out_file.write_json({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows})
     return 0
 
 

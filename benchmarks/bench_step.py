@@ -17,7 +17,6 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -38,6 +37,7 @@ from spml_fast.core import env
 from spml_fast.core.batch import Batch
 from spml_fast.core.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError, run_command
+from spml_fast.core.outputs import add_json_option, json_output
 from spml_fast.core.precision import autocast_dtype, set_cudnn_policy
 from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.data.loader import TrainLoader
@@ -281,13 +281,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="loading threads or workers (default: all cores)")
     parser.add_argument("--steps", type=int, default=8, help="timed steps a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there as well")
+    add_json_option(parser)
     return parser.parse_args()
 
 
 def main() -> int:
     """Check, time and print."""
     args = parse()
+    out_file = json_output(args, "bench_step")
     device = init_distributed()
     # For all variants: it is PyTorch's own, and one line in anybody's code.
     set_cudnn_policy(device, deterministic=False)
@@ -332,8 +333,8 @@ def main() -> int:
             for variant in variants:
                 variant.close()
     shutdown_distributed()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    if out_file is not None:
+        out_file.write_json(result)
     return 0
 
 

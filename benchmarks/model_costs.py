@@ -26,17 +26,17 @@ decoding images is assumed to keep up; the last column says what that takes.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from spml_fast.core.outputs import add_json_option, json_output
 
 # NVIDIA H100 SXM, from its data sheet: dense bf16 operations a second, bytes a second, bytes.
 PEAK, MEMORY_RATE, MEMORY = 989e12, 3.35e12, 80e9
@@ -264,11 +264,12 @@ def model_row(row: BackboneRow, model: Model, channels: int, classes: int, image
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there as well")
+    add_json_option(parser)
     parser.add_argument("--no-check", action="store_true", help="formulas alone, without running the models")
     parser.add_argument("--images", type=int, default=9_011_219, help="of an epoch")
     parser.add_argument("--classes", type=int, nargs="+", default=[5000, 9605])
     args = parser.parse_args()
+    out_file = json_output(args, "model_costs")
 
     print("| backbone | px | parameters | saved an image, fp32 | bf16 | forward + backward | formula / measured |")
     print("|---|---|---|---|---|---|---|")
@@ -292,10 +293,9 @@ def main() -> None:
         print(f"| {w.saved / 1e6:.0f} MB | {w.head / 1e6:.2f} MB | {w.operations / 1e9:.0f} GFLOP", end=" ")
         print(f"| {w.largest_batch} | {' / '.join(f'{h:.2g}' for h in w.hours.values())}", end=" ")
         print(f"| {w.images_per_second:.0f} |")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+    if out_file is not None:
         out = {"backbones": [asdict(r) for r in backbones], "models": [asdict(w) for w in models]}
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
+        out_file.write_json(out)
     if worst > TOLERANCE:
         sys.exit(f"a formula is off by {worst:.1%} of what PyTorch counts")
 

@@ -30,6 +30,8 @@ from pathlib import Path
 
 import psutil
 
+from spml_fast.core.outputs import add_json_option, json_output
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "launch" / "configs"
 POLL_SECONDS = 0.2
@@ -280,7 +282,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--save-updates", type=int, default=100)
     parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--json", type=Path)
+    add_json_option(parser)
     parser.add_argument("more", nargs="*", help="after --: further options of train.py")
     return parser.parse_args(arguments)
 
@@ -288,15 +290,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run, print a table, write the JSON."""
     options = parse()
+    out_file = json_output(options, "openimages_run")
     stages = simulate(options)
     width = max(len(s.name) for s in stages)
     print(f"\n{'stage':<{width}}  {'seconds':>8}  {'peak GiB':>8}  {'disk MB':>9}")
     for s in stages:
         print(f"{s.name:<{width}}  {s.seconds:8.1f}  {s.peak_gib:8.2f}  {s.disk_bytes / 1e6:9.1f}  {s.note}")
-    if options.json is not None:
+    if out_file is not None:
         machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         report = {"machine": machine, "stages": [asdict(s) for s in stages]}
-        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        out_file.write_json(report)
     return 0
 
 

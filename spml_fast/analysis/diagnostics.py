@@ -25,6 +25,8 @@ from scipy.stats import rankdata
 
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import atomic_write
+from spml_fast.core.outputs import writer_name
 from spml_fast.core.precision import autocast, autocast_dtype
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.loader import EvalLoader
@@ -342,5 +344,6 @@ def plot(path: Path, table: MapTable, gaps: list[dict[str, Any]]) -> None:
         axis.set_xlabel(f"logit gap, epoch {last['epoch']}")
         axis.set_ylabel("fraction of entries of the kind")
         axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=120, metadata={"Software": writer_name("diagnose")})
     pyplot.close(figure)

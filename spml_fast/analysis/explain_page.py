@@ -20,6 +20,7 @@ from spml_fast.analysis.explain import Explained
 from spml_fast.analysis.suggest import NAMES
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import atomic_write, move_into_place, partial_path, printable, write_json
+from spml_fast.core.outputs import writer_name
 
 
 def _fonts(text: str) -> tuple[list[str], set[str]]:
@@ -255,7 +256,7 @@ def draw(out: Path, images: Sequence[Explained], classes: Sequence[str], title: 
             _draw_block(page, x, y, image, captions, end)
         try:
             with atomic_write(out) as partial:
-                page.figure.savefig(partial, format="png", dpi=_DPI)
+                page.figure.savefig(partial, format="png", dpi=_DPI, metadata={"Software": writer_name("explain")})
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from error
     return undrawable

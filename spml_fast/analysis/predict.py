@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -21,13 +20,12 @@ from torch import Tensor
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import csv_writer, move_into_place, partial_path, printable
+from spml_fast.core.outputs import PREDICTION_COLUMNS, OutputFile
 from spml_fast.core.precision import autocast, autocast_dtype
 from spml_fast.data.image_check import check_image
 from spml_fast.data.image_files import ImageFiles
 from spml_fast.models.classifier import Classifier
 from spml_fast.runs.open import make_eval_loader
-
-COLUMNS = ("path", "class", "probability", "rank")
 
 # Lines are padded to the longest path, up to this many columns.
 _PATH_WIDTH = 60
@@ -187,24 +185,23 @@ class PredictionTable:
     for the most probable). If the block is left by an exception, the rows so far stay in OUT.partial.
 
     Args:
-        out: the CSV file; an older one is replaced.
+        out: the CSV file; an older one that `predict` wrote is replaced.
         classes: class names in class-id order.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or there is another one.
     """
 
-    def __init__(self, out: Path, classes: Sequence[str]) -> None:
+    def __init__(self, out: OutputFile, classes: Sequence[str]) -> None:
         self.out, self.classes, self.rows = out, classes, 0
-        self._partial = partial_path(out)
-        if out.is_dir():
-            raise UserError(f"{out} is a directory; give the name of a CSV file")
+        self._partial = partial_path(out.path)
+        out.check()
         try:
             self._file = self._partial.open("w", encoding="utf-8", errors="surrogateescape", newline="")
         except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror}") from error
+            raise UserError(f"{out.path} cannot be written: {error.strerror}") from error
         self._write = csv_writer(self._file)
-        self._write(COLUMNS)
+        self._write(PREDICTION_COLUMNS)
 
     def add(self, prediction: Prediction) -> None:
         """Write the classes of one image, one row per class."""
@@ -223,10 +220,12 @@ class PredictionTable:
         try:
             self._file.close()
             if kind is None:
-                move_into_place(self._partial, self.out)
+                # The file may have been made while images were predicted.
+                self.out.check()
+                move_into_place(self._partial, self.out.path)
             elif not self.rows:
                 self._partial.unlink()
         except OSError as problem:
             # The first error says more than one of closing.
             if kind is None:
-                raise UserError(f"{self.out} cannot be written: {problem.strerror}") from problem
+                raise UserError(f"{self.out.path} cannot be written: {problem.strerror}") from problem

@@ -28,6 +28,7 @@ from spml_fast.analysis.predict import check_numbers
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_csv
+from spml_fast.core.outputs import SUGGESTION_COLUMNS
 from spml_fast.core.precision import autocast, autocast_dtype
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader
@@ -35,7 +36,6 @@ from spml_fast.data.manifest import Split
 from spml_fast.evaluation.thresholds import logit_threshold
 from spml_fast.models.classifier import Classifier
 
-COLUMNS = ("path", "class", "known", "probability", "suggestion")
 NAMES = {UNKNOWN: "unknown", POSITIVE: "positive", NEGATIVE: "negative"}
 # Order in which lists are printed and written; the code is that of the observed label.
 KINDS = (UNKNOWN, POSITIVE, NEGATIVE)
@@ -286,13 +286,15 @@ def write_suggestions(out: Path, lists: Sequence[Suggestions], split: Split, cla
         UserError: the file cannot be written.
     """
     try:
-        return write_csv(out, COLUMNS, (row for ranked in lists for row in suggestion_rows(ranked, split, classes)))
+        return write_csv(
+            out, SUGGESTION_COLUMNS, (row for ranked in lists for row in suggestion_rows(ranked, split, classes))
+        )
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
 
 
 def suggestion_rows(suggestions: Suggestions, split: Split, classes: Sequence[str]) -> list[tuple[Any, ...]]:
-    """The values of `COLUMNS` for every pair of a list."""
+    """The values of `SUGGESTION_COLUMNS` for every pair of a list."""
     pairs = zip(
         suggestions.index.tolist(), suggestions.class_id.tolist(), suggestions.probability.tolist(), strict=True
     )

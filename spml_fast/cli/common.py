@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from spml_fast.core import env
 from spml_fast.core.errors import UserError, fail
+from spml_fast.core.outputs import Kind, OutputFile
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +120,33 @@ def add_orientation(parser: argparse.ArgumentParser) -> None:
         help="of the images given. exif: turn them as their EXIF data say; ignore: take the pixels as they are "
         "stored (default: %(default)s)",
     )
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """`--overwrite` of commands that write a file that the user names."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the output file even if this command did not write it"
+    )
+
+
+def output_file(args: argparse.Namespace, option: str, kind: Kind, mark: str) -> OutputFile | None:
+    """The file that an option names, checked; None where the option was not given.
+
+    Args:
+        args: the command line, with `--overwrite`.
+        option: name of the option without dashes.
+        kind: of the file.
+        mark: what tells that the command wrote it.
+
+    Raises:
+        UserError: the file must not be written.
+    """
+    path = getattr(args, option)
+    if path is None:
+        return None
+    output = OutputFile(path, kind, mark, f"--{option}", args.overwrite)
+    output.check()
+    return output
 
 
 def check_at_least_one(args: argparse.Namespace, *names: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.outputs import writer_name
 from spml_fast.runs.layout import RunLayout
 
 DESCRIPTION = """Highest and lowest cells of the maps of positive and negative labels; with --against, a run with full
@@ -31,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of their draw (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw them to this PNG file")
+    common.add_overwrite(parser)
     return common.parse(parser, argv)
 
 
@@ -71,12 +73,13 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--negatives and --seed must not be negative")
     if args.plot is not None and args.plot.suffix.lower() != ".png":
         raise UserError(f"--plot {args.plot} must be named .png")
+    json_out = common.output_file(args, "json", "json", writer_name("diagnose"))
+    plot_out = common.output_file(args, "plot", "png", writer_name("diagnose"))
     from spml_fast.training.engine import init_distributed, shutdown_distributed
 
     device = init_distributed()
     from spml_fast.analysis.diagnostics import measure_maps, plot, summarise
     from spml_fast.core import distributed
-    from spml_fast.core.io import write_json
     from spml_fast.runs.open import input_normalisation, load_run, make_eval_loader
     from spml_fast.runs.read import read_epochs
     from spml_fast.training.console import print_table
@@ -111,12 +114,13 @@ def main(argv: list[str] | None = None) -> int:
             report["gap_histograms"] = [{"epoch": e["epoch"], **e["gap_histogram"]} for e in gaps]
         # Shown first: a file that cannot be written takes no figure away.
         print_table(f"maps of {args.run}, {split.name} split", table_rows(found))
-        try:
-            if args.json is not None:
-                write_json(args.json, report)
-            if args.plot is not None:
-                plot(args.plot, table, gaps)
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
+        if json_out is not None:
+            json_out.write_json(report)
+        if plot_out is not None:
+            plot_out.check()
+            try:
+                plot(plot_out.path, table, gaps)
+            except OSError as error:
+                raise common.write_failed(plot_out.path, error) from error
     shutdown_distributed()
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.outputs import writer_name
 
 if TYPE_CHECKING:
     from spml_fast.core.config import Config
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--definition", choices=("sklearn", "rank", "voc"), help="average precision; default the run's")
     common.add_batch_size(parser)
     parser.add_argument("--json", type=Path, help="write all metrics to this file")
+    common.add_overwrite(parser)
     return common.parse(parser, argv)
 
 
@@ -49,11 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate and print."""
     args = parse(argv)
     common.check_at_least_one(args, "batch_size")
+    out = common.output_file(args, "json", "json", writer_name("evaluate"))
     from spml_fast.training.engine import init_distributed, shutdown_distributed
 
     device = init_distributed()
     from spml_fast.core import distributed
-    from spml_fast.core.io import write_json
     from spml_fast.evaluation.evaluate import class_groups, evaluate_split, table_rows
     from spml_fast.runs.open import load_run, make_eval_loader
     from spml_fast.training.console import print_table
@@ -71,10 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         for alpha in alphas:
             print_table(f"{split.name}, alpha {alpha:g}, {len(split)} images", table_rows(found[alpha]))
         report = {"split": split.name, "alpha": {f"{a:g}": found[a] for a in alphas}, "classes": manifest.classes}
-        if args.json is not None:
-            try:
-                write_json(args.json, report)
-            except OSError as error:
-                raise common.write_failed(args.json, error) from error
+        if out is not None:
+            out.write_json(report)
     shutdown_distributed()
     return 0

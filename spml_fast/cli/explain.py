@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.outputs import OutputFile, writer_name
 
 DESCRIPTION = """Draw class activation maps over images: red where a map is evidence for the class, blue where it is
 against it. Without images it shows some of the run's test split with their labels: where the model is most wrong, and a
@@ -62,6 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="without images: of those at random (default: %(default)s)")
     common.add_batch_size(parser)
     common.add_orientation(parser)
+    common.add_overwrite(parser)
     return common.parse(parser, argv)
 
 
@@ -180,6 +182,17 @@ def sample_files(split: Split, choices: list[Choice], stack: contextlib.ExitStac
     return ImageFiles(paths, np.asarray(split.orientation)[index]), aspects.tolist()
 
 
+def page_file(path: Path, overwrite: bool) -> OutputFile:
+    """A page to draw."""
+    return OutputFile(path, "png", writer_name("explain"), "--out", overwrite)
+
+
+def check_pages(out: Path, one_page: bool, overwrite: bool) -> None:
+    """Raise `UserError` where a page that would be drawn may have the name of a file of another origin."""
+    for path in [out] if one_page else sorted(out.glob("[0-9][0-9][0-9][0-9]-*.png")):
+        page_file(path, overwrite).check(parent=False)
+
+
 def page_name(place: int, path: str) -> str:
     """File name of an image's own page: its number, and its name in plain characters."""
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in Path(path).stem)
@@ -204,6 +217,7 @@ class Drawing:
     Args:
         out: a PNG file for one page, or a folder.
         one_page: which of the two.
+        overwrite: replace files that this command did not draw, too.
         title: over every page.
         classes: class names in class-id order.
         alpha: BoostLU's factor.
@@ -219,12 +233,15 @@ class Drawing:
         self,
         out: Path,
         one_page: bool,
+        overwrite: bool,
         title: str,
         classes: Sequence[str],
         alpha: float,
         signed: bool,
         maps: MapFolder | None,
     ) -> None:
+        check_pages(out, one_page, overwrite)
+        self.overwrite = overwrite
         self.out, self.one_page, self.title, self.classes = out, one_page, title, classes
         self.alpha, self.signed, self.maps = alpha, signed, maps
         self.pages: list[Explained] = []
@@ -259,8 +276,22 @@ class Drawing:
     def _draw(self, path: Path, images: list[Explained]) -> None:
         from spml_fast.analysis import explain_page
 
+        page_file(path, self.overwrite).check()
         unprintable = explain_page.draw(path, images, self.classes, self.title, self.alpha, self.signed)
         self.unprintable = max(self.unprintable, unprintable)
+
+
+def page_title(run: Path, split: Split | None, image_size: int, alpha: float) -> str:
+    """What stands over a page.
+
+    Args:
+        run: the run directory.
+        split: that the images are of; None for images of the command line.
+        image_size: side of the model's input in pixels.
+        alpha: BoostLU's factor.
+    """
+    where = "" if split is None else f", {split.name} split"
+    return f"{run}{where}, {image_size} px, alpha {alpha:g}"
 
 
 def check_count(number: int, one_page: bool, what: str) -> None:
@@ -282,6 +313,7 @@ def main(argv: list[str] | None = None) -> int:
 
     out: Path = args.out if args.out is not None else args.run / "explain.png"
     one_page = out.suffix.lower() == ".png" and not out.is_dir()
+    check_pages(out, one_page, args.overwrite)
     config = load_run_config(args.run)
     manifest = None if args.images else open_data(config)
     classes = run_classes(args.run, config) if manifest is None else manifest.classes
@@ -306,9 +338,8 @@ def main(argv: list[str] | None = None) -> int:
         assert files is not None
         about = {"run": str(args.run), "alpha": alpha, "image_size": config.data.image_size}
         maps = None if args.maps is None else stack.enter_context(explain_page.MapFolder(args.maps, about))
-        where = "" if split is None else f", {split.name} split"
-        title = f"{args.run}{where}, {config.data.image_size} px, alpha {alpha:g}"
-        drawing = Drawing(out, one_page, title, classes, alpha, classifier.head.supports_boostlu, maps)
+        title = page_title(args.run, split, config.data.image_size, alpha)
+        drawing = Drawing(out, one_page, args.overwrite, title, classes, alpha, classifier.head.supports_boostlu, maps)
         images = explain.explain(
             classifier,
             with_batch_size(config, min(config.eval.batch_size, len(files))),

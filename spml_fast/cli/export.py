@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.outputs import Kind, OutputFile, writer_name
 from spml_fast.runs.layout import RunLayout
 
 DESCRIPTION = """onnx: images in, logits and probabilities out; runs in ONNX Runtime and whatever else reads ONNX.
@@ -30,7 +31,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--alpha", type=float, metavar="A", help="onnx: BoostLU factor, 1 for none; default the run's model.alpha_eval"
     )
+    common.add_overwrite(parser)
     return common.parse(parser, argv)
+
+
+def output_file(args: argparse.Namespace, out: Path) -> OutputFile:
+    """The file to write."""
+    kind: Kind = "onnx" if args.format == "onnx" else "safetensors"
+    return OutputFile(out, kind, writer_name("export"), "--out", args.overwrite)
 
 
 def check(args: argparse.Namespace, out: Path) -> None:
@@ -38,12 +46,10 @@ def check(args: argparse.Namespace, out: Path) -> None:
     common.check_one_process("export")
     if out.suffix != SUFFIX[args.format]:
         raise UserError(f"--out {out} must be named {SUFFIX[args.format]}")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a directory; give the name of a file")
     if out.resolve() == RunLayout(args.run).weights.resolve():
         raise UserError(f"--out {out} is where the run keeps its own weights; give another name")
-    if args.run.is_dir() and not out.parent.is_dir():
-        raise UserError(f"--out {out} cannot be written: there is no directory {out.parent}")
+    if args.run.is_dir():
+        output_file(args, out).check()
     if args.format == "safetensors" and args.alpha is not None:
         raise UserError("--alpha goes into an ONNX graph; weights have none, and boosting is up to who uses them")
     common.check_alpha(args.alpha)
@@ -70,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     config = dataclasses.replace(config, model=model)
     classifier, _ = load_classifier(args.run, config, len(classes), torch.device("cpu"))
     classifier.to(memory_format=torch.contiguous_format)
+    output_file(args, out).check()
     if args.format == "onnx":
         alpha = classifier.alpha_eval if args.alpha is None else args.alpha
         check_alphas([alpha], classifier, config)

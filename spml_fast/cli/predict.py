@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.outputs import PREDICTION_COLUMNS
 
 if TYPE_CHECKING:
     from spml_fast.analysis.predict import Prediction, PredictionTable
@@ -47,6 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--csv", type=Path, metavar="OUT", help="write path, class, probability and rank to this file, not the screen"
     )
+    common.add_overwrite(parser)
     common.add_batch_size(parser)
     common.add_orientation(parser)
     return common.parse(parser, argv)
@@ -59,8 +61,6 @@ def check(args: argparse.Namespace) -> None:
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is {args.threshold:g}; it is a probability and must lie between 0 and 1")
     common.check_alpha(args.alpha)
-    if args.csv is not None and str(args.csv) == "-":
-        raise UserError("--csv - is not supported; leave --csv out to see the classes on the screen")
 
 
 def usable_files(args: argparse.Namespace, paths: list[str], progress: bool) -> ImageFiles:
@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     """Predict and print, or write; 1 if an image was left out."""
     args = parse(argv)
     check(args)
+    out = common.output_file(args, "csv", "csv", ",".join(PREDICTION_COLUMNS))
     import torch
 
     from spml_fast.analysis import predict
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     threshold = args.threshold or 0.0
     progress = len(paths) >= PROGRESS_FROM
     with contextlib.ExitStack() as stack:
-        table = stack.enter_context(predict.PredictionTable(args.csv, classes)) if args.csv is not None else None
+        table = stack.enter_context(predict.PredictionTable(out, classes)) if out is not None else None
         # Processes are forked to check images, so the GPU is touched after that.
         files = usable_files(args, paths, progress)
         batch_size = max(1, min(args.batch_size or config.eval.batch_size, len(files)))
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     missing = len(paths) - done
     lost = f"{missing} of {len(paths)} images left out; the reasons stand above"
     if table is not None:
-        print(f"{table.out}: {table.rows} rows for {done} images" + (f"; {lost}" if missing else ""))
+        print(f"{table.out.path}: {table.rows} rows for {done} images" + (f"; {lost}" if missing else ""))
     elif missing:
         common.say(lost)
     return 1 if missing else 0

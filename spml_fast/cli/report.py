@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.outputs import OutputFile, writer_name
 
 DESCRIPTION = """Test figures, curves over epochs, classes, what differs between the configurations, and what looks
 unhealthy. Runs that differ in their seed alone are shown as one, with mean and deviation. The page needs nothing beside
@@ -23,8 +24,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = common.command_parser("report", "RUN [RUN ...] --out FILE.html", DESCRIPTION, EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, finished or not")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.html", help="the page; an older one is replaced"
+        "--out", type=Path, required=True, metavar="FILE.html", help="the page; an older page is replaced"
     )
+    common.add_overwrite(parser)
     return common.parse(parser, argv)
 
 
@@ -33,12 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {args.out} must be named .html")
-    if args.out.is_dir():
-        raise UserError(f"--out {args.out} is a directory; give the name of a file")
+    out = OutputFile(args.out, "html", writer_name("report"), "--out", args.overwrite)
+    out.check()
     from spml_fast.analysis.report.page import make_page
     from spml_fast.core.io import write_text
 
     page = make_page(args.runs)
+    out.check()
     try:
         write_text(args.out, page, errors="backslashreplace")
     except OSError as error:

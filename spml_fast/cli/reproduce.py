@@ -12,6 +12,8 @@ from pathlib import Path
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import write_text
+from spml_fast.core.outputs import OutputFile, writer_name
 from spml_fast.runs.layout import RunLayout
 
 DESCRIPTION = """Train the papers' comparison and say which of their statements hold. Finished runs are kept and not
@@ -35,6 +37,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/reproduce-PRESET)")
     parser.add_argument("--ranks", type=int, default=1, help="ranks a run (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write rows and statements to this file")
+    common.add_overwrite(parser)
     args, more = parser.parse_known_args(argv)
     common.load_named_plugins(args)
     return args, [*(word for name in args.plugins for word in ("--plugins", name)), *more]
@@ -53,6 +56,20 @@ def train(entry_dir: Path, words: list[str], ranks: int) -> None:
         errors = [line for line in lines if "error:" in line]
         last = (errors or lines or ["no output"])[-1]
         raise UserError(f"a run failed ({last.strip()}); all of its output is in {log}")
+
+
+def table_files(out: Path, overwrite: bool) -> list[OutputFile]:
+    """The tables in the folder of runs, checked."""
+    from spml_fast.reproduction.reproduce import CSV_HEADER, MARKDOWN_HEADER
+
+    files = [
+        OutputFile(out / "table.md", "table", MARKDOWN_HEADER, "--out", overwrite),
+        OutputFile(out / "table.csv", "csv", ",".join(CSV_HEADER), "--out", overwrite),
+        OutputFile(out / "table.png", "png", writer_name("reproduce"), "--out", overwrite),
+    ]
+    for file in files:
+        file.check(parent=False)
+    return files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     preset = get_preset(args.preset)
     entries = choose_entries(preset, args.methods.split(",") if args.methods else None)
     out = args.out or Path("runs") / f"reproduce-{preset.name}"
+    files = table_files(out, args.overwrite)
+    json_out = common.output_file(args, "json", "json", writer_name("reproduce"))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     runs = {e.name: [out / f"{e.name}-s{seed}" for seed in range(args.seeds)] for e in entries}
     data = [] if args.data is None else ["--data.dir", os.path.abspath(args.data)]
@@ -104,13 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     console.print(as_table(preset, rows))
     for statement in statements:
         console.print(f"{'holds   ' if statement['holds'] else 'FAILS   '} {statement['text']}")
-    (out / "table.md").write_text(as_markdown(preset, rows, statements), encoding="utf-8")
+    for file in files:
+        file.check()
+    write_text(out / "table.md", as_markdown(preset, rows, statements))
     write_csv(out / "table.csv", rows)
     plot(out / "table.png", rows, runs)
-    if args.json is not None:
-        try:
-            args.json.write_text(json.dumps(as_json(rows, statements), indent=1), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
+    if json_out is not None:
+        json_out.write_json(as_json(rows, statements))
     console.print(f"table and plot: {out / 'table.md'}, {out / 'table.csv'}, {out / 'table.png'}")
     return 0

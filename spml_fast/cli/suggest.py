@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import printable
+from spml_fast.core.outputs import SUGGESTION_COLUMNS
+
+if TYPE_CHECKING:
+    from spml_fast.analysis.suggest import Suggestions
+    from spml_fast.data.manifest import Split
 
 DESCRIPTION = """Rank the unknown pairs (image, class) of a split that the model is most sure are positive, and the
 observed labels that it contradicts most. Where the data set holds labels that training did not see, the precision of
@@ -15,7 +23,7 @@ the suggestions is printed. Starts under `deepspeed` and `torchrun` as well; the
 ranks."""
 EXAMPLES = [
     ("--run RUN", "of the training split"),
-    ("--run RUN --csv labels.csv", "a table to correct labels from"),
+    ("--run RUN --csv suggestions.csv", "a table to correct labels from"),
     ("--run RUN --split val --per-class 20", "the surest 20 of each class"),
 ]
 TOP = 100
@@ -49,6 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="OUT",
         help=f"write path, class, known, probability, suggestion to this file; the screen then shows {SHOWN} a list",
     )
+    common.add_overwrite(parser)
     common.add_batch_size(parser)
     return common.parse(parser, argv)
 
@@ -59,17 +68,35 @@ def check(args: argparse.Namespace) -> None:
     if not 0 <= args.min_probability < 1:
         raise UserError(f"--min-probability is {args.min_probability:g}; it must be at least 0 and less than 1")
     common.check_alpha(args.alpha)
-    if args.csv is not None and (str(args.csv) == "-" or args.csv.is_dir()):
-        raise UserError(f"--csv {args.csv} is no file name; give the name of a CSV file")
-    if args.csv is not None and not args.csv.parent.is_dir():
-        # Told before the pass over the split, which may take hours.
-        raise UserError(f"{args.csv} cannot be written: there is no directory {args.csv.parent}")
+
+
+def show(found: Suggestions, split: Split, classes: Sequence[str], limit: int | None) -> None:
+    """Print a list.
+
+    Args:
+        found: the list.
+        split: that it is about.
+        classes: class names in class-id order.
+        limit: pairs to print at most; None for all of them.
+    """
+    from spml_fast.analysis import suggest
+    from spml_fast.training.console import print_table
+
+    if len(found) == 0:
+        return
+    print(printable(suggest.title(found, split)))
+    for path, name, _, probability, label in suggest.suggestion_rows(found, split, classes)[:limit]:
+        print(f"  {probability:.3f}  {printable(name)}: {label}?  {printable(path)}")
+    if split.hides_labels:
+        print_table("against the labels that training did not see", suggest.truth_rows(found, split))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Rank and print."""
     args = parse(argv)
     check(args)
+    # Told before the pass over the split, which may take hours.
+    table = common.output_file(args, "csv", "csv", ",".join(SUGGESTION_COLUMNS))
     import contextlib
 
     from spml_fast.training.engine import init_distributed, shutdown_distributed
@@ -77,11 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     device = init_distributed()
     from spml_fast.analysis import suggest
     from spml_fast.core import distributed
-    from spml_fast.core.io import printable
     from spml_fast.core.progress import show_progress
     from spml_fast.evaluation.evaluate import check_alphas
     from spml_fast.runs.open import load_run, make_eval_loader
-    from spml_fast.training.console import print_table
 
     common.print_any_text()
     config, manifest, classifier, _ = load_run(args.run, device)
@@ -112,17 +137,11 @@ def main(argv: list[str] | None = None) -> int:
         )
     if lists is not None:
         for found in lists:
-            if len(found) == 0:
-                continue
-            print(suggest.title(found, split))
-            rows = suggest.suggestion_rows(found, split, manifest.classes)
-            for path, name, _, probability, label in rows if args.csv is None else rows[:SHOWN]:
-                print(f"  {probability:.3f}  {name}: {label}?  {printable(path)}")
-            if split.hides_labels:
-                print_table("against the labels that training did not see", suggest.truth_rows(found, split))
+            show(found, split, manifest.classes, None if table is None else SHOWN)
         if not any(len(found) for found in lists):
             print(f"no suggestion of probability {args.min_probability:g} or more; lower --min-probability to see more")
-        if args.csv is not None:
+        if table is not None:
+            table.check()
             count = suggest.write_suggestions(args.csv, lists, split, manifest.classes)
             print(f"{args.csv}: {count} suggestions")
     shutdown_distributed()

@@ -23,6 +23,7 @@ CVPR 2022; docs/sources.md#p-asl.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -35,6 +36,7 @@ from torch import Tensor
 from spml_fast.core import distributed
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import write_text
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.methods.asl import focal_negative, focal_negative_jit, focal_positive, focal_positive_jit
 from spml_fast.methods.base import LossOutput, MethodOptions, Progress, register
@@ -138,6 +140,10 @@ class PASLOptions(MethodOptions):
     reduction: Reduction = "sum"
 
 
+# A line of the file that `prior_out` names.
+_NUMBER = re.compile(rb"[0-9.e+-]+|nan")
+
+
 def read_prior(path: str, num_classes: int) -> Tensor:
     """Class priors from a file, fp32 [C]. Raises `UserError` naming file and line."""
     try:
@@ -158,6 +164,16 @@ def read_prior(path: str, num_classes: int) -> Tensor:
     if len(values) != num_classes:
         raise UserError(f"{path} has {len(values)} priors, but the data have {num_classes} classes")
     return torch.tensor(values)
+
+
+def check_prior_out(path: Path) -> None:
+    """Raise `UserError` where a file is in the way that does not hold what `prior_out` writes: a number per line."""
+    try:
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    except OSError as error:
+        raise UserError(f"method.prior_out {path}: {error.strerror}") from error
+    if (path.exists() and not path.is_file()) or not all(_NUMBER.fullmatch(line) for line in lines):
+        raise UserError(f"method.prior_out {path} exists and does not hold priors alone; give another name")
 
 
 @register("p_asl")
@@ -189,6 +205,8 @@ class PartialASL(PointMethod):
         require_not_negative(o, "top_k", "g_positive", "g_negative", "g_unknown")
         require_not_negative(o, "a_positive", "a_negative", "a_unknown")
         require_fraction(o, "eta", "margin")
+        if o.prior_out is not None:
+            check_prior_out(Path(o.prior_out))
         self.tracks = o.prior_out is not None or (o.prior == "running" and o.prior_file is None)
         self.register_buffer("prior_sum", torch.zeros(store.num_classes, dtype=torch.float64, device=store.device))
         self.register_buffer("prior_count", torch.zeros((), dtype=torch.float64, device=store.device))
@@ -266,7 +284,7 @@ class PartialASL(PointMethod):
         if self.options.prior_out is not None and distributed.is_main():
             prior = (self.prior_sum / self.prior_count.clamp(min=1)).tolist()
             try:
-                Path(self.options.prior_out).write_text("".join(f"{p:.8g}\n" for p in prior), encoding="utf-8")
+                write_text(Path(self.options.prior_out), "".join(f"{p:.8g}\n" for p in prior))
             except OSError as error:
                 raise UserError(f"method.prior_out {self.options.prior_out}: {error.strerror}") from error
         return {}

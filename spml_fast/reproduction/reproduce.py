@@ -18,6 +18,7 @@ from rich.table import Table
 
 from spml_fast.core import io
 from spml_fast.core.errors import UserError
+from spml_fast.core.outputs import writer_name
 from spml_fast.reproduction.presets import Entry, Preset
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.read import read_epochs, read_results
@@ -109,6 +110,8 @@ def as_json(rows: list[Row], statements: list[dict[str, Any]]) -> dict[str, Any]
 
 
 HEADER = ("method", "head", "alpha", "test mAP", "seeds", "published", "s/epoch", "note")
+CSV_HEADER = ("method", "head", "alpha", "map_mean", "map_std", "seeds", "published", "epoch_seconds")
+MARKDOWN_HEADER = "| " + " | ".join(HEADER) + " |"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -127,7 +130,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def as_markdown(preset: Preset, rows: list[Row], statements: list[dict[str, Any]]) -> str:
     """Table, statements and note as Markdown."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines = [MARKDOWN_HEADER, "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(_cells(r)) + " |" for r in rows]
     lines += ["", "| statement | holds |", "|---|---|"]
     lines += [f"| {s['text']} | {'yes' if s['holds'] else 'no'} |" for s in statements]
@@ -148,14 +151,13 @@ def as_table(preset: Preset, rows: list[Row]) -> Table:
 
 def write_csv(path: Path, rows: list[Row]) -> None:
     """One line per entry and alpha."""
-    header = ("method", "head", "alpha", "map_mean", "map_std", "seeds", "published", "epoch_seconds")
     table = []
     for r in rows:
         published = r.entry.published.get(r.alpha, "")
         numbers = (f"{r.mean:.4f}", f"{r.std:.4f}", len(r.values), published, f"{r.epoch_seconds:.2f}")
         table.append((r.entry.name, r.head, r.alpha, *numbers))
     # Line ends of the CSV standard (RFC 4180), which this table has always had.
-    io.write_csv(path, header, table, line_end="\r\n")
+    io.write_csv(path, CSV_HEADER, table, line_end="\r\n")
 
 
 def plot(path: Path, rows: list[Row], runs: dict[str, list[Path]]) -> None:
@@ -196,5 +198,6 @@ def plot(path: Path, rows: list[Row], runs: dict[str, list[Path]]) -> None:
     right.set_ylim(-0.02, 1.02)
     if right.get_legend_handles_labels()[0]:
         right.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with io.atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=120, metadata={"Software": writer_name("reproduce")})
     pyplot.close(figure)

@@ -24,6 +24,7 @@ from spml_fast.analysis.diagnostics import (
 )
 from spml_fast.core.config import DataConfig, ModelConfig
 from spml_fast.core.errors import UserError
+from spml_fast.core.outputs import OutputFile
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Manifest
 from spml_fast.models.classifier import Classifier
@@ -146,6 +147,8 @@ def test_two_networks_on_scenes(small_digits: Path, tmp_path: Path) -> None:
     gap = {"epoch": 3, "t_gap": 1.0, "gap_histogram": {"edges": [0.5, 1, 2], "negative": [3, 2, 1, 0]}}
     plot(tmp_path / "maps.png", table, [gap])
     assert (tmp_path / "maps.png").stat().st_size > 10_000
+    # Known as its own the next time.
+    OutputFile(tmp_path / "maps.png", "png", "spml_fast diagnose", "--plot").check()
 
 
 def test_maps_of_different_sizes_are_refused(small_digits: Path) -> None:

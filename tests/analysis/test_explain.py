@@ -314,6 +314,18 @@ class TestCommand:
             MapFolder(tmp_path / "maps", {})
 
 
+def test_other_peoples_pictures_are_not_replaced(run: Path, image_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "maps.png").write_bytes(image_path.read_bytes())
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "0007-holiday.png").write_bytes(b"mine")
+    for out in ("maps.png", "pages"):
+        with pytest.raises(UserError, match=r"png exists and was not written by this command"):
+            call("--run", run, "--out", tmp_path / out, image_path)
+    assert (tmp_path / "maps.png").read_bytes() == image_path.read_bytes()
+    call("--run", run, "--out", tmp_path / "maps.png", "--overwrite", image_path)
+    call("--run", run, "--out", tmp_path / "maps.png", image_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

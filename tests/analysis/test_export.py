@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +137,13 @@ QUERIES = ["--model.backbone", "test_resnet", "--model.head", "query2label", "--
 @pytest.mark.parametrize(("options", "asked"), [(VIT, ["--alpha", "1"]), (QUERIES, [])], ids=["vit", "query2label"])
 def test_other_backbones_and_heads(options, asked, tmp_path):
     run = make_run(tmp_path / "run", *options)
-    (run / "export.onnx").write_bytes(b"older")
-    call("--run", run, "--format", "onnx", *asked)
+    (run / "export.onnx").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"export\.onnx exists and was not written by this command"):
+        call("--run", run, "--format", "onnx", *asked)
+    assert (run / "export.onnx").read_bytes() == b"mine"
+    call("--run", run, "--format", "onnx", "--overwrite", *asked)
+    # Its own file it replaces unasked.
+    export_command.output_file(argparse.Namespace(format="onnx", overwrite=False), run / "export.onnx").check()
     session = onnxruntime.InferenceSession(str(run / "export.onnx"), providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     images = np.random.default_rng(1).integers(0, 256, (3, 3, 64, 64)).astype(np.float32)
@@ -203,12 +210,17 @@ def test_an_export_that_differs_is_not_kept(run, tmp_path, monkeypatch):
     out.write_bytes(b"older")
     monkeypatch.setattr(export, "ALLOWED", -1.0)
     with pytest.raises(UserError, match="gives other logits than the run"):
-        call("--run", run, "--format", "onnx", "--out", out)
+        call("--run", run, "--format", "onnx", "--out", out, "--overwrite")
     assert out.read_bytes() == b"older" and list(tmp_path.iterdir()) == [out]
     # timm's names are for what is the same; else the parts are written.
     call("--run", run, "--format", "safetensors", "--out", tmp_path / "parts.safetensors")
     with safe_open(tmp_path / "parts.safetensors", "pt") as file:
         assert file.metadata()["layout"] == "parts"
+    call("--run", run, "--format", "safetensors", "--out", tmp_path / "parts.safetensors")
+    # The weights of another run are not an export.
+    shutil.copy(run / "model.safetensors", tmp_path / "parts.safetensors")
+    with pytest.raises(UserError, match="exists and was not written by this command"):
+        call("--run", run, "--format", "safetensors", "--out", tmp_path / "parts.safetensors")
 
 
 def test_what_users_get_wrong(run, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from spml_fast.analysis.predict import Prediction, PredictionTable, prediction_l
 from spml_fast.cli import predict as predict_command
 from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
+from spml_fast.core.outputs import OutputFile
 from spml_fast.data import image_check, image_files
 from spml_fast.data.image_files import find_images
 from spml_fast.data.manifest import Manifest
@@ -48,6 +49,11 @@ def read(path: Path) -> list[Row]:
         rows = list(csv.reader(file))
     assert rows[0] == ["path", "class", "probability", "rank"]
     return [(p, c, float(probability), int(rank)) for p, c, probability, rank in rows[1:]]
+
+
+def csv_file(path: Path) -> OutputFile:
+    """A table as `--csv` names it."""
+    return OutputFile(path, "csv", "path,class,probability,rank", "--csv")
 
 
 @pytest.fixture(autouse=True)
@@ -283,25 +289,33 @@ class TestOutput:
         out = tmp_path_factory.mktemp("csv") / "out.csv"
         path = name.decode("utf-8", "surrogateescape")
         probability = np.array([0.1 + 0.2, 1e-17])
-        with PredictionTable(out, ["x", label]) as table:
+        with PredictionTable(csv_file(out), ["x", label]) as table:
             table.add(Prediction(path, np.array([1, 0]), probability))
         assert read(out) == [(path, label, probability[0], 1), (path, "x", probability[1], 2)]
 
     def test_a_table_is_whole_or_not_there(self, tmp_path: Path) -> None:
         out = tmp_path / "out.csv"
-        out.write_text("old")
+        out.write_text("path,class,probability,rank\n")
         row = Prediction("a.jpg", np.array([0]), np.array([0.5]))
-        with pytest.raises(KeyboardInterrupt), PredictionTable(out, ["cat"]) as table:
+        with pytest.raises(KeyboardInterrupt), PredictionTable(csv_file(out), ["cat"]) as table:
             table.add(row)
-            assert out.read_text() == "old"
+            assert read(out) == []
             raise KeyboardInterrupt
-        assert out.read_text() == "old" and len(read(tmp_path / "out.csv.partial")) == 1
-        with pytest.raises(UserError), PredictionTable(out, ["cat"]):
+        assert read(out) == [] and len(read(tmp_path / "out.csv.partial")) == 1
+        with pytest.raises(UserError), PredictionTable(csv_file(out), ["cat"]):
             raise UserError("nothing to write")
         assert [p.name for p in tmp_path.iterdir()] == ["out.csv"], "a table without rows leaves nothing behind"
-        with PredictionTable(out, ["cat"]) as table:
+        with PredictionTable(csv_file(out), ["cat"]) as table:
             table.add(row)
         assert read(out) == [("a.jpg", "cat", 0.5, 1)] and not (tmp_path / "out.csv.partial").exists()
+        # Somebody else's file that appeared while images were predicted stays, and the rows are kept beside it.
+        with (
+            pytest.raises(UserError, match="exists and was not written"),
+            PredictionTable(csv_file(out), ["cat"]) as table,
+        ):
+            table.add(row)
+            out.write_text("path,positives\n")
+        assert out.read_text() == "path,positives\n" and len(read(tmp_path / "out.csv.partial")) == 1
 
 
 class TestRuns:
@@ -362,9 +376,9 @@ class TestRuns:
         ("--run RUN --alpha 0 IMAGE", "--alpha is 0; it must be greater than 0"),
         ("--run RUN --alpha inf IMAGE", "--alpha is inf; .* finite"),
         ("--run RUN --batch-size 0 IMAGE", "--batch-size is 0"),
-        ("--run RUN --csv - IMAGE", "--csv - is not supported"),
-        ("--run RUN --csv TMP IMAGE", "is a directory; give the name of a CSV file"),
-        ("--run RUN --csv TMP/no/out.csv IMAGE", "out.csv cannot be written: No such file"),
+        ("--run RUN --csv - IMAGE", "--csv - is no file name"),
+        ("--run RUN --csv TMP IMAGE", "is a directory; give the name of a file"),
+        ("--run RUN --csv TMP/no/out.csv IMAGE", "out.csv cannot be written: there is no directory"),
         ("--run RUN TMP/gone.jpg", "gone.jpg cannot be read: No such file"),
         ("--run RUN /dev/null", "/dev/null is neither a file nor a directory"),
         ("--run RUN TMP/empty", r"there is no image; files are taken that end in .*\.jpg"),

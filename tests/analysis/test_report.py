@@ -314,6 +314,10 @@ def test_small_helpers():
 def test_the_command_writes_the_page_whole(tmp_path, capsys):
     run, out = make_run(tmp_path / "run"), tmp_path / "page.html"
     out.write_text("older")
+    with pytest.raises(UserError, match=r"page\.html exists and was not written by this command"):
+        report_command.main([str(run), "--out", str(out)])
+    assert out.read_text() == "older"
+    report_command.main([str(run), "--out", str(out), "--overwrite"])
     report_command.main([str(run), "--out", str(out)])
     assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>") and "1 run(s)" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "run"]

@@ -184,6 +184,18 @@ class TestTruth:
         assert hidden_positives(Both()) == (1, 2), "pairs without ground truth do not count"  # type: ignore[arg-type]
 
 
+def test_the_users_own_table_is_not_replaced(run: Path, tmp_path: Path) -> None:
+    """`--csv labels.csv` beside the table that the data set was made of; nothing is computed before the answer."""
+    labels = tmp_path / "labels.csv"
+    labels.write_text("path,positives\na.jpg,cat\n")
+    with pytest.raises(UserError, match=r"labels\.csv exists and was not written by this command; .*--overwrite"):
+        call("--run", tmp_path / "no run", "--csv", labels)
+    assert labels.read_text() == "path,positives\na.jpg,cat\n"
+    call("--run", run, "--csv", labels, "--top", 2, "--overwrite")
+    call("--run", run, "--csv", labels, "--top", 3)
+    assert len(read(labels)) > 3
+
+
 def test_accepted_suggestions_become_labels(run: Path, tmp_path: Path) -> None:
     """The lines of docs/tutorial.md."""
     code = block_with(ROOT / "docs" / "tutorial.md", "import csv\n").text
@@ -212,7 +224,7 @@ def test_accepted_suggestions_become_labels(run: Path, tmp_path: Path) -> None:
         ("--run RUN --min-probability 1", "--min-probability is 1; it must be at least 0 and less than 1"),
         ("--run RUN --min-probability nan", "--min-probability is nan"),
         ("--run RUN --alpha 0", "--alpha is 0"),
-        ("--run RUN --csv TMP", "is no file name; give the name of a CSV file"),
+        ("--run RUN --csv TMP", "is a directory; give the name of a file"),
         ("--run RUN --csv TMP/no/out.csv", "out.csv cannot be written: there is no directory"),
         ("--run RUN --split nowhere", "has no split 'nowhere'; it has test, train, val"),
         ("--run TMP", "is not a run directory"),

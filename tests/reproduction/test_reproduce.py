@@ -150,6 +150,10 @@ def test_runs_once_and_writes_everything(small_digits: Path, run_script: Run, tm
     assert (out / "table.png").stat().st_size > 10_000
     again = run_script("reproduce.py", *arguments)
     assert again.returncode == 0 and "run 1 of" not in again.stdout
+    (out / "table.md").write_text("my notes\n")
+    refused = run_script("reproduce.py", *arguments)
+    assert refused.returncode == 1 and "table.md exists and was not written by this command" in refused.stderr
+    assert (out / "table.md").read_text() == "my notes\n"
 
 
 def test_a_failed_run_is_one_sentence(small_digits: Path, run_script: Run, tmp_path: Path) -> None:
