@@ -45,8 +45,8 @@ from spml_fast.data.manifest import Split
 from spml_fast.methods import Method, Progress, get_method, method_names
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.engine import Engine, deepspeed_config, init_distributed, shutdown_distributed
+from spml_fast.training.module import TrainingModule
 from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
-from spml_fast.training.trainer import TrainingModule
 from tests.support.pil import ReferenceViews
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -216,6 +216,7 @@ RUN_FILES = (
     "deepspeed.json",
     "classes.txt",
     "metrics.jsonl",
+    "nonfinite.jsonl",
     "results.json",
     "model.safetensors",
     "options.json",

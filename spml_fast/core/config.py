@@ -164,6 +164,10 @@ class TrainConfig(Section):
             AMX) and fp32 elsewhere.
         stop_after_drop: stop when validation mAP falls this many points below the best; 0 never stops.
         log_every: updates between two progress lines in metrics.jsonl.
+        nonfinite: what to do about an update whose loss or gradient is not finite. stop ends the run with the images of
+            that batch in nonfinite.jsonl, and keeps the checkpoint of before; skip leaves the update out, and asks the
+            device after every update.
+        nonfinite_limit: updates that skip leaves out before it stops the run, counted from its start or resume.
         sampling: uniform shows every image once an epoch; repeat_factor shows images of rare classes more often
             (LVIS; spml_fast/data/repeat_factor.py has the formula), so that an epoch is longer.
         repeat_threshold: repeat_factor repeats classes with a positive in a smaller fraction of the images than this.
@@ -191,6 +195,8 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     stop_after_drop: float = not_negative(0.0)
     log_every: int = positive(50)
+    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: int = positive(10)
     sampling: Literal["uniform", "repeat_factor"] = "uniform"
     repeat_threshold: float = 1e-3
 

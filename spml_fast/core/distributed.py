@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from spml_fast.core import env
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -96,3 +100,12 @@ def broadcast_text(text: str) -> str:
     box = [text]
     dist.broadcast_object_list(box, 0)
     return str(box[0])
+
+
+def gather_objects(value: T) -> list[T]:
+    """What every rank gives (picklable), in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    box: list[T | None] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return [item for item in box if item is not None]

@@ -4,6 +4,7 @@ RUN/config.yaml                    the recipe with everything that was decided, 
 RUN/deepspeed.json                 the configuration that DeepSpeed got
 RUN/classes.txt                    class names, one per line, line number = class id
 RUN/metrics.jsonl                  figures of updates and epochs, one JSON object per line
+RUN/nonfinite.jsonl                updates whose loss or gradient was not finite, one JSON object per line
 RUN/results.json                   the final figures; a run that has it is finished
 RUN/model.safetensors              the best weights, whole
 RUN/options.json                   of `reproduce`: the options that the run was begun with
@@ -91,6 +92,11 @@ class RunLayout:
     def metrics(self) -> Path:
         """Figures of updates and epochs, one JSON object per line."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def nonfinite(self) -> Path:
+        """Updates whose loss or gradient was not finite."""
+        return self.folder / "nonfinite.jsonl"
 
     @property
     def results(self) -> Path:

@@ -208,6 +208,50 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the next `step` updates the weights; the others of an accumulation only count."""
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def gradient_norm_on_device(self) -> Tensor | None:
+        """Norm of the gradients that the next update takes, 0-d, without waiting; None at ZeRO stages 1 to 3.
+
+        Those keep gradients in buffers of their own, and know their norm after the step (`gradient_norm`).
+        """
+        if self.stage:
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) if gradients else None
+
+    def step_norm(self) -> Tensor | float | None:
+        """Gradient norm of the update just made as DeepSpeed keeps it, perhaps still on the device (stages 1 to 3)."""
+        norm: Tensor | float | None = self._engine.get_global_grad_norm()
+        return norm
+
+    def refuse_overflow(self) -> None:
+        """From now on a step whose gradients are not finite changes nothing (stages 1 to 3, by their own check)."""
+        if self.stage:
+            self._engine.optimizer.check_grad_overflow = True
+
+    def step_unless_overflow(self) -> bool:
+        """An update at stages 1 to 3 after `refuse_overflow`; whether it was applied, which the host waits for."""
+        self._engine.step()
+        return not self._engine.optimizer.overflow
+
+    def step_without_update(self) -> None:
+        """At stage 0: count an update, and move the schedule, but leave weights and optimizer state alone."""
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                # Clipping wants gradients to be there.
+                parameter.grad.zero_()
+        optimizer = self._engine.optimizer
+        step = optimizer.step
+        optimizer.step = lambda *_, **__: None
+        try:
+            self._engine.step()
+        finally:
+            optimizer.step = step
+
     def write_events(self, values: dict[str, float], samples: int) -> None:
         """Hand figures to DeepSpeed's monitor (TensorBoard, W&B, CSV), rank 0 only."""
         monitor = self._engine.monitor

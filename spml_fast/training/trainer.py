@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3, distribute_bn
-from torch import Tensor, nn
+from torch import Tensor
 
 from spml_fast import __version__
 from spml_fast.core import distributed
@@ -40,6 +40,8 @@ from spml_fast.training.checkpoint import (
 )
 from spml_fast.training.engine import Engine, deepspeed_config
 from spml_fast.training.logs import Meter, RunLog, memory_gib
+from spml_fast.training.module import TrainingModule
+from spml_fast.training.nonfinite import NonFiniteGuard
 from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
 from spml_fast.training.selection import BestScore
 from spml_fast.training.setup import (
@@ -54,20 +56,6 @@ from spml_fast.training.setup import (
     resolved_config,
     set_prior,
 )
-
-
-class TrainingModule(nn.Module):
-    """Classifier and method as one module, so that DeepSpeed sees one forward and one backward at every stage."""
-
-    def __init__(self, classifier: Classifier, method: Method) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.method = method
-
-    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (0-d) and metrics of one micro-batch."""
-        out = self.method(self.classifier, batch, progress)
-        return out.loss, out.metrics
 
 
 class Trainer:
@@ -158,6 +146,7 @@ class Trainer:
         self.ema = None
         if train.ema_decay:
             self.ema = ModelEmaV3(self.classifier, decay=train.ema_decay, use_warmup=True)
+        self.guard = NonFiniteGuard(train, self.engine, self.classifier, self.loader, self.layout)
         start_epoch, start_update = 1, 0
         if resume is not None:
             start_epoch, start_update = self._restore(phase, *resume)
@@ -240,6 +229,8 @@ class Trainer:
         """One optimizer update: forward, backward and step for each micro-batch."""
         train = self.config.train
         batches = [self._batch(micro_batch) for micro_batch in micro]
+        figures: list[dict[str, Tensor]] = []
+        self.guard.begin()
         if train.exact_accumulation and len(batches) > 1 and self.method.batch_statistics:
             self._update_statistics(batches, progress)
         for micro_batch, batch in zip(micro, batches, strict=True):
@@ -249,12 +240,12 @@ class Trainer:
             # What checkpointing computes again has moved BatchNorm's statistics before.
             with bn_behaviour(self.classifier, "no_update" if self.config.model.grad_checkpointing else "update"):
                 self.engine.backward(loss if weight == 1 else loss * weight)
-            self.engine.step()
-            weighted = loss.detach() * (batch.global_size / self.world)
-            for name, value in {"loss": weighted, **metrics}.items():
-                value = value.detach()
-                sums[name] = sums[name] + value if name in sums else value
-            sums["samples"] = sums.get("samples", torch.zeros((), device=self.device)) + batch.global_size / self.world
+            counts = self.guard.step(loss.detach(), progress)
+            samples = batch.global_size / self.world
+            figures.append({name: value.detach() for name, value in {"loss": loss * samples, **metrics}.items()})
+            figures[-1]["samples"] = torch.full((), samples, device=self.device)
+        for name, value in (item for step in figures if counts for item in step.items()):
+            sums[name] = sums[name] + value if name in sums else value
         if self.ema is not None:
             self.ema.update(self.classifier, step=progress.update + 1)
 
@@ -294,6 +285,7 @@ class Trainer:
 
     def _read(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sums over ranks as numbers (the one place that waits for the device), loss as a mean."""
+        self.guard.check()
         names = sorted(sums)
         if not names:
             return {"loss": math.nan}
@@ -365,6 +357,7 @@ class Trainer:
     def _save(self, phase: Phase, epoch: int, update: int, best: bool) -> None:
         """Checkpoint (collective); with `best` the weights file too."""
         self._average_bn()
+        self.guard.check_weights(self.ema.module if self.ema is not None else None)
         folder = self.layout.checkpoints.folder
         position = CheckpointPosition(phase.name, epoch, update, self.world, self.engine.stage)
         state = {

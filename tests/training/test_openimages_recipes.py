@@ -19,9 +19,9 @@ from spml_fast.data.repeat_factor import RepeatFactorSampler, repeat_factors
 from spml_fast.methods import Progress, get_method
 from spml_fast.models.classifier import Classifier
 from spml_fast.prepare.manifest_writer import ManifestWriter
+from spml_fast.training.module import TrainingModule
 from spml_fast.training.optim import make_optimizer, parameter_groups
 from spml_fast.training.setup import make_sampler
-from spml_fast.training.trainer import TrainingModule
 from tests.support.data import some_labels
 from tests.support.paths import ROOT
 

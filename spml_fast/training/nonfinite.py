@@ -1,0 +1,198 @@
+"""Notices losses and gradients that are not finite, says where they began, and keeps such weights off the disk.
+
+Every update leaves a mark on the device, without waiting for it: whether its losses and its gradient norm were finite,
+and if this was the first time, which update it was. `check` reads the marks of all ranks; the trainer calls it whenever
+it waits for the device anyway, every `train.log_every` updates and at the end of an epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from spml_fast.core import distributed
+from spml_fast.core.config import TrainConfig
+from spml_fast.core.errors import UserError
+from spml_fast.core.io import printable
+from spml_fast.data.loader import TrainLoader
+from spml_fast.methods import Progress
+from spml_fast.runs.layout import RunLayout
+from spml_fast.training.engine import Engine
+
+
+class NonFiniteGuard:
+    """Judges every update of a phase.
+
+    Args:
+        train: `nonfinite` says what to do, `nonfinite_limit` how often.
+        engine: makes the updates.
+        classifier: the model that is trained, the engine's.
+        loader: knows which images an update sees.
+        layout: the run's; `nonfinite.jsonl` lists the updates that were not finite.
+    """
+
+    def __init__(
+        self, train: TrainConfig, engine: Engine, classifier: nn.Module, loader: TrainLoader, layout: RunLayout
+    ) -> None:
+        self.train, self.engine, self.loader, self.layout = train, engine, loader, layout
+        self.classifier = classifier
+        self.skips = train.nonfinite == "skip"
+        self.skipped = 0
+        self._phase = ""
+        self._losses: list[Tensor] = []
+        # Of the first update that was not finite, on the device: its number from 1 (0: none), learning rate, losses of
+        # its micro-steps and gradient norm; whether the number is known to the host is asked for in `check` alone.
+        zero = torch.zeros((), device=engine.device, dtype=torch.float64)
+        self._first, self._lr = zero, zero
+        self._values = torch.zeros(train.accumulation + 1, device=engine.device, dtype=torch.float64)
+        self._saved: list[tuple[Tensor, Tensor]] = []
+        if self.skips:
+            engine.refuse_overflow()
+            self._saved = [(buffer, buffer.clone()) for buffer in classifier.buffers()]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Call before the forwards of an update: what they change beside gradients can then be undone."""
+        for buffer, copy in self._saved:
+            copy.copy_(buffer)
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, progress: Progress) -> bool:
+        """The engine's step after a micro-step's backward.
+
+        Args:
+            loss: of the micro-step on this rank, 0-d, without gradient.
+            progress: of the update.
+
+        Returns:
+            Whether the update counts; False when it was left out. Always True before the boundary.
+
+        Raises:
+            UserError: more updates were left out than `train.nonfinite_limit`.
+        """
+        self._losses.append(loss)
+        if not self.engine.at_boundary:
+            self.engine.step()
+            return True
+        losses, self._losses = self._losses, []
+        norm: Tensor | float | None = self.engine.gradient_norm_on_device()
+        if not self.skips:
+            self.engine.step()
+            self._mark(losses, self.engine.step_norm() if norm is None else norm, progress)
+            return True
+        return self._step_or_skip(losses, norm, progress)
+
+    def _mark(self, losses: list[Tensor], norm: Tensor | float | None, progress: Progress) -> Tensor:
+        """Note an update; returns whether it was finite on this rank, a bool tensor on the device."""
+        values = torch.stack([loss.double() for loss in losses])
+        if not isinstance(norm, Tensor):
+            norm = torch.full_like(values[0], 0.0 if norm is None else norm)
+        values = torch.cat([values, norm.double().reshape(1)])
+        finite = values.isfinite().all()
+        first = ~finite & (self._first == 0)
+        self._first = torch.where(first, progress.update + 1, self._first)
+        self._lr = torch.where(first, progress.lr, self._lr)
+        self._values = torch.where(first, values, self._values)
+        self._phase = progress.phase
+        return finite
+
+    def _step_or_skip(self, losses: list[Tensor], norm: Tensor | float | None, progress: Progress) -> bool:
+        """An update that is left out if it is not finite on any rank; waits for the device."""
+        applied = True
+        if self.engine.stage:
+            applied = self.engine.step_unless_overflow()
+            norm = self.engine.step_norm() if applied else math.inf
+        finite = not int(distributed.all_reduce_sum((~self._mark(losses, norm, progress)).long()))
+        if finite:
+            if not self.engine.stage:
+                self.engine.step()
+            return True
+        if self.engine.stage and applied:
+            # The loss alone was not finite, and its gradient has moved the weights.
+            self.check()
+        if not self.engine.stage:
+            self.engine.step_without_update()
+        for buffer, copy in self._saved:
+            buffer.copy_(copy)
+        self.skipped += 1
+        if self.skipped > self.train.nonfinite_limit:
+            self.check()
+        self._report("skipped")
+        self._first = torch.zeros_like(self._first)
+        return False
+
+    def check(self) -> None:
+        """Stop the run if any update on any rank was not finite (collective; waits for the device).
+
+        Raises:
+            UserError: on rank 0, with all that is known; the others leave without a word.
+        """
+        if int(distributed.all_reduce_sum((self._first > 0).long())):
+            self._stop(self._report("stopped"))
+
+    def check_weights(self, ema: nn.Module | None) -> None:
+        """Call before weights are written: as `check`, and the weights themselves (collective).
+
+        Args:
+            ema: the moving average that is written too, or None.
+
+        Raises:
+            UserError: on rank 0; the others leave without a word.
+        """
+        self.check()
+        modules = [self.engine.module] if ema is None else [self.engine.module, ema]
+        tensors = [getattr(p, "ds_tensor", p) for module in modules for p in module.parameters()]
+        tensors += [b for m in (self.classifier, ema) if m is not None for b in m.buffers()]
+        flags = [t.detach().isfinite().all() for t in tensors if t.is_floating_point() and t.numel()]
+        bad = (~torch.stack(flags)).sum() if flags else torch.zeros((), dtype=torch.long)
+        if int(distributed.all_reduce_sum(bad.to(self.engine.device))):
+            self._stop("weights or statistics of the model are not finite, although the losses were")
+
+    def _report(self, outcome: str) -> str:
+        """Write down the first update that was not finite, with the images of all ranks; a sentence's beginning."""
+        own = (float(self._first), float(self._lr), [float(v) for v in self._values])
+        ranks = distributed.gather_objects(own)
+        number = int(min(first for first, _, _ in ranks if first))
+        epoch, update = divmod(number - 1, self.loader.updates_per_epoch)
+        samples = [
+            entry for part in distributed.gather_objects(list(self._samples(epoch + 1, update))) for entry in part
+        ]
+        marked = [(rank, lr, values) for rank, (first, lr, values) in enumerate(ranks) if int(first) == number]
+        losses = {str(rank): [f"{value:g}" for value in values[:-1]] for rank, _, values in marked}
+        _, lr, values = marked[0]
+        entry: dict[str, Any] = {"outcome": outcome, "phase": self._phase, "epoch": epoch + 1, "update": update + 1}
+        entry |= {"lr": lr, "gradient_norm": f"{values[-1]:g}", "loss_by_rank": losses, "samples": samples}
+        if distributed.is_main():
+            with self.layout.nonfinite.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        return (
+            f"the loss or its gradient is not finite at update {update + 1} of epoch {epoch + 1} ({self._phase}; "
+            f"loss {', '.join(f'{v:g}' for v in values[:-1])} on rank {marked[0][0]}, gradient norm {values[-1]:g}, "
+            f"learning rate {lr:g}); {self.layout.nonfinite} lists the images of its batch"
+        )
+
+    def _samples(self, epoch: int, update: int) -> Iterator[dict[str, Any]]:
+        """The images of this rank's micro-steps of an update, which the sampler draws again."""
+        split = self.loader.split
+        for step, micro in enumerate(next(iter(self.loader.sampler.epoch(epoch, update)))):
+            index = micro.index.tolist()
+            places = [printable(split.place(i)) for i in index]
+            yield {"rank": distributed.rank(), "micro_step": step, "index": index, "images": places}
+
+    def _stop(self, what: str) -> NoReturn:
+        """End the run on every rank; rank 0 alone says why."""
+        if not distributed.is_main():
+            raise SystemExit(1)
+        newest = self.layout.checkpoints.newest.exists()
+        kept = "the last checkpoint is from before" if newest else "no checkpoint was written yet"
+        advice = "lower train.lr or set train.clip"
+        if self.skips:
+            advice += f" ({self.skipped} updates were left out; train.nonfinite_limit is {self.train.nonfinite_limit})"
+        else:
+            advice += ", or leave such updates out with --train.nonfinite skip"
+        raise UserError(f"{what}; {kept}; {advice}")
