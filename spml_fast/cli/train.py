@@ -11,6 +11,10 @@ DEFAULT_RECIPE = "digits"
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, join the other ranks, train."""
+    from spml_fast.training.watch import watch_launchers
+
+    # At once: what follows imports libraries for seconds, in which a launcher may die as well.
+    watch_launchers()
     from spml_fast.training.cluster import set_environment
 
     # Under SLURM the messages below say which rank they are of.

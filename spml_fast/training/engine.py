@@ -20,6 +20,7 @@ from spml_fast.core.precision import autocast_dtype
 from spml_fast.runs.layout import TENSORBOARD
 from spml_fast.training.cluster import set_environment
 from spml_fast.training.optim import restore_schedule_options, schedule_options
+from spml_fast.training.watch import watch_launchers
 
 OWNED_KEYS = (
     "train_batch_size",
@@ -54,6 +55,7 @@ def init_distributed() -> torch.device:
 
     Works under `deepspeed`, `torchrun` and SLURM, and alone, when no launcher set the environment.
     """
+    watch_launchers()
     env.default_ranks()
     alone = env.world_size() == 1
     if not alone and not env.has_master_port():

@@ -146,7 +146,12 @@ def test_skip_leaves_the_update_out(
     ranks: int, stage: int, clip: int, small_digits: Path, faulty: Path, run_script: Run, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    more = {"train__nonfinite": "skip", "deepspeed__zero_stage": stage, "train__clip": clip, "train__schedule": "constant"}
+    more = {
+        "train__nonfinite": "skip",
+        "deepspeed__zero_stage": stage,
+        "train__clip": clip,
+        "train__schedule": "constant",
+    }
     succeed(run_script("train.py", *words(small_digits, run, faulty, **more), ranks=ranks))
     update, images, _ = faulty_update(small_digits, ranks)
     (event,) = events(run)
