@@ -218,6 +218,7 @@ RUN_FILES = (
     "metrics.jsonl",
     "nonfinite.jsonl",
     "results.json",
+    "bad_images.csv",
     "model.safetensors",
     "options.json",
     "newest.json",

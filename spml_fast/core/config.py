@@ -53,6 +53,10 @@ class DataConfig(Section):
             images of two windows are in memory, spread over the ranks.
         shuffle_block: samples that follow each other in the shards and are read in one go.
         read_threads: threads per process that read shards ahead.
+        bad_images: what to do when a training image is missing, damaged or unreadable. stop ends the run with its name;
+            replace shows another image of the epoch in its place and lists it in the run directory. Evaluation always
+            stops.
+        bad_image_limit: bad_images replace goes on with so many different bad images, and stops at one more.
     """
 
     section: ClassVar[str] = "data"
@@ -76,6 +80,8 @@ class DataConfig(Section):
     shuffle_window: int = 8192
     shuffle_block: int = positive(64)
     read_threads: int = positive(4)
+    bad_images: Literal["stop", "replace"] = "stop"
+    bad_image_limit: int = not_negative(100)
 
     def check(self) -> None:
         """A window holds whole blocks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -103,9 +103,9 @@ def broadcast_text(text: str) -> str:
 
 
 def gather_objects(value: T) -> list[T]:
-    """What every rank gives (picklable), in rank order, on every rank."""
+    """The values of all ranks on every rank, in rank order (collective)."""
     if world_size() == 1:
         return [value]
-    box: list[T | None] = [None] * world_size()
-    dist.all_gather_object(box, value)
-    return [item for item in box if item is not None]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

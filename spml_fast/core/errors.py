@@ -8,9 +8,30 @@ from typing import NoReturn
 
 from spml_fast.core import env
 
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cudaErrorMemoryAllocation",
+    "bad_alloc",
+    "bad alloc",
+    "Can't allocate",
+)
+
 
 class UserError(Exception):
     """Something a user got wrong: one sentence that names the file, line, field or class and says what to do."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of PyTorch, DALI, NumPy or Python says that memory could not be had, of the GPU or the host.
+
+    PyTorch has an exception of its own for GPUs alone; its CPU allocator and DALI raise `RuntimeError`.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)
 
 
 def fail(message: str, status: int = 1) -> NoReturn:

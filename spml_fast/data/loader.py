@@ -26,8 +26,9 @@ from spml_fast.core import distributed
 from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import DataConfig
 from spml_fast.data import augment
+from spml_fast.data.bad_images import BadImages, BatchRequest, read_size
 from spml_fast.data.dali_graph import GraphOptions
-from spml_fast.data.dali_stream import BatchRequest, Inputs, Stream, read_size
+from spml_fast.data.dali_stream import Inputs, Stream
 from spml_fast.data.manifest import Split
 from spml_fast.data.sampler import EvalBatchIndex, EvalSampler, MicroBatchIndex, TrainSampler, Windows
 
@@ -105,9 +106,11 @@ class TrainLoader:
     Attributes:
         sampler: which samples come when.
         updates_per_epoch: optimizer updates of one epoch.
+        bad_images: the images that this rank could not use so far (`data.bad_images`).
 
     Raises:
-        UserError: the split is too small for the ranks, or (while iterating) an image is missing or damaged.
+        UserError: the split is too small for the ranks, or (while iterating) an image is missing or damaged, and is not
+            replaced.
     """
 
     def __init__(
@@ -151,6 +154,7 @@ class TrainLoader:
             cropped=config.train_crop == "random_resized",
             randaugment_ops=config.randaugment_ops if "strong" in views else 0,
         )
+        self.bad_images = BadImages(split, config.bad_images == "replace", config.bad_image_limit)
         self._stream = Stream(
             split,
             self._graph_options,
@@ -160,7 +164,20 @@ class TrainLoader:
             prefetch=max(1, config.prefetch),
             device=device,
             windowed=self.sampler.windows is not None,
+            bad_images=self.bad_images,
+            choose=self._stand_in,
         )
+        # Of the last epoch in which an image was replaced.
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    def _stand_in(self, request: BatchRequest, place: int, attempt: int) -> int:
+        """Sample that takes the place of a bad one: of the same position in the update after it, or in a later one."""
+        epoch, update, step = request.key
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self.sampler.permutation(epoch)
+        item: MicroBatchIndex = request.item
+        row = self.sampler.first_row(update, step) + item.offset + place
+        return int(self._order[1][self.sampler.later_row(row, attempt)])
 
     def _inputs(self, request: BatchRequest) -> Inputs:
         epoch, index, graph = request.key[0], request.index, self._graph_options
@@ -213,7 +230,8 @@ class TrainLoader:
         for request, tensors in batches:
             item: MicroBatchIndex = request.item
             views = dict(zip(self.views, tensors, strict=True))
-            index = _to_device(item.index, self.device)
+            # Labels follow the images that are shown, which may stand in for others.
+            index = _to_device(request.index, self.device)
             micro.append(MicroBatch(views, index, len(item.index), item.global_size, item.update_size))
             if len(micro) == steps:
                 yield micro
@@ -232,6 +250,8 @@ class EvalLoader:
         std: of each channel, in 0..1.
         world_size: ranks of the data-parallel group; None asks torch.distributed.
         rank: of this process in that group; None asks torch.distributed.
+        bad_images: those of a training split that is scored; another image is scored in the place of each. None stops
+            at the first one: figures over fewer images would be other figures.
 
     Raises:
         UserError: the split is empty, or (while iterating) an image is missing or damaged.
@@ -248,6 +268,7 @@ class EvalLoader:
         std: Sequence[float],
         world_size: int | None = None,
         rank: int | None = None,
+        bad_images: BadImages | None = None,
     ) -> None:
         self.split, self.device = split, device
         self.sampler = EvalSampler(
@@ -274,7 +295,13 @@ class EvalLoader:
             # DALI wants its queue filled at the start, and an evaluation may be shorter than the queue.
             prefetch=min(max(1, config.prefetch), len(self.sampler)),
             device=device,
+            bad_images=bad_images,
+            choose=self._neighbour,
         )
+
+    def _neighbour(self, request: BatchRequest, place: int, attempt: int) -> int:
+        """Sample that is scored in the place of a bad one."""
+        return (int(request.item.index[place]) + attempt) % len(self.split)
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
+from spml_fast.data.read_retry import read_patiently
 from spml_fast.data.shards import SHARDS_FILE, Shards
 
 FORMAT = 1
@@ -131,11 +132,11 @@ class Split:
         return os.path.join(self.image_root, self.relative_path(index))
 
     def read(self, index: int) -> bytes:
-        """The encoded image, from its file or its shard. Raises `OSError`, or `UserError` naming the shard."""
+        """The encoded image, from its file or its shard. Raises `OSError`, or `UserError` naming the shard;
+        input/output errors are met by further attempts first."""
         if self.shards is not None:
             return self.shards.read(index)
-        with open(self.path(index), "rb") as file:
-            return file.read()
+        return read_patiently(lambda: Path(self.path(index)).read_bytes())
 
     def place(self, index: int) -> str:
         """Where an image lies, for a message: its path, or its name, shard and offset."""

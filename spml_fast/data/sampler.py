@@ -176,6 +176,25 @@ class TrainSampler:
         """Number of the window that an update of an epoch lies in; None without windows."""
         return None if self.windows is None else update // self.updates_per_window
 
+    def first_row(self, update: int, step: int) -> int:
+        """Position in an epoch's permutation of the first sample, over all ranks, of a micro-step."""
+        start = update * self.batch_size
+        return start + _part(min(self.batch_size, self.size - start), self.accumulation, step)[0]
+
+    def later_row(self, row: int, attempt: int) -> int:
+        """Position `attempt` updates after `row`, round the epoch's end and never within the same update.
+
+        Rows of one update get different ones, so that no sample comes twice, unless an epoch is a single update.
+        """
+        if self.size <= self.batch_size:
+            return (row + attempt) % self.size
+        update = row // self.batch_size
+        later = row
+        while attempt:
+            later = (later + self.batch_size) % self.size
+            attempt -= later // self.batch_size != update
+        return later
+
     def epoch(self, epoch: int, start_update: int = 0) -> Iterator[list[MicroBatchIndex]]:
         """Yield the updates of `epoch` from `start_update` on, each a list of `accumulation` micro-batches."""
         order = self.permutation(epoch)

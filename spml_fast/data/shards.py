@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
+from spml_fast.data.read_retry import read_patiently
 
 SHARDS_FILE, INDEX_FILE = "shards.json", "shard_index.npy"
 # What to do about a damaged shard, for messages.
@@ -140,6 +141,16 @@ class Shards:
             self.read_spans(samples, rows, task, out)
         return [array for array in out if array is not None]
 
+    def _read_span(self, shard: int, buffers: list[memoryview], start: int) -> tuple[int, int]:
+        """Fill buffers from a shard; (where reading ended, size of the shard in bytes). Raises `OSError`."""
+        try:
+            file = self.file(shard)
+            return start + _read_into(file.fd, list(buffers), start), os.fstat(file.fd).st_size
+        except OSError:
+            # The file behind a stale handle is found again by its name.
+            self.forget(shard)
+            raise
+
     def read_spans(
         self,
         samples: npt.NDArray[np.int64],
@@ -172,11 +183,8 @@ class Shards:
                     buffers.append(arrays[-1].data)
                 end = offset + size
             try:
-                file = self.file(shard)
-                end_read = start + _read_into(file.fd, buffers, start)
-                length = os.fstat(file.fd).st_size
+                end_read, length = read_patiently(partial(self._read_span, shard, buffers, start))
             except OSError as error:
-                self.forget(shard)
                 reason = "the shard is missing" if isinstance(error, FileNotFoundError) else error.strerror
                 raise UserError(
                     f"the image {self.place(int(samples[span[0]]))} cannot be read ({reason}); {RESTORE_SHARD}"

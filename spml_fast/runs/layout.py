@@ -99,6 +99,11 @@ class RunLayout:
         return self.folder / "nonfinite.jsonl"
 
     @property
+    def bad_images(self) -> Path:
+        """Training images that could not be used, and why (`data.bad_images replace`)."""
+        return self.folder / "bad_images.csv"
+
+    @property
     def results(self) -> Path:
         """The final figures."""
         return self.folder / "results.json"

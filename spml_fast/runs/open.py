@@ -12,6 +12,7 @@ import torch
 
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
+from spml_fast.data.bad_images import BadImages
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Manifest, Split
 from spml_fast.models.classifier import Classifier
@@ -61,7 +62,13 @@ def input_normalisation(config: Config, classifier: Classifier) -> tuple[list[fl
     return config.data.mean or mean, config.data.std or std
 
 
-def make_eval_loader(config: Config, split: Split, classifier: Classifier, device: torch.device) -> EvalLoader:
+def make_eval_loader(
+    config: Config,
+    split: Split,
+    classifier: Classifier,
+    device: torch.device,
+    bad_images: BadImages | None = None,
+) -> EvalLoader:
     """The loader that both training and stand-alone evaluation use.
 
     Args:
@@ -69,9 +76,13 @@ def make_eval_loader(config: Config, split: Split, classifier: Classifier, devic
         split: its images.
         classifier: its backbone knows the normalisation where the configuration has none.
         device: where the images go.
+        bad_images: as in `EvalLoader`.
     """
     mean, std = input_normalisation(config, classifier)
-    return EvalLoader(split, config.data, batch_size=config.eval.batch_size, device=device, mean=mean, std=std)
+    batch_size = config.eval.batch_size
+    return EvalLoader(
+        split, config.data, batch_size=batch_size, device=device, mean=mean, std=std, bad_images=bad_images
+    )
 
 
 def load_run_config(run: Path) -> Config:

@@ -30,6 +30,7 @@ from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import make_eval_loader
 from spml_fast.runs.write import write_description, write_results
 from spml_fast.training import console
+from spml_fast.training.bad_image_list import list_bad_images
 from spml_fast.training.checkpoint import (
     CheckpointPosition,
     clear_unfinished,
@@ -40,6 +41,7 @@ from spml_fast.training.checkpoint import (
 )
 from spml_fast.training.engine import Engine, deepspeed_config
 from spml_fast.training.logs import Meter, RunLog, memory_gib
+from spml_fast.training.memory import explain_out_of_memory
 from spml_fast.training.module import TrainingModule
 from spml_fast.training.nonfinite import NonFiniteGuard
 from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
@@ -97,6 +99,10 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train, then evaluate the best weights on the test split; returns what the closing table shows."""
+        with explain_out_of_memory(self.config, self.device):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         resume = find_resume(self.layout.checkpoints.folder, self.config.run.resume)
         with RunLog(self.run_dir, self.total_updates) as self.log:
             self.log.say(console.opening_line(self.config, self.data, self.classifier, self.device, self.run_dir))
@@ -219,6 +225,8 @@ class Trainer:
         if self.method.needs_train_scores(progress):
             self._score_training_split()
         figures |= self.method.on_epoch_end(progress)
+        if config.data.bad_images == "replace":
+            figures["bad_images"] = list_bad_images(self.loader.bad_images, self.layout)
         self.figures = figures
 
     def _live_line(self, phase: Phase, epoch: int, meter: Meter) -> str:
@@ -273,7 +281,8 @@ class Trainer:
         """A pass over the training split in evaluation mode, for methods that ask for it (collective)."""
         self._average_bn()
         if self.train_scorer is None:
-            self.train_scorer = make_eval_loader(self.config, self.data.train, self.classifier, self.device)
+            bad = self.loader.bad_images
+            self.train_scorer = make_eval_loader(self.config, self.data.train, self.classifier, self.device, bad)
         dtype = autocast_dtype(self.config.train.precision, self.device)
         self.classifier.eval()
         for batch in self.train_scorer:

@@ -278,3 +278,25 @@ def test_many_shards_do_not_keep_many_files_open(packed, monkeypatch):
     assert all(shards.read(i) == packed.read(i) for i in range(COUNT))
     assert len(os.listdir("/proc/self/fd")) - before <= 2 + len(packed.shards.files)
     assert len(shards._open) == 2
+
+
+@pytest.mark.parametrize("shuffle", ["global", "window"])
+def test_bad_images_in_shards_are_replaced(shuffle, packed, tmp_path):
+    """One whose bytes are no image, and the last ones of a shard that is cut short."""
+    split = _copy(packed, tmp_path)
+    table = np.asarray(split.shards.table)
+    last = int(table[:, 0].max())
+    inside = np.flatnonzero(table[:, 0] == last)
+    end = inside[np.argmax(table[inside, 1])]
+    os.truncate(split.shards.path(last), int(table[end, 1]) + 5)
+    shard, offset, size = table[3].tolist()
+    with open(split.shards.path(shard), "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    config = _config(shuffle=shuffle, bad_images="replace")
+    loader = _train(split, config)
+    seen = torch.cat([batch.index for batch in flat(loader.epoch(0))]).tolist()
+    assert set(loader.bad_images.reasons) == {3, int(end)}
+    assert len(seen) == COUNT and not {3, int(end)} & set(seen)
+    with pytest.raises(UserError, match="cannot be read"):
+        flat(_train(split, _config(shuffle=shuffle)).epoch(0))
