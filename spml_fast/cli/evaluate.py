@@ -32,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", help="split to evaluate; default the run's test split")
     parser.add_argument("--definition", choices=("sklearn", "rank", "voc"), help="average precision; default the run's")
     common.add_batch_size(parser)
+    parser.add_argument("--per-class", action="store_true", help="also show the average precision of every class")
     parser.add_argument("--json", type=Path, help="write all metrics to this file")
     common.add_overwrite(parser)
     return common.parse(parser, argv)
@@ -56,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
 
     device = init_distributed()
     from spml_fast.core import distributed
-    from spml_fast.evaluation.evaluate import class_groups, evaluate_split, table_rows
+    from spml_fast.evaluation.evaluate import class_groups, class_rows, evaluate_split, table_rows
     from spml_fast.runs.open import load_run, make_eval_loader
-    from spml_fast.training.console import print_table
+    from spml_fast.training.console import print_columns, print_table
 
     config, manifest, classifier, _ = load_run(args.run, device)
     config = with_options(config, args.definition, args.batch_size)
@@ -72,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         # Shown first: a file that cannot be written takes no figure away.
         for alpha in alphas:
             print_table(f"{split.name}, alpha {alpha:g}, {len(split)} images", table_rows(found[alpha]))
+        if args.per_class:
+            names = ["class", "positive", "known", *(f"AP, alpha {alpha:g}" for alpha in alphas)]
+            rows = class_rows({a: found[a] for a in alphas}, split.known, manifest.classes)
+            print_columns(f"{split.name}, average precision by class", names, rows)
         report = {"split": split.name, "alpha": {f"{a:g}": found[a] for a in alphas}, "classes": manifest.classes}
         if out is not None:
             out.write_json(report)

@@ -10,7 +10,7 @@ two alphas, against 9.7 GB of the two dense means.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,18 +242,21 @@ def table_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     def text(value: float | None) -> str:
         return "not defined" if value is None else f"{value:.2f}"
 
-    names = {"map": f"mAP ({metrics['empty_classes']})"}
-    if metrics["classes_without_positive"]:
-        names |= {
-            "map_zero": "mAP, classes without a positive count 0",
-            "map_skip_unlabelled": "mAP, classes without a label left out",
-            "map_skipping": "mAP, classes without a positive left out",
-        }
-    if metrics["classes_without_negative"]:
-        names["map_skip_one_sided"] = "mAP, classes without a positive or a negative left out"
-    if metrics["num_negatives"] and (metrics["classes_without_positive"] or metrics["classes_without_negative"]):
-        names["map_weighted"] = "mAP weighted by positives"
-    rows = [(title, text(metrics[name])) for name, title in names.items()]
+    names = {
+        "map": f"mAP ({metrics['empty_classes']})",
+        "map_zero": "mAP, classes without a positive count 0",
+        "map_skip_unlabelled": "mAP, classes without a label left out",
+        "map_skipping": "mAP, classes without a positive left out",
+        "map_skip_one_sided": "mAP, classes without a positive or a negative left out",
+        "map_weighted": "mAP weighted by positives",
+    }
+    # Conventions that agree are one figure, shown once.
+    rows: list[tuple[str, str]] = []
+    shown = set[float | None]()
+    for name, title in names.items():
+        if metrics[name] not in shown:
+            rows.append((title, text(metrics[name])))
+            shown.add(metrics[name])
     if "groups" in metrics:
         size = metrics["groups"][0]["num_classes"]
         title = f"mAP of {len(metrics['groups'])} groups of about {size} classes, rarest in training first"
@@ -262,6 +265,31 @@ def table_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("classes without a positive", str(metrics["classes_without_positive"])))
     rows.append(("classes without a label", str(metrics["classes_without_label"])))
     return rows
+
+
+def class_rows(
+    found: Mapping[float, dict[str, Any]], labels: SparseLabels, classes: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """A row for each class: name, positive and known images of the split, and the AP at every alpha, in per cent.
+
+    Args:
+        found: alpha -> metrics, from `evaluate_split`.
+        labels: known labels of the split.
+        classes: class names.
+    """
+    positives, negatives = labels.class_counts(POSITIVE), labels.class_counts(NEGATIVE)
+    if labels.default == NEGATIVE:
+        listed = sum(labels.class_counts(code) for code in (POSITIVE, NEGATIVE, UNKNOWN))
+        negatives = negatives + len(labels) - listed
+    per_class = [metrics["per_class_ap"] for metrics in found.values()]
+    return [
+        (name, f"{positives[i]:,}", f"{positives[i] + negatives[i]:,}", *(_ap_text(ap[i]) for ap in per_class))
+        for i, name in enumerate(classes)
+    ]
+
+
+def _ap_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def check_alphas(alphas: Sequence[float], classifier: Classifier, config: Config) -> None:

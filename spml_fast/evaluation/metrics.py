@@ -23,6 +23,7 @@ Units: functions that return arrays or `ClassAP` give fractions 0..1; the dictio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -129,7 +130,7 @@ def evaluate_scores(
         class_names: names for error messages.
 
     Returns:
-        `definition`, `empty_classes`, `threshold` as given;
+        `definition`, `empty_classes` as given, `threshold_probability` (of the logit `threshold`);
         `map` under `empty_classes`; `map_zero`, `map_skip_unlabelled`, `map_skipping` (classes without positives left
         out), `map_skip_one_sided`, `map_weighted` (by positives);
         `num_classes`, `num_positives`, `num_negatives` (known entries), `classes_without_positive`,
@@ -206,7 +207,9 @@ def _report(
     groups: npt.ArrayLike | None,
 ) -> dict[str, Any]:
     """The dictionary of `evaluate_scores`; the keys of `counts` are suffixes."""
-    out: dict[str, Any] = {"definition": result.definition, "empty_classes": empty_classes, "threshold": threshold}
+    out: dict[str, Any] = {"definition": result.definition, "empty_classes": empty_classes}
+    # A probability, as in the options; 12 digits undo the rounding of its logit.
+    out["threshold_probability"] = round(0.5 + 0.5 * math.tanh(threshold / 2), 12)
     out.update(_mean_figures(result, empty_classes, None))
     out["map_weighted"] = per_cent(result.weighted_mean())
     out["num_classes"] = result.num_classes

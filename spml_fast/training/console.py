@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from spml_fast.core import distributed
 from spml_fast.core.config import Config
+from spml_fast.core.io import printable
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.checkpoint import CheckpointPosition
@@ -150,4 +153,17 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(justify="left", overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def print_columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on rank 0 whose first column is text and whose others are numbers."""
+    if not distributed.is_main():
+        return
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        # Names are text: brackets in them are no markup, and what a terminal would obey is escaped.
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +19,9 @@ from spml_fast.core.config import Config, DataConfig, EvalConfig, MethodOptions
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, POSITIVE, SparseLabels
 from spml_fast.data.manifest import Manifest
-from spml_fast.evaluation.evaluate import class_groups, evaluate_split, score_split, table_rows, top_k_rows
+from spml_fast.evaluation.evaluate import class_groups, class_rows, evaluate_split, score_split, table_rows, top_k_rows
 from spml_fast.evaluation.metrics import evaluate_scores, groups_by_count
-from spml_fast.evaluation.thresholds import top_k_mask
+from spml_fast.evaluation.thresholds import logit_threshold, top_k_mask
 from spml_fast.methods import get_method
 from spml_fast.models.classifier import ClassifierOutput
 from tests.support.data import some_labels
@@ -115,6 +116,35 @@ def test_table_shows_conventions_and_groups(partly):
     # The rarest classes have no label in these images.
     assert shown.split(" / ")[0] == "not defined" and shown.split(" / ")[-1] == f"{found['groups'][-1]['map']:.2f}"
     assert rows["classes without a label"] == str(found["classes_without_label"])
+
+
+def test_figures_that_agree_are_shown_once():
+    scores = np.array([[2.0, -1.0], [1.0, 0.5], [-1.0, 2.0]], np.float32)
+    complete = dict(table_rows(evaluate_scores(scores, np.array([[1, 0], [0, 1], [1, 1]]))))
+    assert [name for name in complete if name.startswith("mAP")] == ["mAP (zero)"]
+    lacking = dict(table_rows(evaluate_scores(scores, np.array([[1, 0], [0, 0], [1, 0]]))))
+    assert lacking["mAP (zero)"] == "41.67"
+    # Classes without a positive left out, and those with one alone, are the same class.
+    assert [n for n in lacking if n.startswith("mAP,")] == ["mAP, classes without a positive left out"]
+
+
+@pytest.mark.parametrize(("probability", "logit"), [(0.5, 0.0), (0.75, logit_threshold(0.75)), (1e-9, -20.7232658)])
+def test_reported_thresholds_are_probabilities(probability, logit):
+    found = evaluate_scores(np.zeros((2, 1), np.float32), np.array([[1], [0]]), threshold=logit)
+    assert found["threshold_probability"] == pytest.approx(probability, abs=1e-12) and "threshold" not in found
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("default", [0, -1])
+def test_rows_by_class(default):
+    codes = np.array([[1, 0, -1], [1, 1, -1], [0, 1, -1]], np.int8)
+    labels = SparseLabels.from_dense(codes, default)
+    found = {1.0: {"per_class_ap": [50.0, 25.125, None]}, 5.0: {"per_class_ap": [60.0, 100.0, None]}}
+    assert class_rows(found, labels, ["a", "b", "c"]) == [
+        ("a", "2", "3", "50.00", "60.00"),
+        ("b", "2", "3", "25.12", "100.00"),
+        ("c", "0", "0", "-", "-"),
+    ]
 
 
 @pytest.mark.parametrize(

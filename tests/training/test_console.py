@@ -97,3 +97,9 @@ def test_closing_table():
     assert console.closing_rows(results, Path("runs/a")) == rows
     without = {k: v for k, v in results.items() if k not in ("split", "alpha")} | {"best_val_map": None}
     assert console.closing_rows(without, Path("runs/a")) == rows[5:]
+
+
+def test_columns_show_names_as_they_are(capsys):
+    console.print_columns("AP", ["class", "AP, alpha 1"], [("a[/b]c", "50.00"), ("red\x1b[31m", "-")])
+    out = capsys.readouterr().out
+    assert "a[/b]c" in out and "50.00" in out and "\x1b" not in out
