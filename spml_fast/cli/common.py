@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from spml_fast.core import env
 from spml_fast.core.errors import UserError, fail
 from spml_fast.core.outputs import Kind, OutputFile
+from spml_fast.core.text import without_controls
 
 if TYPE_CHECKING:
     import torch
@@ -175,8 +176,8 @@ def check_one_process(command: str, more: str = "") -> None:
 
 
 def say(text: str) -> None:
-    """A line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on standard error, without the control characters that names may bring along."""
+    print(without_controls(text), file=sys.stderr, flush=True)
 
 
 def print_any_text() -> None:

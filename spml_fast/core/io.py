@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and text that a terminal shows safely.
+"""Reading files that may be anything, and writing files whole or not at all.
 
 The only file that calls os.replace and os.fsync: whoever writes something that others read goes through it.
 """
@@ -7,17 +7,76 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import io
 import json
 import math
 import os
+import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from spml_fast.core.errors import UserError
+from spml_fast.core.text import formula_safe
+from spml_fast.core.text import printable as printable
 
-def printable(path: str) -> str:
-    """A path for people: characters that a terminal cannot show, or would obey, are escaped."""
-    return path if path.isprintable() else repr(path)[1:-1]
+_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def require_regular(path: str | os.PathLike[str]) -> os.stat_result:
+    """The status of a regular file, which is not opened.
+
+    Whatever is read here ends: a pipe waits for a writer for ever, and some devices never stop.
+
+    Raises:
+        OSError: there is none, or it is a folder, a named pipe, a socket or a device; `strerror` says which.
+    """
+    status = os.stat(path)
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if kind != stat.S_IFREG:
+        reason = f"it is {_KINDS.get(kind, 'a special file')}, not a regular file"
+        raise OSError(errno.EINVAL, reason, os.fspath(path))
+    return status
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a regular file for reading. Raises `OSError` as `require_regular`."""
+    require_regular(path)
+    # Should it have become a pipe meanwhile, opening does not wait.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        require_regular(path)
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+    return file
+
+
+def read_text(path: Path, encoding: str = "utf-8-sig") -> str:
+    """The text of a file that a user has named, line ends as they are.
+
+    Args:
+        path: a regular file.
+        encoding: `utf-8-sig` drops a byte order mark, `utf-8` keeps it.
+
+    Raises:
+        UserError: it cannot be read, is no regular file, or is not UTF-8.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read().decode(encoding)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
+    """Lines of a text file, without their ends: LF, CR or both. Raises `UserError` as `read_text`."""
+    return re.split("\r\n|\r|\n", read_text(path, encoding))
 
 
 def finite(value: Any) -> Any:
@@ -92,12 +151,17 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def csv_writer(file: IO[str], line_end: str = "\n") -> Callable[[Sequence[Any]], None]:
-    """A function that writes one row of CSV to an open text file."""
+    """A function that writes one row of CSV to an open text file; cells of text are never formulas."""
+
+    def plain_text(cell: Any) -> Any:
+        return formula_safe(cell) if isinstance(cell, str) else cell
+
     plain = csv.writer(file, lineterminator=line_end)
     # The plain writer leaves a carriage return without the quotes that readers need.
     quoting = csv.writer(file, lineterminator=line_end, quoting=csv.QUOTE_NONNUMERIC)
 
     def write(row: Sequence[Any]) -> None:
+        row = [plain_text(cell) for cell in row]
         inside = any(isinstance(cell, str) and "\r" in cell for cell in row)
         (quoting if inside else plain).writerow(row)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from spml_fast.core.distributed import all_gather_rows, is_main
 from spml_fast.core.errors import UserError
+from spml_fast.data.manifest_check import check_labels, load_array, read_meta
 
 POSITIVE, NEGATIVE, UNKNOWN = 1, 0, -1
 
@@ -161,19 +162,14 @@ class SparseLabels:
 
     @classmethod
     def load(cls, folder: Path) -> SparseLabels:
-        """Open what `save` wrote, memory-mapped. Raises `UserError` when a file is missing or damaged.
+        """Open what `save` wrote, memory-mapped, and check it. Raises `UserError` when a file is missing or damaged.
 
         The mapping is private and writable (copy on write): the files never change, and PyTorch takes such memory as it
         is, so that all ranks of a machine without GPUs share one copy of the labels.
         """
-        try:
-            meta = json.loads((folder / "labels.json").read_text())
-            indptr, classes, codes = (
-                np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("indptr", "classes", "codes")
-            )
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"the label files in {folder} cannot be read ({error}); prepare the data again") from error
-        return cls(indptr, classes, codes, int(meta["num_classes"]), int(meta["default"]))
+        indptr, classes, codes = (load_array(folder / f"{name}.npy", "c") for name in ("indptr", "classes", "codes"))
+        num_classes, default = check_labels(folder, indptr, classes, codes, read_meta(folder / "labels.json"))
+        return cls(indptr, classes, codes, num_classes, default)
 
 
 # Corrections, padding included, that may wait on the device before they are packed: about 40 MB.

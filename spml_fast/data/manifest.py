@@ -15,14 +15,13 @@
         shards.json + shard_index.npy  when the images lie in tar shards: see data/shards.py
 
 A column whose values are all equal has no file: manifest.json holds the one value. All arrays are opened memory-mapped:
-a Manifest of nine million images opens without being read whole.
+a Manifest of nine million images opens without being read whole. What an array holds is checked when it is first used.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,21 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular, read_text, require_regular
 from spml_fast.data.labels import SparseLabels
+from spml_fast.data.manifest_check import (
+    ADVICE,
+    MAX_SIDE,
+    check_boxes,
+    check_column,
+    check_offsets,
+    check_split_info,
+    invalid,
+    load_array,
+    read_meta,
+)
 from spml_fast.data.read_retry import read_patiently
-from spml_fast.data.shards import SHARDS_FILE, Shards
+from spml_fast.data.shards import INDEX_FILE, SHARDS_FILE, Shards
 
 FORMAT = 1
 
@@ -48,9 +59,14 @@ class Split:
         folder: where its arrays lie.
         image_root: folder that images' paths are relative to.
         info: its entry in manifest.json.
+        num_classes: C, that its labels must be of; None where there are no labels.
+
+    Raises:
+        UserError: (when an array is first used) it is missing, damaged or has values out of range.
     """
 
-    def __init__(self, folder: Path, image_root: Path, info: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, image_root: Path, info: Mapping[str, Any], num_classes: int | None = None) -> None:
+        self._num_classes = num_classes
         self.folder, self.image_root = folder, image_root
         self._size = int(info["size"])
         template = info.get("template")
@@ -67,51 +83,60 @@ class Split:
         return self._size
 
     def _array(self, name: str) -> npt.NDArray[Any]:
-        path = self.folder / f"{name}.npy"
-        try:
-            return np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} cannot be read ({error}); prepare the data again") from error
+        return load_array(self.folder / f"{name}.npy")
 
-    def _column(self, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    def _column(self, name: str, dtype: type, low: int, high: int) -> npt.NDArray[Any]:
         """A column that may be one value for all images; that takes no memory."""
         if name in self._constant:
             return np.broadcast_to(np.asarray(self._constant[name], dtype), (self._size,))
-        return self._array(name)
+        return self._checked(name, (dtype,), low, high)
+
+    def _checked(self, name: str, dtypes: Sequence[type], low: int, high: int) -> npt.NDArray[Any]:
+        """A column with N values between `low` and `high`."""
+        values = self._array(name)
+        check_column(self.folder / f"{name}.npy", values, self._size, dtypes, low, high)
+        return values
 
     @cached_property
     def width(self) -> npt.NDArray[np.int32]:
         """Image widths in pixels after orientation, int32 [N]; 0 where unknown."""
-        return self._column("width", np.int32)
+        return self._column("width", np.int32, 0, MAX_SIDE)
 
     @cached_property
     def height(self) -> npt.NDArray[np.int32]:
         """Image heights in pixels after orientation, int32 [N]; 0 where unknown."""
-        return self._column("height", np.int32)
+        return self._column("height", np.int32, 0, MAX_SIDE)
 
     @cached_property
     def orientation(self) -> npt.NDArray[np.uint8]:
         """EXIF orientation 1..8 that the loader applies to the stored pixels, uint8 [N]."""
-        return self._column("orientation", np.uint8)
+        return self._column("orientation", np.uint8, 1, 8)
 
     @cached_property
     def _path_offsets(self) -> npt.NDArray[np.int64]:
-        return self._array("paths")
+        offsets = self._array("paths")
+        check_offsets(self.folder / "paths.npy", offsets, self._size, len(self._path_bytes))
+        return offsets
 
     @cached_property
     def _path_bytes(self) -> npt.NDArray[np.uint8]:
         path = self.folder / "paths.bin"
-        return np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        try:
+            size = require_regular(path).st_size
+            return np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, np.uint8)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); {ADVICE}") from error
 
     @cached_property
     def ids(self) -> npt.NDArray[np.uint64] | None:
         """Numeric ids, uint64 [N], when paths come from a template; None otherwise."""
-        return self._array("ids") if self.templates else None
+        return self._checked("ids", (np.uint64,), 0, 2**64 - 1) if self.templates else None
 
     @cached_property
     def template_of(self) -> npt.NDArray[np.unsignedinteger] | None:
         """Number of each image's template, [N], where there are several; None otherwise."""
-        return self._array("template") if len(self.templates) > 1 else None
+        count = len(self.templates)
+        return self._checked("template", (np.uint16, np.uint32), 0, count - 1) if count > 1 else None
 
     def relative_path(self, index: int) -> str:
         """Path of an image relative to the image root."""
@@ -125,7 +150,12 @@ class Split:
     @cached_property
     def shards(self) -> Shards | None:
         """The tar shards that hold the images; None when each image is a file."""
-        return Shards(self.folder, self.image_root) if (self.folder / SHARDS_FILE).exists() else None
+        if not (self.folder / SHARDS_FILE).exists():
+            return None
+        shards = Shards(self.folder, self.image_root)
+        if len(shards) != self._size:
+            raise invalid(self.folder / INDEX_FILE, f"it has {len(shards)} images instead of {self._size}")
+        return shards
 
     def path(self, index: int) -> str:
         """Full path of an image; with `shards` there is no such file, and `read` reads the image from its shard."""
@@ -136,7 +166,12 @@ class Split:
         input/output errors are met by further attempts first."""
         if self.shards is not None:
             return self.shards.read(index)
-        return read_patiently(lambda: Path(self.path(index)).read_bytes())
+
+        def read() -> bytes:
+            with open_regular(self.path(index)) as file:
+                return file.read()
+
+        return read_patiently(read)
 
     def place(self, index: int) -> str:
         """Where an image lies, for a message: its path, or its name, shard and offset."""
@@ -147,13 +182,23 @@ class Split:
     @cached_property
     def known(self) -> SparseLabels:
         """All annotated labels: the truth that evaluation uses."""
-        return SparseLabels.load(self.folder / "known")
+        return self._labels("known")
 
     @cached_property
     def observed(self) -> SparseLabels:
         """The labels that training may see; the same as `known` when none was hidden."""
         folder = self.folder / "observed"
-        return SparseLabels.load(folder) if folder.exists() else self.known
+        return self._labels("observed") if folder.exists() else self.known
+
+    def _labels(self, name: str) -> SparseLabels:
+        labels = SparseLabels.load(self.folder / name)
+        if len(labels) != self._size or self._num_classes not in (None, labels.num_classes):
+            raise invalid(
+                self.folder / name,
+                f"the labels are of {len(labels)} images and {labels.num_classes} classes instead of {self._size} and "
+                f"{self._num_classes}",
+            )
+        return labels
 
     @property
     def hides_labels(self) -> bool:
@@ -167,7 +212,9 @@ class Split:
         """(indptr int64 [N + 1], boxes float32 [K, 5] of class, x0, y0, x1, y1 in 0..1), or None when unknown."""
         if not (self.folder / "boxes.npy").exists():
             return None
-        return self._array("boxes_indptr"), self._array("boxes")
+        indptr, boxes = self._array("boxes_indptr"), self._array("boxes")
+        check_boxes(self.folder, indptr, boxes, self._size, self._num_classes or 0)
+        return indptr, boxes
 
 
 class Manifest:
@@ -188,18 +235,23 @@ class Manifest:
             raise UserError(
                 f"{self.folder} is not a Manifest (no manifest.json in it); make one with launch/prepare.py"
             )
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); prepare the data again") from error
+        meta = read_meta(path)
+        if not isinstance(meta, dict):
+            raise invalid(path, "it holds no dictionary")
         if meta.get("format") != FORMAT:
             raise UserError(f"{path} has format {meta.get('format')!r}, this version reads {FORMAT}; prepare it again")
+        for key, kind in (("name", str), ("image_root", str), ("splits", dict)):
+            if not isinstance(meta.get(key), kind):
+                raise invalid(path, f"it has {meta.get(key)!r} as its {key!r}")
         self.name: str = meta["name"]
         self.meta: dict[str, Any] = meta
-        self.classes = (self.folder / "classes.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        self.classes = read_text(self.folder / "classes.txt", "utf-8").split("\n")[:-1]
         root = Path(image_root) if image_root is not None else self.folder / meta["image_root"]
         self.image_root = root
-        self.splits = {name: Split(self.folder / name, root, info) for name, info in meta["splits"].items()}
+        self.splits = {
+            name: Split(self.folder / name, root, check_split_info(path, name, info), len(self.classes))
+            for name, info in meta["splits"].items()
+        }
 
     @property
     def num_classes(self) -> int:

@@ -12,7 +12,6 @@ that fails, is then an error with a sentence and not a signal that kills the pro
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 import weakref
@@ -23,11 +22,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular, require_regular
+from spml_fast.data.manifest_check import load_array, read_meta
 from spml_fast.data.read_retry import read_patiently
 
 SHARDS_FILE, INDEX_FILE = "shards.json", "shard_index.npy"
@@ -38,6 +40,8 @@ RESTORE_SHARD = "restore the shard, or pack the images again"
 _MAX_OPEN = 64
 # Bytes between two wanted images that are read and dropped, where a disk takes longer to seek.
 _READ_THROUGH = 512 << 10
+# Rows of the index that are checked at a time.
+_CHECKED = 1 << 18
 # Bytes of one task of a reading thread. Linux takes at most 1,024 buffers per call, half of them images.
 _TASK_BYTES, _TASK_IMAGES = 8 << 20, 500
 
@@ -61,11 +65,45 @@ class ShardFile:
     sha256: str
 
 
+def read_shard_files(path: Path) -> list[ShardFile]:
+    """The list of a split's shards. Raises `UserError` where it is missing or damaged."""
+    entries = read_meta(path)
+    try:
+        files = [ShardFile(**entry) for entry in entries]
+    except TypeError as error:
+        raise UserError(f"{path} is not a list of shards ({error}); pack the images again") from error
+    kinds = {"name": str, "size": int, "samples": int, "sha256": str}
+    for file in files:
+        fine = all(type(getattr(file, field)) is kind for field, kind in kinds.items())
+        if not fine or "\0" in file.name or min(file.size, file.samples) < 0 or file.size >= 2**62:
+            raise UserError(f"{path} has the invalid entry {file}; pack the images again")
+    return files
+
+
+def _check_index(path: Path, table: npt.NDArray[Any], files: Sequence[ShardFile]) -> None:
+    """Raise `UserError` where an image does not lie within one of the shards."""
+    if table.ndim != 2 or table.shape[1] != 3 or table.dtype != np.int64:
+        raise UserError(f"{path} is not a table of shard, offset and size; pack the images again")
+    sizes = np.array([file.size for file in files], np.int64)
+    for start in range(0, len(table), _CHECKED):
+        shard, offset, size = np.asarray(table[start : start + _CHECKED]).T
+        fine = (shard >= 0) & (shard < len(files)) & (offset >= 0) & (size >= 0)
+        if fine.all():
+            fine = size <= sizes[shard] - offset
+        if not fine.all():
+            row = start + int(np.argmin(fine))
+            raise UserError(
+                f"{path}: image {row} is at {table[row].tolist()} (shard, offset, size), which is outside of the "
+                f"{len(files)} shards; pack the images again"
+            )
+
+
 class _OpenFile:
     """A file descriptor that closes with its last user."""
 
     def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        require_regular(path)
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -89,13 +127,9 @@ class Shards:
 
     def __init__(self, folder: Path, root: Path) -> None:
         self.folder, self.root = folder, root
-        try:
-            self.files = [ShardFile(**entry) for entry in json.loads((folder / SHARDS_FILE).read_text("utf-8"))]
-            self.table: npt.NDArray[np.int64] = np.load(folder / INDEX_FILE, mmap_mode="r")
-        except (OSError, ValueError, TypeError, EOFError) as error:
-            raise UserError(f"the shard index in {folder} cannot be read ({error}); pack the images again") from error
-        if self.table.ndim != 2 or self.table.shape[1] != 3 or self.table.dtype != np.int64:
-            raise UserError(f"{folder / INDEX_FILE} is not a table of shard, offset and size; pack the images again")
+        self.files = read_shard_files(folder / SHARDS_FILE)
+        self.table: npt.NDArray[np.int64] = load_array(folder / INDEX_FILE)
+        _check_index(folder / INDEX_FILE, self.table, self.files)
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -151,6 +185,34 @@ class Shards:
             self.forget(shard)
             raise
 
+    def _require_length(
+        self, samples: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], span: npt.NDArray[np.int64]
+    ) -> None:
+        """Raise `UserError` where a shard is missing or ends before the last image of a span."""
+        try:
+            length = os.fstat(self.file(int(rows[span[0], 0])).fd).st_size
+        except OSError as error:
+            raise self._unreadable(int(samples[span[0]]), error) from error
+        if length < int((rows[span, 1] + rows[span, 2]).max()):
+            raise self._cut_off(samples, rows, span, length)
+
+    def _unreadable(self, sample: int, error: OSError) -> UserError:
+        """The error for a shard that cannot be opened or read."""
+        self.forget(int(self.table[sample, 0]))
+        reason = "the shard is missing" if isinstance(error, FileNotFoundError) else error.strerror
+        return UserError(f"the image {self.place(sample)} cannot be read ({reason}); {RESTORE_SHARD}")
+
+    def _cut_off(
+        self, samples: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], span: npt.NDArray[np.int64], end: int
+    ) -> UserError:
+        """The error for a shard that ends at byte `end`, within the images of a span."""
+        self.forget(int(rows[span[0], 0]))
+        first = int(span[np.argmax(rows[span, 1] + rows[span, 2] > end)])
+        return UserError(
+            f"the image {self.place(int(samples[first]))} cannot be read (the shard ends at byte {end}); "
+            f"{RESTORE_SHARD}"
+        )
+
     def read_spans(
         self,
         samples: npt.NDArray[np.int64],
@@ -173,6 +235,8 @@ class Shards:
         for span in spans:
             shard = int(rows[span[0], 0])
             start = end = int(rows[span[0], 1])
+            # Before memory is taken for images that are not there.
+            self._require_length(samples, rows, span)
             buffers: list[memoryview] = []
             arrays = []
             for _, offset, size in rows[span].tolist():
@@ -185,18 +249,9 @@ class Shards:
             try:
                 end_read, length = read_patiently(partial(self._read_span, shard, buffers, start))
             except OSError as error:
-                reason = "the shard is missing" if isinstance(error, FileNotFoundError) else error.strerror
-                raise UserError(
-                    f"the image {self.place(int(samples[span[0]]))} cannot be read ({reason}); {RESTORE_SHARD}"
-                ) from error
+                raise self._unreadable(int(samples[span[0]]), error) from error
             if end_read < end:
-                self.forget(shard)
-                ends = rows[span, 1] + rows[span, 2]
-                first = int(span[np.argmax(ends > end_read)])
-                raise UserError(
-                    f"the image {self.place(int(samples[first]))} cannot be read (the shard ends at byte {length}); "
-                    f"{RESTORE_SHARD}"
-                )
+                raise self._cut_off(samples, rows, span, min(end_read, length))
             for position, array in zip(span.tolist(), arrays, strict=True):
                 out[position] = array
 
@@ -374,5 +429,5 @@ def check_shards(shards: Shards, threads: int = 4) -> int:
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

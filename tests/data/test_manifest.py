@@ -19,6 +19,7 @@ def test_round_trip(tmp_path):
     writer = ManifestWriter(tmp_path / "m", "mine", ["ant", "bee cat", "ü;,"], tmp_path / "images")
     observed = SparseLabels.from_positives([[0], [], [], [], []], 3, -1)
     boxes = np.array([0, 1, 1, 3, 3, 3]), np.arange(15).reshape(3, 5) / 20
+    boxes[1][:, 0] = [0, 2, 1]
     writer.add_split(
         "train",
         known=small_labels(),

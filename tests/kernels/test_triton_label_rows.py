@@ -47,6 +47,20 @@ def test_equals_the_reference(num_classes, kind, share, default, device):
     assert torch.equal(label_rows(*arrays[:3], strided, num_classes, default, longest), found)
 
 
+@pytest.mark.parametrize("kind", [torch.int16, torch.int32])
+def test_ids_out_of_range_are_written_nowhere(device, kind):
+    """Neither into the row of another image nor outside of the block."""
+    indptr = torch.tensor([0, 3, 5, 8])
+    far = torch.iinfo(kind)
+    classes = torch.tensor([-1, 2, 7, 6, -7, far.max, far.min, 0], dtype=kind)
+    codes = torch.ones(8, dtype=torch.int8)
+    expected = torch.zeros(3, 7, dtype=torch.int8)
+    expected[0, 2] = expected[1, 6] = expected[2, 0] = 1
+    arrays = [t.to(device) for t in (indptr, classes, codes, torch.arange(3))]
+    assert torch.equal(label_rows(*arrays, 7, 0, 3).cpu(), expected)
+    assert torch.equal(label_rows_reference(*arrays, 7, 0, 3).cpu(), expected)
+
+
 def test_empty(device):
     indptr, classes, codes, longest = (t.to(device) if torch.is_tensor(t) else t for t in csr(4, 20, torch.int16, 0.3))
     none = torch.zeros(0, dtype=torch.int64, device=device)

@@ -38,4 +38,5 @@ def _label_rows_kernel(
         inside = lane < number
         column = tl.load(classes_ptr + first + lane, mask=inside, other=0).to(tl.int32)
         code = tl.load(codes_ptr + first + lane, mask=inside, other=0)
-        tl.store(row_ptr + column, code, mask=inside)
+        # An id that is no class would be written into another image's row, or outside of all.
+        tl.store(row_ptr + column, code, mask=inside & (column >= 0) & (column < num_classes))

@@ -23,7 +23,7 @@ def label_rows(
 
     Args:
         indptr: int64 [N + 1].
-        classes: int16 or int32 [nnz], class id of each entry.
+        classes: int16 or int32 [nnz], class id of each entry; what is not within 0..C-1 is left out.
         codes: int8 [nnz].
         index: int64 [B], rows wanted.
         num_classes: C.

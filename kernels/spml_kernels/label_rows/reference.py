@@ -18,7 +18,8 @@ def label_rows_reference(
     lane = torch.arange(max_row, device=index.device)[None]
     inside = lane < count
     entry = torch.where(inside, start + lane, 0)
-    # Lanes past a row's end write into one spare column that is cut off.
-    column = torch.where(inside, classes[entry].long(), num_classes)
+    ids = classes[entry].long()
+    # Lanes past a row's end, and ids that are no class, write into one spare column that is cut off.
+    column = torch.where(inside & (ids >= 0) & (ids < num_classes), ids, num_classes)
     out.scatter_(1, column, codes[entry])
     return out[:, :num_classes].contiguous()

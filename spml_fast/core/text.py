@@ -1,0 +1,47 @@
+"""Text from files and names that a terminal shows, and a spreadsheet opens, without obeying it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+# What a terminal obeys or turns about: C0 and C1 controls but for tab and line end, marks of direction, and halves of
+# surrogate pairs, which no encoding of a terminal has.
+_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Spreadsheets take a cell that begins so for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def printable(text: str) -> str:
+    """A path or name for people: characters that a terminal cannot show, or would obey, are escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def without_controls(text: str) -> str:
+    """A message as a terminal may show it: control characters that its names brought along are escaped."""
+    return _UNSAFE.sub(lambda match: repr(match.group())[1:-1], text)
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a text holds lone halves of surrogate pairs, which no UTF-8 file can hold."""
+    return _SURROGATE.search(text) is not None
+
+
+def formula_safe(text: str) -> str:
+    """The text of a CSV cell, with an apostrophe before what a spreadsheet would take for a formula."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def formula_safe_path(path: str) -> str:
+    """A path as the text of a CSV cell: `./` before it, which names the same file, where it looks like a formula."""
+    return f"./{path}" if path.startswith(_FORMULA) else path
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises `ValueError` for whatever is wrong with it, nesting without an end included."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
