@@ -80,12 +80,14 @@ def train_run(source: Source, overrides: Overrides) -> Run:
     set_environment()
     config = make_config(source, overrides)
     from spml_fast.training.engine import init_distributed, shutdown_distributed
+    from spml_fast.training.peers import reporting
     from spml_fast.training.trainer import Trainer
 
-    device = init_distributed()
+    device = init_distributed(config.run.timeout_minutes)
     # DeepSpeed keeps what it made of the first process group, so that another one would be of no use to it.
     atexit.unregister(shutdown_distributed)
     atexit.register(shutdown_distributed)
-    trainer = Trainer(config, device)
-    trainer.run()
+    with reporting():
+        trainer = Trainer(config, device)
+        trainer.run()
     return Run(trainer.run_dir)

@@ -24,9 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_config(sys.argv[1:] if argv is None else argv, DEFAULT_RECIPE, prog=program("train"))
     from spml_fast.training.engine import init_distributed, shutdown_distributed
 
-    device = init_distributed()
+    device = init_distributed(config.run.timeout_minutes)
+    from spml_fast.training.peers import reporting
     from spml_fast.training.trainer import Trainer
 
-    Trainer(config, device).run()
+    with reporting():
+        Trainer(config, device).run()
     shutdown_distributed()
     return 0

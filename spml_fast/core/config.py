@@ -270,6 +270,8 @@ class RunConfig(Section):
         deterministic: on a GPU, take algorithms that give the same bits in every run, and say so where PyTorch has
             none. Off, cuDNN times its algorithms and takes the fastest, and repeated runs differ by rounding. CPU runs
             repeat bit for bit either way.
+        timeout_minutes: minutes that ranks wait for one that does not move (its machine is lost, it hangs) before the
+            run ends. What rank 0 does alone may take longer.
         plugins: modules, or paths of .py files, to import first because they register the run's method, head or data
             set; --plugins NAME adds one.
     """
@@ -282,6 +284,7 @@ class RunConfig(Section):
     keep: int = positive(1)
     save_updates: int = not_negative(0)
     deterministic: bool = False
+    timeout_minutes: float = positive(10.0)
     plugins: list[str] = field(default_factory=list)
 
 

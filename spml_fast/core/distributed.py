@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from spml_fast.core import env
 
 T = TypeVar("T")
+_barriers = 0
 
 
 def world_size() -> int:
@@ -64,10 +66,24 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     return torch.cat([gathered[r, :n] for r, n in enumerate(counts)])
 
 
+def store() -> Any:
+    """The key-value store that the ranks met at."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def barrier() -> None:
-    """Wait for all ranks."""
-    if world_size() > 1:
-        dist.barrier()
+    """Wait for all ranks; for rank 0 without a time limit, since it may have work that only one rank does."""
+    global _barriers
+    if world_size() == 1:
+        return
+    _barriers += 1
+    key, pause = f"spml_fast/barrier/{_barriers}", 0.001
+    if is_main():
+        store().set(key, "1")
+    while not store().check([key]):
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    dist.barrier()
 
 
 def gather_rows(tensor: Tensor) -> Tensor:

@@ -339,6 +339,8 @@ def evaluate_split(
             metrics = measure(scores, split.known, alpha, config.eval, classes, groups)
             results[alpha] = metrics
             maps[i] = float("nan") if metrics["map"] is None else metrics["map"]
+    # Rank 0 alone has measured, perhaps for longer than a collective waits.
+    distributed.barrier()
     # NaN survives the sum, so every rank takes the same decisions.
     maps = distributed.all_reduce_sum(maps)
     for i, alpha in enumerate(alphas):

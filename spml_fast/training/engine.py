@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.runs.layout import TENSORBOARD
+from spml_fast.training import peers
 from spml_fast.training.cluster import set_environment
 from spml_fast.training.optim import restore_schedule_options, schedule_options
 from spml_fast.training.watch import watch_launchers
@@ -50,10 +52,13 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def init_distributed() -> torch.device:
+def init_distributed(timeout_minutes: float = 10.0) -> torch.device:
     """Join the process group and choose this rank's device.
 
     Works under `deepspeed`, `torchrun` and SLURM, and alone, when no launcher set the environment.
+
+    Args:
+        timeout_minutes: how long ranks wait for one that does not move.
     """
     watch_launchers()
     env.default_ranks()
@@ -77,7 +82,9 @@ def init_distributed() -> torch.device:
         # Nobody to meet: no port, so two trainings on one machine cannot take each other's.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        # The watch over the ranks ends a run at the limit, with a sentence; collectives give up a little later.
+        limit = timedelta(minutes=timeout_minutes + 1)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=limit)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -85,13 +92,15 @@ def init_distributed() -> torch.device:
             f"port {env.master_port()}, where the ranks meet, is taken by another program; "
             "start with another, as in: deepspeed --master_port 29501 ..."
         ) from error
+    peers.start(60 * timeout_minutes)
     return device
 
 
 def shutdown_distributed() -> None:
     """Leave the process group, so that no rank is killed while another still talks."""
     if dist.is_initialized():
-        dist.barrier()
+        distributed.barrier()
+        peers.stop()
         dist.destroy_process_group()
 
 

@@ -29,7 +29,7 @@ from spml_fast.models.weights import save_weights
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import make_eval_loader
 from spml_fast.runs.write import write_description, write_results
-from spml_fast.training import console
+from spml_fast.training import console, peers
 from spml_fast.training.bad_image_list import list_bad_images
 from spml_fast.training.checkpoint import (
     CheckpointPosition,
@@ -195,11 +195,13 @@ class Trainer:
             meter.waited += time.perf_counter() - before
             if micro is None:
                 break
+            peers.begin_update()
             progress = self._progress(phase, epoch, update)
             torch.manual_seed(rng_seed(config.run.seed, phase_index, progress.update, self.rank))
             self._update(micro, progress, sums)
             meter.samples += micro[0].update_size
             update += 1
+            peers.end_update(phase.name, epoch, update)
             if update % config.train.log_every == 0 and update < self.loader.updates_per_epoch:
                 self._log_update(phase, progress, meter, sums)
             if self.log.live:

@@ -1,0 +1,291 @@
+"""What the ranks of a run know of each other, so that one that dies, fails or hangs ends the others with a sentence.
+
+Collectives alone tell little: when a rank is gone the others get an error that names a socket, or wait, and on a GPU
+the host does not even notice. So each rank writes a line about itself to the store of torch.distributed once a second,
+from a thread with a connection of its own: machine, process, and where it is. The same thread reads the others' lines.
+
+- A rank that leaves with an error says so in the store; the others end without a word, since it has said why.
+- When a collective breaks, the lines tell which rank is gone, on which machine, and how far it had come.
+- The run ends when, for the time limit, a rank's line has not changed (its machine is lost, or it was stopped), a
+  rank has kept others waiting that are further, or no rank has moved within an update. Between updates all ranks may
+  stand as long as they like: rank 0 has work that only one rank does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from spml_fast.core import distributed
+from spml_fast.core.errors import UserError
+
+INTERVAL = 1.0
+# Seconds in which the others take notice of an error, and end by themselves.
+NOTICE = 3.0
+FAILED = "spml_fast/failed"
+# What errors of a collective whose peer is gone have in common; torch has no class for gloo's.
+BROKEN = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+@dataclass
+class Line:
+    """What a rank says of itself, and when this process last saw it change.
+
+    Attributes:
+        host: its machine.
+        pid: its process.
+        place: (phase, epoch, update) of the last update done; None before the first.
+        steps: how often it began or ended an update, to compare; odd within one.
+        beat: grows by one a second.
+        seen: `time.monotonic()` of the last change of `beat`.
+    """
+
+    host: str
+    pid: int
+    place: tuple[str, int, int] | None = None
+    steps: int = 0
+    beat: int = 0
+    seen: float = 0.0
+
+    def where(self) -> str:
+        """Machine, process and last update for a sentence."""
+        text = f"on {self.host}, process {self.pid}, "
+        if self.place is None:
+            return text + "before its first update"
+        phase, epoch, update = self.place
+        return text + f"last update {update} of epoch {epoch} ({phase})"
+
+
+class Peers:
+    """The watch of one rank over the others.
+
+    Args:
+        store: a connection to the store of the process group that nobody else uses.
+        rank: this process's.
+        world: number of ranks.
+        limit: seconds after which a rank that does not move ends the run.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int, limit: float) -> None:
+        self.store, self.rank, self.world, self.limit = store, rank, world, limit
+        self.own = Line(socket.gethostname(), os.getpid())
+        self.lines: dict[int, Line] = {}
+        self.moved = time.monotonic()
+        self.stopped = threading.Event()
+        self.failed = False
+        store.set_timeout(timedelta(seconds=10))
+        self._write()
+        self.thread = threading.Thread(target=self._run, name="peers", daemon=True)
+        self.thread.start()
+
+    def moved_to(self, place: tuple[str, int, int] | None) -> None:
+        """Note that an update begins (None) or is done."""
+        self.own.place = place or self.own.place
+        self.own.steps += 1
+        self.moved = time.monotonic()
+
+    def _write(self) -> None:
+        own = self.own
+        own.beat += 1
+        self.store.set(f"spml_fast/rank/{self.rank}", json.dumps([own.host, own.pid, own.place, own.steps, own.beat]))
+
+    def read(self) -> None:
+        """Read the other ranks' lines."""
+        now = time.monotonic()
+        for rank in (r for r in range(self.world) if r != self.rank):
+            key = f"spml_fast/rank/{rank}"
+            if not self.store.check([key]):
+                continue
+            host, pid, place, steps, beat = json.loads(self.store.get(key))
+            known = self.lines.setdefault(rank, Line(host, pid))
+            if beat != known.beat:
+                known.seen = now
+            known.place, known.steps, known.beat = place and tuple(place), steps, beat
+
+    def gone(self, silence: float) -> dict[int, Line]:
+        """Ranks whose process is not there any more, or that said nothing for so many seconds."""
+        now = time.monotonic()
+        lost = {}
+        for rank, line in self.lines.items():
+            if now - line.seen > silence or (line.host == self.own.host and not process_runs(line.pid)):
+                lost[rank] = line
+        return lost
+
+    def _hanging(self) -> dict[int, Line]:
+        """Ranks that the others have waited for longer than the limit."""
+        lost = self.gone(self.limit)
+        if not lost and time.monotonic() - self.moved > self.limit and self.lines:
+            lines = {**self.lines, self.rank: self.own}
+            furthest = max(line.steps for line in lines.values())
+            lost = {rank: line for rank, line in lines.items() if line.steps < furthest}
+            if not lost and furthest % 2:
+                lost = lines
+        return lost
+
+    def _run(self) -> None:
+        """Until `stop`: write, read, and end the process when a peer failed or hangs."""
+        answered, limit = time.monotonic(), None
+        while not self.stopped.wait(INTERVAL):
+            try:
+                self._write()
+                self.failed = self.store.check([FAILED])
+                if self.failed:
+                    self.store.set(f"spml_fast/seen/{self.rank}", "1")
+                    break
+                self.read()
+            except (RuntimeError, ValueError) as error:
+                # A store that does not answer belongs to a process that hangs; one that cannot be reached is gone.
+                limit = self.limit if isinstance(error, dist.DistStoreError) else None
+                if limit is not None and time.monotonic() - answered < limit:
+                    continue
+                break
+            answered = time.monotonic()
+            lost = self._hanging()
+            if lost:
+                self._say_and_exit(lost, self.limit)
+        if not self.stopped.wait(2 * NOTICE):
+            # A collective that broke has ended the process by now; one on a GPU may never.
+            unknown = Line("an unknown machine", 0)
+            self._say_and_exit({} if self.failed else {0: self.lines.get(0, unknown)}, limit)
+
+    def _is_first_but(self, lost: dict[int, Line]) -> bool:
+        """Whether this rank speaks: the first that is well or, where none is, rank 0."""
+        return self.rank == min((r for r in range(self.world) if r not in lost), default=0)
+
+    def _say_and_exit(self, lost: dict[int, Line], limit: float | None) -> None:
+        """End this process at once, whatever it is waiting for."""
+        if lost and self._is_first_but(lost):
+            print(f"error: {sentence(lost, limit)}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def explain(self, error: BaseException) -> str | None:
+        """Why a collective broke, for the user; None where another rank says it."""
+        try:
+            if self.failed or self.store.check([FAILED]):
+                return None
+            self.read()
+            lost = self.gone(3 * INTERVAL)
+            end = time.monotonic() + 4 * INTERVAL
+            while not lost and time.monotonic() < end:
+                time.sleep(INTERVAL / 4)
+                if self.store.check([FAILED]):
+                    return None
+                self.read()
+                lost = self.gone(3 * INTERVAL)
+        except (RuntimeError, ValueError):
+            # The store went with rank 0, unless a launcher holds it.
+            lost = {0: self.lines[0]} if 0 in self.lines else {}
+        if not lost:
+            text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return f"the ranks lost each other, all of them alive ({self.own.where()}): {text}"
+        return sentence(lost, None) if self._is_first_but(lost) else None
+
+    def announce(self) -> None:
+        """Tell the others that this rank leaves with an error, which it reports itself."""
+        self.stop()
+        with contextlib.suppress(RuntimeError, ValueError):
+            self.store.set(FAILED, str(self.rank))
+            self.store.set(f"spml_fast/seen/{self.rank}", "1")
+            others = [f"spml_fast/seen/{r}" for r in range(self.world)]
+            end = time.monotonic() + NOTICE
+            # Rank 0 may hold the store, which has to be there for the others to read.
+            while self.rank == 0 and not self.store.check(others) and time.monotonic() < end:
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End the watch, before the ranks leave."""
+        self.stopped.set()
+
+
+def process_runs(pid: int) -> bool:
+    """Whether a process of this machine is there, and not only its exit status."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def sentence(lost: dict[int, Line], limit: float | None) -> str:
+    """Which ranks are gone (no limit) or have kept the others waiting for `limit` seconds."""
+    ranks = "; ".join(f"rank {rank} ({line.where()})" for rank, line in sorted(lost.items()))
+    many = len(lost) > 1
+    if limit is None:
+        what = f"{'have' if many else 'has'} ended unexpectedly"
+    else:
+        what = f"{'have' if many else 'has'} not moved for {limit / 60:g} minutes (run.timeout_minutes)"
+    return f"{ranks} {what}, so the run ends; start the same command again to resume from the last checkpoint"
+
+
+_peers: Peers | None = None
+
+
+def start(limit: float) -> None:
+    """Watch the other ranks of the process group from now on, if there are any.
+
+    Args:
+        limit: seconds after which a rank that does not move ends the run.
+    """
+    global _peers
+    if distributed.world_size() > 1 and _peers is None:
+        _peers = Peers(distributed.store().clone(), distributed.rank(), distributed.world_size(), limit)
+
+
+def begin_update() -> None:
+    """Note that this rank has what an update needs."""
+    if _peers is not None:
+        _peers.moved_to(None)
+
+
+def end_update(phase: str, epoch: int, update: int) -> None:
+    """Note an update of this rank that is done."""
+    if _peers is not None:
+        _peers.moved_to((phase, epoch, update))
+
+
+def stop() -> None:
+    """End the watch; every rank does so before it leaves the process group."""
+    global _peers
+    if _peers is not None:
+        _peers.stop()
+        _peers = None
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """Around a run: an error of this rank ends the others quietly, and the loss of another is explained.
+
+    Raises:
+        UserError: another rank is gone; it names rank, machine, process and last update.
+        SystemExit: another rank has said why the run ends.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _peers is None:
+            raise
+        broken = isinstance(error, dist.DistError) or any(word in str(error) for word in BROKEN)
+        if isinstance(error, UserError) or not broken:
+            _peers.announce()
+            raise
+        why = _peers.explain(error)
+        _peers.stop()
+        if why is None:
+            raise SystemExit(1) from None
+        raise UserError(why) from error
+    except SystemExit:
+        if _peers is not None:
+            _peers.announce()
+        raise
