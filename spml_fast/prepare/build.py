@@ -111,6 +111,8 @@ class _Preparation:
         if self.common.observed is not None and official is self.raw.splits[0]:
             observed: SparseLabels | None = observed_from_file(*self.common.observed, official.known)
             self._notes.append(f"{official.name}: observed labels were read from {self.common.observed[0]}, not drawn")
+        elif official.drawn is not None and self.common.observe.kind == "all":
+            observed = official.drawn
         else:
             observed = self.common.observe.draw(official.known, self.common.seed, official.name)
         hides_labels = observed is not None

@@ -134,6 +134,9 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "broken.csv.gz").write_bytes(gzip.compress((LABEL_HEADER + GOOD * 50_000).encode())[:-200])
     with pytest.raises(UserError, match=r"broken\.csv\.gz"):
         read_labels([tmp_path / "broken.csv.gz"], [A])
+    old = write_labels(tmp_path / "old.csv", [(1, A, 1)], "human")
+    with pytest.raises(UserError, match=r"line 2: the Source is human, as in V1 and V2, .* only V3 to V7 are read"):
+        read_labels([old], [A])
     human = write_labels(tmp_path / "human.csv", [(1, A, 1)])
     with pytest.raises(UserError, match=r"line 2: the Source is verification; .*--labels"):
         read_labels([human], [A], threshold=0.5)

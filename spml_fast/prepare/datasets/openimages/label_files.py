@@ -257,6 +257,10 @@ class _LabelParser:
                 return "the Source is machine; give files of machine labels with --machine-labels"
             if source.encode() in HUMAN_SOURCES:
                 return f"the Source is {source}; give files of human-verified labels with --labels"
+            if source == "human":
+                return (
+                    "the Source is human, as in V1 and V2, whose classes and splits are others; only V3 to V7 are read"
+                )
             names = " or ".join(sorted(text.decode() for text in self.allowed))
             return f"the Source {source!r} is not {names}"
         if not CLASS_ID.fullmatch(fields["LabelName"].encode()):
