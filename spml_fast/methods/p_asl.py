@@ -36,7 +36,7 @@ from torch import Tensor
 from spml_fast.core import distributed
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import write_text
+from spml_fast.core.io import read_text, write_text
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.methods.asl import focal_negative, focal_negative_jit, focal_positive, focal_positive_jit
 from spml_fast.methods.base import LossOutput, MethodOptions, Progress, register
@@ -146,10 +146,7 @@ _NUMBER = re.compile(rb"[0-9.e+-]+|nan")
 
 def read_prior(path: str, num_classes: int) -> Tensor:
     """Class priors from a file, fp32 [C]. Raises `UserError` naming file and line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"method.prior_file: {path} cannot be read: {error.strerror}") from error
+    lines = read_text(Path(path)).splitlines()
     values = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import require_regular
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.prepare.observed_labels import CHUNK_ENTRIES
 
@@ -110,10 +111,11 @@ def import_labels(
 def load_array(path: Path) -> npt.NDArray[Any]:
     """A .npy file, memory-mapped; never one that holds Python objects. Raises `UserError` naming it."""
     try:
+        require_regular(path)
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError, SyntaxError, TypeError) as error:
         raise UserError(f"{path} is not a NumPy array of text or numbers ({error})") from error
 
 

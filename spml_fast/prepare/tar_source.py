@@ -7,18 +7,39 @@ disk: names are only compared with those of a Manifest, so an unsafe name, link 
 from __future__ import annotations
 
 import hashlib
+import lzma
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular
 from spml_fast.data.manifest import Split
 
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 # No photograph has so many bytes; a forged header may claim any number.
 _MAX_IMAGE = 256 << 20
+# Bytes that are read and dropped at a time.
+_SKIP = 1 << 20
+# What the library and the decompressors raise at hostile bytes.
+_UNREADABLE = (
+    tarfile.TarError,
+    EOFError,
+    OSError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    KeyError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 class MemberIndex:
@@ -93,18 +114,33 @@ def find_tars(folder: Path) -> list[Path]:
     return tars
 
 
+def _next_member(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next member of a stream, or None at its end.
+
+    What lies between is read here: the library goes on counting blocks after the file's end, for ever where a forged
+    header claims 2^50 bytes.
+    """
+    stream: Any = archive.fileobj
+    # Opening has read the header of the first member, whose content comes next.
+    first: Any = getattr(archive, "firstmember", None)
+    while first is None and (missing := archive.offset - stream.tell()) > 0:
+        if not stream.read(min(missing, _SKIP)):
+            raise tarfile.ReadError(f"the file ends {missing:,} bytes before the next member")
+    return archive.next()
+
+
 def read_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str]]:
     """Members of a tar file from its start to its end, each with why it is ignored ("" if it is not)."""
     last = "its start"
     try:
-        with tarfile.open(path, "r|*", errorlevel=2) as archive:
-            for member in archive:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r|*", errorlevel=2) as archive:
+            while (member := _next_member(archive)) is not None:
                 last = repr(member.name)
                 # Otherwise a stream keeps every member that it has read: gigabytes over millions of images.
                 archive.members = []  # type: ignore[attr-defined]
                 if not member.isdir():
                     yield archive, member, _ignored(member)
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"tar file {path} cannot be read beyond {last} ({error}); download it again") from error
 
 
@@ -114,7 +150,7 @@ def member_bytes(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) 
         file = archive.extractfile(member)
         assert file is not None
         return file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except _UNREADABLE as error:
         raise UserError(
             f"tar file {path} cannot be read beyond {member.name!r} ({error}); download it again"
         ) from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from spml_fast.core.config import SECTIONS
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular, read_text
+from spml_fast.core.text import parse_json
 from spml_fast.methods import get_method
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.recipe import read_recipe
@@ -114,7 +116,8 @@ def read_classes(path: Path, errors: str = "strict") -> list[str]:
         OSError: it cannot be read.
         UnicodeDecodeError: it is no UTF-8 text.
     """
-    return path.read_text(encoding="utf-8", errors=errors).split("\n")[:-1]
+    with open_regular(path) as file:
+        return re.sub("\r\n?", "\n", file.read().decode("utf-8", errors)).split("\n")[:-1]
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,11 @@ def parse_metrics(text: str) -> MetricsLog:
     log = MetricsLog([], [])
     for place, line in enumerate(text.splitlines(), 1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             if entry["kind"] in ("update", "epoch"):
                 _position(entry)
             hash((entry.get("phase"), entry.get("epoch")))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             log.damaged.append(place)
         else:
             log.lines.append(entry)
@@ -181,15 +184,21 @@ def read_epochs(run: Path) -> list[dict[str, Any]]:
         UserError: a line is damaged.
     """
     path = RunLayout(run).metrics
-    log = parse_metrics(path.read_text(encoding="utf-8"))
+    log = parse_metrics(read_text(path, "utf-8"))
     if log.damaged:
         raise UserError(f"{path} line {log.damaged[0]} is damaged; delete that line")
     return log.epochs
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """The final figures of a finished run."""
-    results: dict[str, Any] = json.loads(RunLayout(run).results.read_text(encoding="utf-8"))
+    """The final figures of a finished run. `UserError` where the file is damaged."""
+    path = RunLayout(run).results
+    try:
+        results = parse_json(read_text(path, "utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and resume the run") from error
+    if not isinstance(results, dict):
+        raise UserError(f"{path} is damaged (it holds no dictionary); delete it and resume the run")
     return results
 
 
@@ -231,7 +240,8 @@ def default_options(method: Any) -> dict[str, Any]:
 
 
 def _lenient_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+    with open_regular(path) as file:
+        return file.read().decode("utf-8", "replace")
 
 
 def _read(run: Run, path: Path, consequence: str, reader: Callable[[Path], T]) -> T | None:
@@ -250,7 +260,7 @@ def _read_json(run: Run, path: Path, consequence: str) -> dict[str, Any] | None:
     if not path.exists() or (text := _read(run, path, consequence, _lenient_text)) is None:
         return None
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError as error:
         run.notes.append(f"{path.name} is damaged ({error}); {consequence}")
         return None

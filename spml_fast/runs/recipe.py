@@ -11,6 +11,7 @@ import yaml
 
 from spml_fast.core.config import SECTIONS, Config, ModelConfig
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular, printable
 from spml_fast.methods import get_method
 from spml_fast.models.heads import get_head
 from spml_fast.models.heads.base import head_options
@@ -24,6 +25,7 @@ from spml_fast.runs.options import (
 )
 from spml_fast.runs.plugins import require_plugins, used_plugins
 from spml_fast.runs.recipes import find_recipe
+from spml_fast.runs.yaml_file import parse_yaml
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -33,15 +35,16 @@ def read_recipe(path: str) -> dict[str, Any]:
         path: of a file, or the name of a packaged recipe.
     """
     try:
-        recipe = yaml.safe_load(find_recipe(path).read_text(encoding="utf-8"))
+        with open_regular(find_recipe(path)) as file:
+            text = file.read().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path} is no UTF-8 text ({error})") from error
-    except yaml.YAMLError as error:
-        position = getattr(error, "problem_mark", None)
-        line = f" in line {position.line + 1}" if position else ""
-        raise UserError(f"recipe {path} is not valid YAML{line}: {getattr(error, 'problem', error)}") from error
+        raise UserError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:
+        # A null byte in the name.
+        raise UserError(f"recipe {printable(path)} cannot be read: {error}") from error
+    recipe = parse_yaml(text, f"recipe {path}")
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):

@@ -10,7 +10,6 @@ Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 20
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,21 @@ from typing import Any
 import numpy as np
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular
+from spml_fast.core.text import has_surrogates, parse_json
 from spml_fast.data.labels import NEGATIVE, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
 from spml_fast.prepare.raw import RawDataset, RawSplit
+
+# No side of an image is longer.
+MAX_PIXELS = 2**31
 
 
 def read_instances(path: Path) -> dict[str, Any]:
     """An instances file, checked for the fields that are used. Raises `UserError` naming file and field."""
     try:
-        with path.open(encoding="utf-8") as file:
-            data = json.load(file)
+        with open_regular(path) as file:
+            data = parse_json(file.read())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -46,24 +50,33 @@ def read_instances(path: Path) -> dict[str, Any]:
                 if not isinstance(entry, dict) or key not in entry:
                     raise UserError(f"{path}: entry {number} of {section!r} has no {key!r}")
                 wanted = str if key in ("file_name", "name") else (int, str)
-                if not isinstance(entry[key], wanted):
-                    raise UserError(f"{path}: entry {number} of {section!r} has {entry[key]!r} as its {key!r}")
+                value = entry[key]
+                if not isinstance(value, wanted) or (isinstance(value, str) and has_surrogates(value)):
+                    raise UserError(f"{path}: entry {number} of {section!r} has {_shown(value)} as its {key!r}")
     return dict(data)
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + " ..."
 
 
 def _side(entry: dict[str, Any], key: str, path: Path, number: int) -> int:
     """Width or height of an image's entry; 0 where it is absent."""
     value = entry.get(key) or 0
-    if not isinstance(value, (int, float)) or not 0 <= value < 2**31:
-        raise UserError(f"{path}: entry {number} of 'images' has {value!r} as its {key!r}")
+    if not isinstance(value, (int, float)) or not 0 <= value < MAX_PIXELS:
+        raise UserError(f"{path}: entry {number} of 'images' has {_shown(value)} as its {key!r}")
     return int(value)
 
 
 def _corners(entry: dict[str, Any], path: Path, number: int) -> tuple[float, float, float, float]:
     """Corners x0, y0, x1, y1 of an annotation's box; all 0 where it has none."""
     box = entry.get("bbox") or (0, 0, 0, 0)
-    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
-        raise UserError(f"{path}: annotation {number} has {box!r} as its 'bbox', not [x, y, width, height]")
+    # Neither inf nor a number of 400 digits is a pixel.
+    fine = isinstance(box, (list, tuple)) and len(box) == 4
+    if not fine or not all(isinstance(v, (int, float)) and -MAX_PIXELS < v < MAX_PIXELS for v in box):
+        raise UserError(f"{path}: annotation {number} has {_shown(box)} as its 'bbox', not [x, y, width, height]")
     x, y, width, height = box
     return x, y, x + width, y + height
 

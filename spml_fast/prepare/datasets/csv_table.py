@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import read_lines
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, register
 from spml_fast.prepare.datasets.table_files import JSON_LINES, Value, read_rows, row_word
@@ -103,9 +104,9 @@ def _add(table: Table, fields: Mapping[str, Value], line: int, path: Path, confl
     """Merge one line into the table."""
     where = f"{path}, {row_word(path)} {line}"
     image, split = (str(fields.get(name, "")).strip() for name in ("path", "split"))
-    if not image:
-        raise UserError(f"{where}: the path is empty")
-    if "split" in fields and (not split or "/" in split or split.startswith(".")):
+    if not image or "\0" in image:
+        raise UserError(f"{where}: the path is {'empty' if not image else 'no file name'}")
+    if "split" in fields and (not split or "/" in split or split.startswith(".") or not split.isprintable()):
         raise UserError(f"{where}: {split!r} cannot be the name of a split")
     row = table.rows.get(image)
     if row is None:
@@ -144,12 +145,7 @@ def class_names(value: Value, where: str) -> list[str]:
 
 def read_classes(path: Path) -> list[str]:
     """Class names, one per line. Raises `UserError` naming file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    lines = read_lines(path)
     # A dict keeps the order and finds repetitions at once.
     names: dict[str, int] = {}
     for number, line in enumerate(lines, 1):

@@ -15,12 +15,14 @@ Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 20
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular, read_lines
 from spml_fast.data.labels import NEGATIVE, UNKNOWN, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
 from spml_fast.prepare.raw import RawDataset, RawSplit
@@ -32,12 +34,7 @@ CERTAINTIES = ("not visible", "guessing", "probably", "definitely")
 
 def read_numbered(path: Path) -> list[str]:
     """Texts of a file with lines `NUMBER TEXT`, numbered from 1 without gaps. Raises `UserError` naming the line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    lines = read_lines(path)
     out: list[str] = []
     for line, text in enumerate(lines, 1):
         if not text.strip():
@@ -69,7 +66,8 @@ def read_attributes(path: Path, images: int, attributes: int, columns: int = 3) 
         UserError: naming file and line.
     """
     try:
-        table = np.loadtxt(path, np.int64, comments=None, usecols=range(columns), ndmin=2)
+        with open_regular(path) as file:
+            table = np.loadtxt(file, np.int64, comments=None, usecols=range(columns), ndmin=2)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -82,7 +80,7 @@ def read_attributes(path: Path, images: int, attributes: int, columns: int = 3) 
 
 def _wrong_line(path: Path, images: int, attributes: int, columns: int) -> UserError | None:
     """The error that names the first wrong line."""
-    with path.open(encoding="utf-8", errors="backslashreplace") as file:
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="backslashreplace") as file:
         for number, line in enumerate(file, 1):
             fields = line.split()
             if not fields:

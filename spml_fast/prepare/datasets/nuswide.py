@@ -26,6 +26,7 @@ Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 20
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import read_text
 from spml_fast.data.labels import NEGATIVE, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
 from spml_fast.prepare.label_encodings import load_array
@@ -94,12 +96,7 @@ def labels_of_array(path: Path, rows: int) -> SparseLabels:
 
 def read_lines(path: Path) -> list[str]:
     """Lines of a text file without blanks at their ends; empty lines at the end of the file do not count."""
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    return [line.strip() for line in re.split("\r\n|\r|\n", read_text(path).rstrip())]
 
 
 def read_concept(path: Path, images: int, listed: Path) -> npt.NDArray[np.int64]:

@@ -7,7 +7,7 @@ csv_table.py.
 from __future__ import annotations
 
 import csv
-import json
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular, require_regular
+from spml_fast.core.text import parse_json
 
 # A field of a row: a text, or several.
 Value = str | list[str]
@@ -55,7 +57,7 @@ def read_rows(path: Path) -> tuple[list[str], Iterator[TableRow]]:
 @contextmanager
 def _text(path: Path) -> Iterator[Any]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             yield file
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -101,8 +103,8 @@ def _json_lines(path: Path, columns: list[str]) -> Iterator[TableRow]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise UserError(f"{path}, line {number}: not an object of JSON ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: not an object of JSON such as {{'path': 'a.jpg', ...}}")
@@ -115,6 +117,7 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[TableRow]]:
     import pyarrow.parquet
 
     try:
+        require_regular(path)
         file = pa.parquet.ParquetFile(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -20,23 +20,21 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular, read_text
 from spml_fast.data.labels import NEGATIVE, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
 from spml_fast.prepare.raw import RawDataset, RawSplit
 
 NUM_CLASSES = 20
+# No side of an image is longer.
+MAX_PIXELS = 2**31 - 1
 Boxes = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 
 
 def read_flags(path: Path) -> dict[str, int]:
     """Image name -> flag (1, 0 or -1) of one class file. Raises `UserError` naming file and line."""
     flags: dict[str, int] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    lines = read_text(path, "utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         fields = line.split()
         if not fields:
@@ -49,25 +47,38 @@ def read_flags(path: Path) -> dict[str, int]:
     return flags
 
 
+def _pixels(text: str) -> float:
+    """A coordinate or size. ValueError if it is no number, or none that an image can have."""
+    value = float(text)
+    if not -MAX_PIXELS <= value <= MAX_PIXELS:
+        raise ValueError(f"{text.strip()[:60]!r} pixels")
+    return value
+
+
 def read_annotation(path: Path, class_id: dict[str, int]) -> tuple[tuple[int, int], list[list[float]]]:
     """Size (width, height; 0 where absent) and boxes [class, x0, y0, x1, y1] in pixels of one XML file."""
     try:
-        root = ElementTree.parse(path).getroot()
+        with open_regular(path) as file:
+            root = ElementTree.parse(file).getroot()
         size = root.find("size")
-        width = int(float(size.findtext("width", "0"))) if size is not None else 0
-        height = int(float(size.findtext("height", "0"))) if size is not None else 0
+        width = int(_pixels(size.findtext("width", "0"))) if size is not None else 0
+        height = int(_pixels(size.findtext("height", "0"))) if size is not None else 0
         boxes = []
         for element in root.iter("object"):
             name, box = element.findtext("name", ""), element.find("bndbox")
             if name not in class_id or box is None:
                 continue
-            x0, y0, x1, y1 = (float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+            x0, y0, x1, y1 = (_pixels(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
             # VOC counts pixels from 1 and includes the last one.
             boxes.append([class_id[name], x0 - 1, y0 - 1, x1, y1])
-    except ElementTree.ParseError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ElementTree.ParseError, LookupError) as error:
         raise UserError(f"{path} is not valid XML: {error}") from error
     except ValueError as error:
         raise UserError(f"{path} holds a box or size that is no number: {error}") from error
+    if min(width, height) < 0:
+        raise UserError(f"{path} has the size {width} x {height}")
     return (width, height), boxes
 
 

@@ -9,22 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import read_lines, read_text
 from spml_fast.prepare.datasets.openimages.ids import CLASS_ID
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
 def read_classes(path: Path) -> list[str]:
     """Class ids, one per line; their order is that of the class numbers. Raises `UserError` naming file and line."""
     line_of: dict[str, int] = {}
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         name = line.strip()
         if not name or (number == 1 and name == "LabelName"):
             continue
@@ -41,7 +33,7 @@ def read_classes(path: Path) -> list[str]:
 def read_descriptions(path: Path) -> dict[str, str]:
     """Class id -> display name, with or without the header `LabelName,DisplayName`. `UserError` names the line."""
     names: dict[str, str] = {}
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 0
     try:
         for fields in reader:

@@ -15,6 +15,7 @@ import pyarrow.compute
 import pyarrow.csv
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import require_regular
 
 # Bytes of a block, and bytes that one thread parses at a time.
 BLOCK, TASK = 32 << 20, 4 << 20
@@ -33,6 +34,7 @@ def megabytes(path: Path) -> int:
 def open_file(path: Path) -> Any:
     """A file as a stream of bytes, unpacked if its name ends with .gz. Raises `UserError`."""
     try:
+        require_regular(path)
         return pa.input_stream(str(path), compression="detect")
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path} cannot be read: {_reason(error)}") from error
