@@ -78,7 +78,7 @@ def reads(sampler: TrainSampler, ranks: int) -> float:
     first = TrainSampler(sampler.size, sampler.batch_size, 1, ranks, 0, sampler.seed, sampler.windows)
     together: dict[int, list[npt.NDArray[np.int64]]] = {}
     for update, micro in enumerate(first.epoch(0)):
-        window = first.window(update)
+        window = first.window(0, update)
         together.setdefault(update if window is None else window, []).append(micro[0].index)
     samples = [np.sort(np.concatenate(index)) for index in together.values()]
     pieces = sum(int((np.diff(index) > 1).sum()) + 1 for index in samples)

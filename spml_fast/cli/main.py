@@ -20,6 +20,7 @@ COMMANDS = {
     "diagnose": "what a run's class activation maps show, in figures",
     "export": "a trained run as ONNX, or as safetensors for timm",
     "report": "an HTML page about one run or several",
+    "checkpoints": "what a run can resume from, and whether it is whole",
     "reproduce": "the papers' comparison, and which of their statements hold",
 }
 
@@ -27,7 +28,7 @@ COMMANDS = {
 def overview() -> str:
     """The commands, a line each."""
     lines = ["usage: spml-fast COMMAND [OPTIONS]", "", "commands:"]
-    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
     lines += [
         "",
         "examples:",

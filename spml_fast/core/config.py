@@ -262,8 +262,9 @@ class RunConfig(Section):
 
     Attributes:
         dir: run directory; null makes a new one under runs/.
-        resume: auto resumes from the newest checkpoint in the run directory if there is one, never starts afresh and
-            refuses a directory that has one; anything else is the path of a checkpoint directory to resume from.
+        resume: auto resumes from the newest whole checkpoint in the run directory if there is one, never starts afresh
+            and refuses a directory that has one, force is auto that takes a checkpoint of another method, data set or
+            model as far as it fits; anything else is the path of a run or a checkpoint to resume from.
         seed: seed of everything random.
         keep: checkpoints kept beside the best one.
         save_updates: also save every so many updates within an epoch; 0 saves at the end of epochs only.

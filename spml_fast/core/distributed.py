@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spml_fast.core import env
+from spml_fast.core.errors import UserError
 
 T = TypeVar("T")
 _barriers = 0
@@ -116,6 +118,24 @@ def broadcast_text(text: str) -> str:
     box = [text]
     dist.broadcast_object_list(box, 0)
     return str(box[0])
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What rank 0 computes, on every rank (collective); a `UserError` there is raised on all of them."""
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = compute()
+        except UserError as error:
+            if world_size() == 1:
+                raise
+            box[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    result: T = box[0]
+    return result
 
 
 def gather_objects(value: T) -> list[T]:

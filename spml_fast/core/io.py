@@ -1,4 +1,4 @@
-"""Reading files that may be anything, and writing files whole or not at all.
+"""Reading files that may be anything, writing files whole or not at all, and checksums.
 
 The only file that calls os.replace and os.fsync: whoever writes something that others read goes through it.
 """
@@ -14,7 +14,9 @@ import math
 import os
 import re
 import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -106,6 +108,119 @@ def flush_to_disk(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of a folder's files, new and removed ones, would survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must hold.
+
+    Attributes:
+        size: bytes.
+        crc32: checksum of its content, 8 hexadecimal digits.
+    """
+
+    size: int
+    crc32: str
+
+
+# Bytes that are read at a time for a checksum.
+_CHUNK = 1 << 22
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and checksum of a file as it is on the disk; reads it once. Raises `OSError`."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return FileRecord(size, f"{crc:08x}")
+
+
+class FileNotWritten(OSError):
+    """A file could not be written.
+
+    Args:
+        error: why.
+        path: the file.
+        size: bytes that it would have had.
+    """
+
+    def __init__(self, error: OSError, path: Path, size: int) -> None:
+        super().__init__(error.errno, error.strerror or str(error), str(path))
+        self.size = size
+
+
+class RecordedFile:
+    """A file that is written from its start to its end, and whose checksum is taken on the way.
+
+    `write` never fails, since writers in C++ abort the process when the function that they call back raises: the first
+    error is kept, what comes after it is thrown away, and `record` raises it.
+
+    Args:
+        path: the file to make or replace.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._error: OSError | None = None
+        self._size = self._crc = 0
+        self._file: IO[bytes] | None = None
+        try:
+            self._file = path.open("wb")
+        except OSError as error:
+            self._error = error
+
+    def write(self, data: Any) -> int:
+        """Append bytes, or anything with a buffer; returns their number."""
+        view = memoryview(data).cast("B")
+        self._size += len(view)
+        if self._error is None and self._file is not None:
+            try:
+                self._file.write(view)
+                self._crc = zlib.crc32(view, self._crc)
+            except OSError as error:
+                self._error = error
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: `record` flushes."""
+
+    def record(self) -> FileRecord:
+        """Close the file once it has reached the disk; returns what it holds.
+
+        Raises:
+            FileNotWritten: with the first error.
+        """
+        if self._file is not None:
+            try:
+                if self._error is None:
+                    flush_to_disk(self._file)
+            except OSError as error:
+                self._error = error
+            # What is left in the buffer cannot be written either.
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if self._error is not None:
+            raise FileNotWritten(self._error, self._path, self._size) from self._error
+        return FileRecord(self._size, f"{self._crc:08x}")
+
+
+def copy_file(source: Path, path: Path) -> FileRecord:
+    """Copy a file's content, to the disk; returns what it holds. Raises `OSError`."""
+    copy = RecordedFile(path)
+    with source.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            copy.write(chunk)
+    return copy.record()
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yield the path to write to; at the end of the block what was written there becomes `path`, whole.
@@ -133,21 +248,24 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str, errors: str = "strict") -> None:
+def write_text(path: Path, text: str, errors: str = "strict", durable: bool = False) -> None:
     """Write a UTF-8 text file whole or not at all.
 
     Args:
         path: the file to make or replace.
         text: what it holds; line ends are kept as they are on Linux.
         errors: what to do with characters that UTF-8 lacks, as in `str.encode`.
+        durable: return once it would survive a power cut under its name.
     """
-    with atomic_write(path) as partial:
+    with atomic_write(path, durable) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
+    if durable:
+        sync_folder(path.parent)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all; numbers that are not finite become null."""
-    write_text(path, json.dumps(finite(values), indent=1, ensure_ascii=False))
+def write_json(path: Path, values: dict[str, Any], durable: bool = False) -> None:
+    """Write a JSON file whole or not at all, as `write_text`; numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(values), indent=1, ensure_ascii=False), durable=durable)
 
 
 def csv_writer(file: IO[str], line_end: str = "\n") -> Callable[[Sequence[Any]], None]:

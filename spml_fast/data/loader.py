@@ -212,7 +212,7 @@ class TrainLoader:
         for current in itertools.count(epoch):
             start = start_update if current == epoch else 0
             for update, micro in enumerate(self.sampler.epoch(current, start), start):
-                window = self.sampler.window(update)
+                window = self.sampler.window(current, update)
                 for step, batch in enumerate(micro):
                     key = (current, update, step)
                     yield BatchRequest(key, batch.index, batch, key if window is None else (current, window))

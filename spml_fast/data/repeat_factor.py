@@ -112,5 +112,5 @@ class RepeatFactorSampler(TrainSampler):
         if self.windows is None:
             generator.shuffle(order)
         else:
-            self.shuffle_windows(order, generator)
+            self.shuffle_windows(order, generator, self.cut(epoch).order_batch_size)
         return order

@@ -1,8 +1,8 @@
 """Which rank sees which sample when: pure functions of (seed, epoch).
 
-The order of an epoch depends on the seed and the epoch alone (and on the windows that it is shuffled within, if any);
-ranks and accumulation steps take slices of the same global batch, so the position in the epoch is all that a resume has
-to know.
+The order of an epoch depends on the seed and the epoch alone (and on the windows that it is shuffled within, if any,
+and their batch size); ranks and accumulation steps take slices of the same global batch, so the number of samples done
+and that batch size are all that a resume has to know.
 """
 
 from __future__ import annotations
@@ -71,6 +71,21 @@ class MicroBatchIndex:
     offset: int
 
 
+@dataclass(frozen=True)
+class EpochCut:
+    """From where on the rest of an epoch is cut into batches, when training was resumed within it.
+
+    Attributes:
+        update: number of the first update that is left, such that the epoch ends at `updates_per_epoch`.
+        samples: samples of the epoch's order that were trained on before.
+        order_batch_size: batch size that made the epoch's order, which windows depend on.
+    """
+
+    update: int
+    samples: int
+    order_batch_size: int
+
+
 class TrainSampler:
     """The training samples of one rank.
 
@@ -122,6 +137,7 @@ class TrainSampler:
         self.world_size, self.rank, self.seed, self.windows = world_size, rank, seed, windows
         full, rest = divmod(size, batch_size)
         self.updates_per_epoch = full + (rest >= smallest)
+        self._cuts: dict[int, EpochCut] = {}
         self.samples_per_epoch = min(size, self.updates_per_epoch * batch_size)
 
     @property
@@ -134,13 +150,40 @@ class TrainSampler:
     def _generator(self, epoch: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], np.uint64)))
 
+    def cut(self, epoch: int) -> EpochCut:
+        """Where the batches of `epoch` are counted from: its start, unless it was resumed with `resume`."""
+        return self._cuts.get(epoch, EpochCut(0, 0, self.batch_size))
+
+    def resume(self, epoch: int, samples: int, order_batch_size: int) -> int:
+        """Cut what is left of an epoch into batches of this sampler, whatever batch size came before.
+
+        No sample comes twice and none is left out, but for an end that is too small for the ranks, as in every epoch.
+
+        Args:
+            epoch: the epoch that is resumed.
+            samples: how many of its samples were trained on.
+            order_batch_size: batch size that made its order.
+
+        Returns:
+            The update to resume at, for `epoch`: as many updates before the end as the rest takes.
+        """
+        full, rest = divmod(max(0, self.size - samples), self.batch_size)
+        left = full + (rest >= self.accumulation * self.world_size)
+        self._cuts = {epoch: EpochCut(self.updates_per_epoch - left, samples, order_batch_size)}
+        return self._cuts[epoch].update
+
+    def samples_before(self, epoch: int, update: int) -> int:
+        """Samples of an epoch that come before one of its updates, over all ranks."""
+        cut = self.cut(epoch)
+        return min(self.size, cut.samples + (update - cut.update) * self.batch_size)
+
     def permutation(self, epoch: int) -> IntArray:
         """Sample indices in the order of `epoch`, int64 [size]; the same on every rank."""
         generator = self._generator(epoch)
         if self.windows is None:
             return generator.permutation(self.size)
         order = self._blocks(generator)
-        self.shuffle_windows(order, generator)
+        self.shuffle_windows(order, generator, self.cut(epoch).order_batch_size)
         return order
 
     def blocks(self, epoch: int) -> IntArray:
@@ -155,26 +198,38 @@ class TrainSampler:
         # Position minus its block's first position, plus the block's first sample.
         return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(self.size)
 
-    def shuffle_windows(self, order: IntArray, generator: np.random.Generator) -> None:
-        """Shuffle a sequence of blocks, int64 [size], within its windows, in place; see `Windows`."""
-        width = self.updates_per_window * self.batch_size
+    def shuffle_windows(self, order: IntArray, generator: np.random.Generator, batch_size: int) -> None:
+        """Shuffle a sequence of blocks, int64 [size], within its windows for that batch size, in place; see `Windows`.
+
+        The same sequence, generator and batch size give the same order.
+        """
+        width = self._window_width(batch_size)
         for first in range(0, len(order), width):
             part = order[first : first + width]
-            steps, rest = divmod(len(part), self.batch_size)
+            steps, rest = divmod(len(part), batch_size)
             # The last, smaller batch of an epoch takes the one sample more of the first `rest` lanes.
             longer = part[: rest * (steps + 1)].reshape(rest, steps + 1)
-            lanes = part[rest * (steps + 1) :].reshape(self.batch_size - rest, steps)
+            lanes = part[rest * (steps + 1) :].reshape(batch_size - rest, steps)
             longer, lanes = generator.permuted(longer, axis=1), generator.permuted(lanes, axis=1)
             part[:] = np.concatenate([np.concatenate([longer[:, :steps], lanes]).T.ravel(), longer[:, steps]])
+
+    def _window_width(self, batch_size: int) -> int:
+        """Samples of a window of whole batches."""
+        assert self.windows is not None
+        return max(1, self.windows.samples // batch_size) * batch_size
 
     @property
     def updates_per_window(self) -> int:
         """Updates that one window lasts for."""
-        return max(1, self.windows.samples // self.batch_size) if self.windows is not None else self.updates_per_epoch
+        if self.windows is None:
+            return self.updates_per_epoch
+        return self._window_width(self.batch_size) // self.batch_size
 
-    def window(self, update: int) -> int | None:
-        """Number of the window that an update of an epoch lies in; None without windows."""
-        return None if self.windows is None else update // self.updates_per_window
+    def window(self, epoch: int, update: int) -> int | None:
+        """Number of the window that an update of an epoch starts in; None without windows."""
+        if self.windows is None:
+            return None
+        return self.samples_before(epoch, update) // self._window_width(self.cut(epoch).order_batch_size)
 
     def first_row(self, update: int, step: int) -> int:
         """Position in an epoch's permutation of the first sample, over all ranks, of a micro-step."""
@@ -199,7 +254,8 @@ class TrainSampler:
         """Yield the updates of `epoch` from `start_update` on, each a list of `accumulation` micro-batches."""
         order = self.permutation(epoch)
         for update in range(start_update, self.updates_per_epoch):
-            rows = order[update * self.batch_size : (update + 1) * self.batch_size]
+            first_row = self.samples_before(epoch, update)
+            rows = order[first_row : first_row + self.batch_size]
             micro = []
             for step in range(self.accumulation):
                 first, last = _part(len(rows), self.accumulation, step)

@@ -80,6 +80,7 @@ class Method(nn.Module, Generic[Forward, Statistics]):
         needs_samples: whether the loss reads state that is kept for single samples, so that logits and codes alone do
             not tell it.
         corrects_labels: whether unknown labels that it selects are taken for positive rather than left out.
+        counts_updates: whether its state is numbered by updates, so that the batch size cannot change on a resume.
         options: an instance of `Options`; a subclass with options of its own declares their type.
     """
 
@@ -91,6 +92,7 @@ class Method(nn.Module, Generic[Forward, Statistics]):
     one_visit_per_step: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
     corrects_labels: ClassVar[bool] = False
+    counts_updates: ClassVar[bool] = False
     options: MethodOptions
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:

@@ -200,6 +200,8 @@ class RegularisedLabelEstimation(Method[Tensor, MeanPositives]):
     batch_statistics: ClassVar[bool] = True
     one_visit_per_step: ClassVar[bool] = True
     needs_samples: ClassVar[bool] = True
+    # The table has a learning rate for every update.
+    counts_updates: ClassVar[bool] = True
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
         super().__init__(options, store)

@@ -12,7 +12,8 @@ RUN/tensorboard/                   TensorBoard's events
 RUN/checkpoints/newest.json        which checkpoint to resume from
 RUN/checkpoints/best.json          which checkpoint has the best weights
 RUN/checkpoints/TAG/               what DeepSpeed saved
-RUN/checkpoints/TAG/mark.json      the position of a whole checkpoint, written last
+RUN/checkpoints/TAG/mark.json      position of a whole checkpoint and checksums of its files, written last
+RUN/checkpoints/TAG/model.safetensors  the best weights, of a best checkpoint at ZeRO stage 3, whose files hold parts
 RUN/checkpoints/TAG/method_rank_R.pt  rank R's part of a method's state that grows with the samples; versions before
                                    0.2.0 wrote method_shard_R.pt
 """
@@ -25,6 +26,9 @@ from pathlib import Path
 from spml_fast.core.errors import UserError
 
 TENSORBOARD = "tensorboard"
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,24 @@ class CheckpointLayout:
     def position(self, tag: str) -> Path:
         """Position of one checkpoint; it is there once the checkpoint is whole."""
         return self.folder / tag / "mark.json"
+
+    def weights(self, tag: str) -> Path:
+        """The best weights in a checkpoint's own folder, where its other files hold parts of them only."""
+        return self.folder / tag / WEIGHTS
+
+    def model_states(self, tag: str) -> Path:
+        """DeepSpeed's file with the whole module of a checkpoint at ZeRO stages 0 to 2."""
+        return self.folder / tag / "mp_rank_00_model_states.pt"
+
+    @property
+    def inside(self) -> Path:
+        """The checkpoint directory, were the folder a run directory."""
+        return self.folder / CHECKPOINTS
+
+    @property
+    def run(self) -> RunLayout:
+        """The run that the directory belongs to."""
+        return RunLayout(self.folder.absolute().parent)
 
 
 def rank_state(checkpoint: Path, rank: int) -> Path:
@@ -111,7 +133,7 @@ class RunLayout:
     @property
     def weights(self) -> Path:
         """The best weights."""
-        return self.folder / "model.safetensors"
+        return self.folder / WEIGHTS
 
     @property
     def options(self) -> Path:
@@ -121,12 +143,32 @@ class RunLayout:
     @property
     def checkpoints(self) -> CheckpointLayout:
         """The checkpoint directory."""
-        return CheckpointLayout(self.folder / "checkpoints")
+        return CheckpointLayout(self.folder / CHECKPOINTS)
 
     @property
     def begun(self) -> bool:
         """Whether the run has a checkpoint or is finished."""
         return self.results.exists() or self.checkpoints.newest.exists()
+
+    @property
+    def foreign(self) -> list[str]:
+        """Names in the folder that no run writes; empty where it is missing, empty, a run, or a start that failed.
+
+        Hidden files and what launchers write (.log, .out, .err) are nobody's.
+        """
+        if not self.folder.is_dir() or (self.config.is_file() and not (self.folder / MANIFEST).exists()):
+            return []
+        own = (self.config, self.deepspeed, self.classes, self.metrics, self.results, self.weights, self.options)
+        names = {TENSORBOARD, CHECKPOINTS, *(f.name + end for f in own for end in ("", ".partial"))}
+        entries = [entry.name for entry in self.folder.iterdir()]
+        # A Manifest has a list of classes too.
+        if MANIFEST not in entries and self.checkpoints.newest.exists():
+            return []
+        return sorted(
+            name
+            for name in entries
+            if name not in names and not name.startswith(".") and not name.endswith((".log", ".out", ".err"))
+        )
 
     def require(self) -> RunLayout:
         """Itself; `UserError` if the folder is not a run directory."""

@@ -1,28 +1,33 @@
-"""Checkpoints: which exist, which one to resume from, which to delete.
+"""Checkpoints on the disk: which exist, which are whole, which to delete.
 
 The names of the files stand in runs/layout.py. The folder of a checkpoint is named for its position, such as
 `finetune-e0003-u000000-w2`; the number of ranks is in the name, because saving over the files of another number of
-ranks mixes them.
+ranks mixes them. A checkpoint counts once its mark is there, which is written last and holds the checksums of all other
+files. Marks are numbered, so that the newest is known whatever happened to newest.json or to the files' times.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import write_json
-from spml_fast.runs.layout import CheckpointLayout, RunLayout, rank_state, saved_rank_state
+from spml_fast.core.io import FileRecord, file_record, sync_folder, write_json
+from spml_fast.runs.layout import CheckpointLayout, rank_state, saved_rank_state
+from spml_fast.training.tensor_files import read_tensors, write_tensors
 
-TAG = re.compile(r"[a-z]+-e\d{4,}-u\d{6,}-w\d+")
+TAG = re.compile(r"[a-z]+-e\d{4,}-u\d{6,}-w\d+(-\d+)?")
+PHASES = ("linear", "finetune")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class CheckpointPosition:
         update: updates done in the epoch that comes next; 0 at an epoch's end.
         world_size: ranks that saved it.
         zero_stage: ZeRO stage that saved it.
+        attempt: 1; larger where a checkpoint of the same place was there, which stays until this one is whole.
     """
 
     phase: str
@@ -42,11 +48,103 @@ class CheckpointPosition:
     update: int
     world_size: int
     zero_stage: int
+    attempt: int = 1
 
     @property
     def tag(self) -> str:
         """Name of the checkpoint's folder."""
-        return f"{self.phase}-e{self.epoch:04d}-u{self.update:06d}-w{self.world_size}"
+        more = f"-{self.attempt}" if self.attempt > 1 else ""
+        return f"{self.phase}-e{self.epoch:04d}-u{self.update:06d}-w{self.world_size}{more}"
+
+
+@dataclass(frozen=True)
+class BestWeights:
+    """The best weights at the time of a checkpoint, as the run's weights file holds them.
+
+    Attributes:
+        tag: checkpoint with the same weights.
+        record: size and checksum of the weights file; None where an older version wrote it.
+        metadata: what the file says of itself.
+    """
+
+    tag: str
+    record: FileRecord | None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that its mark calls whole.
+
+    Attributes:
+        folder: the checkpoint directory that it lies in.
+        position: where in training it was saved.
+        serial: number of the save among those of the run; 0 for versions before 0.2.0.
+        files: name -> what each file must hold; empty for versions before 0.2.0, which wrote no checksums.
+        defines: what defines the run, by the name of the option; empty for versions before 0.2.0.
+        best: the best weights at that time; None where there were none, or an older version saved it.
+    """
+
+    folder: Path
+    position: CheckpointPosition
+    serial: int = 0
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    defines: Mapping[str, Any] = field(default_factory=dict)
+    best: BestWeights | None = None
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's own folder."""
+        return self.folder / self.position.tag
+
+    @property
+    def order(self) -> tuple[int, int, int, int]:
+        """Sorts checkpoints of a run by age."""
+        place = PHASES.index(self.position.phase) if self.position.phase in PHASES else -1
+        return self.serial, place, self.position.epoch, self.position.update
+
+    def damage(self) -> str | None:
+        """The first file that is not what was saved, and why; None when all are. Reads the files once.
+
+        Without checksums, files that `torch.save` wrote are compared with those that its format has within.
+        """
+        for name, record in self.files.items():
+            try:
+                if (self.path / name).stat().st_size != record.size:
+                    return f"{name} has {(self.path / name).stat().st_size:,} bytes, not {record.size:,}"
+                if file_record(self.path / name) != record:
+                    return f"{name} has another checksum than when it was saved"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror}"
+        return None if self.files else self._old_damage()
+
+    def _old_damage(self) -> str | None:
+        states = sorted(p for p in self.path.iterdir() if p.suffix == ".pt")
+        if not states:
+            return "its files are missing"
+        for path in states:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    broken = archive.testzip()
+            except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+                return f"{path.name} cannot be read: {error}"
+            if broken is not None:
+                return f"{path.name} has another checksum than when it was saved"
+        return None
+
+
+def _record(values: Mapping[str, Any]) -> FileRecord:
+    return FileRecord(int(values["size"]), str(values["crc32"]))
+
+
+def _position(values: Mapping[str, Any]) -> CheckpointPosition:
+    """The position among the values of a JSON file. ValueError, KeyError or TypeError where it is none."""
+    known = {f.name: values[f.name] for f in dataclasses.fields(CheckpointPosition) if f.name in values}
+    position = CheckpointPosition(**known)
+    numbers = (position.epoch, position.update, position.world_size, position.zero_stage, position.attempt)
+    if not isinstance(position.phase, str) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{known} is no position")
+    return position
 
 
 def read_position(path: Path) -> CheckpointPosition | None:
@@ -54,97 +152,156 @@ def read_position(path: Path) -> CheckpointPosition | None:
     if not path.is_file():
         return None
     try:
-        return CheckpointPosition(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to start afresh") from error
+        return _position(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
 
 
-def find_resume(folder: Path, resume: str) -> tuple[Path, CheckpointPosition] | None:
-    """The checkpoint to resume from.
-
-    Args:
-        folder: the run's checkpoint directory.
-        resume: `auto`, `never`, or the path of a checkpoint folder (or of a run directory) to start from.
-
-    Returns:
-        Checkpoint directory and position, or None to start afresh.
+def read_mark(folder: Path, tag: str) -> Checkpoint | None:
+    """The checkpoint of a folder's name; None where it has no mark, which is written last.
 
     Raises:
-        UserError: `never` and there is one, or the path holds none.
+        UserError: the mark is damaged.
     """
-    own = read_position(CheckpointLayout(folder).newest)
-    if resume != "never" and own is not None:
-        # A run that was started from a path and then killed resumes from its own checkpoints.
-        return folder, own
-    if resume == "auto":
+    path = CheckpointLayout(folder).position(tag)
+    if not path.is_file():
         return None
-    if resume == "never":
-        if own is not None:
-            raise UserError(
-                f"{folder.parent} already holds a run; choose another --run.dir, or resume it with --run.resume auto"
-            )
-        return None
-    path = Path(resume)
-    inside = RunLayout(path).checkpoints.folder
-    path = inside if inside.is_dir() else path
-    newest = CheckpointLayout(path).newest
-    if newest.is_file():
-        position = read_position(newest)
-        assert position is not None
-        return path, position
-    position = read_position(CheckpointLayout(path.parent).position(path.name))
-    if position is None:
-        raise UserError(f"--run.resume {resume}: there is no checkpoint (give a run directory or a checkpoint folder)")
-    return path.parent, position
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        position, best = _position(values), values.get("best")
+        if position.tag != tag:
+            raise ValueError(f"it is the mark of {position.tag}")
+        return Checkpoint(
+            folder,
+            position,
+            int(values.get("serial", 0)),
+            {str(name): _record(record) for name, record in values.get("files", {}).items()},
+            dict(values.get("defines", {})),
+            best
+            and BestWeights(str(best["tag"]), best["weights"] and _record(best["weights"]), dict(best["metadata"])),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
 
 
-def commit_checkpoint(folder: Path, position: CheckpointPosition, keep: int, best: bool) -> None:
-    """Make a saved checkpoint the newest, and delete older ones (rank 0; call after all ranks saved).
+def write_mark(checkpoint: Checkpoint) -> None:
+    """Declare a checkpoint whole: its files and its name are on the disk. Raises `OSError`."""
+    best = checkpoint.best
+    values = asdict(checkpoint.position) | {
+        "serial": checkpoint.serial,
+        "files": {name: asdict(record) for name, record in sorted(checkpoint.files.items())},
+        "defines": dict(checkpoint.defines),
+        "best": best
+        and {"tag": best.tag, "weights": best.record and asdict(best.record), "metadata": dict(best.metadata)},
+    }
+    write_json(CheckpointLayout(checkpoint.folder).position(checkpoint.position.tag), values, durable=True)
+    sync_folder(checkpoint.folder)
 
-    Args:
-        folder: the run's checkpoint directory.
-        position: the checkpoint's.
-        keep: how many checkpoints stay beside the best one.
-        best: whether this one has the best weights.
+
+@dataclass(frozen=True)
+class Listed:
+    """One folder of a checkpoint directory.
+
+    Attributes:
+        tag: its name.
+        checkpoint: what its mark says; None without a readable one.
+        damage: what is wrong with its mark; None for an unfinished save.
     """
+
+    tag: str
+    checkpoint: Checkpoint | None
+    damage: str | None = None
+
+
+def list_checkpoints(folder: Path) -> list[Listed]:
+    """What is in a checkpoint directory, newest first; files other than marks are not looked at.
+
+    Copies that a user put beside ours have other names and are left out.
+    """
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and TAG.fullmatch(path.name):
+            try:
+                found.append(Listed(path.name, read_mark(folder, path.name)))
+            except UserError as error:
+                found.append(Listed(path.name, None, str(error)))
+    return sorted(found, key=lambda one: one.checkpoint.order if one.checkpoint else (-1, 0, 0, 0), reverse=True)
+
+
+def free_position(folder: Path, position: CheckpointPosition) -> CheckpointPosition:
+    """The position with an attempt whose folder is free: no whole checkpoint is written over (rank 0)."""
     layout = CheckpointLayout(folder)
-    if distributed.is_main():
-        write_json(layout.position(position.tag), asdict(position))
-        write_json(layout.newest, asdict(position))
-        if best:
-            write_json(layout.best, asdict(position))
-        best_position = read_position(layout.best)
-        # Copies that a user put beside ours have other names and stay.
-        # What a killed save left has no position and goes.
-        ours = [p for p in folder.iterdir() if p.is_dir() and TAG.fullmatch(p.name)]
-        ours.sort(key=lambda p: (layout.position(p.name).is_file(), p.stat().st_mtime), reverse=True)
-        for number, path in enumerate(ours):
-            kept_whole = number < keep and layout.position(path.name).is_file()
-            if (
-                not kept_whole
-                and path.name != position.tag
-                and (best_position is None or path.name != best_position.tag)
-            ):
-                shutil.rmtree(path)
-    distributed.barrier()
+    while layout.position(position.tag).exists():
+        position = dataclasses.replace(position, attempt=position.attempt + 1)
+    return position
 
 
 def clear_unfinished(folder: Path, tag: str) -> None:
     """Remove what a killed save of the same tag left (rank 0), before saving again."""
     if distributed.is_main() and (folder / tag).exists():
-        shutil.rmtree(folder / tag)
+        remove_checkpoint(folder, tag)
     distributed.barrier()
 
 
-def save_rank_state(folder: Path, state: dict[str, Tensor]) -> None:
-    """Write this rank's part of a method's state beside what DeepSpeed saved (collective); nothing when it is empty.
+def remove_checkpoint(folder: Path, tag: str) -> None:
+    """Delete a checkpoint: its mark first, so that what a kill leaves of it is an unfinished one."""
+    CheckpointLayout(folder).position(tag).unlink(missing_ok=True)
+    shutil.rmtree(folder / tag)
 
-    The checkpoint counts only once `commit_checkpoint` has written its position, so a part that a killed save left
-    does no harm.
+
+def commit_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """Make a saved checkpoint whole and the newest (rank 0; call after all ranks saved); returns it with its number.
+
+    Raises:
+        OSError: the files that say so cannot be written.
     """
-    if state:
-        torch.save({name: tensor.to("cpu") for name, tensor in state.items()}, rank_state(folder, distributed.rank()))
-    distributed.barrier()
+    layout = CheckpointLayout(checkpoint.folder)
+    serials = [one.checkpoint.serial for one in list_checkpoints(checkpoint.folder) if one.checkpoint]
+    numbered = dataclasses.replace(checkpoint, serial=1 + max(serials, default=0))
+    write_mark(numbered)
+    write_json(layout.newest, asdict(checkpoint.position), durable=True)
+    if checkpoint.best is not None and checkpoint.best.tag == checkpoint.position.tag:
+        weights = checkpoint.best.record and asdict(checkpoint.best.record)
+        write_json(layout.best, asdict(checkpoint.position) | {"weights": weights}, durable=True)
+    return numbered
+
+
+def delete_old(checkpoint: Checkpoint, keep: int, damaged: Iterable[str] = ()) -> None:
+    """Delete checkpoints older than a whole one that was just saved (rank 0), the best one's aside.
+
+    Args:
+        checkpoint: the newest.
+        keep: how many whole checkpoints stay beside the best one.
+        damaged: names of those that are not whole in spite of their marks; these go.
+    """
+    folder, bad = checkpoint.folder, set(damaged)
+    best = None if checkpoint.best is None else checkpoint.best.tag
+    listed = list_checkpoints(folder)
+    whole = [one.tag for one in listed if one.checkpoint is not None and one.tag not in bad]
+    kept = {*whole[:keep], checkpoint.position.tag, *({best} - bad if best is not None else ())}
+    for one in listed:
+        # What a killed save left has no mark and goes too.
+        if one.tag not in kept:
+            remove_checkpoint(folder, one.tag)
+
+
+def save_rank_state(folder: Path, state: dict[str, Tensor]) -> dict[str, FileRecord]:
+    """Write this rank's part of a method's state beside what DeepSpeed saved; nothing when it is empty.
+
+    The checkpoint counts only once it has its mark, so a part that a killed save left does no harm.
+
+    Returns:
+        Name and checksum of the file, if there is one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not state:
+        return {}
+    path = rank_state(folder, distributed.rank())
+    return {path.name: write_tensors(path, {name: tensor.to("cpu") for name, tensor in state.items()})}
 
 
 def load_rank_states(folder: Path, world_size: int) -> list[dict[str, Tensor]]:
@@ -153,7 +310,7 @@ def load_rank_states(folder: Path, world_size: int) -> list[dict[str, Tensor]]:
     for rank in range(world_size):
         path = saved_rank_state(folder, rank)
         try:
-            states.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        except (OSError, RuntimeError, UnpicklingError) as error:
+            states.append(read_tensors(path, mmap=True))
+        except OSError as error:
             raise UserError(f"checkpoint part {path} cannot be read ({error})") from error
     return states

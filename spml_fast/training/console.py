@@ -50,20 +50,21 @@ def epoch_name(phase: Phase, epoch: int) -> str:
     return f"{'linear ' if phase.name == 'linear' else ''}epoch {epoch}/{phase.epochs}"
 
 
-def resume_line(phase: Phase, position: CheckpointPosition, folder: Path) -> str:
+def resume_line(phase: Phase, position: CheckpointPosition, update: int, folder: Path) -> str:
     """Where a run is resumed.
 
     Args:
         phase: that of the checkpoint.
         position: the checkpoint's.
+        update: updates of the epoch that are done, as they are counted now.
         folder: the checkpoint directory.
     """
     source = f"(from {folder / position.tag})"
     kind = "linear epoch" if phase.name == "linear" else "epoch"
     if position.epoch >= phase.epochs:
         return f"resuming after {kind} {position.epoch}, the last {source}"
-    update = f", update {position.update + 1}" if position.update else ""
-    return f"resuming at {kind} {position.epoch + 1}{update} {source}"
+    place = f", update {update + 1}" if position.update else ""
+    return f"resuming at {kind} {position.epoch + 1}{place} {source}"
 
 
 def live_line(name: str, loss: float | None, best: float, meter: Meter, device: torch.device) -> str:

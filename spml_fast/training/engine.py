@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from spml_fast.core import distributed, env
 from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import FileRecord
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.runs.layout import TENSORBOARD
 from spml_fast.training import peers
 from spml_fast.training.cluster import set_environment
 from spml_fast.training.optim import restore_schedule_options, schedule_options
+from spml_fast.training.tensor_files import first_line, read_tensors, write_tensors
 from spml_fast.training.watch import watch_launchers
 
 OWNED_KEYS = (
@@ -36,6 +39,10 @@ OWNED_KEYS = (
     "amp",
     "optimizer",
     "scheduler",
+    # How checkpoints are written and read.
+    "checkpoint",
+    "nebula",
+    "datastates",
 )
 
 
@@ -146,6 +153,49 @@ def deepspeed_config(
     return config | engine.extra
 
 
+@functools.cache
+def _checkpoint_files() -> Any:
+    """Class of what writes and reads DeepSpeed's files in this program: `CheckpointFiles`."""
+    _deepspeed()
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    # The ZeRO stages save objects of these beside tensors and plain values.
+    allowed = [LossScaler, ZeroStageEnum, fragment_address]
+
+    class CheckpointFiles(TorchCheckpointEngine):  # type: ignore[misc]
+        """Takes the checksum of what is written, and reads tensors and plain values alone.
+
+        Where this rank cannot write, the first error is kept in `error`, so that it still meets the others at
+        DeepSpeed's barriers.
+        """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.begin()
+
+        def begin(self) -> None:
+            """Forget what was written."""
+            self.records: dict[str, FileRecord] = {}
+            self.error: OSError | None = None
+
+        def save(self, state_dict: Any, path: str) -> None:
+            """Write one file, to the disk."""
+            try:
+                self.records[Path(path).name] = write_tensors(Path(path), state_dict)
+            except OSError as error:
+                self.error = self.error or error
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            """Read one file without running what it may hold. `UserError` for anything else than values."""
+            with torch.serialization.safe_globals(allowed):
+                return read_tensors(Path(path), map_location)
+
+    return CheckpointFiles
+
+
 class Engine:
     """A DeepSpeed engine around one module whose forward returns (loss, ...).
 
@@ -174,6 +224,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config)
             )
+        self._files = self._engine.checkpoint_engine = _checkpoint_files()()
         self.stage: int = config["zero_optimization"]["stage"]
         if channels_last and self.stage == 0:
             self._engine.module.to(memory_format=torch.channels_last)
@@ -269,15 +320,24 @@ class Engine:
         if monitor.enabled and distributed.is_main():
             monitor.write_events([(name, value, samples) for name, value in values.items()])
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write a checkpoint (collective)."""
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> dict[str, FileRecord]:
+        """Write a checkpoint (collective); returns name and checksum of every file that this rank wrote.
+
+        Raises:
+            OSError: this rank could not write its files; all ranks have reached the end.
+        """
+        self._files.begin()
         with _quiet():
             self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        if self._files.error is not None:
+            raise self._files.error
+        return dict(self._files.records)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Restore module, optimizer and the position in the schedule (collective); returns the client state.
 
-        The schedule itself stays as configured now, so a run may be resumed with more epochs.
+        The schedule itself stays as configured now, so a run may be resumed with more epochs. Files are read as tensors
+        and plain values; nothing in them is run.
 
         Raises:
             UserError: nothing usable is there.
@@ -285,12 +345,21 @@ class Engine:
         with _quiet():
             try:
                 path, state = self._engine.load_checkpoint(str(folder), tag=tag)
-            except (RuntimeError, KeyError, ValueError, OSError, AssertionError) as error:
-                raise UserError(f"checkpoint {folder / tag} cannot be loaded: {error}") from error
+            except (RuntimeError, KeyError, ValueError, TypeError, OSError, AssertionError) as error:
+                raise UserError(f"checkpoint {folder / tag} cannot be loaded: {first_line(error)}") from error
         if path is None:
             raise UserError(f"checkpoint {folder / tag} cannot be loaded: files are missing")
         restore_schedule_options(*self._schedule)
         return dict(state)
+
+    @property
+    def updates_done(self) -> int:
+        """Updates of the schedule that are done."""
+        return int(self._schedule[1].last_epoch)
+
+    def place_schedule(self, updates: int) -> None:
+        """Count so many updates of the schedule as done, and take its learning rate there."""
+        restore_schedule_options(*self._schedule, updates)
 
     @contextlib.contextmanager
     def gathered_parameters(self) -> Iterator[None]:

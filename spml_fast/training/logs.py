@@ -22,12 +22,17 @@ class Meter:
 
     The clock stops only between updates; on a GPU an epoch's time includes the work in flight because reading the
     epoch's loss waits for it.
+
+    Args:
+        samples: trained on before, when the epoch was resumed within.
+        waited: seconds of waiting until then.
+        seconds: that it took.
     """
 
-    def __init__(self) -> None:
-        self.samples = 0
-        self.waited = 0.0
-        self.start = time.perf_counter()
+    def __init__(self, samples: int = 0, waited: float = 0.0, seconds: float = 0.0) -> None:
+        self.samples = samples
+        self.waited = waited
+        self.start = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:

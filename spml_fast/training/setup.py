@@ -104,7 +104,7 @@ def make_run_dir(config: Config, data_name: str) -> Path:
         data_name: the data set's name, for such a folder.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or holds something else than a run.
     """
     folder = config.run.dir
     if folder is None:
@@ -115,16 +115,27 @@ def make_run_dir(config: Config, data_name: str) -> Path:
             while Path(folder).exists():
                 folder, number = f"{base}-{number}", number + 1
     path = Path(distributed.broadcast_text(folder))
-    if distributed.is_main():
-        try:
-            RunLayout(path).checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"run directory {path} cannot be written: {error.strerror}") from error
-    distributed.barrier()
+    distributed.from_main(lambda: _prepare_run_dir(path))
     return path
+
+
+def _prepare_run_dir(path: Path) -> None:
+    """Make the folder, or see that it is a run's. Raises `UserError`."""
+    layout = RunLayout(path)
+    try:
+        foreign = layout.foreign
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            raise UserError(
+                f"--run.dir {path} is no run directory: it holds {', '.join(foreign[:3])}{more}; give a new or empty "
+                "folder"
+            )
+        layout.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run directory {path} cannot be written: {error.strerror}") from error
 
 
 def make_classifier(model: ModelConfig, num_classes: int, image_size: int, device: torch.device) -> Classifier:

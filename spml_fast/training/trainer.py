@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,26 +24,20 @@ from spml_fast.evaluation.metrics import selection_quality
 from spml_fast.methods import Method, Progress, get_method
 from spml_fast.models.batchnorm import bn_behaviour
 from spml_fast.models.classifier import Classifier
-from spml_fast.models.weights import save_weights
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import make_eval_loader
 from spml_fast.runs.write import write_description, write_results
 from spml_fast.training import console, peers
 from spml_fast.training.bad_image_list import list_bad_images
-from spml_fast.training.checkpoint import (
-    CheckpointPosition,
-    clear_unfinished,
-    commit_checkpoint,
-    find_resume,
-    load_rank_states,
-    save_rank_state,
-)
+from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.engine import Engine, deepspeed_config
 from spml_fast.training.logs import Meter, RunLog, memory_gib
 from spml_fast.training.memory import explain_out_of_memory
 from spml_fast.training.module import TrainingModule
 from spml_fast.training.nonfinite import NonFiniteGuard
 from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
+from spml_fast.training.resume import Resume, check_same_run, defining_options, find_resume
+from spml_fast.training.saving import RunCheckpoints
 from spml_fast.training.selection import BestScore
 from spml_fast.training.setup import (
     Phase,
@@ -58,6 +51,7 @@ from spml_fast.training.setup import (
     resolved_config,
     set_prior,
 )
+from spml_fast.training.state import restore_state, run_state
 
 
 class Trainer:
@@ -92,10 +86,14 @@ class Trainer:
             self.val_loader = make_eval_loader(config, self.data.val, self.classifier, device)
         self.phases = make_phases(config)
         self.total_updates = sum(p.epochs for p in self.phases) * self.loader.updates_per_epoch
+        defines = defining_options(config, self.data.manifest, device)
+        self.checkpoints = RunCheckpoints(self.layout, config.run.keep, defines)
         self.score = BestScore()
         self.trained_samples, self.trained_seconds, self.waited_seconds = 0, 0.0, 0.0
         self.last_loss: float | None = None
         self.ema: ModelEmaV3 | None = None
+        # Of the epoch that is under way: its clock, and its sums on this rank.
+        self.running: tuple[Meter, dict[str, Tensor]] | None = None
 
     def run(self) -> dict[str, Any]:
         """Train, then evaluate the best weights on the test split; returns what the closing table shows."""
@@ -103,14 +101,20 @@ class Trainer:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        resume = find_resume(self.layout.checkpoints.folder, self.config.run.resume)
+        folder = self.layout.checkpoints.folder
+        resume = distributed.from_main(lambda: find_resume(folder, self.config.run.resume))
+        notes = [] if resume is None else list(resume.notes)
+        if resume is not None and (forced := check_same_run(resume, self.checkpoints.defines, self.run_dir)):
+            notes.append(forced)
         with RunLog(self.run_dir, self.total_updates) as self.log:
             self.log.say(console.opening_line(self.config, self.data, self.classifier, self.device, self.run_dir))
             if self.data.val is None:
                 self.log.say("no validation split: the weights of the last epoch are kept, not the best ones")
             if self.data.test is None:
                 self.log.say("no test split: there will be no test figures")
-            first = 0 if resume is None else self._phase_of(resume[1])
+            for note in notes:
+                self.log.say(note)
+            first = 0 if resume is None else self._phase_of(resume.checkpoint.position)
             for phase in self.phases[first:]:
                 self._run_phase(phase, resume)
                 resume = None
@@ -135,7 +139,7 @@ class Trainer:
         if note is not None:
             self.log.say(note)
 
-    def _run_phase(self, phase: Phase, resume: tuple[Path, CheckpointPosition] | None) -> None:
+    def _run_phase(self, phase: Phase, resume: Resume | None) -> None:
         """Train one phase from its start or from a checkpoint."""
         config, train = self.config, self.config.train
         linear = phase.name == "linear"
@@ -145,7 +149,6 @@ class Trainer:
         optimizer = make_optimizer(groups, train, fused=self.device.type == "cuda")
         scheduler = make_schedule(optimizer, train, updates)
         ds_config = deepspeed_config(train, config.deepspeed, self.world, self.device, self.run_dir)
-        self._describe(ds_config)
         module = TrainingModule(self.classifier, self.method)
         self.engine = Engine(module, optimizer, scheduler, ds_config)
         self.classifier.to(self.device)
@@ -155,7 +158,9 @@ class Trainer:
         self.guard = NonFiniteGuard(train, self.engine, self.classifier, self.loader, self.layout)
         start_epoch, start_update = 1, 0
         if resume is not None:
-            start_epoch, start_update = self._restore(phase, *resume)
+            start_epoch, start_update = restore_state(self, phase, resume)
+        # Once the checkpoint was accepted: until then the run is what it was.
+        self._describe(ds_config)
         for epoch in range(start_epoch, phase.epochs + 1):
             if self.score.has_dropped(train.stop_after_drop):
                 self.log.say(f"stopped: validation mAP is {train.stop_after_drop:g} points below the best")
@@ -164,6 +169,8 @@ class Trainer:
             start_update = 0
             validates = epoch == phase.epochs or epoch % config.eval.every == 0
             self._finish_epoch(phase, epoch, self._validate() if validates else None)
+        # Before they are used.
+        self.checkpoints.ensure_best(config.model.backbone, self.score.latest, self.log.say)
         self.engine.close()
         if linear and self.layout.weights.exists():
             # Fine-tuning starts from the best linear head. Source: docs/sources.md#large-loss.
@@ -183,8 +190,7 @@ class Trainer:
         config = self.config
         self.engine.train()
         self.method.on_epoch_start(self._progress(phase, epoch, start_update))
-        meter = Meter()
-        sums: dict[str, Tensor] = {}
+        meter, sums = self.running = self.running or (Meter(), {})
         phase_index = self.phases.index(phase)
         done = self._updates_before(phase)
         updates = self.loader.epoch(epoch, start_update)
@@ -212,6 +218,7 @@ class Trainer:
                 and update < progress.updates_per_epoch
             ):
                 self._save(phase, epoch - 1, update, best=False)
+        self.running = None
         figures: dict[str, Any] = dict(self._read(sums))
         self.trained_samples += meter.samples
         self.trained_seconds += meter.seconds
@@ -369,50 +376,14 @@ class Trainer:
         """Checkpoint (collective); with `best` the weights file too."""
         self._average_bn()
         self.guard.check_weights(self.ema.module if self.ema is not None else None)
-        folder = self.layout.checkpoints.folder
         position = CheckpointPosition(phase.name, epoch, update, self.world, self.engine.stage)
-        state = {
-            "version": __version__,
-            "labels": self.store.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "best": self.score.state(),
-            "trained": (self.trained_samples, self.trained_seconds, self.waited_seconds),
-        }
-        clear_unfinished(folder, position.tag)
-        try:
-            self.engine.save(folder, position.tag, {"spml_fast": state})
-            save_rank_state(folder / position.tag, self.method.rank_state())
-        except OSError as error:
-            raise UserError(f"checkpoint {folder / position.tag} cannot be written: {error}") from error
+        weights = None
         if best:
-            with self.engine.gathered_parameters():
-                model = self.ema.module if self.ema is not None else self.classifier
-                metadata = {"phase": phase.name, "epoch": str(epoch), "val_map": f"{self.score.best:.6f}"}
-                metadata |= {"backbone": self.config.model.backbone, "version": __version__}
-                save_weights(self.layout.weights, model, metadata)
-        commit_checkpoint(folder, position, self.config.run.keep, best)
-
-    def _restore(self, phase: Phase, folder: Path, position: CheckpointPosition) -> tuple[int, int]:
-        """Load a checkpoint; returns the epoch and the update to resume at."""
-        saved, current = (position.world_size, position.zero_stage), (self.world, self.engine.stage)
-        if saved != current and (position.zero_stage or self.engine.stage):
-            raise UserError(
-                f"checkpoint {folder / position.tag} was saved by {saved[0]} ranks at ZeRO stage {saved[1]}; "
-                f"resume with the same, not with {self.world} ranks at stage {self.engine.stage} "
-                "(stage 0 alone allows another number of ranks)"
-            )
-        state = self.engine.load(folder, position.tag)["spml_fast"]
-        self.store.load_state_dict(state["labels"])
-        if self.method.rank_state():
-            self.method.load_rank_state(load_rank_states(folder / position.tag, position.world_size))
-        if self.ema is not None:
-            if state["ema"] is None:
-                raise UserError(f"checkpoint {folder / position.tag} has no EMA; resume with train.ema_decay 0")
-            self.ema.module.load_state_dict(state["ema"])
-        self.score.load_state(state["best"])
-        self.trained_samples, self.trained_seconds, self.waited_seconds = state["trained"]
-        self.log.say(console.resume_line(phase, position, folder))
-        return position.epoch + 1, position.update
+            metadata = {"phase": phase.name, "epoch": str(epoch), "val_map": f"{self.score.best:.6f}"}
+            metadata |= {"backbone": self.config.model.backbone, "version": __version__}
+            weights = (self.ema.module if self.ema is not None else self.classifier, metadata)
+        state = {"spml_fast": run_state(self, epoch, update)}
+        self.checkpoints.save(position, self.engine, state, self.method.rank_state(), weights)
 
     def _final(self) -> dict[str, Any]:
         """Test metrics of the best weights at every alpha asked for."""

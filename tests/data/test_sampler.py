@@ -84,18 +84,18 @@ def test_ranks_read_runs_of_blocks(size, batch, world, windows, seed, epoch):
     # The blocks as they follow each other, which is what the windows and their lanes are cut from.
     whole = TrainSampler(size, size, seed=seed, windows=Windows(size, min(size, windows.block))).permutation(epoch)
     for update, by_rank in enumerate(zip(*(r.epoch(epoch) for r in ranks), strict=True)):
-        first = ranks[0].window(update) * width
+        first = ranks[0].window(1, update) * width
         window = whole[first : first + width]
         lanes = np.array_split(window, min(batch, len(window)))
         rows = np.concatenate([micro[0].index for micro in by_rank])
         assert all(row in lane for row, lane in zip(rows, lanes, strict=False))
-    assert TrainSampler(size, 1, seed=seed).window(3) is None
+    assert TrainSampler(size, 1, seed=seed).window(1, 3) is None
 
 
 def test_a_rank_reads_its_own_blocks():
     windows = Windows(800, 20)
     ranks = [TrainSampler(4000, 40, 2, 4, r, 1, windows) for r in range(4)]
-    assert ranks[0].updates_per_window == 20 and ranks[0].window(19) == 0 and ranks[0].window(20) == 1
+    assert ranks[0].updates_per_window == 20 and ranks[0].window(1, 19) == 0 and ranks[0].window(1, 20) == 1
     epochs = [list(r.epoch(0)) for r in ranks]
     for window in range(5):
         seen = [

@@ -37,7 +37,7 @@ def test_epochs_are_named_within_their_phase():
 )
 def test_where_a_run_is_resumed(phase, epoch, update, line):
     position = CheckpointPosition(phase.name, epoch, update, world_size=2, zero_stage=0)
-    assert console.resume_line(phase, position, Path("ck")) == line
+    assert console.resume_line(phase, position, update, Path("ck")) == line
 
 
 def test_epoch_line():
