@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from spml_fast.cli.common import program
+from spml_fast.core.env import has_launcher
 
 DEFAULT_RECIPE = "digits"
 
@@ -25,10 +26,19 @@ def main(argv: list[str] | None = None) -> int:
     from spml_fast.training.engine import init_distributed, shutdown_distributed
 
     device = init_distributed(config.run.timeout_minutes)
+    from spml_fast.core.distributed import is_main
     from spml_fast.training.peers import reporting
+    from spml_fast.training.signals import Interrupted
     from spml_fast.training.trainer import Trainer
 
-    with reporting():
-        Trainer(config, device).run()
+    status = 0
+    try:
+        with reporting():
+            Trainer(config, device, program=True).run()
+    except Interrupted as stop:
+        status = stop.status
+        if is_main():
+            more = " A launcher's own lines about this status, below, say nothing new." if has_launcher() else ""
+            print(f"{stop} (exit status {status}).{more}", file=sys.stderr, flush=True)
     shutdown_distributed()
-    return 0
+    return status

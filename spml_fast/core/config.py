@@ -267,7 +267,11 @@ class RunConfig(Section):
             model as far as it fits; anything else is the path of a run or a checkpoint to resume from.
         seed: seed of everything random.
         keep: checkpoints kept beside the best one.
-        save_updates: also save every so many updates within an epoch; 0 saves at the end of epochs only.
+        save_updates: also save every so many updates within an epoch; 0 does not.
+        save_minutes: also save within an epoch when the last save is so many minutes ago; 0 does not.
+        stop_seconds: SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save at the next update and end the run. It ends
+            without that, and the checkpoint before stays, where so many seconds are not enough; launchers kill after
+            30.
         deterministic: on a GPU, take algorithms that give the same bits in every run, and say so where PyTorch has
             none. Off, cuDNN times its algorithms and takes the fastest, and repeated runs differ by rounding. CPU runs
             repeat bit for bit either way.
@@ -284,6 +288,8 @@ class RunConfig(Section):
     seed: int = ruled(0, _seed)
     keep: int = positive(1)
     save_updates: int = not_negative(0)
+    save_minutes: float = not_negative(10.0)
+    stop_seconds: float = positive(25.0)
     deterministic: bool = False
     timeout_minutes: float = positive(10.0)
     plugins: list[str] = field(default_factory=list)

@@ -48,6 +48,11 @@ def local_size() -> str | None:
     return os.environ.get("LOCAL_SIZE")
 
 
+def has_launcher() -> bool:
+    """LOCAL_SIZE, TORCHELASTIC_RUN_ID, SLURM_PROCID: whether deepspeed, torchrun or srun started this process."""
+    return any(name in os.environ for name in ("LOCAL_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
+
+
 def set_ranks(rank: str, local_rank: str, world_size: str) -> None:
     """RANK, LOCAL_RANK and WORLD_SIZE: set all three."""
     os.environ.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=world_size)

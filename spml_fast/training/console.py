@@ -67,6 +67,13 @@ def resume_line(phase: Phase, position: CheckpointPosition, update: int, folder:
     return f"resuming at {kind} {position.epoch + 1}{place} {source}"
 
 
+def place_name(phase: Phase, position: CheckpointPosition) -> str:
+    """Where in training a checkpoint was saved: `epoch 2/10, update 9`, or `epoch 2/10` at its end."""
+    if not position.update:
+        return epoch_name(phase, position.epoch)
+    return f"{epoch_name(phase, position.epoch + 1)}, update {position.update}"
+
+
 def live_line(name: str, loss: float | None, best: float, meter: Meter, device: torch.device) -> str:
     """The line that follows the training on a terminal.
 

@@ -14,6 +14,7 @@ from spml_fast.runs.layout import CheckpointLayout
 from spml_fast.runs.read import default_options, flatten
 from spml_fast.runs.recipe import read_recipe
 from spml_fast.training import console
+from spml_fast.training.batchnorm_state import restore_statistics
 from spml_fast.training.checkpoint import Checkpoint, load_rank_states
 from spml_fast.training.logs import Meter
 from spml_fast.training.resume import Resume
@@ -69,6 +70,7 @@ def restore_state(trainer: Trainer, phase: Phase, resume: Resume) -> tuple[int, 
         if state["ema"] is None:
             raise UserError(f"checkpoint {checkpoint.path} has no EMA; resume with train.ema_decay 0")
         trainer.ema.module.load_state_dict(state["ema"])
+    restore_statistics(trainer.classifier, trainer.ema, checkpoint.path, position.world_size)
     trainer.score.load_state(state["best"])
     trainer.trained_samples, trainer.trained_seconds, trainer.waited_seconds = state["trained"]
     start_update = _restore_epoch(trainer, checkpoint, state.get("epoch")) if position.update else 0

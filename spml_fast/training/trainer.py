@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from spml_fast import __version__
@@ -29,6 +29,7 @@ from spml_fast.runs.open import make_eval_loader
 from spml_fast.runs.write import write_description, write_results
 from spml_fast.training import console, peers
 from spml_fast.training.bad_image_list import list_bad_images
+from spml_fast.training.batchnorm_state import average_statistics, own_statistics
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.engine import Engine, deepspeed_config
 from spml_fast.training.logs import Meter, RunLog, memory_gib
@@ -37,6 +38,7 @@ from spml_fast.training.module import TrainingModule
 from spml_fast.training.nonfinite import NonFiniteGuard
 from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
 from spml_fast.training.resume import Resume, check_same_run, defining_options, find_resume
+from spml_fast.training.save_times import SaveTimes
 from spml_fast.training.saving import RunCheckpoints
 from spml_fast.training.selection import BestScore
 from spml_fast.training.setup import (
@@ -60,18 +62,20 @@ class Trainer:
     Args:
         config: the whole run; paths are used as they are.
         device: this rank's device, from `engine.init_distributed`.
+        program: the process is there for this run alone, so that signals may end it (training/signals.py).
 
     Raises:
         UserError: anything that the user can correct.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, program: bool = False) -> None:
         self.config, self.device = config, device
         self.world, self.rank = distributed.world_size(), distributed.rank()
         set_cudnn_policy(device, config.run.deterministic)
         self.data = load_data(config)
         self.run_dir = make_run_dir(config, self.data.manifest.name)
         self.layout = RunLayout(self.run_dir)
+        self.saves = SaveTimes(config.run, self.run_dir, program)
         torch.manual_seed(config.run.seed)
         classes, side = self.data.manifest.num_classes, config.data.image_size
         self.classifier = make_classifier(config.model, classes, side, device)
@@ -115,9 +119,10 @@ class Trainer:
             for note in notes:
                 self.log.say(note)
             first = 0 if resume is None else self._phase_of(resume.checkpoint.position)
-            for phase in self.phases[first:]:
-                self._run_phase(phase, resume)
-                resume = None
+            with self.saves:
+                for phase in self.phases[first:]:
+                    self._run_phase(phase, resume)
+                    resume = None
             results = self._final()
         title = f"{self.config.method.name} on {self.data.manifest.name}"
         console.print_table(title, console.closing_rows(results, self.run_dir))
@@ -212,11 +217,7 @@ class Trainer:
                 self._log_update(phase, progress, meter, sums)
             if self.log.live:
                 self.log.progress(done + progress.update + 1, self._live_line(phase, epoch, meter))
-            if (
-                config.run.save_updates
-                and update % config.run.save_updates == 0
-                and update < progress.updates_per_epoch
-            ):
+            if self.saves.due(update, progress.updates_per_epoch):
                 self._save(phase, epoch - 1, update, best=False)
         self.running = None
         figures: dict[str, Any] = dict(self._read(sums))
@@ -288,7 +289,7 @@ class Trainer:
     @torch.no_grad()
     def _score_training_split(self) -> None:
         """A pass over the training split in evaluation mode, for methods that ask for it (collective)."""
-        self._average_bn()
+        average_statistics(self.classifier, self.ema)
         if self.train_scorer is None:
             bad = self.loader.bad_images
             self.train_scorer = make_eval_loader(self.config, self.data.train, self.classifier, self.device, bad)
@@ -336,16 +337,9 @@ class Trainer:
         """Samples seen after `update` updates of a phase; the x axis of the monitor."""
         return (self._updates_before(phase) + update) * self.config.train.batch_size
 
-    def _average_bn(self) -> None:
-        """BatchNorm statistics averaged over ranks; each rank has seen its own slices only."""
-        if self.world > 1:
-            distribute_bn(self.classifier, self.world, reduce=True)
-            if self.ema is not None:
-                distribute_bn(self.ema.module, self.world, reduce=True)
-
     def _validate(self) -> float | None:
         """Validation mAP at model.alpha_eval; None without a validation split."""
-        self._average_bn()
+        average_statistics(self.classifier, self.ema)
         if self.val_loader is None or self.data.val is None:
             return None
         model = self.ema.module if self.ema is not None else self.classifier
@@ -373,8 +367,10 @@ class Trainer:
         self._save(phase, epoch, 0, best)
 
     def _save(self, phase: Phase, epoch: int, update: int, best: bool) -> None:
-        """Checkpoint (collective); with `best` the weights file too."""
-        self._average_bn()
+        """Checkpoint (collective); with `best` the weights file too. Within an epoch it changes nothing."""
+        statistics = own_statistics(self.classifier, self.ema) if update else {}
+        if not update:
+            average_statistics(self.classifier, self.ema)
         self.guard.check_weights(self.ema.module if self.ema is not None else None)
         position = CheckpointPosition(phase.name, epoch, update, self.world, self.engine.stage)
         weights = None
@@ -383,7 +379,8 @@ class Trainer:
             metadata |= {"backbone": self.config.model.backbone, "version": __version__}
             weights = (self.ema.module if self.ema is not None else self.classifier, metadata)
         state = {"spml_fast": run_state(self, epoch, update)}
-        self.checkpoints.save(position, self.engine, state, self.method.rank_state(), weights)
+        self.checkpoints.save(position, self.engine, state, self.method.rank_state() | statistics, weights)
+        self.saves.saved(console.place_name(phase, position), epoch_ends=not update)
 
     def _final(self) -> dict[str, Any]:
         """Test metrics of the best weights at every alpha asked for."""

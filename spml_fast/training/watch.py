@@ -29,6 +29,14 @@ MODULES = {
     "torch.distributed.launch",
 }
 _watched: list[int] = []
+# Set when a launcher has ended: the SIGTERM that follows is no second request to end.
+launcher_ended = threading.Event()
+_grace = [GRACE]
+
+
+def give_seconds(seconds: float | None = None) -> None:
+    """How long a rank has from now on to end by itself once a launcher has ended; None for `GRACE`."""
+    _grace[0] = GRACE if seconds is None else seconds
 
 
 def launcher_name(words: list[str]) -> str | None:
@@ -85,7 +93,7 @@ def watch_launchers() -> list[int]:
     """Start to watch the launchers above this process, once; returns their process ids.
 
     When one of them ends, this process gets SIGTERM as if the launcher had passed it on, and if it is still there after
-    `GRACE` seconds it ends, with status 143.
+    `GRACE` seconds, or those of `give_seconds`, it ends, with status 143.
     """
     if _watched:
         return _watched
@@ -118,6 +126,8 @@ def _wait(launchers: dict[int, tuple[int, str]]) -> None:
                 file=sys.stderr,
                 flush=True,
             )
+    launcher_ended.set()
+    grace = _grace[0]
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
+    time.sleep(grace)
     os._exit(128 + signal.SIGTERM)

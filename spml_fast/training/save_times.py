@@ -1,0 +1,77 @@
+"""When a run saves within an epoch, and when it ends because it was asked to."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+from spml_fast.core import distributed
+from spml_fast.core.config import RunConfig
+from spml_fast.training.agreement import Agreement
+from spml_fast.training.signals import Interrupted, StopSignals, signal_name
+
+
+class SaveTimes:
+    """Decides after each update whether to save: every `run.save_updates`, every `run.save_minutes`, or on a signal.
+
+    A context manager: within it signals are noted instead of ending the process.
+
+    Args:
+        run: the run's options.
+        run_dir: the run directory, for the last line.
+        program: as in `StopSignals`.
+    """
+
+    def __init__(self, run: RunConfig, run_dir: Path, program: bool) -> None:
+        self._updates, self._seconds = run.save_updates, run.save_minutes * 60
+        self._run_dir, self._signals = run_dir, StopSignals(run.stop_seconds, program)
+        self._stop = 0
+
+    def __enter__(self) -> SaveTimes:
+        self._agreement = Agreement(2)
+        self._saved = time.monotonic()
+        self._signals.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._signals.__exit__(kind, error, trace)
+        if error is None or isinstance(error, Interrupted):
+            # All ranks come here together.
+            self._agreement.close()
+
+    def _wishes(self) -> list[int]:
+        """This rank's: number of the signal to end for, and whether it is time to save, by rank 0's clock."""
+        due = distributed.is_main() and 0 < self._seconds <= time.monotonic() - self._saved
+        return [self._signals.number, int(due)]
+
+    def due(self, update: int, updates_per_epoch: int) -> bool:
+        """Whether all ranks save now (collective, after every update).
+
+        Args:
+            update: updates done in this epoch.
+            updates_per_epoch: of this epoch; its end has a save of its own.
+        """
+        stop, time_is_up = self._agreement.exchange(self._wishes())
+        self._stop = self._stop or stop
+        regular = self._updates > 0 and update % self._updates == 0
+        return update < updates_per_epoch and bool(self._stop or time_is_up or regular)
+
+    def saved(self, place: str, epoch_ends: bool) -> None:
+        """Note that a checkpoint is on the disk, and end if that was asked for (collective).
+
+        Args:
+            place: where in training, for the last line.
+            epoch_ends: it is the one at an epoch's end, where ranks have time to agree.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        self._saved = time.monotonic()
+        self._signals.kept = f"{place} is saved, and the same command with --run.dir {self._run_dir} resumes there"
+        if epoch_ends:
+            self._stop = self._stop or self._agreement.agree(self._wishes())[0]
+        if self._stop:
+            raise Interrupted(self._stop, f"stopped by {signal_name(self._stop)}: {self._signals.kept}")
