@@ -176,8 +176,8 @@ class TrainLoader:
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self.sampler.permutation(epoch)
         item: MicroBatchIndex = request.item
-        row = self.sampler.first_row(update, step) + item.offset + place
-        return int(self._order[1][self.sampler.later_row(row, attempt)])
+        row = self.sampler.stand_in_row(epoch, update, step, item.offset + place, attempt)
+        return int(self._order[1][row])
 
     def _inputs(self, request: BatchRequest) -> Inputs:
         epoch, index, graph = request.key[0], request.index, self._graph_options

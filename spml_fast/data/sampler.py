@@ -231,24 +231,27 @@ class TrainSampler:
             return None
         return self.samples_before(epoch, update) // self._window_width(self.cut(epoch).order_batch_size)
 
-    def first_row(self, update: int, step: int) -> int:
-        """Position in an epoch's permutation of the first sample, over all ranks, of a micro-step."""
-        start = update * self.batch_size
-        return start + _part(min(self.batch_size, self.size - start), self.accumulation, step)[0]
+    def stand_in_row(self, epoch: int, update: int, step: int, place: int, attempt: int) -> int:
+        """Position in an epoch's permutation of the sample that may stand in for another.
 
-    def later_row(self, row: int, attempt: int) -> int:
-        """Position `attempt` updates after `row`, round the epoch's end and never within the same update.
+        It is that of the same place `attempt` updates later, round the epoch's end and never within the same update.
+        Places of one update have different ones, so that no sample comes twice, unless an epoch is a single update.
 
-        Rows of one update get different ones, so that no sample comes twice, unless an epoch is a single update.
+        Args:
+            epoch: the epoch.
+            update: the update that the other one is in.
+            step: its micro-step.
+            place: its position in the micro-step over all ranks.
+            attempt: from 1 on.
         """
+        start = self.samples_before(epoch, update)
+        row = start + _part(min(self.batch_size, self.size - start), self.accumulation, step)[0] + place
         if self.size <= self.batch_size:
             return (row + attempt) % self.size
-        update = row // self.batch_size
-        later = row
         while attempt:
-            later = (later + self.batch_size) % self.size
-            attempt -= later // self.batch_size != update
-        return later
+            row = (row + self.batch_size) % self.size
+            attempt -= not start <= row < start + self.batch_size
+        return row
 
     def epoch(self, epoch: int, start_update: int = 0) -> Iterator[list[MicroBatchIndex]]:
         """Yield the updates of `epoch` from `start_update` on, each a list of `accumulation` micro-batches."""

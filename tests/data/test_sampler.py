@@ -159,3 +159,21 @@ def test_evaluation_counts_every_sample_once(size, batch, world):
 def test_empty_evaluation_is_a_user_error():
     with pytest.raises(UserError, match="no samples"):
         EvalSampler(0, 4)
+
+
+@pytest.mark.parametrize("samples", [0, 9])
+def test_stand_ins_of_an_update_are_distinct_and_not_in_it(samples):
+    """For an image that cannot be used; the epoch may have been resumed after some samples with another batch size."""
+    sampler = TrainSampler(23, 4, accumulation=2, seed=3)
+    start = sampler.resume(1, samples, 3) if samples else 0
+    order = sampler.permutation(1).tolist()
+    for update, micro in enumerate(sampler.epoch(1, start), start):
+        shown = [sample for part in micro for sample in part.index.tolist()]
+        for attempt in (1, 2):
+            rows = [
+                sampler.stand_in_row(1, update, step, place, attempt)
+                for step, part in enumerate(micro)
+                for place in range(part.global_size)
+            ]
+            assert len({*rows}) == len(shown) and not {order[row] for row in rows} & {*shown}
+    assert sampler.stand_in_row(1, start, 0, 0, 1) == (samples + 4) % 23
