@@ -22,6 +22,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import csv_writer, move_into_place, partial_path, printable
 from spml_fast.core.outputs import PREDICTION_COLUMNS, OutputFile
 from spml_fast.core.precision import autocast, autocast_dtype
+from spml_fast.core.text import formula_safe_path
 from spml_fast.data.image_check import check_image
 from spml_fast.data.image_files import ImageFiles
 from spml_fast.models.classifier import Classifier
@@ -174,15 +175,19 @@ def prediction_line(prediction: Prediction, classes: Sequence[str], threshold: f
         width: columns of the path (`path_width`).
     """
     pairs = zip(prediction.classes.tolist(), prediction.probability.tolist(), strict=True)
-    text = ", ".join(f"{classes[c]} {p:.3f}" for c, p in pairs) or f"no class of probability {threshold:g} or more"
+    text = (
+        ", ".join(f"{printable(classes[c])} {p:.3f}" for c, p in pairs)
+        or f"no class of probability {threshold:g} or more"
+    )
     return f"{printable(prediction.path):<{width}}  {text}"
 
 
 class PredictionTable:
     """Writes predictions as CSV beside the final place, and moves the file there when all went well.
 
-    UTF-8 with a header; columns: path (as given, byte for byte), class, probability (all digits of a float64), rank (1
-    for the most probable). If the block is left by an exception, the rows so far stay in OUT.partial.
+    UTF-8 with a header; columns: path (as given, byte for byte; `./` before what looks like a formula), class,
+    probability (all digits of a float64), rank (1 for the most probable). If the block is left by an exception, the
+    rows so far stay in OUT.partial.
 
     Args:
         out: the CSV file; an older one that `predict` wrote is replaced.
@@ -208,7 +213,7 @@ class PredictionTable:
         pairs = zip(prediction.classes.tolist(), prediction.probability.tolist(), strict=True)
         try:
             for rank, (class_id, probability) in enumerate(pairs, 1):
-                self._write((prediction.path, self.classes[class_id], probability, rank))
+                self._write((formula_safe_path(prediction.path), self.classes[class_id], probability, rank))
                 self.rows += 1
         except OSError as error:
             raise UserError(f"{self._partial} cannot be written: {error.strerror}") from error

@@ -30,6 +30,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_csv
 from spml_fast.core.outputs import SUGGESTION_COLUMNS
 from spml_fast.core.precision import autocast, autocast_dtype
+from spml_fast.core.text import formula_safe_path
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
@@ -270,7 +271,8 @@ def truth_rows(suggestions: Suggestions, split: Split) -> list[tuple[str, str]]:
 def write_suggestions(out: Path, lists: Sequence[Suggestions], split: Split, classes: Sequence[str]) -> int:
     """Write lists as CSV beside the final place, and move the file there when it is whole.
 
-    UTF-8 with a header; columns: path (relative to the image root, byte for byte), class, known (unknown, positive,
+    UTF-8 with a header; columns: path (relative to the image root, byte for byte; `./` before what looks like a
+    formula), class, known (unknown, positive,
     negative: the observed label), probability (all digits of a float64), suggestion (positive or negative).
 
     Args:
@@ -299,7 +301,7 @@ def suggestion_rows(suggestions: Suggestions, split: Split, classes: Sequence[st
         suggestions.index.tolist(), suggestions.class_id.tolist(), suggestions.probability.tolist(), strict=True
     )
     known, label = NAMES[suggestions.code], NAMES[suggestions.suggestion]
-    return [(split.relative_path(i), classes[c], known, p, label) for i, c, p in pairs]
+    return [(formula_safe_path(split.relative_path(i)), classes[c], known, p, label) for i, c, p in pairs]
 
 
 def title(suggestions: Suggestions, split: Split) -> str:

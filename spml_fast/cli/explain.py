@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import printable
 from spml_fast.core.outputs import OutputFile, writer_name
 
 DESCRIPTION = """Draw class activation maps over images: red where a map is evidence for the class, blue where it is
@@ -360,5 +361,8 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 drawing.add(place, image)
         drawing.finish()
-    print(f"{out}: {drawing.shown} images" + (f"; {missing} left out, the reasons stand above" if missing else ""))
+    print(
+        f"{printable(str(out))}: {drawing.shown} images"
+        + (f"; {missing} left out, the reasons stand above" if missing else "")
+    )
     return 1 if missing else 0

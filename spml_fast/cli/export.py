@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import printable
 from spml_fast.core.outputs import Kind, OutputFile, writer_name
 from spml_fast.runs.layout import RunLayout
 
@@ -92,5 +93,5 @@ def main(argv: list[str] | None = None) -> int:
             )
         else:
             said = f"backbone.* and head.*, since timm's {config.model.backbone} has no such head at alpha 1"
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {said}")
+    print(f"{printable(str(out))}: {out.stat().st_size / 1e6:.1f} MB, {said}")
     return 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import printable
 from spml_fast.core.outputs import PREDICTION_COLUMNS
 
 if TYPE_CHECKING:
@@ -161,7 +162,9 @@ def main(argv: list[str] | None = None) -> int:
     missing = len(paths) - done
     lost = f"{missing} of {len(paths)} images left out; the reasons stand above"
     if table is not None:
-        print(f"{table.out.path}: {table.rows} rows for {done} images" + (f"; {lost}" if missing else ""))
+        print(
+            f"{printable(str(table.out.path))}: {table.rows} rows for {done} images" + (f"; {lost}" if missing else "")
+        )
     elif missing:
         common.say(lost)
     return 1 if missing else 0

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from spml_fast.cli.common import Parser, program, split_plugins, without_launcher_words
+from spml_fast.core.text import without_controls
 
 EXAMPLES = """examples:
   {prog} csv --table labels.csv --images . --out data/mine          # a table of your own
@@ -47,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     pack.add_options(subparsers.add_parser("shard", help=text, description=text, allow_abbrev=False))
     options = parser.parse_args(words)
     if options.dataset == "shard":
-        print(pack.command(options))
+        print(without_controls(pack.command(options)))
         return 0
     dataset = datasets[options.dataset]
-    print(summary(dataset().prepare(options), dataset.train_options))
+    print(without_controls(summary(dataset().prepare(options), dataset.train_options)))
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import printable
 from spml_fast.core.outputs import OutputFile, writer_name
 
 DESCRIPTION = """Test figures, curves over epochs, classes, what differs between the configurations, and what looks
@@ -46,5 +47,5 @@ def main(argv: list[str] | None = None) -> int:
         write_text(args.out, page, errors="backslashreplace")
     except OSError as error:
         raise common.write_failed(args.out, error) from error
-    print(f"{args.out}: {len(args.runs)} run(s), {len(page) / 1e6:.1f} MB")
+    print(f"{printable(str(args.out))}: {len(args.runs)} run(s), {len(page) / 1e6:.1f} MB")
     return 0

@@ -14,6 +14,7 @@ from spml_fast.cli import common
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_text
 from spml_fast.core.outputs import OutputFile, writer_name
+from spml_fast.core.text import without_controls
 from spml_fast.runs.layout import RunLayout
 
 DESCRIPTION = """Train the papers' comparison and say which of their statements hold. Finished runs are kept and not
@@ -130,5 +131,6 @@ def main(argv: list[str] | None = None) -> int:
     plot(out / "table.png", rows, runs)
     if json_out is not None:
         json_out.write_json(as_json(rows, statements))
-    console.print(f"table and plot: {out / 'table.md'}, {out / 'table.csv'}, {out / 'table.png'}")
+    files_text = f"table and plot: {out / 'table.md'}, {out / 'table.csv'}, {out / 'table.png'}"
+    console.print(without_controls(files_text), markup=False)
     return 0

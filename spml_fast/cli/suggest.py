@@ -143,6 +143,6 @@ def main(argv: list[str] | None = None) -> int:
         if table is not None:
             table.check()
             count = suggest.write_suggestions(args.csv, lists, split, manifest.classes)
-            print(f"{args.csv}: {count} suggestions")
+            print(f"{printable(str(args.csv))}: {count} suggestions")
     shutdown_distributed()
     return 0

@@ -12,6 +12,9 @@ from typing import Any, ClassVar, Literal
 from spml_fast.core.errors import UserError
 from spml_fast.core.rules import Section, all_positive, channels, fraction, not_negative, positive, ruled
 
+# Width x height of the largest image that is decoded unless another limit is given: half a gigabyte as RGB.
+MAX_PIXELS = 178_956_970
+
 
 def _seed(value: int) -> str | None:
     return None if 0 <= value < 2**63 else f"is {value}; it must lie between 0 and 2^63 - 1"
@@ -57,6 +60,8 @@ class DataConfig(Section):
             replace shows another image of the epoch in its place and lists it in the run directory. Evaluation always
             stops.
         bad_image_limit: bad_images replace goes on with so many different bad images, and stops at one more.
+        max_pixels: width x height up to which an image is decoded where the Manifest does not know its size; a known
+            size is the limit itself, so that an image that was swapped for a huge one is an error.
     """
 
     section: ClassVar[str] = "data"
@@ -82,6 +87,7 @@ class DataConfig(Section):
     read_threads: int = positive(4)
     bad_images: Literal["stop", "replace"] = "stop"
     bad_image_limit: int = not_negative(100)
+    max_pixels: int = positive(MAX_PIXELS)
 
     def check(self) -> None:
         """A window holds whole blocks."""

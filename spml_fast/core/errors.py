@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from spml_fast.core import env
-from spml_fast.core.text import without_controls
+from spml_fast.core.text import shortened, without_controls
 
 _OUT_OF_MEMORY = (
     "out of memory",
@@ -39,7 +39,7 @@ def fail(message: str, status: int = 1) -> NoReturn:
     """Print one sentence to standard error and leave with `status`; ranks other than 0 say which they are."""
     rank = env.rank_name()
     # Names of files and classes come from anywhere, and a terminal obeys what it is sent.
-    message = without_controls(message)
+    message = without_controls(shortened(message))
     print(f"error: {message}" if rank == "0" else f"rank {rank}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 

@@ -7,15 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from spml_fast.core.text import without_controls
+
 
 @contextmanager
 def show_progress(total: int, description: str, enabled: bool) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left on a terminal; elsewhere a plain line every ten seconds."""
+    description = without_controls(description)
     if not enabled:
         yield lambda _: None
         return
     if sys.stderr.isatty():
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
         from rich.text import Text
 
@@ -26,7 +30,7 @@ def show_progress(total: int, description: str, enabled: bool) -> Iterator[Calla
 
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(description, total=total)
+            task = bar.add_task(escape(description), total=total)
             yield lambda n: bar.advance(task, n)
         return
     started = last = time.monotonic()

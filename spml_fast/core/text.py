@@ -10,6 +10,8 @@ from typing import Any
 # surrogate pairs, which no encoding of a terminal has.
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Characters of a message, beyond which nobody reads it.
+_LONGEST = 4000
 # Spreadsheets take a cell that begins so for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -22,6 +24,11 @@ def printable(text: str) -> str:
 def without_controls(text: str) -> str:
     """A message as a terminal may show it: control characters that its names brought along are escaped."""
     return _UNSAFE.sub(lambda match: repr(match.group())[1:-1], text)
+
+
+def shortened(text: str) -> str:
+    """A message without the middle of what is too long to be read, such as a name of a million characters."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def has_surrogates(text: str) -> bool:

@@ -18,8 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from spml_fast.core.config import MAX_PIXELS
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular
 from spml_fast.data.dali_graph import decode_graph
+from spml_fast.data.image_check import any_size, limit_text
 from spml_fast.data.manifest import Split
 from spml_fast.data.read_retry import read_patiently
 from spml_fast.data.shards import RESTORE_SHARD
@@ -111,6 +114,12 @@ class BadImages:
         return dataclasses.replace(request, index=index)
 
 
+def pixel_limits(split: Split, index: npt.NDArray[np.int64], otherwise: int) -> npt.NDArray[np.int64]:
+    """Pixels up to which images are decoded, int64 [n]: those of the Manifest, or `otherwise` where it has none."""
+    known = np.asarray(split.width[index], np.int64) * np.asarray(split.height[index], np.int64)
+    return np.where(known > 0, known, otherwise)
+
+
 def advice(split: Split) -> str:
     """What to do about an image that cannot be read."""
     return RESTORE_SHARD if split.shards is not None else "restore it, or prepare the data again to leave it out"
@@ -123,7 +132,8 @@ def read_encoded(split: Split, sample: int) -> bytes:
     except FileNotFoundError as error:
         raise UserError(f"image {split.place(sample)} is missing; {advice(split)}") from error
     except OSError as error:
-        raise UserError(f"image {split.place(sample)} cannot be read ({error}); {advice(split)}") from error
+        reason = error.strerror or error
+        raise UserError(f"image {split.place(sample)} cannot be read ({reason}); {advice(split)}") from error
     if not encoded:
         raise UserError(f"image {split.place(sample)} is empty; {advice(split)}")
     return encoded
@@ -131,13 +141,13 @@ def read_encoded(split: Split, sample: int) -> bytes:
 
 def _opened_size(split: Split, sample: int, source: str | io.BytesIO, decode: bool) -> tuple[int, int]:
     try:
-        with Image.open(source) as image:
+        with any_size(), Image.open(source) as image:
             width, height = image.size
             if decode:
                 image.load()
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"image {split.place(sample)} cannot be read ({error}); {advice(split)}") from error
     return (width, height) if split.orientation[sample] < 5 else (height, width)
 
@@ -149,7 +159,7 @@ def read_size(split: Split, sample: int) -> tuple[int, int]:
 
     def header() -> tuple[int, int]:
         # Pillow says of an empty file that it cannot identify it.
-        with open(split.path(sample), "rb") as file:
+        with open_regular(split.path(sample)) as file:
             empty = not file.read(1)
         if empty:
             raise UserError(f"image {split.place(sample)} is empty; {advice(split)}")
@@ -176,18 +186,40 @@ def _is_decoded(encoded: bytes) -> bool:
     return True
 
 
-def _problem(split: Split, sample: int, sized: bool) -> UserError | None:
+def _too_large(split: Split, sample: int, encoded: bytes, limit: int) -> UserError | None:
+    """The error for an image of more pixels than `limit`; None where it is not known to be one."""
+    try:
+        width, height = _opened_size(split, sample, io.BytesIO(encoded), decode=False)
+    except UserError:
+        # Not even a header that Pillow reads; the decoder says what is wrong.
+        return None
+    if width * height <= limit:
+        return None
+    known = int(split.width[sample]), int(split.height[sample])
+    if all(known):
+        return UserError(
+            f"image {split.place(sample)} is {width} x {height} pixels now and was {known[0]} x {known[1]} when "
+            f"the data were prepared; {advice(split)}"
+        )
+    return UserError(f"image {split.place(sample)} is {width} x {height} pixels; {limit_text(limit)}")
+
+
+def _problem(split: Split, sample: int, sized: bool, max_pixels: int) -> UserError | None:
     """What is wrong with an image, as `bad_images` says; None when nothing is."""
     try:
         encoded = read_encoded(split, sample)
+        # Before anybody decodes it.
+        limit = int(pixel_limits(split, np.array([sample]), max_pixels)[0])
+        if (error := _too_large(split, sample, encoded, limit)) is not None:
+            return error
         decoded = _is_decoded(encoded)
         known = int(split.width[sample]), int(split.height[sample])
         if decoded and not (sized and all(known)):
             return None
         # Pillow's sentence says more than DALI's.
         size = _opened_size(split, sample, io.BytesIO(encoded), decode=not decoded)
-    except UserError as error:
-        return error
+    except UserError as problem:
+        return problem
     if all(known) and size != known:
         return UserError(
             f"image {split.place(sample)} is {size[0]} x {size[1]} pixels now and was {known[0]} x {known[1]} when "
@@ -203,16 +235,19 @@ def _problem(split: Split, sample: int, sized: bool) -> UserError | None:
     )
 
 
-def find_bad(split: Split, samples: Sequence[int], sized: bool) -> Iterator[tuple[int, UserError]]:
+def find_bad(
+    split: Split, samples: Sequence[int], sized: bool, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[int, UserError]]:
     """The images among `samples` that the loader cannot use, each with a sentence that names it.
 
     Args:
         split: the images.
         samples: to look at, in this order.
         sized: the loader relies on the sizes that were found when the data were prepared.
+        max_pixels: width x height of the largest image that is decoded where the Manifest does not know its size.
     """
     for sample in dict.fromkeys(samples):
-        problem = _problem(split, sample, sized)
+        problem = _problem(split, sample, sized, max_pixels)
         if problem is not None:
             yield sample, problem
 

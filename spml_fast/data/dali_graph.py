@@ -152,6 +152,17 @@ def _randaugment(image: Any, step: int, gpu: bool) -> Any:
     return image
 
 
+def _within_limit(encoded: Any, max_pixels: Any) -> Any:
+    """The encoded image, or an error where its header claims more pixels than allowed: before memory is taken for them.
+
+    There is no operator that fails on purpose, so the bytes of such an image are asked for with one too many.
+    """
+    shape = fn.peek_image_shape(encoded, dtype=types.INT64, adjust_orientation=False)
+    too_large = fn.cast(shape[0] * shape[1] > max_pixels, dtype=types.INT32)
+    size = fn.cast(encoded.shape(dtype=types.INT64), dtype=types.INT32)
+    return fn.slice(encoded, start=size * 0, shape=size + too_large, axes=[0], out_of_bounds_policy="error")
+
+
 @pipeline_def(enable_conditionals=True)
 def graph(options: GraphOptions) -> Any:
     """Declare the pipeline; its inputs are those that the loaders' `_inputs` make, its outputs the views in order."""
@@ -160,6 +171,7 @@ def graph(options: GraphOptions) -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not options.gpu)
     else:
         encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
+    encoded = _within_limit(encoded, _scalar("max_pixels", types.INT64))
     image = fn.decoders.image(
         encoded, device="mixed" if options.gpu else "cpu", output_type=types.RGB, adjust_orientation=False
     )

@@ -21,10 +21,20 @@ from torch.utils.dlpack import from_dlpack
 from spml_fast.core import env
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError, is_out_of_memory
-from spml_fast.data.bad_images import BadImages, BatchRequest, Choice, NoReplacementError, find_bad, find_unreadable
+from spml_fast.core.io import require_regular
+from spml_fast.data.bad_images import (
+    BadImages,
+    BatchRequest,
+    Choice,
+    NoReplacementError,
+    advice,
+    find_bad,
+    find_unreadable,
+    pixel_limits,
+)
 from spml_fast.data.dali_graph import GraphOptions, graph
 from spml_fast.data.manifest import Split
-from spml_fast.data.read_retry import RETRY_PAUSES
+from spml_fast.data.read_retry import RETRY_PAUSES, may_pass
 from spml_fast.data.shards import Encoded, PendingImages, ShardReader
 
 # Input of the graph by name: an array with one row per image, or a list of arrays.
@@ -99,7 +109,9 @@ class Stream:
     ) -> None:
         self._split, self._graph_options, self._inputs, self._device = split, graph_options, inputs, device
         self._bad, self._choose = bad_images or BadImages(split), choose
-        self._prefetch = prefetch
+        self._prefetch, self._max_pixels = prefetch, config.max_pixels
+        # Files that have been seen to be regular ones: a pipe would keep DALI waiting for ever.
+        self._regular = np.zeros(len(split) if split.shards is None else 0, np.bool_)
         self._pipeline_options = {
             "batch_size": batch_size,
             "num_threads": _threads(config),
@@ -141,7 +153,8 @@ class Stream:
         if self._reader is None:
             for (request,) in itertools.islice(source, count):
                 self._taken.append(request)
-                taken.append(self._inputs(request))
+                self._require_files(request.index)
+                taken.append(self._all_inputs(request))
             return taken
         while len(taken) < count:
             while len(self._ahead) < self._groups and (members := next(source, None)):
@@ -152,8 +165,27 @@ class Stream:
             if not self._ahead[0].requests:
                 self._ahead.popleft()
             self._taken.append(request)
-            taken.append({"encoded": encoded, **self._inputs(request)})
+            taken.append({"encoded": encoded, **self._all_inputs(request)})
         return taken
+
+    def _all_inputs(self, request: BatchRequest) -> Inputs:
+        """The graph's inputs, but for `encoded`."""
+        return {"max_pixels": pixel_limits(self._split, request.index, self._max_pixels), **self._inputs(request)}
+
+    def _require_files(self, index: npt.NDArray[np.int64]) -> None:
+        """Raise `UserError` where one of the samples is a pipe, device or folder. What is missing DALI finds itself."""
+        for sample in index[~self._regular[index]].tolist():
+            try:
+                require_regular(self._split.path(sample))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if may_pass(error):
+                    continue
+                raise UserError(
+                    f"image {self._split.place(sample)} cannot be read ({error.strerror}); {advice(self._split)}"
+                ) from error
+            self._regular[sample] = True
 
     def _stop_reading(self) -> None:
         while self._ahead:
@@ -210,7 +242,7 @@ class Stream:
         named = isinstance(error, UserError)
         if is_out_of_memory(error) or (named and not self._bad.replace) or not (named or built):
             raise error
-        found = find_bad(self._split, _samples(made), sized=self._graph_options.cropped)
+        found = find_bad(self._split, _samples(made), self._graph_options.cropped, self._max_pixels)
         if named:
             found = itertools.chain(found, find_unreadable(self._split, _samples(unread)))
         before = len(self._bad.reasons)

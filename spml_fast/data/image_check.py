@@ -13,6 +13,7 @@ This module imports neither torch nor DALI, so that its worker processes start f
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -24,13 +25,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from spml_fast.core.config import MAX_PIXELS
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import open_regular
 from spml_fast.core.progress import show_progress
 from spml_fast.core.workers import worker_pool
 
@@ -75,6 +79,14 @@ class CheckResult(NamedTuple):
     orientation: int = 1
 
 
+_EMPTY = CheckResult("empty file")
+
+
+def limit_text(max_pixels: int) -> str:
+    """What the largest allowed image is, and how to allow larger ones."""
+    return f"at most {max_pixels:,} are decoded, see prepare --max-pixels and --data.max_pixels"
+
+
 @dataclass
 class CheckResults:
     """What the check of N images gave.
@@ -117,22 +129,30 @@ def choose_level(level: Level | None, num_images: int) -> Level:
     return "decode" if num_images <= DECODE_LIMIT else "header"
 
 
-def check_image(path: str, level: Literal["decode", "header"] = "decode") -> CheckResult:
+@contextlib.contextmanager
+def any_size() -> Iterator[None]:
+    """Let Pillow open images of any size, whose sizes are then held against a limit before they are decoded."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def check_image(path: str, level: Literal["decode", "header"] = "decode", max_pixels: int = MAX_PIXELS) -> CheckResult:
     """Check one file as the loader will read it. Never raises for a bad image.
 
     Args:
         path: full path.
         level: "decode" reads every pixel; "header" reads size and format only, and so misses truncated files.
+        max_pixels: width x height of the largest image that is accepted; none larger is decoded.
     """
     try:
-        if level == "header":
-            if os.stat(path).st_size == 0:
-                return CheckResult("empty file")
-            with open(path, "rb") as file:
-                return _check_stream(file, level)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            if level == "header":
+                return _check_stream(file, level, max_pixels) if os.fstat(file.fileno()).st_size else _EMPTY
             data = file.read()
-        return check_bytes(data, level)
+        return check_bytes(data, level, max_pixels)
     except (FileNotFoundError, NotADirectoryError):
         return CheckResult("missing file")
     except IsADirectoryError:
@@ -144,18 +164,23 @@ def check_image(path: str, level: Literal["decode", "header"] = "decode") -> Che
         return CheckResult("unusable file name", str(error))
 
 
-def check_bytes(data: bytes, level: Literal["decode", "header"] = "decode") -> CheckResult:
+def check_bytes(
+    data: bytes, level: Literal["decode", "header"] = "decode", max_pixels: int = MAX_PIXELS
+) -> CheckResult:
     """Check an encoded image in memory as `check_image` checks a file."""
-    return _check_stream(io.BytesIO(data), level) if data else CheckResult("empty file")
+    return _check_stream(io.BytesIO(data), level, max_pixels) if data else _EMPTY
 
 
-def _check_stream(stream: io.BytesIO | io.BufferedReader, level: str) -> CheckResult:
+def _check_stream(stream: io.BytesIO | io.BufferedReader, level: str, max_pixels: int) -> CheckResult:
     """Check an encoded image."""
-    with warnings.catch_warnings():
+    with any_size(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with Image.open(stream) as image:
                 checked = _check_header(image, stream)
+                if checked.reason is None and checked.width * checked.height > max_pixels:
+                    detail = f"{checked.width} x {checked.height}; {limit_text(max_pixels)}"
+                    return CheckResult("too many pixels", detail)
                 if level == "header" or checked.reason:
                     return checked
                 if image.format in ("JPEG", "MPO"):
@@ -169,8 +194,6 @@ def _check_stream(stream: io.BytesIO | io.BufferedReader, level: str) -> CheckRe
             if stream.read(16).startswith(_MAGIC):
                 return CheckResult("damaged or truncated", "it starts as an image, but its header is damaged")
             return CheckResult("not an image", "no image format fits the file's first bytes")
-        except Image.DecompressionBombError as error:
-            return CheckResult("too many pixels", str(error))
         except Exception as error:
             # Decoders of hostile bytes raise anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
             return CheckResult("damaged or truncated", f"{type(error).__name__}: {error}")
@@ -282,9 +305,9 @@ def _exif_orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _check_chunk(paths: list[str], level: Literal["decode", "header"]) -> list[CheckResult]:
+def _check_chunk(paths: list[str], level: Literal["decode", "header"], max_pixels: int) -> list[CheckResult]:
     """Check some files."""
-    return [check_image(path, level) for path in paths]
+    return [check_image(path, level, max_pixels) for path in paths]
 
 
 def check_images(
@@ -294,6 +317,7 @@ def check_images(
     workers: int | None = None,
     label: str = "images",
     progress: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> CheckResults:
     """Check `count` images on all cores.
 
@@ -304,6 +328,7 @@ def check_images(
         workers: processes; None takes one per core that this process may use.
         label: names the images in the progress line.
         progress: show progress on standard error.
+        max_pixels: width x height of the largest image that is accepted.
 
     Raises:
         UserError: a worker process died (out of memory, most likely).
@@ -321,7 +346,8 @@ def check_images(
         return out
     workers = workers or len(os.sched_getaffinity(0))
     with show_progress(count, f"checking {label}", progress) as advance:
-        for start, results in _checked_chunks(count, path_of, level, workers if count >= _POOL_FROM else 1):
+        check = partial(_check_chunk, level=level, max_pixels=max_pixels)
+        for start, results in _checked_chunks(count, path_of, check, workers if count >= _POOL_FROM else 1):
             for index, checked in enumerate(results, start):
                 if checked.reason is not None:
                     out.ok[index] = False
@@ -334,7 +360,7 @@ def check_images(
 
 
 def _checked_chunks(
-    count: int, path_of: Callable[[int], str], level: Literal["decode", "header"], workers: int
+    count: int, path_of: Callable[[int], str], check: Callable[[list[str]], list[CheckResult]], workers: int
 ) -> Iterator[tuple[int, list[CheckResult]]]:
     """(first index, results) of each chunk in order, with a bounded number of chunks in work."""
 
@@ -344,14 +370,14 @@ def _checked_chunks(
     starts = iter(range(0, count, _CHUNK))
     if workers == 1:
         for start in starts:
-            yield start, _check_chunk(chunk(start), level)
+            yield start, check(chunk(start))
         return
     in_work: deque[tuple[int, Future[list[CheckResult]]]] = deque()
     first = 0
     with worker_pool(workers) as pool:
         try:
             for start in starts:
-                in_work.append((start, pool.submit(_check_chunk, chunk(start), level)))
+                in_work.append((start, pool.submit(check, chunk(start))))
                 if len(in_work) >= 4 * workers:
                     first, future = in_work.popleft()
                     yield first, future.result()

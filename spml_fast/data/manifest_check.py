@@ -7,6 +7,7 @@ Files are made by one program and read by others, copied, cut short and edited. 
 from __future__ import annotations
 
 import re
+import tokenize
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +20,18 @@ from spml_fast.core.io import open_regular, read_text
 from spml_fast.core.text import parse_json
 
 ADVICE = "prepare the data again"
+# What NumPy raises at files that are damaged, or are no arrays at all.
+ARRAY_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    TypeError,
+    SyntaxError,
+    MemoryError,
+    RecursionError,
+    tokenize.TokenError,
+)
 # Values checked at a time: temporary arrays of a few MB.
 _CHUNK = 1 << 19
 # A path from an id: braces are `{split}`, `{id}` with the width and base of a number, or doubled.
@@ -39,7 +52,7 @@ def load_array(path: Path, mode: Literal["r", "c"] = "r") -> npt.NDArray[Any]:
             if not file.read(6) == b"\x93NUMPY":
                 raise ValueError("it is no NumPy array")
         array = np.load(path, mmap_mode=mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+    except ARRAY_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or "out of memory"
         raise UserError(f"{path} cannot be read ({reason}); {ADVICE}") from error
     return cast(npt.NDArray[Any], array)

@@ -140,7 +140,9 @@ class _Preparation:
         else:
             common, path_of = self.common, _full_path(official, self.root, present)
             label = f"{official.name} images"
-            checked = check_images(len(present), path_of, self.level, common.workers, label, common.progress)
+            checked = check_images(
+                len(present), path_of, self.level, common.workers, label, common.progress, common.max_pixels
+            )
         if official.present is not None:
             checked = checked.among(present, len(official))
         for index, (reason, detail) in checked.rejected.items():

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import require_regular
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
+from spml_fast.data.manifest_check import ARRAY_ERRORS
 from spml_fast.prepare.observed_labels import CHUNK_ENTRIES
 
 ImportFormat = Literal["spml", "openimages", "nan", "soft"]
@@ -115,7 +116,7 @@ def load_array(path: Path) -> npt.NDArray[Any]:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, OverflowError, SyntaxError, TypeError) as error:
+    except ARRAY_ERRORS as error:
         raise UserError(f"{path} is not a NumPy array of text or numbers ({error})") from error
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import move_into_place, partial_path
+from spml_fast.core.text import has_surrogates
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import FORMAT, LOCK, Manifest
 
@@ -52,13 +53,15 @@ class ManifestWriter:
         self.overwrite = overwrite
         self.check_target(self.folder, overwrite)
         for line, class_name in enumerate(classes, 1):
-            if "\n" in class_name or "\r" in class_name or not class_name:
+            if "\n" in class_name or "\r" in class_name or not class_name or has_surrogates(class_name):
                 raise UserError(f"class {line} has an unusable name: {class_name!r}")
         seen: set[str] = set()
         for class_name in classes:
             if class_name in seen:
                 raise UserError(f"class {class_name!r} is listed twice")
             seen.add(class_name)
+        if image_root is not None and has_surrogates(os.fspath(image_root)):
+            raise UserError(f"the name of image folder {str(image_root)!r} is not UTF-8; rename it")
         self.name, self.classes = name, list(classes)
         self.staging = partial_path(self.folder)
         try:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from spml_fast.core.config import MAX_PIXELS
 from spml_fast.data.image_check import Level
 from spml_fast.data.labels import SparseLabels
 from spml_fast.prepare.label_encodings import ImportFormat
@@ -148,6 +149,7 @@ class CommonOptions:
         verify: how closely images are checked; None decides by their number.
         orientation: whether the loader turns images as their EXIF data say.
         overwrite: replace an older Manifest.
+        max_pixels: width x height of the largest image that is accepted.
         workers: processes that check images; None for all cores.
         observed: an array of the first split's observed labels, and its format, in place of a draw.
         progress: show progress.
@@ -159,6 +161,7 @@ class CommonOptions:
     verify: Level | None = None
     orientation: Orientation = "ignore"
     overwrite: bool = False
+    max_pixels: int = MAX_PIXELS
     workers: int | None = None
     observed: tuple[Path, ImportFormat] | None = None
     progress: bool = True

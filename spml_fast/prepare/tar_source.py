@@ -36,6 +36,7 @@ _UNREADABLE = (
     RecursionError,
     KeyError,
     IndexError,
+    TypeError,
     struct.error,
     zlib.error,
     lzma.LZMAError,

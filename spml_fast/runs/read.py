@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +92,9 @@ class Run:
 
 def number(value: Any) -> float | None:
     """A finite number as it is, and None for everything else."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    # A whole number of 400 digits is no float, and NaN is within no limits.
+    within = isinstance(value, int | float) and -sys.float_info.max <= value <= sys.float_info.max
+    return value if within else None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -63,7 +63,7 @@ def check_keys(recipe: dict[str, Any], path: str, method: str | None) -> None:
     sections: dict[str, type | None] = {**SECTIONS, "method": get_method(method).Options if method else None}
     for section, values in recipe.items():
         if section not in sections:
-            raise UserError(f"recipe {path} has no section {section!r}{closest(section, sections)}")
+            raise UserError(f"recipe {path} has no section {section!r}{closest(str(section), sections)}")
         cls = sections[section]
         if cls is None or values is None:
             continue

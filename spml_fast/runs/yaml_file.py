@@ -26,6 +26,7 @@ def parse_yaml(text: str, name: str) -> Any:
     """
     loader: Any = None
     try:
+        _check_depth(text)
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
@@ -46,6 +47,15 @@ def parse_yaml(text: str, name: str) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _check_depth(text: str) -> None:
+    """RecursionError for a text that is nested too deeply, which would take the library minutes to read whole."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise RecursionError
 
 
 def _size(node: Node, known: dict[int, int], depth: int) -> int:

@@ -18,6 +18,7 @@ from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.io import printable
 from spml_fast.core.precision import autocast_dtype
+from spml_fast.core.text import without_controls
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.logs import Meter, memory_gib
@@ -156,11 +157,12 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     """A table of two columns on rank 0."""
     if not distributed.is_main():
         return
-    table = Table(title=title, show_header=False, title_justify="left")
+    # As text: names of classes, splits and folders are neither markup nor commands to the terminal.
+    table = Table(title=Text(without_controls(title)), show_header=False, title_justify="left")
     table.add_column()
     table.add_column(justify="left", overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(*(Text(without_controls(cell)) for cell in (name, value)))
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spml_fast.core import distributed
 from spml_fast.core.io import finite
+from spml_fast.core.text import without_controls
 from spml_fast.runs.layout import RunLayout
 
 
@@ -106,7 +107,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """One plain line."""
         if self.active:
-            self.console.print(text, markup=False)
+            self.console.print(without_controls(text), markup=False)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """Append one JSON line; numbers that are not finite become null."""

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from spml_fast.core.config import MAX_PIXELS
 from spml_fast.core.errors import UserError
 from spml_fast.core.registry import Registry
 from spml_fast.data.manifest import Manifest
@@ -67,6 +68,7 @@ class Dataset:
             verify=options.verify,
             orientation=options.orientation,
             overwrite=options.overwrite,
+            max_pixels=options.max_pixels,
             workers=options.workers,
             observed=None if options.observed is None else (options.observed, options.observed_format),
         )
@@ -101,6 +103,14 @@ def _name(text: str) -> str:
     if not text.strip() or not text.isprintable() or text.startswith(".") or set(text) & set("/\\"):
         raise argparse.ArgumentTypeError("a name may be part of a file name: no slash, no dot at its beginning")
     return text.strip()
+
+
+def _pixels(text: str) -> int:
+    """A number of pixels from the command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("at least one pixel is needed")
+    return value
 
 
 def _workers(text: str) -> int:
@@ -163,5 +173,12 @@ def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) 
         default=dataset.default_orientation,
         help="exif: turn images as their EXIF data say; ignore: take the pixels as they are stored, as the papers' "
         "loader does (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=_pixels,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="leave out images of more pixels (width x height) than that, undecoded (default: %(default)s)",
     )
     group.add_argument("--workers", type=_workers, help="processes that check images (default: one per core)")
