@@ -96,7 +96,7 @@ def class_ids(names: list[str], classes: list[str]) -> list[int]:
     return list(dict.fromkeys(place[name] for name in names))
 
 
-def given_images(args: argparse.Namespace) -> tuple[ImageFiles, list[float], int]:
+def given_images(args: argparse.Namespace, max_pixels: int) -> tuple[ImageFiles, list[float], int]:
     """The images of the command line that can be read, width / height of each, and how many were left out."""
     import numpy as np
 
@@ -105,7 +105,9 @@ def given_images(args: argparse.Namespace) -> tuple[ImageFiles, list[float], int
     from spml_fast.data.image_files import ImageFiles, find_images
 
     paths = find_images(args.images, lambda text: common.say(f"note: {text}"))
-    verified = check_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False)
+    verified = check_images(
+        len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False, max_pixels=max_pixels
+    )
     for index, why in verified.rejected.items():
         common.say(predict.left_out(paths[index], *why))
     usable = np.flatnonzero(verified.ok)
@@ -324,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     if manifest is not None:
         check_count(args.count, one_page, f"--count is {args.count}; a page holds")
     else:
-        files, aspects, missing = given_images(args)
+        files, aspects, missing = given_images(args, config.data.max_pixels)
         check_count(len(files), one_page, f"{len(files)} images are too many for one page, which holds")
     device = common.default_device()
     classifier, _ = load_classifier(args.run, config, len(classes), device)

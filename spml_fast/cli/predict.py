@@ -64,15 +64,24 @@ def check(args: argparse.Namespace) -> None:
     common.check_alpha(args.alpha)
 
 
-def usable_files(args: argparse.Namespace, paths: list[str], progress: bool) -> ImageFiles:
-    """The images that can be read; the others are named on standard error."""
+def usable_files(args: argparse.Namespace, paths: list[str], progress: bool, max_pixels: int) -> ImageFiles:
+    """The images that can be read; the others are named on standard error.
+
+    Args:
+        args: the command line.
+        paths: of all images.
+        progress: show progress.
+        max_pixels: width x height of the largest image that is decoded.
+    """
     import numpy as np
 
     from spml_fast.analysis.predict import left_out
     from spml_fast.data.image_check import check_images, choose_level
     from spml_fast.data.image_files import ImageFiles
 
-    verified = check_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress)
+    verified = check_images(
+        len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress, max_pixels=max_pixels
+    )
     for index, why in verified.rejected.items():
         common.say(left_out(paths[index], *why))
     usable = np.flatnonzero(verified.ok)
@@ -139,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(predict.PredictionTable(out, classes)) if out is not None else None
         # Processes are forked to check images, so the GPU is touched after that.
-        files = usable_files(args, paths, progress)
+        files = usable_files(args, paths, progress, config.data.max_pixels)
         batch_size = max(1, min(args.batch_size or config.eval.batch_size, len(files)))
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
         device = common.default_device()

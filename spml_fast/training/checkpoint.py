@@ -9,7 +9,6 @@ files. Marks are numbered, so that the newest is known whatever happened to newe
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 import zipfile
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import FileRecord, file_record, sync_folder, write_json
+from spml_fast.core.io import FileRecord, file_record, read_text, sync_folder, write_json
+from spml_fast.core.text import parse_json
 from spml_fast.runs.layout import CheckpointLayout, rank_state, saved_rank_state
 from spml_fast.training.tensor_files import read_tensors, write_tensors
 
@@ -152,8 +152,8 @@ def read_position(path: Path) -> CheckpointPosition | None:
     if not path.is_file():
         return None
     try:
-        return _position(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return _position(parse_json(read_text(path, "utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error})") from error
 
 
@@ -167,7 +167,7 @@ def read_mark(folder: Path, tag: str) -> Checkpoint | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path, "utf-8"))
         position, best = _position(values), values.get("best")
         if position.tag != tag:
             raise ValueError(f"it is the mark of {position.tag}")
@@ -180,7 +180,7 @@ def read_mark(folder: Path, tag: str) -> Checkpoint | None:
             best
             and BestWeights(str(best["tag"]), best["weights"] and _record(best["weights"]), dict(best["metadata"])),
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error})") from error
 
 

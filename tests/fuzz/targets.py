@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 from PIL import Image
 
 from spml_fast.core.errors import UserError
@@ -26,13 +28,13 @@ from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import Manifest, Split
 from spml_fast.data.shards import ShardFile, Shards, check_shards
 from spml_fast.prepare import build
-from spml_fast.prepare.datasets import coco, csv_table, cub, nuswide, voc
+from spml_fast.prepare.datasets import coco, csv_table, cub, id_lists, nuswide, voc
 from spml_fast.prepare.datasets.openimages import class_files, image_lists, label_files
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.tar_source import MemberIndex, member_bytes, read_members
 from spml_fast.runs.read import read_classes, read_epochs, read_results, read_run
 from spml_fast.runs.recipe import check_keys, chosen_method, named_plugins, read_recipe
-from spml_fast.training.checkpoint import find_resume
+from spml_fast.training.checkpoint import read_mark, read_position
 
 Parse = Callable[[Path, bytes], object]
 
@@ -60,14 +62,33 @@ def _written(folder: Path, name: str, data: bytes) -> Path:
     return path
 
 
-def _csv_table(folder: Path, data: bytes) -> None:
-    path = _written(folder, "labels.csv", data)
+def _table(folder: Path, data: bytes, name: str = "labels.csv") -> None:
+    path = _written(folder, name, data)
     options = argparse.Namespace(
         table=path, images=folder, classes=None, conflicts="positive", unlisted=None, unlisted_eval=None
     )
     raw = csv_table.Csv().read(options)
     for split in raw.splits:
         split.select(np.arange(len(split)))
+
+
+def _jsonl_table(folder: Path, data: bytes) -> None:
+    _table(folder, data, "labels.jsonl")
+
+
+def _parquet_table(folder: Path, data: bytes) -> None:
+    _table(folder, data, "labels.parquet")
+
+
+def _parquet_seed() -> bytes:
+    file = io.BytesIO()
+    columns = {"path": ["a.jpg", "b.jpg"], "positives": [["cat", "dog"], ["cat"]], "split": ["train", "val"]}
+    pa.parquet.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+def _id_list(folder: Path, data: bytes) -> None:
+    id_lists.read_list(_written(folder, "list.txt", data), 5)
 
 
 def _class_lists(folder: Path, data: bytes) -> None:
@@ -248,7 +269,14 @@ def _recipe(folder: Path, data: bytes) -> None:
     check_keys(recipe, path, chosen_method(recipe, path))
 
 
-RUN_FILES = ("metrics.jsonl", "results.json", "classes.txt", "checkpoints/newest.json")
+TAG = "finetune-e0001-u000000-w1"
+RUN_FILES = (
+    "metrics.jsonl",
+    "results.json",
+    "classes.txt",
+    "checkpoints/newest.json",
+    f"checkpoints/{TAG}/mark.json",
+)
 
 
 def _run_files(folder: Path, data: bytes) -> None:
@@ -256,7 +284,12 @@ def _run_files(folder: Path, data: bytes) -> None:
     (folder / "config.yaml").write_text("method: {name: an}\n", encoding="utf-8")
     run = read_run(folder)
     assert run.figures is not None and run.headline != ""
-    for reader in (read_epochs, read_results, lambda f: find_resume(f / "checkpoints", "auto")):
+    for reader in (
+        read_epochs,
+        read_results,
+        lambda f: read_position(f / RUN_FILES[3]),
+        lambda f: read_mark(f / "checkpoints", TAG),
+    ):
         try:
             reader(folder)
         except UserError:
@@ -337,6 +370,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
             RUN_FILES[1]: b'{"split": "test", "alpha": {"1": {"map": 90.0}}, "best_val_map": 80}',
             RUN_FILES[2]: b"cat\ndog\n",
             RUN_FILES[3]: _POSITION,
+            RUN_FILES[4]: _POSITION[:-1]
+            + b', "serial": 3, "files": {"a.pt": {"size": 5, "crc32": "0a"}}, "best": null}',
         }
     )
     tars = [_tar_seed(), _tar_seed("gz"), _tar_seed("bz2"), _tar_seed("xz"), _tar_seed(size="3")]
@@ -347,9 +382,21 @@ def make_targets(folder: Path) -> dict[str, Target]:
                 b"path,positives,negatives,unknowns,split\na.jpg,cat;dog,,bird,train\nb.jpg,dog,cat,,val\n",
                 '\ufeffpath,positives\r\nü.jpg,cat\r\n"a,b","c""d"\r\n'.encode(),
             ],
-            _csv_table,
+            _table,
             (b"path", b"positives", b"split", b";", b'""'),
         ),
+        Target(
+            "jsonl_table",
+            [
+                b'{"path": "a.jpg", "positives": ["cat", "dog"], "split": "train"}\n'
+                b'{"path": "b", "positives": "cat", "split": "val"}\n',
+                b'{"path": "a.jpg", "positives": "cat;dog", "negatives": null}\n',
+            ],
+            _jsonl_table,
+            (b'"path"', b'"positives"', b'"split"', b'["a"]'),
+        ),
+        Target("parquet_table", [_parquet_seed()], _parquet_table, (b"PAR1", b"path", b"positives")),
+        Target("id_list", [b"a.jpg 0 2\nb.jpg 4\n"], _id_list),
         Target(
             "class_lists",
             [b"cat\ndog\n", b"/m/01\n/m/02\n", b'LabelName,DisplayName\n/m/01,Cat\n/m/02,"A, b"\n', b"1 cat\n2 dog\n"],

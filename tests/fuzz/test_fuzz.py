@@ -10,20 +10,8 @@ from tests.fuzz.run import RECORD, corpus, run_case, run_target
 from tests.fuzz.targets import Target, make_targets
 
 NAMES = [
-    *(
-        "csv_table",
-        "class_lists",
-        "coco",
-        "boxes",
-        "voc_xml",
-        "voc_flags",
-        "openimages",
-        "cub",
-        "nuswide",
-        "tar",
-        "shards",
-    ),
-    *("manifest", "recipe", "run_files", "images"),
+    *("csv_table", "jsonl_table", "parquet_table", "id_list", "class_lists", "coco", "boxes", "voc_xml", "voc_flags"),
+    *("openimages", "cub", "nuswide", "tar", "shards", "manifest", "recipe", "run_files", "images"),
 ]
 
 

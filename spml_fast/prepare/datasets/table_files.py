@@ -16,7 +16,7 @@ from typing import Any
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular, require_regular
-from spml_fast.core.text import parse_json
+from spml_fast.core.text import has_surrogates, parse_json
 
 # A field of a row: a text, or several.
 Value = str | list[str]
@@ -90,6 +90,9 @@ def _value(value: Any, where: str) -> Value:
     """A field of JSON or Parquet. Raises `UserError` for what is neither a text, nor a list of texts, nor nothing."""
     if value is None:
         return ""
+    texts = value if isinstance(value, list) else [value]
+    if any(isinstance(text, str) and has_surrogates(text) for text in texts):
+        raise UserError(f"{where} holds half of a surrogate pair; fix the program that wrote the table")
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
+from spml_fast.core.config import MAX_PIXELS
 from spml_fast.data.image_check import Level, check_bytes
 from spml_fast.data.manifest import Split
 
@@ -130,8 +131,10 @@ def make_image(data: bytes, split: Split, row: int, level: Level, short_side: in
     """
     orientation = int(split.orientation[row])
     width, height = int(split.width[row]), int(split.height[row])
+    # What the Manifest knows was accepted when it was prepared.
+    limit = max(MAX_PIXELS, width * height)
     if level != "none" or short_side is not None:
-        checked = check_bytes(data, "header")
+        checked = check_bytes(data, "header", limit)
         if checked.reason is not None:
             raise UnusableImageError(checked.reason, checked.detail)
         shown = (checked.width, checked.height) if orientation < 5 else (checked.height, checked.width)
@@ -150,7 +153,7 @@ def make_image(data: bytes, split: Split, row: int, level: Level, short_side: in
         if shrunk is not None:
             return PackedImage(shrunk[0], "jpg", shrunk[1], shrunk[2], 1)
     if level == "decode":
-        checked = check_bytes(data, "decode")
+        checked = check_bytes(data, "decode", limit)
         if checked.reason is not None:
             raise UnusableImageError(checked.reason, checked.detail)
     return PackedImage(data, file_ending(data, split.relative_path(row)), width, height, orientation)
