@@ -13,6 +13,7 @@ from spml_fast.api.runs import Run
 from spml_fast.cli.parse import parse_words
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
+from spml_fast.core.lock import release_all
 from spml_fast.runs.recipe import read_recipe, to_yaml
 
 DEFAULT_RECIPE = "digits"
@@ -87,7 +88,11 @@ def train_run(source: Source, overrides: Overrides) -> Run:
     # DeepSpeed keeps what it made of the first process group, so that another one would be of no use to it.
     atexit.unregister(shutdown_distributed)
     atexit.register(shutdown_distributed)
-    with reporting():
-        trainer = Trainer(config, device)
-        trainer.run()
+    try:
+        with reporting():
+            trainer = Trainer(config, device)
+            trainer.run()
+    finally:
+        # A notebook goes on for long after that.
+        release_all()
     return Run(trainer.run_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +15,8 @@ from spml_fast.core.errors import UserError
 
 T = TypeVar("T")
 _barriers = 0
+# Set by whoever watches the other ranks, when one of them has left with an error.
+given_up = threading.Event()
 
 
 def world_size() -> int:
@@ -83,7 +85,9 @@ def barrier() -> None:
     if is_main():
         store().set(key, "1")
     while not store().check([key]):
-        time.sleep(pause)
+        if given_up.wait(pause):
+            # Another rank has met an error and said so.
+            raise SystemExit(1)
         pause = min(2 * pause, 0.05)
     dist.barrier()
 

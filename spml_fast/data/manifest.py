@@ -20,6 +20,8 @@ a Manifest of nine million images opens without being read whole. What an array 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -29,8 +31,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spml_fast.core import lock
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import open_regular, read_text, require_regular
+from spml_fast.core.io import open_regular, partial_path, read_text, require_regular
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest_check import (
     ADVICE,
@@ -50,6 +53,8 @@ FORMAT = 1
 
 # In the folder of a Manifest that is being written: its writer holds a lock on it.
 LOCK = ".lock"
+# In the folder of a Manifest: a file for each process that says it reads it for long.
+READERS = ".readers"
 
 
 class Split:
@@ -253,6 +258,16 @@ class Manifest:
             for name, info in meta["splits"].items()
         }
 
+    def register_reader(self) -> None:
+        """Keep `prepare --overwrite` from replacing the Manifest while this process runs (not if it is read-only).
+
+        Raises:
+            UserError: it is being replaced now.
+        """
+        if _locked(partial_path(self.folder) / LOCK):
+            raise UserError(f"{self.folder} is being prepared anew by another command; wait for it")
+        lock.register_reader(self.folder / READERS)
+
     @property
     def num_classes(self) -> int:
         """Number of classes C."""
@@ -263,3 +278,13 @@ class Manifest:
         if name not in self.splits:
             raise UserError(f"{self.folder} has no split {name!r}; it has {', '.join(sorted(self.splits)) or 'none'}")
         return self.splits[name]
+
+
+def _locked(path: Path) -> bool:
+    """Whether another process holds a lock on a file."""
+    try:
+        with path.open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN) and os.access(path, os.W_OK)
+    return False

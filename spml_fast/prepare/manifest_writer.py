@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import move_into_place, partial_path
+from spml_fast.core.lock import readers
 from spml_fast.core.text import has_surrogates
 from spml_fast.data.labels import SparseLabels
-from spml_fast.data.manifest import FORMAT, LOCK, Manifest
+from spml_fast.data.manifest import FORMAT, LOCK, READERS, Manifest
 
 
 class ManifestWriter:
@@ -114,6 +115,12 @@ class ManifestWriter:
             raise UserError(f"{folder} exists and is not a Manifest; choose another --out")
         if not overwrite:
             raise UserError(f"{folder} already holds a Manifest; choose another --out or pass --overwrite")
+        reading = readers(folder / READERS)
+        if reading:
+            # Their arrays would change under them, and images that lie in the folder be gone.
+            raise UserError(
+                f"{folder} is being read by {', '.join(map(str, reading))}; wait for it or choose another --out"
+            )
 
     def add_split(
         self,
@@ -228,6 +235,7 @@ class ManifestWriter:
         (self.staging / LOCK).unlink()
         if self.folder.exists():
             # Only an empty folder or, with overwrite, an older Manifest reaches this point.
+            self.check_target(self.folder, self.overwrite)
             shutil.rmtree(self.folder)
         move_into_place(self.staging, self.folder)
         return Manifest(self.folder)

@@ -8,6 +8,7 @@ RUN/nonfinite.jsonl                updates whose loss or gradient was not finite
 RUN/results.json                   the final figures; a run that has it is finished
 RUN/model.safetensors              the best weights, whole
 RUN/options.json                   of `reproduce`: the options that the run was begun with
+RUN/.lock                          which process trains here
 RUN/tensorboard/                   TensorBoard's events
 RUN/checkpoints/newest.json        which checkpoint to resume from
 RUN/checkpoints/best.json          which checkpoint has the best weights
@@ -114,6 +115,11 @@ class RunLayout:
     def metrics(self) -> Path:
         """Figures of updates and epochs, one JSON object per line."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Names the process that trains here."""
+        return self.folder / ".lock"
 
     @property
     def nonfinite(self) -> Path:

@@ -35,6 +35,7 @@ INTERVAL = 1.0
 # Seconds in which the others take notice of an error, and end by themselves.
 NOTICE = 3.0
 FAILED = "spml_fast/failed"
+ERROR = "spml_fast/error"
 # What errors of a collective whose peer is gone have in common; torch has no class for gloo's.
 BROKEN = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -84,7 +85,8 @@ class Peers:
         self.lines: dict[int, Line] = {}
         self.moved = time.monotonic()
         self.stopped = threading.Event()
-        self.failed = False
+        self.failed, self.error = False, ""
+        self.noticed = threading.Event()
         store.set_timeout(timedelta(seconds=10))
         self._write()
         self.thread = threading.Thread(target=self._run, name="peers", daemon=True)
@@ -142,7 +144,13 @@ class Peers:
                 self._write()
                 self.failed = self.store.check([FAILED])
                 if self.failed:
+                    distributed.given_up.set()
+                    # Whatever waits for rank 0 looks at the store, which may go with that rank as soon as this is
+                    # read; and rank 0 may be about to say the same as this one.
+                    time.sleep(0.2)
+                    self.error = self.store.get(ERROR).decode() if self.store.check([ERROR]) else ""
                     self.store.set(f"spml_fast/seen/{self.rank}", "1")
+                    self.noticed.set()
                     break
                 self.read()
             except (RuntimeError, ValueError) as error:
@@ -192,17 +200,32 @@ class Peers:
             return f"the ranks lost each other, all of them alive ({self.own.where()}): {text}"
         return sentence(lost, None) if self._is_first_but(lost) else None
 
-    def announce(self) -> None:
-        """Tell the others that this rank leaves with an error, which it reports itself."""
+    def announce(self, text: str = "") -> bool:
+        """Tell the others that this rank leaves with an error, which it reports itself.
+
+        Args:
+            text: the error, if it is a user's.
+
+        Returns:
+            Whether rank 0 has met the same error and reports it; one sentence is enough.
+        """
+        if self.rank:
+            with contextlib.suppress(RuntimeError, ValueError):
+                if not self.failed:
+                    self.store.set(FAILED, str(self.rank))
+            self.noticed.wait(NOTICE)
+            self.stop()
+            return bool(text) and self.error == text
         self.stop()
         with contextlib.suppress(RuntimeError, ValueError):
-            self.store.set(FAILED, str(self.rank))
-            self.store.set(f"spml_fast/seen/{self.rank}", "1")
-            others = [f"spml_fast/seen/{r}" for r in range(self.world)]
+            self.store.set(ERROR, text)
+            self.store.set(FAILED, "0")
+            others = [f"spml_fast/seen/{rank}" for rank in range(1, self.world)]
             end = time.monotonic() + NOTICE
-            # Rank 0 may hold the store, which has to be there for the others to read.
-            while self.rank == 0 and not self.store.check(others) and time.monotonic() < end:
+            # This process may hold the store, which has to be there for the others to read.
+            while not self.store.check(others) and time.monotonic() < end:
                 time.sleep(0.05)
+        return False
 
     def stop(self) -> None:
         """End the watch, before the ranks leave."""
@@ -278,7 +301,8 @@ def reporting() -> Iterator[None]:
             raise
         broken = isinstance(error, dist.DistError) or any(word in str(error) for word in BROKEN)
         if isinstance(error, UserError) or not broken:
-            _peers.announce()
+            if _peers.announce(str(error) if isinstance(error, UserError) else ""):
+                raise SystemExit(1) from None
             raise
         why = _peers.explain(error)
         _peers.stop()
@@ -286,6 +310,7 @@ def reporting() -> Iterator[None]:
             raise SystemExit(1) from None
         raise UserError(why) from error
     except SystemExit:
-        if _peers is not None:
+        if _peers is not None and not _peers.failed:
             _peers.announce()
+        stop()
         raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from spml_fast.core import distributed
+from spml_fast.core import distributed, lock
 from spml_fast.core.config import Config, ModelConfig
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, POSITIVE, LabelStore, SparseLabels
@@ -75,6 +75,8 @@ def load_data(config: Config) -> RunData:
         open_data(config)
     distributed.barrier()
     manifest = open_data(config)
+    if distributed.is_main():
+        manifest.register_reader()
     method = get_method(config.method.name)
     train = manifest.split(config.data.train_split)
     val = _optional_split(manifest, config.data.val_split, "val")
@@ -104,7 +106,7 @@ def make_run_dir(config: Config, data_name: str) -> Path:
         data_name: the data set's name, for such a folder.
 
     Raises:
-        UserError: it cannot be written, or holds something else than a run.
+        UserError: it cannot be written, holds something else than a run, or another process trains in it.
     """
     folder = config.run.dir
     if folder is None:
@@ -134,6 +136,7 @@ def _prepare_run_dir(path: Path) -> None:
         probe = path / ".writable"
         probe.touch()
         probe.unlink()
+        lock.acquire(layout.lock, f"run directory {path}")
     except OSError as error:
         raise UserError(f"run directory {path} cannot be written: {error.strerror}") from error
 

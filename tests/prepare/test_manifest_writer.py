@@ -7,7 +7,7 @@ import multiprocessing
 import pytest
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.manifest import Manifest
+from spml_fast.data.manifest import LOCK, Manifest
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from tests.support.data import ODD_PATHS, small_labels, write_manifest
 
@@ -71,6 +71,60 @@ def test_two_commands_never_write_one_manifest(tmp_path):
     # It is gone, and left its work unfinished.
     assert len(write_manifest(tmp_path / "m", tmp_path / "p").split("train")) == 5
     assert not list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob(".lock"))
+
+
+def test_a_manifest_that_is_read_is_not_replaced(tmp_path):
+    """By a process that reads it when the command starts, or since the command started."""
+    manifest = write_manifest(tmp_path / "m", tmp_path / "p")
+    ours, theirs = multiprocessing.Pipe()
+
+    def other() -> None:
+        for _ in range(2):
+            theirs.recv()
+            try:
+                manifest.register_reader()
+                theirs.send("")
+            except UserError as error:
+                theirs.send(str(error))
+
+    process = multiprocessing.get_context("fork").Process(target=other)
+    process.start()
+    writer = ManifestWriter(tmp_path / "m", "mine", ["x", "y", "z"], tmp_path / "p", overwrite=True)
+    writer.add_split("train", known=small_labels(), width=[1] * 5, height=[1] * 5, paths=ODD_PATHS)
+    ours.send(0)
+    assert ours.poll(60)
+    assert "is being prepared anew by another command" in ours.recv()
+    (writer.staging / LOCK).rename(writer.staging / "elsewhere")
+    ours.send(0)
+    assert ours.poll(60)
+    assert ours.recv() == ""
+    (writer.staging / "elsewhere").rename(writer.staging / LOCK)
+    process.kill()
+    readers = tmp_path / "m" / ".readers"
+    (left,) = readers.iterdir()
+    process.join()
+    # It was killed: its file says nothing.
+    assert writer.finish({}).classes == ["x", "y", "z"] and not left.exists()
+
+
+def test_a_reader_that_lives_is_named(tmp_path):
+    manifest = write_manifest(tmp_path / "m", tmp_path / "p")
+    ours, theirs = multiprocessing.Pipe()
+
+    def other() -> None:
+        manifest.register_reader()
+        theirs.send("registered")
+        theirs.recv()
+
+    process = multiprocessing.get_context("fork").Process(target=other)
+    process.start()
+    assert ours.recv() == "registered"
+    with pytest.raises(UserError, match=f"m is being read by process {process.pid} on "):
+        write_manifest(tmp_path / "m", tmp_path / "p", overwrite=True)
+    assert Manifest(tmp_path / "m").classes == manifest.classes
+    process.kill()
+    process.join()
+    write_manifest(tmp_path / "m", tmp_path / "p", overwrite=True)
 
 
 @pytest.mark.parametrize("classes", [["a", "a"], ["a", ""], ["a", "b\nc"], ["a", "b\rc"]])
