@@ -334,31 +334,25 @@ class Engine:
         return dict(self._files.records)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restore module, optimizer and the position in the schedule (collective); returns the client state.
+        """Restore module and optimizer (collective); returns the client state. `place_schedule` comes next.
 
-        The schedule itself stays as configured now, so a run may be resumed with more epochs. Files are read as tensors
-        and plain values; nothing in them is run.
+        The schedule stays as configured now, so a run may be resumed with more epochs or another schedule. Files are
+        read as tensors and plain values; nothing in them is run.
 
         Raises:
             UserError: nothing usable is there.
         """
         with _quiet():
             try:
-                path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+                path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
             except (RuntimeError, KeyError, ValueError, TypeError, OSError, AssertionError) as error:
                 raise UserError(f"checkpoint {folder / tag} cannot be loaded: {first_line(error)}") from error
         if path is None:
             raise UserError(f"checkpoint {folder / tag} cannot be loaded: files are missing")
-        restore_schedule_options(*self._schedule)
         return dict(state)
 
-    @property
-    def updates_done(self) -> int:
-        """Updates of the schedule that are done."""
-        return int(self._schedule[1].last_epoch)
-
     def place_schedule(self, updates: int) -> None:
-        """Count so many updates of the schedule as done, and take its learning rate there."""
+        """After `load`: count so many updates of the schedule as done, and take its learning rate there."""
         restore_schedule_options(*self._schedule, updates)
 
     @contextlib.contextmanager

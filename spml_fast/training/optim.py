@@ -95,41 +95,35 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, updates:
 GROUP_OPTIONS = ("weight_decay", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 # one_cycle moves these; under other schedules they are options like any other.
 CYCLED_OPTIONS = ("betas", "momentum")
-SCHEDULE_OPTIONS = ("total_steps", "_schedule_phases", "base_lrs")
 
 
 def schedule_options(optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler) -> list[dict[str, object]]:
-    """What the configuration says of the schedule, to be put back after a checkpoint was loaded over it.
+    """What the configuration says of each parameter group, to be put back after a checkpoint was loaded over it.
 
     A checkpoint holds the options of the run that saved it; a run that is resumed with more epochs or another learning
     rate must follow the new ones from where it stands.
     """
-    state = scheduler.state_dict()
     names = GROUP_OPTIONS if isinstance(scheduler, lr_scheduler.OneCycleLR) else GROUP_OPTIONS + CYCLED_OPTIONS
-    groups = [{k: g[k] for k in names if k in g} for g in optimizer.param_groups]
-    return [{k: state[k] for k in SCHEDULE_OPTIONS if k in state}, *groups]
+    return [{k: g[k] for k in names if k in g} for g in optimizer.param_groups]
 
 
 def restore_schedule_options(
     optimizer: torch.optim.Optimizer,
     scheduler: lr_scheduler.LRScheduler,
     options: list[dict[str, object]],
-    updates: int | None = None,
+    updates: int,
 ) -> None:
     """Put `schedule_options` back, and the learning rate where the schedule has it now.
 
     Args:
         optimizer: what the checkpoint was loaded into.
-        scheduler: of that optimizer.
+        scheduler: of that optimizer, as it was configured.
         options: from before.
-        updates: updates of the schedule that are done; None takes the checkpoint's number, which counts updates of the
-            batch size that it was saved with.
+        updates: updates of the schedule that are done.
     """
-    scheduler.load_state_dict({**scheduler.state_dict(), **options[0]})
-    for group, values in zip(optimizer.param_groups, options[1:], strict=True):
+    for group, values in zip(optimizer.param_groups, options, strict=True):
         group.update(values)
-    if updates is not None:
-        scheduler.last_epoch = updates
+    scheduler.last_epoch = updates
     with warnings.catch_warnings():
         # torch wants it to be called within `step`, which would also move on.
         warnings.simplefilter("ignore", UserWarning)

@@ -150,9 +150,7 @@ class RunCheckpoints:
 
     def _not_written(self, path: Path, number: int, reason: str, size: int) -> str:
         kept = f"checkpoint {self.saved.position.tag} is kept" if self.saved else "there is none before it"
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            megabytes = f", {max(1, -(-size // 10**6)):,} MB needed" if size else ""
-            reason = f"no space left on {_device(path.parent)}{megabytes}"
+        reason = _reason(path, number, reason, size)
         return f"checkpoint {path} cannot be written: {reason}; {kept}, and the same command resumes the run"
 
     def _commit(self, mark: Checkpoint) -> Checkpoint:
@@ -226,7 +224,8 @@ class RunCheckpoints:
             own["val_map"] = f"{latest:.6f}"
             metadata = self._rewrite(checkpoint.folder, checkpoint.position.tag, own, backbone)
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+            size = error.size if isinstance(error, FileNotWritten) else 0
+            raise UserError(f"{path} cannot be written: {_reason(path, error.errno, error.strerror, size)}") from error
         if metadata is None:
             raise UserError(
                 f"{told}no checkpoint has them any more: repeat the run in another --run.dir, or restore the file"
@@ -296,12 +295,15 @@ def _recorded(path: Path, best: BestWeights) -> BestWeights:
     return BestWeights(best.tag, file_record(path), best.metadata or read_metadata(path))
 
 
-def _device(path: Path) -> str:
-    """Where the file system that holds a path is mounted."""
-    path = path.resolve()
-    while not os.path.ismount(path):
-        path = path.parent
-    return str(path)
+def _reason(path: Path, number: int | None, reason: str | None, size: int) -> str:
+    """Why a file was not written; of a full disk, which one it is and the bytes that it must hold."""
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        return reason or "unknown error"
+    mount = path.absolute().parent
+    while not os.path.ismount(mount):
+        mount = mount.parent
+    megabytes = f", {max(1, -(-size // 10**6)):,} MB needed" if size else ""
+    return f"no space left on {mount}{megabytes}"
 
 
 def checkpoint_state(listed: Listed) -> tuple[str, Checkpoint | None]:

@@ -40,6 +40,7 @@ def run_state(trainer: Trainer, epoch: int, update: int) -> dict[str, Any]:
         "best": trainer.score.state(),
         "trained": (trainer.trained_samples, trainer.trained_seconds, trainer.waited_seconds),
         "optimizer": train.optimizer,
+        "updates_per_epoch": trainer.loader.updates_per_epoch,
     }
     if update and trainer.running is not None:
         meter, sums = trainer.running
@@ -75,13 +76,13 @@ def restore_state(trainer: Trainer, phase: Phase, resume: Resume) -> tuple[int, 
     trainer.trained_samples, trainer.trained_seconds, trainer.waited_seconds = state["trained"]
     start_update = _restore_epoch(trainer, checkpoint, state.get("epoch")) if position.update else 0
     updates = position.epoch * trainer.loader.updates_per_epoch + start_update
-    if updates != trainer.engine.updates_done:
-        if trainer.method.counts_updates:
-            raise UserError(
-                f"train.batch_size cannot change within a run of method {trainer.config.method.name}, whose state is "
-                "numbered by updates; resume with the batch size that it began with"
-            )
-        trainer.engine.place_schedule(updates)
+    counted = trainer.loader.updates_per_epoch
+    if trainer.method.counts_updates and state.get("updates_per_epoch", counted) != counted:
+        raise UserError(
+            f"train.batch_size cannot change within a run of method {trainer.config.method.name}, whose state is "
+            "numbered by updates; resume with the batch size that it began with"
+        )
+    trainer.engine.place_schedule(updates)
     trainer.log.say(console.resume_line(phase, position, start_update, checkpoint.folder))
     if not checkpoint.files:
         trainer.log.say("this checkpoint is of a version before 0.2.0 and has no checksums")

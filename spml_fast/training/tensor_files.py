@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, cast
@@ -32,14 +33,19 @@ def read_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> A
         UserError: the file is damaged, or holds something else.
         OSError: it cannot be read.
     """
+    # A missing file or a lacking permission is told apart from damage, which torch reports as OSError too.
+    path.open("rb").close()
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            # torch remarks on files that it did not write.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except UnpicklingError as error:
         raise UserError(
             f"{path} holds something else than tensors and plain values ({first_line(error)}), or is damaged; "
             "it was not loaded, since such a file can run code"
         ) from error
-    except (EOFError, RuntimeError, ValueError, KeyError) as error:
+    except (EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({first_line(error) or 'it ends too early'})") from error
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +94,35 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         io.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_recorded_file_has_its_checksum_and_has_reached_the_disk(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_size), real(descriptor)))
+    file = io.RecordedFile(tmp_path / "a")
+    assert [file.write(part) for part in (b"123", bytearray(b"456"), memoryview(b"789"))] == [3, 3, 3]
+    record = file.record()
+    # The check value of CRC-32.
+    assert record == io.FileRecord(9, "cbf43926") == io.file_record(tmp_path / "a") and synced == [9]
+    assert (tmp_path / "a").read_bytes() == b"123456789"
+    assert io.copy_file(tmp_path / "a", tmp_path / "b") == record == io.file_record(tmp_path / "b")
+
+
+def test_a_recorded_file_raises_at_its_end_alone(tmp_path):
+    """The writer in C++ that calls `write` aborts the process when that raises."""
+    for path, number in ((Path("/dev/full"), errno.ENOSPC), (tmp_path / "none" / "a", errno.ENOENT)):
+        file = io.RecordedFile(path)
+        assert file.write(bytes(10**6)) == 10**6 and file.write(b"1") == 1
+        with pytest.raises(io.FileNotWritten) as error:
+            file.record()
+        assert error.value.errno == number and error.value.size == 10**6 + 1 and str(path) in str(error.value)
+
+
+def test_durable_text_syncs_the_folder_after_the_name_is_given(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (done.append(name), real(*a))[1])
+    io.write_json(tmp_path / "a.json", {"x": 1}, durable=True)
+    assert done == ["fsync", "replace", "fsync"]

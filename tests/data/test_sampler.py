@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spml_fast.core.errors import UserError
+from spml_fast.data.repeat_factor import RepeatFactorSampler
 from spml_fast.data.sampler import EvalSampler, TrainSampler, Windows
 
 # Samples of a window and of a block; None is the global shuffle.
@@ -126,6 +127,62 @@ def test_start_update_gives_the_rest(windows):
     whole = [[m.index.tolist() for m in update] for update in ours.epoch(2)]
     assert [[m.index.tolist() for m in update] for update in ours.epoch(2, 4)] == whole[4:]
     assert list(ours.epoch(2, len(whole))) == []
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    size=st.integers(1, 200),
+    first=st.tuples(st.integers(1, 40), st.integers(1, 2), st.integers(1, 2)),
+    second=st.tuples(st.integers(1, 40), st.integers(1, 2), st.integers(1, 3)),
+    done=st.floats(0, 1),
+    windows=WINDOWS,
+)
+def test_another_batch_size_goes_on_with_the_same_samples(size, first, second, done, windows):
+    """None twice and none left out but for an end that is too small for the ranks, even if it changes twice."""
+    if min(size, first[0]) < first[1] * first[2] or min(size, second[0]) < second[1] * second[2]:
+        return
+    before = TrainSampler(size, *first, 0, 3, windows)
+    update = round(done * before.updates_per_epoch)
+    samples = before.samples_before(1, update)
+    ranks = [TrainSampler(size, *second, r, 3, windows) for r in range(second[2])]
+    starts = {r.resume(1, samples, before.cut(1).order_batch_size) for r in ranks}
+    (start,) = starts
+    assert 0 <= start <= ranks[0].updates_per_epoch
+    order = before.permutation(1)
+    batches = list(zip(*(r.epoch(1, start) for r in ranks), strict=True))
+    seen = [i for by_rank in batches for step in range(second[1]) for micro in by_rank for i in micro[step].index]
+    np.testing.assert_array_equal(seen, order[samples : samples + len(seen)])
+    assert size - samples - len(seen) < second[1] * second[2]
+    # What is saved in its middle leads back to the same place and order.
+    if batches:
+        middle = ranks[0].samples_before(1, start + 1)
+        assert middle == samples + batches[0][0][0].update_size
+        again = TrainSampler(size, *first, 0, 3, windows)
+        rest = again.resume(1, middle, ranks[0].cut(1).order_batch_size)
+        got = [i for u in again.epoch(1, rest) for m in u for i in m.index] if first[2] == 1 else []
+        np.testing.assert_array_equal(got, order[middle : middle + len(got)])
+    # The next epoch is one like any other.
+    assert ranks[0].cut(2) == TrainSampler(size, *second, 0, 3, windows).cut(2)
+
+
+@pytest.mark.parametrize("windows", [None, Windows(103, 5), Windows(30, 4)])
+@pytest.mark.parametrize("update", [0, 4, 10, 11])
+def test_the_same_batch_size_resumes_at_the_same_update(windows, update):
+    ours = TrainSampler(103, 10, 1, 1, 0, 1, windows)
+    whole = [m.index.tolist() for (m,) in ours.epoch(2)]
+    assert len(whole) == 11
+    resumed = TrainSampler(103, 10, 1, 1, 0, 1, windows)
+    assert resumed.resume(2, ours.samples_before(2, update), 10) == update
+    assert [m.index.tolist() for (m,) in resumed.epoch(2, update)] == whole[update:]
+
+
+def test_repeated_images_go_on_too():
+    factors = np.linspace(1, 3, 50)
+    for windows in (None, Windows(20, 4)):
+        before, after = (RepeatFactorSampler(factors, 50, size, windows=windows) for size in (7, 11))
+        start = after.resume(1, before.samples_before(1, 3), 7)
+        rest = np.concatenate([m.index for (m,) in after.epoch(1, start)])
+        np.testing.assert_array_equal(rest, before.permutation(1)[21:])
 
 
 def test_too_small_names_the_sizes():

@@ -53,3 +53,23 @@ def test_what_is_a_run_and_what_has_begun(tmp_path):
     layout.checkpoints.newest.unlink()
     layout.results.touch()
     assert layout.begun
+
+
+def test_what_no_run_wrote(tmp_path):
+    layout = RunLayout(tmp_path / "run")
+    assert layout.foreign == []
+    layout.folder.mkdir()
+    # What starts that failed, launchers and file systems leave.
+    layout.checkpoints.folder.mkdir()
+    (layout.folder / "tensorboard").mkdir()
+    for name in ("options.json", "metrics.jsonl", "config.yaml.partial", ".nfs0001", "slurm-17.out", "train.log"):
+        (layout.folder / name).touch()
+    assert layout.foreign == []
+    (layout.folder / "photo.jpg").touch()
+    assert layout.foreign == ["photo.jpg"]
+    # A run may hold what its owner put there.
+    layout.config.touch()
+    assert layout.foreign == []
+    # A Manifest has a list of classes, and no settings of a run.
+    (layout.folder / "manifest.json").touch()
+    assert layout.foreign == ["manifest.json", "photo.jpg"]

@@ -151,3 +151,34 @@ def test_schedules_of_short_runs(name, updates, share):
         assert rates[0] == pytest.approx(1, abs=1e-4) and (rates.diff() < 0).all()
     if share == 1:
         assert rates.argmax() == updates - 1
+
+
+def stepped(train, total, updates):
+    """An optimizer and its schedule after so many updates."""
+    optimizer = optim.make_optimizer(a_group(1e-3), train, fused=False)
+    schedule = optim.make_schedule(optimizer, train, total)
+    for _ in range(updates):
+        optimizer.step()
+        schedule.step()
+    return optimizer, schedule
+
+
+@pytest.mark.parametrize("old", ["constant", "cosine", "one_cycle"])
+@pytest.mark.parametrize("new", ["constant", "cosine", "one_cycle"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_resumed_run_is_where_its_own_schedule_is(name, old, new):
+    """To the bit, whatever schedule, length and batch size the checkpoint had."""
+    before, after = (TrainConfig(optimizer=name, schedule=s, weight_decay=w) for s, w in ((old, 0.5), (new, 0.1)))
+    saved = stepped(before, 40, 30)[0].state_dict()
+    optimizer, schedule = stepped(after, 20, 0)
+    options = optim.schedule_options(optimizer, schedule)
+    optimizer.load_state_dict(saved)
+    optim.restore_schedule_options(optimizer, schedule, options, 15)
+    expected = stepped(after, 20, 15)
+    for number in range(5):
+        for key in ("lr", "betas", "momentum", "weight_decay"):
+            group, other = optimizer.param_groups[0], expected[0].param_groups[0]
+            assert group.get(key) == other.get(key), (key, number)
+        assert schedule.get_last_lr() == expected[1].get_last_lr()
+        for part in (optimizer, schedule, *expected):
+            part.step()

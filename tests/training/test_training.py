@@ -125,6 +125,7 @@ class TestQuickStart:
         before = len(read_metrics(run, "epoch"))
         out = succeed(run_script("train.py", "--config", run / "config.yaml"))
         assert "resuming after epoch 2, the last (from" in out and "test mAP" in out
+        assert "nothing left to train" in out
         assert len(read_metrics(run, "epoch")) == before
 
     def test_never_resume_refuses_the_directory(self, finished: tuple[Path, str], run_script: Run) -> None:
@@ -254,6 +255,10 @@ class TestRanks:
         np.testing.assert_allclose(losses(plain), losses(staged), rtol=1e-4)
         first, second = weights(plain), weights(staged)
         assert all(first[k].shape == second[k].shape for k in first)
+        # The mark has a checksum of every file of every rank.
+        (mark,) = (staged / "checkpoints").glob("*/mark.json")
+        files = {path.name for path in mark.parent.iterdir()} - {"mark.json"}
+        assert json.loads(mark.read_text())["files"].keys() == files and len(files) >= 3
         # Resuming needs DeepSpeed's own files of that stage.
         more |= {"train__epochs": 2}
         assert "resuming at epoch 2 " in succeed(
