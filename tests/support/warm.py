@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.support.paths import ROOT
 from tests.support.runs import command, environment, rank_variables
@@ -49,6 +49,20 @@ LIBRARIES = [
 GRACE = 5.0
 
 
+class Kill(NamedTuple):
+    """A signal on a run's way.
+
+    Attributes:
+        seconds: after the run's start.
+        number: of the signal.
+        rank: who gets it; all where there is none of that number.
+    """
+
+    seconds: float
+    number: int
+    rank: int = -1
+
+
 class WarmProcess:
     """The process that forks; started by the first run."""
 
@@ -66,7 +80,12 @@ class WarmProcess:
         return self.process
 
     def run(
-        self, words: Sequence[str], ranks: Sequence[dict[str, str]], timeout: float, environment: dict[str, str]
+        self,
+        words: Sequence[str],
+        ranks: Sequence[dict[str, str]],
+        timeout: float,
+        environment: dict[str, str],
+        kill: Kill | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a script to its end, once for each rank at the same time.
 
@@ -75,6 +94,7 @@ class WarmProcess:
             ranks: what each rank's environment has beside `environment`.
             timeout: seconds after which the ranks are killed.
             environment: of the ranks, and of the process that forks when this call starts it.
+            kill: a signal on the way.
 
         Returns:
             What the ranks wrote, mixed, and the first status that is not 0.
@@ -85,7 +105,7 @@ class WarmProcess:
         process = self.start(environment)
         assert process.stdin is not None and process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
-            request = {"words": list(words), "timeout": timeout, "folder": folder}
+            request = {"words": list(words), "timeout": timeout, "folder": folder, "kill": kill}
             request["ranks"] = [{**environment, **rank} for rank in ranks]
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
@@ -140,11 +160,17 @@ def _fork(request: dict[str, Any], rank: dict[str, str]) -> int:
     return 0
 
 
-def _wait(pids: list[int], timeout: float) -> list[int | None]:
+def _wait(pids: list[int], timeout: float, kill: Kill | None) -> list[int | None]:
     """Exit statuses of forks; None for one that was killed because it ran too long."""
     statuses: dict[int, int | None] = {}
-    end = time.monotonic() + timeout
+    start = time.monotonic()
+    end = start + timeout
     while len(statuses) < len(pids):
+        if kill is not None and time.monotonic() > start + kill.seconds:
+            chosen = [pids[kill.rank]] if 0 <= kill.rank < len(pids) else pids
+            for pid in [p for p in chosen if p not in statuses]:
+                os.killpg(pid, kill.number)
+            kill = None
         for pid in [p for p in pids if p not in statuses]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -178,7 +204,8 @@ def main() -> None:
                 runpy.run_path(sys.argv[0], run_name="__main__")
                 return
             pids.append(pid)
-        replies.write(json.dumps(_wait(pids, request["timeout"])) + "\n")
+        kill = None if request["kill"] is None else Kill(*request["kill"])
+        replies.write(json.dumps(_wait(pids, request["timeout"], kill)) + "\n")
         replies.flush()
 
 
