@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import hashlib
 import io
+import itertools
 import json
 import platform
 import random
@@ -32,8 +33,8 @@ from tests.fuzz.targets import Target, make_targets
 
 HERE = Path(__file__).parent
 CORPUS, RECORD = HERE / "corpus", HERE / "record.json"
-# The whole record: a million cases, twenty thousand and more for each parser.
-CASES = 70_000
+# Of a whole run, more than a million over all targets.
+CASES = 60_000
 SECONDS = 10
 LIBRARIES = ("numpy", "pillow", "pyarrow", "pyyaml", "torch")
 
@@ -107,22 +108,36 @@ def run_target(target: Target, cases: int, seed: int, folder: Path, keep: bool =
 
 
 def add_record(name: str, cases: int, seed: int, seconds: float, findings: int) -> None:
-    """Add a run to record.json."""
-    record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {"targets": {}}
-    runs = record["targets"].setdefault(name, {"cases": 0, "runs": []})
-    runs["runs"].append(
-        {
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-            "seed": seed,
-            "cases": cases,
-            "seconds": round(seconds, 1),
-            "findings": findings,
-            "python": platform.python_version(),
-            **{library: version(library) for library in LIBRARIES},
-        }
-    )
-    runs["cases"] = sum(run["cases"] for run in runs["runs"])
-    record["cases"] = sum(target["cases"] for target in record["targets"].values())
+    """Add a run of a target to record.json, to the entry of the same day and versions where there is one.
+
+    Args:
+        name: of the target.
+        cases: that were run.
+        seed: of the mutations.
+        seconds: that they took.
+        findings: different ones.
+    """
+    record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {"cases": 0, "targets": {}}
+    target = record["targets"].setdefault(name, {"cases": 0, "runs": []})
+    day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    made_with = {
+        "date": day,
+        "python": platform.python_version(),
+        **{library: version(library) for library in LIBRARIES},
+    }
+    run = next((r for r in target["runs"] if made_with.items() <= r.items()), None)
+    if run is None:
+        run = {**made_with, "seeds": [], "cases": 0, "seconds": 0.0, "findings": 0}
+        target["runs"].append(run)
+    if seed in run["seeds"]:
+        # The same inputs once more are no more cases.
+        run["cases"], run["seconds"] = max(run["cases"], cases), round(max(run["seconds"], seconds), 1)
+    else:
+        run["seeds"].append(seed)
+        run["cases"], run["seconds"] = run["cases"] + cases, round(run["seconds"] + seconds, 1)
+    run["findings"] += findings
+    target["cases"] = sum(r["cases"] for r in target["runs"])
+    record["cases"] = sum(entry["cases"] for entry in record["targets"].values())
     record["targets"] = dict(sorted(record["targets"].items()))
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -133,6 +148,7 @@ def main() -> int:
     parser.add_argument("--target", action="append", help="only this target; may be given several times")
     parser.add_argument("--cases", type=int, default=CASES, help="inputs of each target (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="seeds, from --seed on, one after the other")
     parser.add_argument("--record", action="store_true", help="add what was run to record.json")
     args = parser.parse_args()
     found = 0
@@ -141,16 +157,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz", dir=shared if shared.is_dir() else None) as made:
         folder = Path(made)
         targets = make_targets(folder)
-        for name in args.target or targets:
+        names = args.target or list(targets)
+        for name in names:
             if name not in targets:
                 parser.error(f"there is no target {name!r}; choose among {', '.join(targets)}")
+        for seed, name in itertools.product(range(args.seed, args.seed + args.rounds), names):
             started = time.perf_counter()
-            findings = run_target(targets[name], args.cases, args.seed, folder)
+            findings = run_target(targets[name], args.cases, seed, folder)
             seconds = time.perf_counter() - started
-            print(f"{name}: {args.cases:,} cases, {len(findings)} findings, {seconds:.1f} s", flush=True)
+            print(f"{name}: {args.cases:,} cases of seed {seed}, {len(findings)} findings, {seconds:.1f} s", flush=True)
             found += len(findings)
             if args.record:
-                add_record(name, args.cases, args.seed, seconds, len(findings))
+                add_record(name, args.cases, seed, seconds, len(findings))
     return 1 if found else 0
 
 

@@ -122,9 +122,10 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[TableRow]]:
     try:
         require_regular(path)
         file = pa.parquet.ParquetFile(path)
+        names = list(file.schema_arrow.names)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path} is not a Parquet file ({error})") from error
 
     def rows() -> Iterator[TableRow]:
@@ -134,7 +135,7 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[TableRow]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, {name: _value(v, f"{path}, row {number}: {name!r}") for name, v in row.items()}
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}, after row {number}: cannot be read ({error})") from error
 
-    return list(file.schema_arrow.names), rows()
+    return names, rows()
