@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import tarfile
@@ -353,7 +354,7 @@ _RECIPE = (
 
 def make_targets(folder: Path) -> dict[str, Target]:
     """Every target by name; `folder` is used for what the seeds are made of."""
-    table = [ShardFile("train-00000.tar", 30, 2, "0" * 64)]
+    table = [ShardFile("train-00000.tar", 30, 2, hashlib.sha256(b"x" * 30).hexdigest())]
     shard = _pack(
         {
             SHARD_FILES[0]: json.dumps([vars(file) for file in table]).encode(),
@@ -396,7 +397,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
             (b'"path"', b'"positives"', b'"split"', b'["a"]'),
         ),
         Target("parquet_table", [_parquet_seed()], _parquet_table, (b"PAR1", b"path", b"positives")),
-        Target("id_list", [b"a.jpg 0 2\nb.jpg 4\n"], _id_list),
+        Target("id_list", [b"a.jpg,0 2\nb/c d.jpg,4\n"], _id_list),
         Target(
             "class_lists",
             [b"cat\ndog\n", b"/m/01\n/m/02\n", b'LabelName,DisplayName\n/m/01,Cat\n/m/02,"A, b"\n', b"1 cat\n2 dog\n"],
