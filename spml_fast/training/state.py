@@ -76,12 +76,7 @@ def restore_state(trainer: Trainer, phase: Phase, resume: Resume) -> tuple[int, 
     trainer.trained_samples, trainer.trained_seconds, trainer.waited_seconds = state["trained"]
     start_update = _restore_epoch(trainer, checkpoint, state.get("epoch")) if position.update else 0
     updates = position.epoch * trainer.loader.updates_per_epoch + start_update
-    counted = trainer.loader.updates_per_epoch
-    if trainer.method.counts_updates and state.get("updates_per_epoch", counted) != counted:
-        raise UserError(
-            f"train.batch_size cannot change within a run of method {trainer.config.method.name}, whose state is "
-            "numbered by updates; resume with the batch size that it began with"
-        )
+    _check_counting(trainer, checkpoint, state)
     trainer.engine.place_schedule(updates)
     trainer.log.say(console.resume_line(phase, position, start_update, checkpoint.folder))
     if not checkpoint.files:
@@ -120,6 +115,20 @@ def _check_optimizer(trainer: Trainer, checkpoint: Checkpoint, state: dict[str, 
         raise UserError(
             f"train.optimizer cannot change from {before} to {now}: the checkpoint holds the state of {before}; resume "
             f"with {before}, or start a new run in another --run.dir"
+        )
+
+
+def _check_counting(trainer: Trainer, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+    """A method whose state is numbered by updates needs the batch size that it began with."""
+    loader, batch_size = trainer.loader, trainer.config.train.batch_size
+    if "updates_per_epoch" in state:
+        same = state["updates_per_epoch"] == loader.updates_per_epoch
+    else:
+        same = _old_option(checkpoint, "train.batch_size") in (None, batch_size)
+    if trainer.method.counts_updates and not same:
+        raise UserError(
+            f"train.batch_size cannot change within a run of method {trainer.config.method.name}, whose state is "
+            "numbered by updates; resume with the batch size that it began with"
         )
 
 

@@ -44,8 +44,14 @@ def test_run_evaluates(old_run: Path, run_script: Run, tmp_path: Path):
 
 def test_run_goes_on(old_run: Path, run_script: Run):
     """One rank takes over what two saved, ROLE's estimates of each rank's images among it."""
+    words = ("--config", old_run / "config.yaml", "--run.dir", old_run)
+    done = run_script("train.py", *words, "--train.batch_size", 8)
+    assert done.returncode == 1 and "train.batch_size cannot change within a run of method role" in done.stderr
+    done = run_script("train.py", *words, "--run.seed", 5)
+    assert done.returncode == 1 and "is another run (run.seed 0 -> 5)" in done.stderr
     done = run_script("train.py", "--config", old_run / "config.yaml", "--run.dir", old_run)
     assert done.returncode == 0, done.stderr
+    assert "has no checksums" in done.stdout
     epochs = read_metrics(old_run, "epoch")
     assert [e["epoch"] for e in epochs] == [1, 2, 3, 4]
     assert {str(e["epoch"]): e["loss"] for e in epochs} == pytest.approx(EXPECTED["losses"], rel=1e-4)
