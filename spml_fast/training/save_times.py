@@ -9,6 +9,7 @@ from types import TracebackType
 from spml_fast.core import distributed
 from spml_fast.core.config import RunConfig
 from spml_fast.training.agreement import Agreement
+from spml_fast.training.saving import RunCheckpoints
 from spml_fast.training.signals import Interrupted, StopSignals, signal_name
 
 
@@ -20,16 +21,23 @@ class SaveTimes:
     Args:
         run: the run's options.
         run_dir: the run directory, for the last line.
+        checkpoints: the run's, one of which may still be being written.
         program: as in `StopSignals`.
+
+    Attributes:
+        stopping: number of the signal that all ranks end for at this update; 0 while there is none.
     """
 
-    def __init__(self, run: RunConfig, run_dir: Path, program: bool) -> None:
+    def __init__(self, run: RunConfig, run_dir: Path, checkpoints: RunCheckpoints, program: bool) -> None:
+        self._checkpoints = checkpoints
         self._updates, self._seconds = run.save_updates, run.save_minutes * 60
         self._run_dir, self._signals = run_dir, StopSignals(run.stop_seconds, program)
-        self._stop = 0
+        self.stopping = 0
 
     def __enter__(self) -> SaveTimes:
-        self._agreement = Agreement(2)
+        self._agreement = Agreement(3)
+        # What is being written, in words, and for how many updates.
+        self._writing, self._updates_written = "", 0
         self._saved = time.monotonic()
         self._signals.__enter__()
         return self
@@ -43,9 +51,10 @@ class SaveTimes:
             self._agreement.close()
 
     def _wishes(self) -> list[int]:
-        """This rank's: number of the signal to end for, and whether it is time to save, by rank 0's clock."""
+        """This rank's: number of the signal to end for, whether it is time to save by rank 0's clock, and whether it is
+        still writing."""
         due = distributed.is_main() and 0 < self._seconds <= time.monotonic() - self._saved
-        return [self._signals.number, int(due)]
+        return [self._signals.number, int(due), int(self._checkpoints.busy)]
 
     def due(self, update: int, updates_per_epoch: int) -> bool:
         """Whether all ranks save now (collective, after every update).
@@ -54,10 +63,30 @@ class SaveTimes:
             update: updates done in this epoch.
             updates_per_epoch: of this epoch; its end has a save of its own.
         """
-        stop, time_is_up = self._agreement.exchange(self._wishes())
-        self._stop = self._stop or stop
+        stop, time_is_up, busy = self._agreement.exchange(self._wishes())
+        self.stopping = self.stopping or stop
+        if self._checkpoints.writing is not None:
+            self._updates_written += 1
+            # The first outcome is of the update at which writing began.
+            if not busy and self._updates_written > 1:
+                self._checkpoints.finish()
+                self._keep(self._writing)
         regular = self._updates > 0 and update % self._updates == 0
-        return update < updates_per_epoch and bool(self._stop or time_is_up or regular)
+        # Never two at once: by the clock there is time to wait until one is written.
+        time_is_up = time_is_up and self._checkpoints.writing is None
+        return update < updates_per_epoch and bool(self.stopping or time_is_up or regular)
+
+    def begun(self, place: str) -> None:
+        """Note that a checkpoint is being written.
+
+        Args:
+            place: where in training, for the last line once it is whole.
+        """
+        self._saved = time.monotonic()
+        self._writing, self._updates_written = place, 0
+
+    def _keep(self, place: str) -> None:
+        self._signals.kept = f"{place} is saved, and the same command with --run.dir {self._run_dir} resumes there"
 
     def saved(self, place: str, epoch_ends: bool) -> None:
         """Note that a checkpoint is on the disk, and end if that was asked for (collective).
@@ -70,8 +99,8 @@ class SaveTimes:
             Interrupted: a signal came.
         """
         self._saved = time.monotonic()
-        self._signals.kept = f"{place} is saved, and the same command with --run.dir {self._run_dir} resumes there"
+        self._keep(place)
         if epoch_ends:
-            self._stop = self._stop or self._agreement.agree(self._wishes())[0]
-        if self._stop:
-            raise Interrupted(self._stop, f"stopped by {signal_name(self._stop)}: {self._signals.kept}")
+            self.stopping = self.stopping or self._agreement.agree(self._wishes())[0]
+        if self.stopping:
+            raise Interrupted(self.stopping, f"stopped by {signal_name(self.stopping)}: {self._signals.kept}")

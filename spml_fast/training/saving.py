@@ -24,6 +24,8 @@ from spml_fast.core.io import (
 )
 from spml_fast.models.weights import damaged_weights, read_metadata, write_weights
 from spml_fast.runs.layout import CheckpointLayout, RunLayout
+from spml_fast.runs.layout import rank_state as rank_state_path
+from spml_fast.training.async_save import BackgroundSave, host_copy
 from spml_fast.training.checkpoint import (
     BestWeights,
     Checkpoint,
@@ -40,7 +42,7 @@ from spml_fast.training.checkpoint import (
 )
 from spml_fast.training.engine import Engine
 from spml_fast.training.resume import Resume
-from spml_fast.training.tensor_files import read_tensors
+from spml_fast.training.tensor_files import read_tensors, write_tensors
 
 Say = Callable[[str], None]
 
@@ -63,6 +65,52 @@ class RunCheckpoints:
         self.best: BestWeights | None = None
         self.saved: Checkpoint | None = None
         self._damaged: tuple[str, ...] = ()
+        self._writing: tuple[CheckpointPosition, BackgroundSave] | None = None
+
+    @property
+    def writing(self) -> CheckpointPosition | None:
+        """The checkpoint that `begin` began and `finish` has not made whole yet."""
+        return None if self._writing is None else self._writing[0]
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes it."""
+        return self._writing is not None and self._writing[1].busy
+
+    def begin(
+        self, position: CheckpointPosition, engine: Engine, state: dict[str, Any], rank_state: dict[str, Tensor]
+    ) -> None:
+        """Begin to save a checkpoint at ZeRO stage 0 while training goes on (collective); `finish` makes it whole.
+
+        Args:
+            position: as in `save`.
+            engine: as in `save`.
+            state: as in `save`.
+            rank_state: as in `save`.
+
+        Raises:
+            UserError: the one before it could not be written.
+        """
+        self.finish()
+        folder = self.layout.checkpoints.folder
+        position = distributed.from_main(lambda: free_position(folder, position))
+        clear_unfinished(folder, position.tag)
+        files = engine.copy_state(folder, position.tag, state)
+        if rank_state:
+            files.append((rank_state_path(folder / position.tag, distributed.rank()), host_copy(rank_state)))
+        self._writing = position, BackgroundSave(files, write_tensors)
+
+    def finish(self) -> None:
+        """Wait for what `begin` began, and make it whole (collective); nothing where there is none.
+
+        Raises:
+            UserError: it could not be written; the checkpoints before it are kept.
+        """
+        if self._writing is None:
+            return
+        (position, save), self._writing = self._writing, None
+        save.wait()
+        self._complete(position, save.records, None, save.errors, None)
 
     def save(
         self,
@@ -84,6 +132,7 @@ class RunCheckpoints:
         Raises:
             UserError: it cannot be written; the checkpoints before it are kept.
         """
+        self.finish()
         folder = self.layout.checkpoints.folder
         position = distributed.from_main(lambda: free_position(folder, position))
         path = folder / position.tag
@@ -102,13 +151,25 @@ class RunCheckpoints:
                     record = self._write_best(position, *best, records)
                 except OSError as error:
                     errors.append(error)
-        self._raise_together(path, records, record, errors)
+        self._complete(position, records, record, errors, best and best[1])
+
+    def _complete(
+        self,
+        position: CheckpointPosition,
+        records: dict[str, FileRecord],
+        weights: FileRecord | None,
+        errors: list[OSError],
+        metadata: dict[str, str] | None,
+    ) -> None:
+        """Make a checkpoint whole whose files are written; `metadata` is that of new best weights."""
+        folder = self.layout.checkpoints.folder
+        self._raise_together(folder / position.tag, records, weights, errors)
         mark = Checkpoint(
             folder,
             position,
             files={name: one for part in distributed.gather_objects(records) for name, one in part.items()},
             defines=self.defines,
-            best=self.best if best is None else BestWeights(position.tag, record, best[1]),
+            best=self.best if metadata is None else BestWeights(position.tag, weights, metadata),
         )
         self.saved = distributed.from_main(lambda: self._commit(mark))
         self.best, self._damaged = self.saved.best, ()

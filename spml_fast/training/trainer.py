@@ -75,7 +75,6 @@ class Trainer:
         self.data = load_data(config)
         self.run_dir = make_run_dir(config, self.data.manifest.name)
         self.layout = RunLayout(self.run_dir)
-        self.saves = SaveTimes(config.run, self.run_dir, program)
         torch.manual_seed(config.run.seed)
         classes, side = self.data.manifest.num_classes, config.data.image_size
         self.classifier = make_classifier(config.model, classes, side, device)
@@ -92,6 +91,7 @@ class Trainer:
         self.total_updates = sum(p.epochs for p in self.phases) * self.loader.updates_per_epoch
         defines = defining_options(config, self.data.manifest, device)
         self.checkpoints = RunCheckpoints(self.layout, config.run.keep, defines)
+        self.saves = SaveTimes(config.run, self.run_dir, self.checkpoints, program)
         self.score = BestScore()
         self.trained_samples, self.trained_seconds, self.waited_seconds = 0, 0.0, 0.0
         self.last_loss: float | None = None
@@ -379,8 +379,13 @@ class Trainer:
             metadata |= {"backbone": self.config.model.backbone, "version": __version__}
             weights = (self.ema.module if self.ema is not None else self.classifier, metadata)
         state = {"spml_fast": run_state(self, epoch, update)}
-        self.checkpoints.save(position, self.engine, state, self.method.rank_state() | statistics, weights)
-        self.saves.saved(console.place_name(phase, position), epoch_ends=not update)
+        place, rank_state = console.place_name(phase, position), self.method.rank_state() | statistics
+        if update and not self.engine.stage and not self.saves.stopping:
+            self.checkpoints.begin(position, self.engine, state, rank_state)
+            self.saves.begun(place)
+            return
+        self.checkpoints.save(position, self.engine, state, rank_state, weights)
+        self.saves.saved(place, epoch_ends=not update)
 
     def _final(self) -> dict[str, Any]:
         """Test metrics of the best weights at every alpha asked for."""

@@ -28,4 +28,4 @@ def rank_main(rank: int, port: int) -> None:
 
 
 def test_two_ranks_agree_on_the_largest_an_update_later():
-    mp.spawn(rank_main, args=(free_port(),), nprocs=2)
+    mp.start_processes(rank_main, args=(free_port(),), nprocs=2, start_method="fork")

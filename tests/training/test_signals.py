@@ -177,11 +177,12 @@ def start(words: Sequence[str], ranks: int = 1) -> list[subprocess.Popen[str]]:
 def test_a_signal_to_one_rank_saves_on_both_and_resumes_bit_for_bit(
     small_digits: Path, run_script: Run, tmp_path: Path
 ) -> None:
-    """With live BatchNorm, whose statistics differ from rank to rank within an epoch."""
+    """With live BatchNorm, whose statistics differ from rank to rank within an epoch, and saves that change nothing."""
     more = {"train__ema_decay": 0.9, "train__batch_size": 16, "train__epochs": 1, "data__test_split": "null"}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = run_script("train.py", *options(small_digits, whole, **more), ranks=2)
     assert done.returncode == 0, done.stderr
+    more["run__save_updates"] = 2
     processes = start(options(small_digits, cut, **more), 2)
     wait_for(cut, 3, processes)
     processes[1].send_signal(signal.SIGUSR1)
@@ -200,12 +201,13 @@ def test_a_signal_to_one_rank_saves_on_both_and_resumes_bit_for_bit(
 
 @pytest.mark.parametrize("minutes", [0, 1e-9])
 def test_saving_by_time(minutes: float, small_digits: Path, run_script: Run, tmp_path: Path) -> None:
-    """So little time that every update saves, or none."""
+    """So little time that it is always over, or none."""
     run = tmp_path / "run"
     more = {"train__epochs": 1, "train__batch_size": 48, "run__save_minutes": minutes, "run__keep": 9}
     more |= {"data__test_split": "null"}
     done = run_script("train.py", *options(small_digits, run, **more))
     assert done.returncode == 0, done.stderr
-    kept = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
-    within = [f"finetune-e0000-u{update:06d}-w1" for update in (1, 2, 3)] if minutes else []
-    assert kept == [*within, "finetune-e0001-u000000-w1"]
+    kept = [path.name for path in (run / "checkpoints").iterdir() if path.is_dir()]
+    # By the clock an update waits while the one before is being written.
+    assert ("finetune-e0000-u000001-w1" in kept) == bool(minutes) and "finetune-e0001-u000000-w1" in kept
+    assert minutes or len(kept) == 1
