@@ -179,7 +179,8 @@ class TrainConfig(Section):
         nonfinite: what to do about an update whose loss or gradient is not finite. stop ends the run with the images of
             that batch in nonfinite.jsonl, and keeps the checkpoint of before; skip leaves the update out, and asks the
             device after every update.
-        nonfinite_limit: updates that skip leaves out before it stops the run, counted from its start or resume.
+        nonfinite_limit: updates that skip leaves out before it stops the run, counted anew in each phase and after a
+            resume.
         sampling: uniform shows every image once an epoch; repeat_factor shows images of rare classes more often
             (LVIS; spml_fast/data/repeat_factor.py has the formula), so that an epoch is longer.
         repeat_threshold: repeat_factor repeats classes with a positive in a smaller fraction of the images than this.

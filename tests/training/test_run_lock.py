@@ -34,7 +34,7 @@ def test_a_second_training_is_refused(ranks: int, small_digits: Path, run_script
 def test_two_started_at_once(small_digits: Path, tmp_path: Path) -> None:
     """One trains to its end, the other says why it does not; the finished one leaves the directory free."""
     run = tmp_path / "run"
-    words = [sys.executable, str(ROOT / "launch" / "train.py"), *options(small_digits, run)]
+    words = [sys.executable, str(ROOT / "launch" / "train.py"), *options(small_digits, run, train__epochs=1)]
     both = [
         subprocess.Popen(
             words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
