@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -305,12 +305,38 @@ def check_count(number: int, one_page: bool, what: str) -> None:
         raise UserError(f"{what} {MAX_IMAGES} at most, and --out DIR makes a page each")
 
 
+def draw_images(
+    images: Iterable[Explained], drawing: Drawing, split: Split | None, choices: Sequence[Choice] | None
+) -> int:
+    """Draw images, with their labels where they are samples of a split; returns how many were left out, and says why.
+
+    Args:
+        images: what `explain` gives.
+        drawing: the pages.
+        split: of the samples; None for images from files.
+        choices: the samples, in the order of the images.
+    """
+    from spml_fast.analysis import explain
+    from spml_fast.analysis.predict import left_out
+
+    missing = 0
+    for place, image in enumerate(images):
+        if image.refused is not None:
+            common.say(left_out(image.path, image.refused))
+            missing += 1
+        elif split is not None and choices is not None:
+            drawing.add(place, explain.with_labels(image, split, choices[place], drawing.classes))
+        else:
+            drawing.add(place, image)
+    drawing.finish()
+    return missing
+
+
 def main(argv: list[str] | None = None) -> int:
     """Look and draw; 1 if an image was left out."""
     args = parse(argv)
     check(args)
     from spml_fast.analysis import explain, explain_page
-    from spml_fast.analysis.predict import left_out
     from spml_fast.evaluation.evaluate import check_alphas
     from spml_fast.runs.open import load_classifier, load_run_config, open_data, run_classes
 
@@ -354,15 +380,7 @@ def main(argv: list[str] | None = None) -> int:
             first=first_classes(named, choices, len(files)),
             aspects=aspects,
         )
-        for place, image in enumerate(images):
-            if image.refused is not None:
-                common.say(left_out(image.path, image.refused))
-                missing += 1
-            elif split is not None and choices is not None:
-                drawing.add(place, explain.with_labels(image, split, choices[place], classes))
-            else:
-                drawing.add(place, image)
-        drawing.finish()
+        missing += draw_images(images, drawing, split, choices)
     print(
         f"{printable(str(out))}: {drawing.shown} images"
         + (f"; {missing} left out, the reasons stand above" if missing else "")
