@@ -281,7 +281,8 @@ class TestCommand:
         Image.new("RGB", (90, 30)).save(tmp_path / "b.png", exif=exif)
         for orientation, aspect in (("exif", 1 / 3), ("ignore", 3)):
             arguments = ["--run", "x", "--orientation", orientation, str(tmp_path / "b.png")]
-            files, aspects, missing = explain_command.given_images(explain_command.parse(arguments))
+            parsed = explain_command.parse(arguments)
+            files, aspects, missing = explain_command.given_images(parsed, max_pixels=10_000)
             assert aspects == [pytest.approx(aspect)] and missing == 0 and len(files) == 1
 
     def test_sharded_split(self, run: Path, small_digits: Path, tmp_path: Path) -> None:
