@@ -17,6 +17,7 @@ from tests.support.paths import ROOT
 from tests.support.warm import Kill
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_like_an_undisturbed_one(small_digits: Path, tmp_path: Path) -> None:
     killer = Killer(tmp_path, small_digits, seed=1, latest=0.6)
     (trial,) = killer.trials(1, SETTINGS[:1])

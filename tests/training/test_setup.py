@@ -59,7 +59,8 @@ def test_truth_is_what_training_may_not_see(small_digits: Path) -> None:
 def test_run_directory(small_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured(small_digits, "--run.dir", str(tmp_path / "a" / "run"))
     assert make_run_dir(config, "digits") == tmp_path / "a" / "run"
-    assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == [RunLayout(Path()).checkpoints.folder.name]
+    layout = RunLayout(tmp_path / "a" / "run")
+    assert set(layout.folder.iterdir()) == {layout.checkpoints.folder, layout.lock}
     monkeypatch.chdir(tmp_path)
     new = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=None))
     folders = [str(make_run_dir(new, "digits")) for _ in range(3)]
