@@ -56,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     seed = options.seed if options.seed is not None else int(time.time()) % 100_000
     folder = options.folder or Path(tempfile.mkdtemp(prefix="stress-"))
-    libraries = ", ".join(f"{n} {version(n)}" for n in ("torch", "deepspeed", "nvidia-dali-cuda120"))
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "timm"))
     print(f"seed {seed}, Python {platform.python_version()}, {libraries}; runs in {folder}", flush=True)
     lost = 0
     if options.only != "faults" and options.kills:
