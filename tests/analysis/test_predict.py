@@ -22,6 +22,7 @@ from spml_fast.analysis.predict import Prediction, PredictionTable, prediction_l
 from spml_fast.cli import predict as predict_command
 from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
+from spml_fast.core.text import formula_safe, formula_safe_path
 from spml_fast.core.outputs import OutputFile
 from spml_fast.data import image_check, image_files
 from spml_fast.data.image_files import find_images
@@ -291,7 +292,9 @@ class TestOutput:
         probability = np.array([0.1 + 0.2, 1e-17])
         with PredictionTable(csv_file(out), ["x", label]) as table:
             table.add(Prediction(path, np.array([1, 0]), probability))
-        assert read(out) == [(path, label, probability[0], 1), (path, "x", probability[1], 2)]
+        # What a spreadsheet would take for a formula is written as text.
+        shown, named = formula_safe_path(path), formula_safe(label)
+        assert read(out) == [(shown, named, probability[0], 1), (shown, "x", probability[1], 2)]
 
     def test_a_table_is_whole_or_not_there(self, tmp_path: Path) -> None:
         out = tmp_path / "out.csv"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from spml_fast.training.peers import Line, Peers, sentence
+from spml_fast.training.peers import INTERVAL, Line, Peers, sentence
 from tests.support.paths import ROOT
 from tests.support.runs import Run, environment, rank_variables, read_metrics
 from tests.training.test_training import options
@@ -47,6 +47,8 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(
     ranks = start_ranks(words, 2, tmp_path)
     try:
         wait_for_updates(run, 3)
+        # Ranks tell each other once a second where they are.
+        time.sleep(3 * INTERVAL)
         ranks[victim].send_signal(number)
         assert ranks[1 - victim].wait(60) == 1
         said = (tmp_path / f"rank{1 - victim}.txt").read_text()

@@ -54,6 +54,8 @@ class Waiting:
     def _main(self, wait: Callable[[], None], seconds: float, before: Any) -> None:
         os.dup2(self.output, 2)
         sys.stderr = os.fdopen(2, "w")
+        # The tests themselves may run under nohup.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         if before is not None:
             before()
         with StopSignals(seconds, program=True) as signals:
