@@ -22,8 +22,8 @@ from spml_fast.analysis.predict import Prediction, PredictionTable, prediction_l
 from spml_fast.cli import predict as predict_command
 from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
-from spml_fast.core.text import formula_safe, formula_safe_path
 from spml_fast.core.outputs import OutputFile
+from spml_fast.core.text import formula_safe, formula_safe_path
 from spml_fast.data import image_check, image_files
 from spml_fast.data.image_files import find_images
 from spml_fast.data.manifest import Manifest
