@@ -59,7 +59,8 @@ SETTINGS = (
     Setting("AN, Query2Label", {"method": "an", "model__head": "query2label", "model__head_options__preset": "tiny"}),
     Setting("EM+APL", {"method": "em_apl"}),
     Setting("ROLE, two ranks", {"method": "role", "method__expected_positives": 2.5}, (2, 2)),
-    Setting("AN, one rank and two by turns", {"method": "an"}, (2, 1), exact=False),
+    # Statistics of BatchNorm in training mode depend on how the batch is split.
+    Setting("AN, one rank and two by turns", {"method": "an", "model__freeze_bn": "true"}, (2, 1), exact=False),
     Setting("AN, saved by time", {"method": "an", "run__save_updates": 0, "run__save_minutes": 0.005}),
 )
 

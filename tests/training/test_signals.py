@@ -54,8 +54,9 @@ class Waiting:
     def _main(self, wait: Callable[[], None], seconds: float, before: Any) -> None:
         os.dup2(self.output, 2)
         sys.stderr = os.fdopen(2, "w")
-        # The tests themselves may run under nohup.
+        # The tests themselves may run under nohup, or behind a shell's `&`.
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if before is not None:
             before()
         with StopSignals(seconds, program=True) as signals:
@@ -134,6 +135,7 @@ def test_a_pipe_that_goes_with_the_terminal_is_no_error() -> None:
 
 def test_a_notebook_gets_an_exception_for_the_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spml_fast.training.signals.SAME_REQUEST_SECONDS", 0.05)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT)
     with StopSignals(0.01, program=False) as signals:
         os.kill(os.getpid(), signal.SIGINT)
@@ -144,6 +146,7 @@ def test_a_notebook_gets_an_exception_for_the_second_signal(monkeypatch: pytest.
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
     assert signal.getsignal(signal.SIGINT) is before and signal.set_wakeup_fd(-1) == -1
+    signal.signal(signal.SIGINT, ignored)
 
 
 def test_another_thread_changes_no_handlers() -> None:
