@@ -128,7 +128,9 @@ def test_a_closed_shell_does_not_end_a_run(tmp_path: Path) -> None:
     """The shell that started it is no launcher: it may end, and hang up."""
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    shell = start(["bash", "-c", f"nohup {sys.executable} {script} {tmp_path} & wait"])
+    # The tests themselves may run under nohup.
+    hang_up = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
+    shell = start(["bash", "-c", f"nohup {sys.executable} {script} {tmp_path} & wait"], **hang_up)
     pid = 0
     try:
         wait_until(lambda: (tmp_path / "0").exists() and bool((tmp_path / "0").read_text()), "it did not start")
