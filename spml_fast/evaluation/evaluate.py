@@ -242,14 +242,17 @@ def table_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     def text(value: float | None) -> str:
         return "not defined" if value is None else f"{value:.2f}"
 
-    names = {
-        "map": f"mAP ({metrics['empty_classes']})",
-        "map_zero": "mAP, classes without a positive count 0",
-        "map_skip_unlabelled": "mAP, classes without a label left out",
-        "map_skipping": "mAP, classes without a positive left out",
-        "map_skip_one_sided": "mAP, classes without a positive or a negative left out",
-        "map_weighted": "mAP weighted by positives",
-    }
+    names = {"map": f"mAP ({metrics['empty_classes']})"}
+    if metrics["classes_without_positive"]:
+        names |= {
+            "map_zero": "mAP, classes without a positive count 0",
+            "map_skip_unlabelled": "mAP, classes without a label left out",
+            "map_skipping": "mAP, classes without a positive left out",
+        }
+    if metrics["classes_without_negative"]:
+        names["map_skip_one_sided"] = "mAP, classes without a positive or a negative left out"
+    if metrics["num_negatives"] and (metrics["classes_without_positive"] or metrics["classes_without_negative"]):
+        names["map_weighted"] = "mAP weighted by positives"
     # Conventions that agree are one figure, shown once.
     rows: list[tuple[str, str]] = []
     shown = set[float | None]()

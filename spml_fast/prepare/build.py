@@ -94,6 +94,8 @@ class _Preparation:
         self._left_out: list[dict[str, str]] = []
         self._reasons: Counter[str] = Counter()
         self._notes = list(raw.notes)
+        # Where the observed labels of the first split come from when they are not drawn.
+        self._read_from: str | None = None
         if level == "none" and common.orientation == "exif":
             self._notes.append(
                 "no image was checked, so --orientation exif turns none; leave out --verify none to turn images as "
@@ -108,13 +110,7 @@ class _Preparation:
         Labels are drawn over all of its rows, so that those of an image do not depend on which other images are left
         out.
         """
-        if self.common.observed is not None and official is self.raw.splits[0]:
-            observed: SparseLabels | None = observed_from_file(*self.common.observed, official.known)
-            self._notes.append(f"{official.name}: observed labels were read from {self.common.observed[0]}, not drawn")
-        elif official.drawn is not None and self.common.observe.kind == "all":
-            observed = official.drawn
-        else:
-            observed = self.common.observe.draw(official.known, self.common.seed, official.name)
+        observed = self._observed(official)
         hides_labels = observed is not None
         if official.extra is not None:
             observed = merge_labels(official.known if observed is None else observed, official.extra)
@@ -132,6 +128,22 @@ class _Preparation:
             entry = self._write(part, seen, hides_labels, checked, usable)
             entry["left_out"] = len(rows) - len(usable)
             self.splits[name] = entry
+
+    def _observed(self, official: RawSplit) -> SparseLabels | None:
+        """The labels that training sees of an official split, from a file or drawn; None for all that are known."""
+        common = self.common
+        if official.observed is not None:
+            if common.observe.kind != "all":
+                raise UserError(
+                    "--observe draws labels, but the files say which are observed; leave it out, or the list"
+                )
+            self._read_from = "the data set's own list"
+            return official.observed
+        if common.observed is not None and official is self.raw.splits[0]:
+            self._read_from = str(common.observed[0])
+            self._notes.append(f"{official.name}: observed labels were read from {self._read_from}, not drawn")
+            return observed_from_file(*common.observed, official.known)
+        return common.observe.draw(official.known, common.seed, official.name)
 
     def _check(self, official: RawSplit, present: npt.NDArray[np.int64]) -> CheckResults:
         """Check the images `present`, int64, of a split. Raises `UserError` if none of them can be used."""
@@ -163,15 +175,17 @@ class _Preparation:
     def report(self) -> dict[str, Any]:
         """The content of report.json."""
         raw, common, reasons = self.raw, self.common, self._reasons
-        # Reports of before have no such entry, and say the same.
-        negatives = {"negatives": common.observe.negatives} if common.observe.negatives else {}
+        # Reports of before have no such entries, and say the same.
+        more: dict[str, Any] = {"negatives": common.observe.negatives} if common.observe.negatives else {}
+        if self._read_from is not None:
+            more["first_split_read_from"] = self._read_from
         return {
             "name": raw.name,
             "classes": len(raw.classes),
             "observe": {
                 "kind": common.observe.kind,
                 "positives": common.observe.positives,
-                **negatives,
+                **more,
                 "fraction": common.observe.fraction,
                 "seed": common.seed,
             },

@@ -119,11 +119,14 @@ def draw_published(
         classes = np.array(listed[listed_codes == POSITIVE], dtype=np.int64)
         rng.shuffle(classes)
         chosen = classes[:positives]
-        if negatives:
-            shuffled = _negatives_of_row(known, listed, listed_codes)
-        rng.shuffle(shuffled[: num_negatives[row]])
         of_row = slice(int(indptr[row]), int(indptr[row + 1]))
-        drawn = np.concatenate([chosen, shuffled[: min(negatives, num_negatives[row])]])
+        if not negatives:
+            rng.shuffle(shuffled[: num_negatives[row]])
+            kept[of_row] = np.sort(chosen)
+            continue
+        absent = _negatives_of_row(known, listed, listed_codes)
+        rng.shuffle(absent)
+        drawn = np.concatenate([chosen, absent[:negatives]])
         order = np.argsort(drawn)
         kept[of_row] = drawn[order]
         codes[of_row][order >= len(chosen)] = NEGATIVE

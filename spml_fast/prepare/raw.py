@@ -34,8 +34,7 @@ class RawSplit:
             drawn for all rows, so that those of an image do not depend on which others exist.
         extra: labels of the same rows that training sees besides the observed ones, and that are not part of the truth;
             they name no (image, class) that `known` does.
-        drawn: the labels that training sees, where the data set's own files say which; nothing is drawn with
-            `--observe all` then.
+        observed: the labels that training sees, where the data set's own files say which; else they are drawn.
         orientation: annotated EXIF orientation 1..8, uint8 [N], 0 where unknown; it is applied whatever the images'
             own EXIF data say.
         width: annotated stored widths in pixels, int [N], 0 where unknown; None when the annotations have none.
@@ -51,7 +50,7 @@ class RawSplit:
     template_of: npt.NDArray[np.integer] | None = None
     present: npt.NDArray[np.bool_] | None = None
     extra: SparseLabels | None = None
-    drawn: SparseLabels | None = None
+    observed: SparseLabels | None = None
     orientation: npt.NDArray[np.uint8] | None = None
     width: npt.NDArray[np.integer] | None = None
     height: npt.NDArray[np.integer] | None = None
@@ -100,7 +99,7 @@ class RawSplit:
             template_of=None if self.template_of is None else self.template_of[index],
             present=None if self.present is None else self.present[index],
             extra=None if self.extra is None else self.extra.select(index),
-            drawn=None if self.drawn is None else self.drawn.select(index),
+            observed=None if self.observed is None else self.observed.select(index),
             orientation=None if self.orientation is None else self.orientation[index],
             width=None if self.width is None else self.width[index],
             height=None if self.height is None else self.height[index],

@@ -16,7 +16,6 @@ from rich.text import Text
 
 from spml_fast.core import distributed
 from spml_fast.core.config import Config
-from spml_fast.core.io import printable
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.core.text import without_controls
 from spml_fast.models.classifier import Classifier
@@ -157,23 +156,30 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     """A table of two columns on rank 0."""
     if not distributed.is_main():
         return
-    # As text: names of classes, splits and folders are neither markup nor commands to the terminal.
-    table = Table(title=Text(without_controls(title)), show_header=False, title_justify="left")
+    table = Table(title=_text(title), show_header=False, title_justify="left")
     table.add_column()
     table.add_column(justify="left", overflow="fold")
     for name, value in rows:
-        table.add_row(*(Text(without_controls(cell)) for cell in (name, value)))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+        table.add_row(*map(_text, (name, value)))
+    _print(table)
 
 
 def print_columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on rank 0 whose first column is text and whose others are numbers."""
     if not distributed.is_main():
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_text(title), title_justify="left")
     for number, name in enumerate(names):
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        # Names are text: brackets in them are no markup, and what a terminal would obey is escaped.
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*map(_text, row))
+    _print(table)
+
+
+def _text(cell: str) -> Text:
+    """Names of classes, splits and folders are neither markup nor commands to the terminal."""
+    return Text(without_controls(cell))
+
+
+def _print(table: Table) -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

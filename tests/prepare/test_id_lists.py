@@ -9,7 +9,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.prepare.observed_labels import published_split
 from tests.support import data as make
 from tests.support.paths import need_data
-from tests.support.prepare import notes_of, prepare
+from tests.support.prepare import notes_of, prepare, report_of
 
 FULL = "a.jpg, 0 2\nb, c.jpg,1\r\nd.jpg,\n\ne.jpg,2\n"
 
@@ -42,6 +42,15 @@ def test_lists(tmp_path):
     assert train.observed.rows(range(4)).tolist() == [[-1, -1, 1], [-1, 1, -1], [-1, -1, -1], [-1, -1, 1]]
     assert train.hides_labels and manifest.split("val").known.rows([0]).tolist() == [[1, 1, 0]]
     assert "no list of test images" in notes_of(manifest)
+    # The record says that nothing was drawn.
+    assert report_of(manifest)["observe"]["first_split_read_from"] == "the data set's own list"
+
+
+def test_a_list_of_observed_labels_and_a_draw_exclude_each_other(tmp_path):
+    options = [*write(tmp_path, train="a.jpg,0 1\nb.jpg,2\n", train_observed="a.jpg,1\nb.jpg,2\n"), "--images", "none"]
+    with pytest.raises(UserError, match="--observe draws labels, but the files say which are observed"):
+        prepare("lists", *options, "--observe", "single")
+    assert not (tmp_path / "m").exists()
 
 
 def test_the_published_coco_lists(tmp_path):

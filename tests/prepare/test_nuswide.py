@@ -14,7 +14,7 @@ from spml_fast.prepare.datasets import nuswide
 from spml_fast.prepare.observed_labels import draw_published
 from tests.support import data as make
 from tests.support.paths import need_data
-from tests.support.prepare import check_protocol, notes_of, prepare
+from tests.support.prepare import check_protocol, notes_of, prepare, report_of
 
 TRAIN, TEST = 20, 6
 
@@ -91,6 +91,9 @@ def test_layouts_of_copies(tmp_path, moves):
 def test_all_images_in_one_folder(tmp_path):
     root = make_nus(tmp_path / "NUS", "lists")
     (root / "images").mkdir()
+    # The first image of the list is gone, as many of the original links are.
+    for folder in ("actor", "zoo"):
+        (root / "Flickr" / folder / "0000_0.jpg").unlink()
     for path in sorted((root / "Flickr").rglob("*.jpg")):
         # The number is of the concept, so files of one name may come from two of them.
         path.rename(root / "images" / path.name)
@@ -98,8 +101,8 @@ def test_all_images_in_one_folder(tmp_path):
     (root / "Flickr" / "zoo").rmdir()
     (root / "Flickr").rmdir()
     manifest = prepare("nuswide", "--root", root, "--out", tmp_path / "m", "--val-fraction", "0", "--observe", "all")
-    assert manifest.split("train").relative_path(3) == "0003_231.jpg"
-    assert manifest.split("train").known.rows(range(TRAIN)).tolist() == nus_labels(TRAIN, 0).tolist()
+    assert manifest.split("train").relative_path(2) == "0003_231.jpg"
+    assert manifest.split("train").known.rows(range(TRAIN - 1)).tolist() == nus_labels(TRAIN, 0)[1:].tolist()
 
 
 def test_the_official_concepts():
@@ -139,6 +142,8 @@ def test_the_papers_observed_labels(tmp_path):
         assert read.split(name).observed.rows(rows).tolist() == made.split(name).observed.rows(rows).tolist()
         assert (read.split(name).observed.rows(rows) == 0).sum(1).tolist() == [1] * len(rows)
     assert f"train: observed labels were read from {path}, not drawn" in notes_of(read)
+    assert report_of(read)["observe"]["first_split_read_from"] == str(path)
+    assert "first_split_read_from" not in report_of(made)["observe"] and report_of(made)["observe"]["negatives"] == 1
 
 
 def save_labels(root: Path, change) -> None:

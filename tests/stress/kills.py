@@ -72,12 +72,14 @@ class Trial:
     Attributes:
         setting: what was run.
         kills: when, with which signal, and who.
+        hits: how many of them came before the run had ended.
         starts: how often it was started until it ended by itself.
         fault: what differed or failed; empty where it survived.
     """
 
     setting: Setting
     kills: list[Kill]
+    hits: int = 0
     starts: int = 0
     fault: str = ""
 
@@ -105,11 +107,11 @@ class Killer:
     def trial(self, setting: Setting, run: Path) -> Trial:
         """Kill a run once, twice or three times, let it end, and compare; `run` is deleted where it survived."""
         whole, seconds = self._whole(setting)
-        trial = Trial(setting, [])
+        trial, planned = Trial(setting, []), self.random.choice((1, 1, 2, 3))
         for start in range(MAX_STARTS):
             trial.starts = start + 1
             kill = None
-            if start < self.random.choice((1, 1, 2, 3)):
+            if start < planned:
                 number = self.random.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
                 kill = Kill(
                     self.random.uniform(0.3, self.latest * seconds), number, self.random.randrange(-1, setting.ranks[0])
@@ -121,6 +123,7 @@ class Killer:
             if kill is None:
                 trial.fault = f"start {start + 1} failed: {done.stderr.strip()[-300:]}"
                 return trial
+            trial.hits += 1
         trial.fault = trial.fault or compare(whole, run, setting.exact)
         if not trial.fault:
             shutil.rmtree(run)

@@ -23,12 +23,11 @@ SIZES = {"train": 192, "val": 60, "test": 90}
 
 
 def kill_rows(trials: Sequence[Trial]) -> list[tuple[str, int, int, int]]:
-    """Name of a setting, runs that were killed, signals that hit them, and runs that did not survive."""
+    """Name of a setting, runs, signals that came before they had ended, and runs that did not survive."""
     rows = []
     for setting in SETTINGS:
         own = [t for t in trials if t.setting is setting]
-        kills = sum(min(len(t.kills), t.starts) for t in own)
-        rows.append((setting.name, len(own), kills, sum(bool(t.fault) for t in own)))
+        rows.append((setting.name, len(own), sum(t.hits for t in own), sum(bool(t.fault) for t in own)))
     return [row for row in rows if row[1]]
 
 
@@ -68,7 +67,7 @@ def main(words: Sequence[str] | None = None) -> int:
             kills = ", ".join(f"{k.number} after {k.seconds:.1f} s" for k in trial.kills)
             print(f"{trial.setting.name}: {kills}; {trial.starts} starts; {trial.fault or 'survived'}", flush=True)
         rows = [(name, runs, kills, runs - failed, failed) for name, runs, kills, failed in kill_rows(trials)]
-        print("\n" + table(("killed and resumed", "runs", "kills", "survived", "failed"), rows) + "\n", flush=True)
+        print("\n" + table(("killed and resumed", "runs", "signals", "survived", "failed"), rows) + "\n", flush=True)
         lost += sum(bool(t.fault) for t in trials)
     if options.only != "kills":
         outcomes = []

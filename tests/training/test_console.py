@@ -100,6 +100,6 @@ def test_closing_table():
 
 
 def test_columns_show_names_as_they_are(capsys):
-    console.print_columns("AP", ["class", "AP, alpha 1"], [("a[/b]c", "50.00"), ("red\x1b[31m", "-")])
+    console.print_columns("[b]val, AP", ["class", "AP, alpha 1"], [("a[/b]c", "50.00"), ("red\x1b[31m", "-")])
     out = capsys.readouterr().out
-    assert "a[/b]c" in out and "50.00" in out and "\x1b" not in out
+    assert "[b]val, AP" in out and "a[/b]c" in out and "50.00" in out and "\x1b" not in out

@@ -121,6 +121,13 @@ def _workers(text: str) -> int:
     return value
 
 
+def require_folder(images: Path) -> Path:
+    """The folder of the images. Raises `UserError` where it is none."""
+    if not images.is_dir():
+        raise UserError(f"image folder {images} does not exist")
+    return images
+
+
 def add_val_fraction(parser: argparse.ArgumentParser) -> None:
     """Declare the option of data sets that the papers cut a validation split off."""
     parser.add_argument(

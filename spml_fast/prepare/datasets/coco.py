@@ -20,7 +20,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular
 from spml_fast.core.text import has_surrogates, parse_json
 from spml_fast.data.labels import NEGATIVE, SparseLabels
-from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
+from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register, require_folder
 from spml_fast.prepare.raw import RawDataset, RawSplit
 
 # No side of an image is longer.
@@ -146,8 +146,7 @@ class Coco(Dataset):
             raise UserError("--test-images needs --test-annotations")
         folders = [options.images] + ([options.test_images] if options.test_images else [])
         for folder in folders:
-            if not folder.is_dir():
-                raise UserError(f"image folder {folder} does not exist")
+            require_folder(folder)
         data = read_instances(options.annotations)
         class_id = {category["id"]: number for number, category in enumerate(data["categories"])}
         if len(class_id) != len(data["categories"]):

@@ -17,11 +17,11 @@ from typing import ClassVar
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
-from spml_fast.prepare.datasets.base import Dataset, register
+from spml_fast.prepare.datasets.base import Dataset, register, require_folder
 from spml_fast.prepare.datasets.csv_table import folder_name, read_classes
 from spml_fast.prepare.datasets.openimages.class_files import class_names, read_descriptions
-from spml_fast.prepare.datasets.table_files import read_rows
 from spml_fast.prepare.raw import RawDataset, RawSplit
+from spml_fast.prepare.table_files import read_rows
 
 COLUMNS = ("filepath", "split_name", "label", "label_neg")
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -66,8 +66,7 @@ class Csl(Dataset):
 
     def read(self, options: argparse.Namespace) -> RawDataset:
         """The table."""
-        if not options.images.is_dir():
-            raise UserError(f"image folder {options.images} does not exist")
+        require_folder(options.images)
         number: dict[str, int] = {}
         splits: dict[str, _Split] = {}
         columns, rows = read_rows(options.table)

@@ -24,9 +24,9 @@ from typing import ClassVar
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import read_lines
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
-from spml_fast.prepare.datasets.base import Dataset, register
-from spml_fast.prepare.datasets.table_files import JSON_LINES, Value, read_rows, row_word
+from spml_fast.prepare.datasets.base import Dataset, register, require_folder
 from spml_fast.prepare.raw import Orientation, RawDataset, RawSplit
+from spml_fast.prepare.table_files import JSON_LINES, Value, read_rows, row_word
 
 COLUMNS = {"path", "positives", "negatives", "unknowns", "split"}
 LABEL_COLUMNS = {"positives": POSITIVE, "negatives": NEGATIVE, "unknowns": UNKNOWN}
@@ -212,8 +212,7 @@ class Csv(Dataset):
 
     def read(self, options: argparse.Namespace) -> RawDataset:
         """The table."""
-        if not options.images.is_dir():
-            raise UserError(f"image folder {options.images} does not exist")
+        require_folder(options.images)
         table = read_table(options.table, options.conflicts)
         if not table.rows:
             raise UserError(f"{options.table} has no rows")

@@ -18,7 +18,7 @@ from typing import ClassVar
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import read_text
 from spml_fast.data.labels import NEGATIVE, UNKNOWN, SparseLabels
-from spml_fast.prepare.datasets.base import Dataset, register
+from spml_fast.prepare.datasets.base import Dataset, register, require_folder
 from spml_fast.prepare.datasets.csv_table import folder_name, read_classes
 from spml_fast.prepare.raw import RawDataset, RawSplit
 
@@ -78,9 +78,7 @@ class IdLists(Dataset):
     def read(self, options: argparse.Namespace) -> RawDataset:
         """The lists."""
         classes = read_classes(options.classes)
-        folder = None if options.images == "none" else Path(options.images)
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"image folder {folder} does not exist")
+        folder = None if options.images == "none" else require_folder(Path(options.images))
         splits, split_of = [], dict[str, str]()
         for name, path in (("train", options.train), ("val", options.val), ("test", options.test)):
             if path is None:
@@ -93,7 +91,7 @@ class IdLists(Dataset):
                 name, SparseLabels.from_positives(list(listed.values()), len(classes), NEGATIVE), paths=list(listed)
             )
             if name == "train" and options.train_observed is not None:
-                split.drawn = observed_of(options.train_observed, listed, len(classes))
+                split.observed = observed_of(options.train_observed, listed, len(classes))
             splits.append(split)
         notes = [] if options.test else ["no list of test images: there is no test split"]
         name = options.train.stem if folder is None else folder_name(folder)

@@ -26,6 +26,7 @@ Source: Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 20
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -118,8 +119,8 @@ def find_folder(root: Path, folders: Sequence[str], name: str) -> Path | None:
 
 def in_one_folder(images: Path, splits: Sequence[RawSplit]) -> bool:
     """Whether the images lie in one folder, without the folders by concept that the lists name."""
-    first = next(p for s in splits for p in s.paths or ())
-    return not (images / first).exists() and (images / Path(first).name).exists()
+    some = list(itertools.islice((p for s in splits for p in s.paths or ()), 1000))
+    return not any((images / p).exists() for p in some) and any((images / Path(p).name).exists() for p in some)
 
 
 def photo_notes(splits: Sequence[RawSplit]) -> list[str]:
