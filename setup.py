@@ -43,7 +43,7 @@ setup(
     install_requires=[requirement(name, entry["oldest"]) for name, entry in STACKS["packages"].items()],
     extras_require={
         # The exporter is tested for real, so the tests need what it needs.
-        "test": [line for name, line in EXTRAS.items() if name in ("pytest", "hypothesis")] + ONNX,
+        "test": [line for name, line in EXTRAS.items() if name in ("pytest", "pytest-xdist", "hypothesis")] + ONNX,
         "lint": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "onnx": ONNX,

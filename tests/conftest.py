@@ -1,10 +1,14 @@
-"""Shared fixtures: small digit scenes, and a way to run the scripts of launch/."""
+"""Shared fixtures: small digit scenes, and a way to run the scripts of launch/. How many workers share the tests."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# A test has one core to itself, and the same sums wherever it runs. PyTorch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support import warm
 from tests.support.markers import marks
@@ -12,6 +16,17 @@ from tests.support.paths import ROOT
 from tests.support.runs import Run
 
 SMALL = {"train": 192, "val": 60, "test": 90}
+# What a worker, the process that its runs are forked from, and a run of two ranks take together.
+WORKER_BYTES = 4 << 30
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core where folders are run; none, so that `-s` and breakpoints work, where files are named."""
+    if not any(Path(str(argument).partition("::")[0]).is_dir() for argument in config.args):
+        return 0
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    workers = min(len(os.sched_getaffinity(0)), memory // WORKER_BYTES)
+    return workers if workers > 1 else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
