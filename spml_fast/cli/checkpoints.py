@@ -9,11 +9,12 @@ from spml_fast.cli import common
 from spml_fast.core.errors import UserError
 
 DESCRIPTION = """The checkpoints of a run, newest first. All their files are read and compared with the checksums that
-were saved: whole, damaged (and which file), or unfinished. The exit status is 1 when something is damaged."""
+were saved: whole, damaged (and which file), or unfinished. The exit status is 1 when something is damaged. --repair
+first writes damaged best weights again from their checkpoint; the data set is not needed."""
 EXAMPLES = [
     ("RUN", "what a run can resume from"),
     ("runs/mine && echo fine", "in a script: before a copy is made, say"),
-    ("runs/mine | head -2", "the newest alone"),
+    ("RUN --repair", "write damaged best weights again"),
 ]
 HEADER = ("checkpoint", "phase", "epoch", "update", "size", "", "state")
 
@@ -22,6 +23,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = common.command_parser("checkpoints", "RUN", DESCRIPTION, EXAMPLES)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="write damaged best weights again from their checkpoint",
+    )
     return common.parse(parser, argv)
 
 
@@ -32,8 +38,9 @@ def rows(run: Path) -> tuple[list[tuple[str, ...]], bool]:
         UserError: the folder has no checkpoints.
     """
     from spml_fast.runs.layout import RunLayout
+    from spml_fast.training.best_weights import damaged_best
     from spml_fast.training.checkpoint import list_checkpoints
-    from spml_fast.training.saving import checkpoint_state, damaged_best
+    from spml_fast.training.saving import checkpoint_state
 
     folder = RunLayout(run).checkpoints.folder
     listed = list_checkpoints(folder)
@@ -63,6 +70,11 @@ def rows(run: Path) -> tuple[list[tuple[str, ...]], bool]:
 def main(argv: list[str] | None = None) -> int:
     """List; returns the exit status."""
     args = parse(argv)
+    if args.repair:
+        from spml_fast.runs.layout import RunLayout
+        from spml_fast.training.best_weights import repair
+
+        common.say(repair(RunLayout(args.run)))
     lines, damaged = rows(args.run)
     table = [HEADER, *lines]
     widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]

@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -129,6 +129,11 @@ class FileRecord:
     size: int
     crc32: str
 
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> FileRecord:
+        """As JSON files hold it. KeyError, TypeError or ValueError where it is none."""
+        return cls(int(values["size"]), str(values["crc32"]))
+
 
 # Bytes that are read at a time for a checksum.
 _CHUNK = 1 << 22
@@ -155,6 +160,24 @@ class FileNotWritten(OSError):
     def __init__(self, error: OSError, path: Path, size: int) -> None:
         super().__init__(error.errno, error.strerror or str(error), str(path))
         self.size = size
+
+
+def failure_reason(path: Path, number: int | None, reason: str | None, size: int) -> str:
+    """Why a file was not written; of a full disk, which one it is and the space that is needed.
+
+    Args:
+        path: the file.
+        number: `errno` of the error.
+        reason: its text.
+        size: bytes that it must hold; 0 where that is not known.
+    """
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        return reason or "unknown error"
+    mount = path.absolute().parent
+    while not os.path.ismount(mount):
+        mount = mount.parent
+    megabytes = f", {max(1, -(-size // 10**6)):,} MB needed" if size else ""
+    return f"no space left on {mount}{megabytes}"
 
 
 class RecordedFile:

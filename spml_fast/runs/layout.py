@@ -56,6 +56,11 @@ class CheckpointLayout:
         """Position of one checkpoint; it is there once the checkpoint is whole."""
         return self.folder / tag / "mark.json"
 
+    @property
+    def marks(self) -> list[Path]:
+        """Positions of all whole checkpoints that are there."""
+        return sorted(self.folder.glob("*/mark.json"))
+
     def weights(self, tag: str) -> Path:
         """The best weights in a checkpoint's own folder, where its other files hold parts of them only."""
         return self.folder / tag / WEIGHTS

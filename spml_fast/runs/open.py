@@ -21,6 +21,7 @@ from spml_fast.prepare.datasets.digits import prepare_digits
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.read import read_classes
 from spml_fast.runs.recipe import load_config
+from spml_fast.runs.weights_check import check_weights
 
 
 def run_classes(run: Path, config: Config) -> list[str]:
@@ -102,12 +103,14 @@ def load_classifier(
         device: where the classifier goes.
 
     Raises:
-        UserError: no weights yet, or they belong to a model with other classes.
+        UserError: no weights yet, they are not those that the run recorded, or belong to a model with other classes.
     """
     # The weights come from the run; nothing is downloaded to use it.
     model = dataclasses.replace(config.model, pretrained=False, weights=None)
     classifier = Classifier(model, num_classes, config.data.image_size)
-    metadata = load_weights(RunLayout(run).weights, classifier)
+    layout = RunLayout(run)
+    check_weights(layout)
+    metadata = load_weights(layout.weights, classifier)
     classifier.to(device).to(memory_format=torch.channels_last).eval()
     return classifier, metadata
 

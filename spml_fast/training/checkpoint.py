@@ -133,10 +133,6 @@ class Checkpoint:
         return None
 
 
-def _record(values: Mapping[str, Any]) -> FileRecord:
-    return FileRecord(int(values["size"]), str(values["crc32"]))
-
-
 def _position(values: Mapping[str, Any]) -> CheckpointPosition:
     """The position among the values of a JSON file. ValueError, KeyError or TypeError where it is none."""
     known = {f.name: values[f.name] for f in dataclasses.fields(CheckpointPosition) if f.name in values}
@@ -145,6 +141,12 @@ def _position(values: Mapping[str, Any]) -> CheckpointPosition:
     if not isinstance(position.phase, str) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError(f"{known} is no position")
     return position
+
+
+def _best(values: Mapping[str, Any]) -> BestWeights:
+    """The best weights that a mark tells of."""
+    record = values["weights"] and FileRecord.read(values["weights"])
+    return BestWeights(str(values["tag"]), record, dict(values["metadata"]))
 
 
 def read_position(path: Path) -> CheckpointPosition | None:
@@ -175,10 +177,9 @@ def read_mark(folder: Path, tag: str) -> Checkpoint | None:
             folder,
             position,
             int(values.get("serial", 0)),
-            {str(name): _record(record) for name, record in values.get("files", {}).items()},
+            {str(name): FileRecord.read(record) for name, record in values.get("files", {}).items()},
             dict(values.get("defines", {})),
-            best
-            and BestWeights(str(best["tag"]), best["weights"] and _record(best["weights"]), dict(best["metadata"])),
+            best and _best(best),
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error})") from error

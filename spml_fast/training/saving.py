@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,16 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import (
     FileNotWritten,
     FileRecord,
-    copy_file,
-    file_record,
+    failure_reason,
     move_into_place,
     partial_path,
     sync_folder,
 )
-from spml_fast.models.weights import damaged_weights, read_metadata, write_weights
-from spml_fast.runs.layout import CheckpointLayout, RunLayout
+from spml_fast.models.weights import write_weights
+from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.layout import rank_state as rank_state_path
 from spml_fast.training.async_save import BackgroundSave, host_copy
+from spml_fast.training.best_weights import recover
 from spml_fast.training.checkpoint import (
     BestWeights,
     Checkpoint,
@@ -35,14 +33,12 @@ from spml_fast.training.checkpoint import (
     commit_checkpoint,
     delete_old,
     free_position,
-    read_mark,
-    read_position,
     remove_checkpoint,
     save_rank_state,
 )
 from spml_fast.training.engine import Engine
 from spml_fast.training.resume import Resume
-from spml_fast.training.tensor_files import read_tensors, write_tensors
+from spml_fast.training.tensor_files import write_tensors
 
 Say = Callable[[str], None]
 
@@ -211,7 +207,7 @@ class RunCheckpoints:
 
     def _not_written(self, path: Path, number: int, reason: str, size: int) -> str:
         kept = f"checkpoint {self.saved.position.tag} is kept" if self.saved else "there is none before it"
-        reason = _reason(path, number, reason, size)
+        reason = failure_reason(path, number, reason, size)
         return f"checkpoint {path} cannot be written: {reason}; {kept}, and the same command resumes the run"
 
     def _commit(self, mark: Checkpoint) -> Checkpoint:
@@ -243,7 +239,7 @@ class RunCheckpoints:
         """
         checkpoint = self.saved = resume.checkpoint
         self._damaged = resume.damaged
-        self.best, note, lost = distributed.from_main(lambda: self._recover(checkpoint, backbone, latest))
+        self.best, note, lost = distributed.from_main(lambda: recover(self.layout, checkpoint, backbone, latest))
         if note is not None:
             say(note)
         return lost
@@ -253,118 +249,9 @@ class RunCheckpoints:
         if self.saved is None:
             return
         checkpoint = dataclasses.replace(self.saved, best=self.best)
-        self.best, note, _ = distributed.from_main(lambda: self._recover(checkpoint, backbone, latest))
+        self.best, note, _ = distributed.from_main(lambda: recover(self.layout, checkpoint, backbone, latest))
         if note is not None:
             say(note)
-
-    def _recover(
-        self, checkpoint: Checkpoint, backbone: str, latest: float
-    ) -> tuple[BestWeights | None, str | None, bool]:
-        """The best weights at the time of a checkpoint, what was done about their file, and whether they are lost."""
-        path, source = self.layout.weights, CheckpointLayout(checkpoint.folder).run
-        best = checkpoint.best if checkpoint.serial else _best_before_0_2(checkpoint)
-        if best is None:
-            return None, None, False
-        try:
-            if _holds(path, best):
-                return _recorded(path, best), None, False
-            for other in (partial_path(path), source.weights):
-                # What a killed save left under the partial name is known by its checksum alone.
-                known = best.record is not None or other == source.weights
-                if known and other.absolute() != path.absolute() and _holds(other, best):
-                    if other != partial_path(path):
-                        copy_file(other, partial_path(path))
-                    return self._put(best), None, False
-            wrong = "its checksum differs" if path.exists() else "it is missing"
-            told = f"{path} does not hold the best weights of that time ({wrong}); "
-            for folder in dict.fromkeys((self.layout.checkpoints.folder, checkpoint.folder)):
-                if (metadata := self._rewrite(folder, best.tag, best.metadata, backbone)) is not None:
-                    put = self._put(BestWeights(best.tag, None, metadata))
-                    return put, f"{told}written again from checkpoint {best.tag}", False
-            own = {"phase": checkpoint.position.phase, "epoch": str(checkpoint.position.epoch)}
-            own["val_map"] = f"{latest:.6f}"
-            metadata = self._rewrite(checkpoint.folder, checkpoint.position.tag, own, backbone)
-        except OSError as error:
-            size = error.size if isinstance(error, FileNotWritten) else 0
-            raise UserError(f"{path} cannot be written: {_reason(path, error.errno, error.strerror, size)}") from error
-        if metadata is None:
-            raise UserError(
-                f"{told}no checkpoint has them any more: repeat the run in another --run.dir, or restore the file"
-            )
-        put = self._put(BestWeights(checkpoint.position.tag, None, metadata))
-        return put, f"{told}checkpoint {best.tag} has gone too: those of {checkpoint.position.tag} stand in", True
-
-    def _put(self, best: BestWeights) -> BestWeights:
-        """Give the partial weights file its name."""
-        move_into_place(partial_path(self.layout.weights), self.layout.weights)
-        sync_folder(self.layout.folder)
-        return _recorded(self.layout.weights, best)
-
-    def _rewrite(self, folder: Path, tag: str, metadata: dict[str, str], backbone: str) -> dict[str, str] | None:
-        """Write the weights of a checkpoint to the partial weights file; None where it is gone or not whole."""
-        layout = CheckpointLayout(folder)
-        try:
-            checkpoint = read_mark(folder, tag)
-        except UserError:
-            return None
-        if checkpoint is None or checkpoint.damage() is not None:
-            return None
-        partial = partial_path(self.layout.weights)
-        if (whole := layout.weights(tag)).is_file():
-            copy_file(whole, partial)
-            return metadata or read_metadata(whole)
-        if not layout.model_states(tag).is_file():
-            return None
-        states = read_tensors(layout.model_states(tag), mmap=True)
-        ours, prefix = states["spml_fast"], "classifier."
-        weights = ours["ema"]
-        if weights is None:
-            weights = {k.removeprefix(prefix): v for k, v in states["module"].items() if k.startswith(prefix)}
-        if "version" not in metadata:
-            place = {"phase": checkpoint.position.phase, "epoch": str(checkpoint.position.epoch)}
-            known = place | {"val_map": f"{ours['best'][0]:.6f}"} | metadata
-            metadata = known | {"backbone": backbone, "version": str(ours.get("version", ""))}
-        write_weights(partial, weights, metadata)
-        return metadata
-
-
-def _best_before_0_2(checkpoint: Checkpoint) -> BestWeights | None:
-    """The best weights of a run whose marks do not tell: those of best.json, if anything was ever the best."""
-    layout = CheckpointLayout(checkpoint.folder)
-    try:
-        position = read_position(layout.best)
-    except UserError:
-        position = None
-    if position is None:
-        return BestWeights(checkpoint.position.tag, None) if layout.run.weights.exists() else None
-    return BestWeights(position.tag, None)
-
-
-def _holds(path: Path, best: BestWeights) -> bool:
-    """Whether a file is there and holds those weights; of an older version's, whether it can be opened."""
-    if not path.is_file():
-        return False
-    if best.record is None:
-        return damaged_weights(path) is None
-    return path.stat().st_size == best.record.size and file_record(path) == best.record
-
-
-def _recorded(path: Path, best: BestWeights) -> BestWeights:
-    """The same with the checksum of the file that holds them."""
-    if best.record is not None:
-        return best
-    return BestWeights(best.tag, file_record(path), best.metadata or read_metadata(path))
-
-
-def _reason(path: Path, number: int | None, reason: str | None, size: int) -> str:
-    """Why a file was not written; of a full disk, which one it is and the bytes that it must hold."""
-    if number not in (errno.ENOSPC, errno.EDQUOT):
-        return reason or "unknown error"
-    mount = path.absolute().parent
-    while not os.path.ismount(mount):
-        mount = mount.parent
-    megabytes = f", {max(1, -(-size // 10**6)):,} MB needed" if size else ""
-    return f"no space left on {mount}{megabytes}"
 
 
 def checkpoint_state(listed: Listed) -> tuple[str, Checkpoint | None]:
@@ -378,12 +265,3 @@ def checkpoint_state(listed: Listed) -> tuple[str, Checkpoint | None]:
     if damage is not None:
         return f"damaged: {damage}", listed.checkpoint
     return ("whole" if listed.checkpoint.files else "whole (no checksums)"), listed.checkpoint
-
-
-def damaged_best(layout: RunLayout, listed: Sequence[Listed]) -> str | None:
-    """What is wrong with the file of the best weights that a run's newest checkpoint knows; None where nothing is."""
-    newest = next((one.checkpoint for one in listed if one.checkpoint is not None), None)
-    best = None if newest is None else newest.best if newest.serial else _best_before_0_2(newest)
-    if best is None or _holds(layout.weights, best):
-        return None
-    return "its checksum is not that of the best checkpoint's weights" if layout.weights.exists() else "it is missing"

@@ -14,8 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+import spml_fast
 from spml_fast.cli import checkpoints as checkpoints_command
+from spml_fast.core.errors import UserError
 from spml_fast.core.io import file_record
+from spml_fast.runs import weights_check
+from spml_fast.runs.layout import RunLayout
+from spml_fast.runs.weights_check import check_weights
+from spml_fast.training.best_weights import damaged_best, recover, repair
+from spml_fast.training.checkpoint import list_checkpoints
+from spml_fast.training.resume import find_resume
 from tests.support.paths import ROOT
 from tests.support.payload import Payload
 from tests.support.runs import Run, environment, rank_variables, read_metrics
@@ -149,6 +157,93 @@ def test_lost_weights_come_back_byte_for_byte(whole: Path, run: Path, small_digi
     assert "nothing left to train" in out and f"written again from checkpoint {ENDS[1]}" in out
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert len(read_metrics(run, "epoch")) == epochs
+
+
+COMMANDS = {
+    "evaluate.py": ["--run", "RUN"],
+    "predict.py": ["--run", "RUN", "IMAGE"],
+    "export.py": ["--run", "RUN", "--format", "safetensors"],
+}
+
+
+def test_damaged_weights_are_not_used_and_written_again_without_the_data(
+    whole: Path, run: Path, small_digits: Path, run_script: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One bit: every command that opens the run refuses it, and `checkpoints --repair` puts it right."""
+    flip(run / "model.safetensors")
+    sentence = (
+        f"{run}/model.safetensors is damaged (its checksum is not the one that was recorded when it was written); "
+        f"spml-fast checkpoints {run} --repair writes it again from the best checkpoint"
+    )
+    image = next(small_digits.rglob("*.jpg"))
+    for script, words in COMMANDS.items():
+        given = [{"RUN": run, "IMAGE": image}.get(word, word) for word in words]
+        assert refused(run_script(script, *given)) == f"error: {sentence}\n", script
+    with pytest.raises(UserError) as raised:
+        spml_fast.load(run)
+    assert str(raised.value) == sentence
+    assert checkpoints_command.main([str(run), "--repair"]) == 0
+    said = capsys.readouterr()
+    assert f"written again from checkpoint {ENDS[1]}" in said.err and "model.safetensors" in said.out
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert spml_fast.load(run).classes == [str(n) for n in range(10)]
+    assert checkpoints_command.main([str(run), "--repair"]) == 0
+    assert capsys.readouterr().err == f"{run}/model.safetensors is whole\n" and not (run / ".lock").exists()
+
+
+def test_which_weights_are_a_runs_own(whole: Path, run: Path) -> None:
+    layout = RunLayout(run)
+    check_weights(layout)
+    # A save that was killed before the weights got their name: the record is newer than the file.
+    best = layout.checkpoints.best
+    values = json.loads(best.read_text())
+    values["weights"]["crc32"] = "00000000"
+    best.write_text(json.dumps(values))
+    check_weights(layout)
+    best.write_text("{")
+    check_weights(layout)
+    layout.weights.unlink()
+    with pytest.raises(UserError, match=r"is damaged \(it is missing\); spml-fast checkpoints"):
+        check_weights(layout)
+    # No record, no comparison: a copy without checkpoints, or a run of a version before 0.2.0.
+    shutil.copyfile(whole / "model.safetensors", layout.weights)
+    flip(layout.weights)
+    shutil.rmtree(layout.checkpoints.folder)
+    check_weights(layout)
+    with pytest.raises(UserError, match=r"has no checkpoint to write model\.safetensors from"):
+        repair(layout)
+
+
+def test_a_file_that_is_replaced_while_it_is_compared(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a training does that saves better weights: its old record may be gone before the new file was read."""
+    layout = RunLayout(run)
+    before = weights_check.recorded_weights(layout)
+    layout.weights.write_bytes(b"better")
+    better = {file_record(layout.weights)}
+    answers = [before, better]
+    monkeypatch.setattr(weights_check, "recorded_weights", lambda _: answers.pop(0) if answers else better)
+    check_weights(layout)
+
+
+def test_weights_that_stand_in_for_lost_ones_can_be_used(run: Path, small_digits: Path, run_script: Run) -> None:
+    """Weights and their checkpoint are gone: the newest checkpoint's are used, and known as the run's."""
+    layout = RunLayout(run)
+    flip(layout.weights)
+    mark = json.loads(layout.checkpoints.position(ENDS[1]).read_text())
+    flip(states(run, ENDS[1]))
+    with pytest.raises(UserError, match="no checkpoint has them any more"):
+        repair(layout)
+    (layout.checkpoints.folder / ENDS[1] / "mark.json").unlink()
+    older = layout.checkpoints.position(ENDS[0])
+    values = json.loads(older.read_text())
+    older.write_text(json.dumps(values | {"best": mark["best"], "serial": 99}))
+    with pytest.raises(UserError, match="is damaged"):
+        check_weights(layout)
+    resume = find_resume(layout.checkpoints.folder, "auto")
+    assert resume is not None and resume.checkpoint.position.tag == ENDS[0]
+    assert recover(layout, resume.checkpoint, "resnet18", 1.0).lost
+    check_weights(layout)
+    assert damaged_best(layout, list_checkpoints(layout.checkpoints.folder)) is None
 
 
 def test_a_new_run_takes_over_the_best_weights_of_a_path(
