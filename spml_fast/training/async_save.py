@@ -19,30 +19,35 @@ from spml_fast.core.io import FileRecord
 FileContent = tuple[Path, Any]
 
 
-def host_copy(state: Any) -> Any:
-    """The same containers and values with every tensor copied to host memory, where training does not change it.
+class HostCopy:
+    """Copies states to host memory, where training does not change them.
 
-    Args:
-        state: tensors, plain values and others' objects in dictionaries, lists and tuples; tensors that share memory
-            and shape share their copy.
+    Tensors that share memory and shape share their copy, over all states that one instance is called with: the best
+    weights take no memory beside the module's. A temporary one among them is kept until the instance goes, so that its
+    memory is not taken for another's.
     """
-    copies: dict[tuple[Any, ...], Tensor] = {}
 
-    def copied(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            place = (value.device, value.dtype, value.data_ptr(), tuple(value.shape), value.stride())
-            if not value.numel() or place not in copies:
-                copies[place] = value.detach().to("cpu", copy=True)
-            return copies[place]
-        if isinstance(value, Mapping):
-            same = type(value)() if isinstance(value, dict) else {}
-            same.update({key: copied(item) for key, item in value.items()})
+    def __init__(self) -> None:
+        self._copies: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, state: Any) -> Any:
+        """The same containers and values with every tensor copied.
+
+        Args:
+            state: tensors, plain values and others' objects in dictionaries, lists and tuples.
+        """
+        if isinstance(state, Tensor):
+            place = (state.device, state.dtype, state.data_ptr(), tuple(state.shape), state.stride())
+            if not state.numel() or place not in self._copies:
+                self._copies[place] = state, state.detach().to("cpu", copy=True)
+            return self._copies[place][1]
+        if isinstance(state, Mapping):
+            same = type(state)() if isinstance(state, dict) else {}
+            same.update({key: self(item) for key, item in state.items()})
             return same
-        if type(value) in (list, tuple):
-            return type(value)(copied(item) for item in value)
-        return value
-
-    return copied(state)
+        if type(state) in (list, tuple):
+            return type(state)(self(item) for item in state)
+        return state
 
 
 class BackgroundSave:

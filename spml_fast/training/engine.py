@@ -22,7 +22,7 @@ from spml_fast.core.io import FileRecord
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.runs.layout import TENSORBOARD
 from spml_fast.training import peers
-from spml_fast.training.async_save import FileContent, host_copy
+from spml_fast.training.async_save import FileContent, HostCopy
 from spml_fast.training.cluster import set_environment
 from spml_fast.training.optim import restore_schedule_options, schedule_options
 from spml_fast.training.tensor_files import first_line, read_tensors, write_tensors
@@ -181,13 +181,14 @@ def _checkpoint_files() -> Any:
             """Forget what was written."""
             self.records: dict[str, FileRecord] = {}
             self.error: OSError | None = None
-            # Where files are not written but copied to; None writes them.
-            self.copies: list[FileContent] | None = None
+            # What copies files in the place of writing them, and the copies; None writes them.
+            self.copy: HostCopy | None = None
+            self.copies: list[FileContent] = []
 
         def save(self, state_dict: Any, path: str) -> None:
             """Write one file, to the disk, or copy what it would hold."""
-            if self.copies is not None:
-                self.copies.append((Path(path), host_copy(state_dict)))
+            if self.copy is not None:
+                self.copies.append((Path(path), self.copy(state_dict)))
                 return
             try:
                 self.records[Path(path).name] = write_tensors(Path(path), state_dict)
@@ -339,13 +340,20 @@ class Engine:
             raise self._files.error
         return dict(self._files.records)
 
-    def copy_state(self, folder: Path, tag: str, state: dict[str, Any]) -> list[FileContent]:
-        """What `save` would write on this rank, in host memory (collective); the checkpoint's folder is made."""
+    def copy_state(self, folder: Path, tag: str, state: dict[str, Any], copy: HostCopy) -> list[FileContent]:
+        """What `save` would write on this rank, in host memory (collective); the checkpoint's folder is made.
+
+        Args:
+            folder: the run's checkpoint directory.
+            tag: name of the checkpoint.
+            state: plain values and tensors that are saved too.
+            copy: copies tensors.
+        """
         self._files.begin()
-        copies: list[FileContent] = []
-        self._files.copies = copies
+        self._files.copy = copy
         with _quiet():
             self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        copies: list[FileContent] = self._files.copies
         self._files.begin()
         return copies
 

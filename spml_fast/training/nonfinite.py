@@ -21,8 +21,8 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import printable
 from spml_fast.data.loader import TrainLoader
 from spml_fast.methods import Progress
-from spml_fast.runs.layout import RunLayout
 from spml_fast.training.engine import Engine
+from spml_fast.training.saving import RunCheckpoints
 
 
 class NonFiniteGuard:
@@ -33,13 +33,19 @@ class NonFiniteGuard:
         engine: makes the updates.
         classifier: the model that is trained, the engine's.
         loader: knows which images an update sees.
-        layout: the run's; `nonfinite.jsonl` lists the updates that were not finite.
+        checkpoints: the run's; one that is being written is finished before the run stops.
     """
 
     def __init__(
-        self, train: TrainConfig, engine: Engine, classifier: nn.Module, loader: TrainLoader, layout: RunLayout
+        self,
+        train: TrainConfig,
+        engine: Engine,
+        classifier: nn.Module,
+        loader: TrainLoader,
+        checkpoints: RunCheckpoints,
     ) -> None:
-        self.train, self.engine, self.loader, self.layout = train, engine, loader, layout
+        self.train, self.engine, self.loader = train, engine, loader
+        self.checkpoints, self.layout = checkpoints, checkpoints.layout
         self.classifier = classifier
         self.skips = train.nonfinite == "skip"
         self.skipped = 0
@@ -185,14 +191,23 @@ class NonFiniteGuard:
             yield {"rank": distributed.rank(), "micro_step": step, "index": index, "images": places}
 
     def _stop(self, what: str) -> NoReturn:
-        """End the run on every rank; rank 0 alone says why."""
+        """End the run on every rank; rank 0 alone says why (collective)."""
+        kept = self._kept()
         if not distributed.is_main():
             raise SystemExit(1)
-        newest = self.layout.checkpoints.newest.exists()
-        kept = "the last checkpoint is from before" if newest else "no checkpoint was written yet"
         advice = "lower train.lr or set train.clip"
         if self.skips:
             advice += f" ({self.skipped} updates were left out; train.nonfinite_limit is {self.train.nonfinite_limit})"
         else:
             advice += ", or leave such updates out with --train.nonfinite skip"
         raise UserError(f"{what}; {kept}; {advice}")
+
+    def _kept(self) -> str:
+        """What there is to resume from (collective)."""
+        try:
+            # It was finite when it was begun.
+            self.checkpoints.finish()
+        except UserError as error:
+            return str(error)
+        newest = self.layout.checkpoints.newest.exists()
+        return "the last checkpoint is from before" if newest else "no checkpoint was written yet"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from types import TracebackType
 
 from spml_fast.core import distributed
 from spml_fast.core.config import RunConfig
+from spml_fast.core.errors import UserError
 from spml_fast.training.agreement import Agreement
 from spml_fast.training.saving import RunCheckpoints
 from spml_fast.training.signals import Interrupted, StopSignals, signal_name
@@ -45,6 +47,10 @@ class SaveTimes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and distributed.world_size() == 1:
+            # What was under way is from before the error. Of several ranks not all may come here.
+            with contextlib.suppress(UserError):
+                self._checkpoints.finish()
         self._signals.__exit__(kind, error, trace)
         if error is None or isinstance(error, Interrupted):
             # All ranks come here together.
@@ -70,11 +76,15 @@ class SaveTimes:
             # The first outcome is of the update at which writing began.
             if not busy and self._updates_written > 1:
                 self._checkpoints.finish()
-                self._keep(self._writing)
+                self._written()
         regular = self._updates > 0 and update % self._updates == 0
         # Never two at once: by the clock there is time to wait until one is written.
         time_is_up = time_is_up and self._checkpoints.writing is None
         return update < updates_per_epoch and bool(self.stopping or time_is_up or regular)
+
+    def agree(self) -> None:
+        """Whether all ranks end now, told at an epoch's end, where they have time to agree (collective)."""
+        self.stopping = self.stopping or self._agreement.agree(self._wishes())[0]
 
     def begun(self, place: str) -> None:
         """Note that a checkpoint is being written.
@@ -82,8 +92,15 @@ class SaveTimes:
         Args:
             place: where in training, for the last line once it is whole.
         """
+        self._written()
         self._saved = time.monotonic()
         self._writing, self._updates_written = place, 0
+
+    def _written(self) -> None:
+        """Note that what was being written, if anything, is on the disk."""
+        if self._writing:
+            self._keep(self._writing)
+        self._writing = ""
 
     def _keep(self, place: str) -> None:
         self._signals.kept = f"{place} is saved, and the same command with --run.dir {self._run_dir} resumes there"
@@ -100,7 +117,8 @@ class SaveTimes:
         """
         self._saved = time.monotonic()
         self._keep(place)
+        self._writing = ""
         if epoch_ends:
-            self.stopping = self.stopping or self._agreement.agree(self._wishes())[0]
+            self.agree()
         if self.stopping:
             raise Interrupted(self.stopping, f"stopped by {signal_name(self.stopping)}: {self._signals.kept}")

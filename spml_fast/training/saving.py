@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from spml_fast.core.io import (
 from spml_fast.models.weights import write_weights
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.layout import rank_state as rank_state_path
-from spml_fast.training.async_save import BackgroundSave, host_copy
+from spml_fast.training.async_save import BackgroundSave, FileContent, HostCopy
 from spml_fast.training.best_weights import recover
 from spml_fast.training.checkpoint import (
     BestWeights,
@@ -41,6 +41,30 @@ from spml_fast.training.resume import Resume
 from spml_fast.training.tensor_files import write_tensors
 
 Say = Callable[[str], None]
+# The classifier whose weights are the best so far, and what their file says of itself.
+Best = tuple[nn.Module, dict[str, str]]
+
+
+class _Weights(NamedTuple):
+    """What goes into a weights file."""
+
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def _write(path: Path, content: Any) -> FileRecord:
+    """Write a file of a checkpoint, or the weights file. Raises `OSError`."""
+    if isinstance(content, _Weights):
+        return write_weights(path, content.state, content.metadata)
+    return write_tensors(path, content)
+
+
+class _Writing(NamedTuple):
+    """A checkpoint that is being written; `metadata` is that of new best weights."""
+
+    position: CheckpointPosition
+    save: BackgroundSave
+    metadata: dict[str, str] | None
 
 
 class RunCheckpoints:
@@ -61,20 +85,25 @@ class RunCheckpoints:
         self.best: BestWeights | None = None
         self.saved: Checkpoint | None = None
         self._damaged: tuple[str, ...] = ()
-        self._writing: tuple[CheckpointPosition, BackgroundSave] | None = None
+        self._writing: _Writing | None = None
 
     @property
     def writing(self) -> CheckpointPosition | None:
         """The checkpoint that `begin` began and `finish` has not made whole yet."""
-        return None if self._writing is None else self._writing[0]
+        return None if self._writing is None else self._writing.position
 
     @property
     def busy(self) -> bool:
         """Whether this rank still writes it."""
-        return self._writing is not None and self._writing[1].busy
+        return self._writing is not None and self._writing.save.busy
 
     def begin(
-        self, position: CheckpointPosition, engine: Engine, state: dict[str, Any], rank_state: dict[str, Tensor]
+        self,
+        position: CheckpointPosition,
+        engine: Engine,
+        state: dict[str, Any],
+        rank_state: dict[str, Tensor],
+        best: Best | None,
     ) -> None:
         """Begin to save a checkpoint at ZeRO stage 0 while training goes on (collective); `finish` makes it whole.
 
@@ -83,6 +112,7 @@ class RunCheckpoints:
             engine: as in `save`.
             state: as in `save`.
             rank_state: as in `save`.
+            best: as in `save`.
 
         Raises:
             UserError: the one before it could not be written.
@@ -91,10 +121,14 @@ class RunCheckpoints:
         folder = self.layout.checkpoints.folder
         position = distributed.from_main(lambda: free_position(folder, position))
         clear_unfinished(folder, position.tag)
-        files = engine.copy_state(folder, position.tag, state)
+        copy = HostCopy()
+        files: list[FileContent] = engine.copy_state(folder, position.tag, state, copy)
         if rank_state:
-            files.append((rank_state_path(folder / position.tag, distributed.rank()), host_copy(rank_state)))
-        self._writing = position, BackgroundSave(files, write_tensors)
+            files.append((rank_state_path(folder / position.tag, distributed.rank()), copy(rank_state)))
+        if best is not None and distributed.is_main():
+            model, metadata = best
+            files.append((partial_path(self.layout.weights), _Weights(copy(model.state_dict()), metadata)))
+        self._writing = _Writing(position, BackgroundSave(files, _write), best and best[1])
 
     def finish(self) -> None:
         """Wait for what `begin` began, and make it whole (collective); nothing where there is none.
@@ -104,9 +138,11 @@ class RunCheckpoints:
         """
         if self._writing is None:
             return
-        (position, save), self._writing = self._writing, None
-        save.wait()
-        self._complete(position, save.records, None, save.errors, None)
+        writing, self._writing = self._writing, None
+        writing.save.wait()
+        records = dict(writing.save.records)
+        weights = records.pop(partial_path(self.layout.weights).name, None)
+        self._complete(writing.position, records, weights, writing.save.errors, writing.metadata)
 
     def save(
         self,
@@ -114,7 +150,7 @@ class RunCheckpoints:
         engine: Engine,
         state: dict[str, Any],
         rank_state: dict[str, Tensor],
-        best: tuple[nn.Module, dict[str, str]] | None,
+        best: Best | None,
     ) -> None:
         """Save a checkpoint (collective); what it replaces goes once it is whole.
 
@@ -246,6 +282,7 @@ class RunCheckpoints:
 
     def ensure_best(self, backbone: str, latest: float, say: Say) -> None:
         """See that the run's weights file holds the best weights, before they are used (collective). As `adopt`."""
+        self.finish()
         if self.saved is None:
             return
         checkpoint = dataclasses.replace(self.saved, best=self.best)

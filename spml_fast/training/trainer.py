@@ -160,7 +160,7 @@ class Trainer:
         self.ema = None
         if train.ema_decay:
             self.ema = ModelEmaV3(self.classifier, decay=train.ema_decay, use_warmup=True)
-        self.guard = NonFiniteGuard(train, self.engine, self.classifier, self.loader, self.layout)
+        self.guard = NonFiniteGuard(train, self.engine, self.classifier, self.loader, self.checkpoints)
         start_epoch, start_update = 1, 0
         if resume is not None:
             start_epoch, start_update = restore_state(self, phase, resume)
@@ -367,7 +367,12 @@ class Trainer:
         self._save(phase, epoch, 0, best)
 
     def _save(self, phase: Phase, epoch: int, update: int, best: bool) -> None:
-        """Checkpoint (collective); with `best` the weights file too. Within an epoch it changes nothing."""
+        """Checkpoint (collective); with `best` the weights file too. Within an epoch it changes nothing.
+
+        Training goes on while it is written, unless the run or its phase ends with it.
+        """
+        if not update:
+            self.saves.agree()
         statistics = own_statistics(self.classifier, self.ema) if update else {}
         if not update:
             average_statistics(self.classifier, self.ema)
@@ -380,8 +385,9 @@ class Trainer:
             weights = (self.ema.module if self.ema is not None else self.classifier, metadata)
         state = {"spml_fast": run_state(self, epoch, update)}
         place, rank_state = console.place_name(phase, position), self.method.rank_state() | statistics
-        if update and not self.engine.stage and not self.saves.stopping:
-            self.checkpoints.begin(position, self.engine, state, rank_state)
+        last = not update and epoch == phase.epochs
+        if not (self.engine.stage or self.saves.stopping or last):
+            self.checkpoints.begin(position, self.engine, state, rank_state, weights)
             self.saves.begun(place)
             return
         self.checkpoints.save(position, self.engine, state, rank_state, weights)

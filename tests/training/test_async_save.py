@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spml_fast.core.io import file_record
-from spml_fast.training.async_save import BackgroundSave, host_copy
+from spml_fast.training.async_save import BackgroundSave, HostCopy
 from spml_fast.training.tensor_files import read_tensors, write_tensors
 
 
@@ -23,7 +23,7 @@ def test_a_copy_is_equal_and_does_not_change():
         "none": None,
         "empty": [torch.empty(0), torch.empty(0, dtype=torch.int64)],
     }
-    copy = host_copy(state)
+    copy = HostCopy()(state)
     before = weight.clone()
     weight.zero_()
     state["optimizer"]["param_groups"][0]["lr"] = 7
@@ -38,8 +38,17 @@ def test_a_copy_is_equal_and_does_not_change():
 
 def test_a_part_of_a_tensor_is_another_tensor():
     whole = torch.arange(6.0)
-    copy = host_copy([whole, whole[:3], whole.view(2, 3), whole[1:4]])
+    copy = HostCopy()([whole, whole[:3], whole.view(2, 3), whole[1:4]])
     assert [t.tolist() for t in copy] == [whole.tolist(), [0, 1, 2], [[0, 1, 2], [3, 4, 5]], [1, 2, 3]]
+
+
+def test_states_that_share_tensors_share_their_copies():
+    """The best weights beside the module that they are of; what is gone by then takes nobody's place."""
+    copy, module = HostCopy(), {"a": torch.randn(5), "b": torch.randn(5)}
+    first = copy({**{f"classifier.{name}": tensor for name, tensor in module.items()}, "gone": torch.randn(5)})
+    second = copy(module | {"new": torch.zeros(5)})
+    assert second["a"] is first["classifier.a"] and second["b"] is first["classifier.b"]
+    assert torch.equal(second["new"], torch.zeros(5))
 
 
 def test_files_are_written_with_their_checksums_in_a_thread(tmp_path: Path):

@@ -15,13 +15,17 @@ from spml_fast.data.sampler import TrainSampler
 from tests.support.runs import Run, read_metrics
 from tests.training.test_training import losses, options, succeed, weights
 
-# A method of a user: its loss or its gradient is not a number when one image is in the batch of one epoch.
+# A method of a user: its loss or its gradient is not a number when one image is in the batch of one epoch. Checkpoints
+# reach the disk later than that.
 METHOD = '''
+import threading
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from spml_fast.core import io
 from spml_fast.methods.assume_negative import AssumeNegative
 from spml_fast.methods.base import LossOutput, MethodOptions, register
 
@@ -41,6 +45,18 @@ class Options(MethodOptions):
     image: int = 0
     epoch: int = 2
     what: str = "loss"
+
+
+flush = io.flush_to_disk
+
+
+def slow(file):
+    if threading.current_thread().name == "checkpoint":
+        time.sleep(1.5)
+    flush(file)
+
+
+io.flush_to_disk = slow
 
 
 @register("faulty")
