@@ -227,7 +227,8 @@ class Predictor:
         config = self.config if batch_size is None else self._with_batch(batch_size, batch_size)
         loader = make_eval_loader(config, chosen, self._classifier, self.device)
         groups = class_groups(data, config)
-        return evaluate_split(self._classifier, loader, chosen, [factor], config, data.classes, groups)[factor]
+        with data.reading():
+            return evaluate_split(self._classifier, loader, chosen, [factor], config, data.classes, groups)[factor]
 
 
 def load_predictor(source: str | os.PathLike[str], device: str | None = None) -> Predictor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import io
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -178,6 +179,21 @@ def check_one_process(command: str, more: str = "") -> None:
 def say(text: str) -> None:
     """A line on standard error, without the control characters that names may bring along."""
     print(without_controls(text), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[torch.device]:
+    """Join the other ranks, if a launcher started any, and leave them in the end; gives this rank's device.
+
+    What one rank meets, or that it is gone, ends all of them with one sentence.
+    """
+    from spml_fast.training.engine import init_distributed, shutdown_distributed
+    from spml_fast.training.peers import reporting
+
+    device = init_distributed()
+    with reporting():
+        yield device
+    shutdown_distributed()
 
 
 def print_any_text() -> None:

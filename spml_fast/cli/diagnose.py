@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
 from spml_fast.core.outputs import writer_name
 from spml_fast.runs.layout import RunLayout
+
+if TYPE_CHECKING:
+    import torch
+
+    from spml_fast.core.outputs import OutputFile
 
 DESCRIPTION = """Highest and lowest cells of the maps of positive and negative labels; with --against, a run with full
 labels on the same data, the rank correlation of the maps of both; the pointing game where the data set has boxes; for
@@ -75,9 +80,22 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--plot {args.plot} must be named .png")
     json_out = common.output_file(args, "json", "json", writer_name("diagnose"))
     plot_out = common.output_file(args, "plot", "png", writer_name("diagnose"))
-    from spml_fast.training.engine import init_distributed, shutdown_distributed
+    with common.ranks() as device:
+        diagnose(args, json_out, plot_out, device)
+    return 0
 
-    device = init_distributed()
+
+def diagnose(
+    args: argparse.Namespace, json_out: OutputFile | None, plot_out: OutputFile | None, device: torch.device
+) -> None:
+    """The same on this rank.
+
+    Args:
+        args: the command line, checked.
+        json_out: where the figures go.
+        plot_out: where the drawing goes.
+        device: this rank's.
+    """
     from spml_fast.analysis.diagnostics import measure_maps, plot, summarise
     from spml_fast.core import distributed
     from spml_fast.runs.open import input_normalisation, load_run, make_eval_loader
@@ -122,5 +140,3 @@ def main(argv: list[str] | None = None) -> int:
                 plot(plot_out.path, table, gaps)
             except OSError as error:
                 raise common.write_failed(plot_out.path, error) from error
-    shutdown_distributed()
-    return 0

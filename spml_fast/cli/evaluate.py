@@ -12,7 +12,10 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.outputs import writer_name
 
 if TYPE_CHECKING:
+    import torch
+
     from spml_fast.core.config import Config
+    from spml_fast.core.outputs import OutputFile
 
 DESCRIPTION = """Evaluate a run's best weights on a split. Starts under `deepspeed` and `torchrun` as well; the numbers
 do not depend on the number of ranks."""
@@ -53,9 +56,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     common.check_at_least_one(args, "batch_size")
     out = common.output_file(args, "json", "json", writer_name("evaluate"))
-    from spml_fast.training.engine import init_distributed, shutdown_distributed
+    with common.ranks() as device:
+        evaluate(args, out, device)
+    return 0
 
-    device = init_distributed()
+
+def evaluate(args: argparse.Namespace, out: OutputFile | None, device: torch.device) -> None:
+    """The same on this rank.
+
+    Args:
+        args: the command line, checked.
+        out: where the metrics go.
+        device: this rank's.
+    """
     from spml_fast.core import distributed
     from spml_fast.evaluation.evaluate import class_groups, class_rows, evaluate_split, table_rows
     from spml_fast.runs.open import load_run, make_eval_loader
@@ -80,5 +93,3 @@ def main(argv: list[str] | None = None) -> int:
         report = {"split": split.name, "alpha": {f"{a:g}": found[a] for a in alphas}, "classes": manifest.classes}
         if out is not None:
             out.write_json(report)
-    shutdown_distributed()
-    return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,10 @@ from spml_fast.core.io import printable
 from spml_fast.core.outputs import SUGGESTION_COLUMNS
 
 if TYPE_CHECKING:
+    import torch
+
     from spml_fast.analysis.suggest import Suggestions
+    from spml_fast.core.outputs import OutputFile
     from spml_fast.data.manifest import Split
 
 DESCRIPTION = """Rank the unknown pairs (image, class) of a split that the model is most sure are positive, and the
@@ -97,11 +101,19 @@ def main(argv: list[str] | None = None) -> int:
     check(args)
     # Told before the pass over the split, which may take hours.
     table = common.output_file(args, "csv", "csv", ",".join(SUGGESTION_COLUMNS))
-    import contextlib
+    with common.ranks() as device:
+        find(args, table, device)
+    return 0
 
-    from spml_fast.training.engine import init_distributed, shutdown_distributed
 
-    device = init_distributed()
+def find(args: argparse.Namespace, table: OutputFile | None, device: torch.device) -> None:
+    """The same on this rank.
+
+    Args:
+        args: the command line, checked.
+        table: where the lists go.
+        device: this rank's.
+    """
     from spml_fast.analysis import suggest
     from spml_fast.core import distributed
     from spml_fast.core.progress import show_progress
@@ -144,5 +156,3 @@ def main(argv: list[str] | None = None) -> int:
             table.check()
             count = suggest.write_suggestions(args.csv, lists, split, manifest.classes)
             print(f"{printable(str(args.csv))}: {count} suggestions")
-    shutdown_distributed()
-    return 0

@@ -195,21 +195,34 @@ def acquire(path: Path, what: str) -> None:
         time.sleep(1)
 
 
-def register_reader(folder: Path) -> None:
+def register_reader(folder: Path) -> Path | None:
     """Say that this process reads what lies in `folder`'s parent, until it ends; nothing where that is read-only.
 
     Args:
         folder: where readers leave their files; made if it is not there.
+
+    Returns:
+        The file that says so, for `release`; None where it was there before, or cannot be written.
     """
     current = Owner.current()
     path = folder / f"{current.host}-{current.pid}-{current.start}.json"
+    if _held.pid == os.getpid() and path in _held.paths and path.exists():
+        return None
     try:
         folder.mkdir(exist_ok=True)
         path.write_text(json.dumps(asdict(current)), encoding="utf-8")
     except OSError:
         # Somebody who may not write there cannot replace it either; whoever can is not told.
-        return
+        return None
     _held.add(path)
+    return path
+
+
+def release(path: Path) -> None:
+    """Give up one thing that this process uses."""
+    _held.paths = _held.paths - {path}
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def readers(folder: Path) -> list[Owner]:

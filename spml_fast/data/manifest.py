@@ -20,10 +20,11 @@ a Manifest of nine million images opens without being read whole. What an array 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -258,15 +259,28 @@ class Manifest:
             for name, info in meta["splits"].items()
         }
 
-    def register_reader(self) -> None:
+    def register_reader(self) -> Path | None:
         """Keep `prepare --overwrite` from replacing the Manifest while this process runs (not if it is read-only).
+
+        Returns:
+            As `lock.register_reader`.
 
         Raises:
             UserError: it is being replaced now.
         """
         if _locked(partial_path(self.folder) / LOCK):
             raise UserError(f"{self.folder} is being prepared anew by another command; wait for it")
-        lock.register_reader(self.folder / READERS)
+        return lock.register_reader(self.folder / READERS)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """As `register_reader`, inside, for processes that go on for long afterwards."""
+        note = self.register_reader()
+        try:
+            yield
+        finally:
+            if note is not None:
+                lock.release(note)
 
     @property
     def num_classes(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.data.bad_images import BadImages
@@ -51,10 +52,16 @@ DIGITS_DIR = "data/digits"
 
 
 def open_data(config: Config) -> Manifest:
-    """The Manifest of a run; builds the embedded digit scenes on first use (one process builds, others wait)."""
-    if config.data.dir is not None:
-        return Manifest(config.data.dir, config.data.image_root)
-    return prepare_digits(Path(DIGITS_DIR))
+    """The Manifest of a run; builds the embedded digit scenes on first use (one process builds, others wait).
+
+    While this process runs it is not replaced by another's `prepare --overwrite`.
+    """
+    manifest = prepare_digits(Path(DIGITS_DIR)) if config.data.dir is None else None
+    if manifest is None:
+        manifest = Manifest(str(config.data.dir), config.data.image_root)
+    if distributed.is_main():
+        manifest.register_reader()
+    return manifest
 
 
 def input_normalisation(config: Config, classifier: Classifier) -> tuple[list[float], list[float]]:

@@ -60,14 +60,19 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def init_distributed(timeout_minutes: float = 10.0) -> torch.device:
+# How long ranks that do not train wait for one that does not move.
+TIMEOUT_MINUTES = 10.0
+
+
+def init_distributed(timeout_minutes: float | None = None) -> torch.device:
     """Join the process group and choose this rank's device.
 
     Works under `deepspeed`, `torchrun` and SLURM, and alone, when no launcher set the environment.
 
     Args:
-        timeout_minutes: how long ranks wait for one that does not move.
+        timeout_minutes: how long ranks of a training wait for one that does not move; None for another command.
     """
+    minutes = TIMEOUT_MINUTES if timeout_minutes is None else timeout_minutes
     watch_launchers()
     env.default_ranks()
     alone = env.world_size() == 1
@@ -91,7 +96,7 @@ def init_distributed(timeout_minutes: float = 10.0) -> torch.device:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         # The watch over the ranks ends a run at the limit, with a sentence; collectives give up a little later.
-        limit = timedelta(minutes=timeout_minutes + 1)
+        limit = timedelta(minutes=minutes + 1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=limit)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
@@ -100,7 +105,7 @@ def init_distributed(timeout_minutes: float = 10.0) -> torch.device:
             f"port {env.master_port()}, where the ranks meet, is taken by another program; "
             "start with another, as in: deepspeed --master_port 29501 ..."
         ) from error
-    peers.start(60 * timeout_minutes)
+    peers.start(60 * minutes, trains=timeout_minutes is not None)
     return device
 
 

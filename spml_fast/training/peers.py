@@ -60,13 +60,13 @@ class Line:
     beat: int = 0
     seen: float = 0.0
 
-    def where(self) -> str:
-        """Machine, process and last update for a sentence."""
-        text = f"on {self.host}, process {self.pid}, "
+    def where(self, trains: bool = True) -> str:
+        """Machine, process and, where ranks train, the last update, for a sentence."""
+        text = f"on {self.host}, process {self.pid}"
         if self.place is None:
-            return text + "before its first update"
+            return text + (", before its first update" if trains else "")
         phase, epoch, update = self.place
-        return text + f"last update {update} of epoch {epoch} ({phase})"
+        return text + f", last update {update} of epoch {epoch} ({phase})"
 
 
 class Peers:
@@ -77,12 +77,15 @@ class Peers:
         rank: this process's.
         world: number of ranks.
         limit: seconds after which a rank that does not move ends the run.
+        trains: whether the ranks train; else they do something that can be started again.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, limit: float) -> None:
-        self.store, self.rank, self.world, self.limit = store, rank, world, limit
+    def __init__(self, store: Any, rank: int, world: int, limit: float, trains: bool = True) -> None:
+        self.store, self.rank, self.world, self.limit, self.trains = store, rank, world, limit, trains
         self.own = Line(socket.gethostname(), os.getpid())
         self.lines: dict[int, Line] = {}
+        # Ranks that have written a line.
+        self._there: list[int] = []
         self.moved = time.monotonic()
         self.stopped = threading.Event()
         self.failed, self.error = False, ""
@@ -101,29 +104,36 @@ class Peers:
     def _write(self) -> None:
         own = self.own
         own.beat += 1
-        self.store.set(f"spml_fast/rank/{self.rank}", json.dumps([own.host, own.pid, own.place, own.steps, own.beat]))
+        self.store.set(_line_key(self.rank), json.dumps([own.host, own.pid, own.place, own.steps, own.beat]))
 
     def read(self) -> None:
-        """Read the other ranks' lines."""
+        """Read the other ranks' lines: all of them in one call, since one store serves every rank every second."""
+        # A line that is not there yet would be waited for; once written it stays.
+        self._there += [r for r in range(self.world) if r not in (self.rank, *self._there) and self._is_there(r)]
+        texts = self.store.multi_get([_line_key(rank) for rank in self._there]) if self._there else []
         now = time.monotonic()
-        for rank in (r for r in range(self.world) if r != self.rank):
-            key = f"spml_fast/rank/{rank}"
-            if not self.store.check([key]):
-                continue
-            host, pid, place, steps, beat = json.loads(self.store.get(key))
+        for rank, text in zip(self._there, texts, strict=True):
+            host, pid, place, steps, beat = json.loads(text)
             known = self.lines.setdefault(rank, Line(host, pid))
             if beat != known.beat:
                 known.seen = now
             known.place, known.steps, known.beat = place and tuple(place), steps, beat
+
+    def _is_there(self, rank: int) -> bool:
+        return bool(self.store.check([_line_key(rank)]))
 
     def gone(self, silence: float) -> dict[int, Line]:
         """Ranks whose process is not there any more, or that said nothing for so many seconds."""
         now = time.monotonic()
         lost = {}
         for rank, line in self.lines.items():
-            if now - line.seen > silence or (line.host == self.own.host and not process_runs(line.pid)):
+            if now - line.seen > silence or self._ended(line):
                 lost[rank] = line
         return lost
+
+    def _ended(self, line: Line) -> bool:
+        """Whether a rank's process is known to be gone, as one of this machine."""
+        return line.host == self.own.host and not process_runs(line.pid)
 
     def _hanging(self) -> dict[int, Line]:
         """Ranks that the others have waited for longer than the limit."""
@@ -162,7 +172,7 @@ class Peers:
             answered = time.monotonic()
             lost = self._hanging()
             if lost:
-                self._say_and_exit(lost, self.limit)
+                self._say_and_exit(lost, None if all(map(self._ended, lost.values())) else self.limit)
         if not self.stopped.wait(2 * NOTICE):
             # A collective that broke has ended the process by now; one on a GPU may never.
             unknown = Line("an unknown machine", 0)
@@ -175,7 +185,7 @@ class Peers:
     def _say_and_exit(self, lost: dict[int, Line], limit: float | None) -> None:
         """End this process at once, whatever it is waiting for."""
         if lost and self._is_first_but(lost):
-            print(f"error: {sentence(lost, limit)}", file=sys.stderr, flush=True)
+            print(f"error: {sentence(lost, limit, self.trains)}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def explain(self, error: BaseException) -> str | None:
@@ -197,8 +207,8 @@ class Peers:
             lost = {0: self.lines[0]} if 0 in self.lines else {}
         if not lost:
             text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            return f"the ranks lost each other, all of them alive ({self.own.where()}): {text}"
-        return sentence(lost, None) if self._is_first_but(lost) else None
+            return f"the ranks lost each other, all of them alive ({self.own.where(self.trains)}): {text}"
+        return sentence(lost, None, self.trains) if self._is_first_but(lost) else None
 
     def announce(self, text: str = "") -> bool:
         """Tell the others that this rank leaves with an error, which it reports itself.
@@ -232,6 +242,11 @@ class Peers:
         self.stopped.set()
 
 
+def _line_key(rank: int) -> str:
+    """Where a rank's line is in the store."""
+    return f"spml_fast/rank/{rank}"
+
+
 def process_runs(pid: int) -> bool:
     """Whether a process of this machine is there, and not only its exit status."""
     try:
@@ -241,29 +256,33 @@ def process_runs(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def sentence(lost: dict[int, Line], limit: float | None) -> str:
-    """Which ranks are gone (no limit) or have kept the others waiting for `limit` seconds."""
-    ranks = "; ".join(f"rank {rank} ({line.where()})" for rank, line in sorted(lost.items()))
+def sentence(lost: dict[int, Line], limit: float | None, trains: bool = True) -> str:
+    """Which ranks are gone (no limit) or have kept the others waiting for `limit` seconds, and what to do."""
+    ranks = "; ".join(f"rank {rank} ({line.where(trains)})" for rank, line in sorted(lost.items()))
     many = len(lost) > 1
     if limit is None:
         what = f"{'have' if many else 'has'} ended unexpectedly"
     else:
-        what = f"{'have' if many else 'has'} not moved for {limit / 60:g} minutes (run.timeout_minutes)"
+        option = " (run.timeout_minutes)" if trains else ""
+        what = f"{'have' if many else 'has'} not moved for {limit / 60:g} minutes{option}"
+    if not trains:
+        return f"{ranks} {what}, so the command ends; start it again"
     return f"{ranks} {what}, so the run ends; start the same command again to resume from the last checkpoint"
 
 
 _peers: Peers | None = None
 
 
-def start(limit: float) -> None:
+def start(limit: float, trains: bool) -> None:
     """Watch the other ranks of the process group from now on, if there are any.
 
     Args:
         limit: seconds after which a rank that does not move ends the run.
+        trains: as in `Peers`.
     """
     global _peers
     if distributed.world_size() > 1 and _peers is None:
-        _peers = Peers(distributed.store().clone(), distributed.rank(), distributed.world_size(), limit)
+        _peers = Peers(distributed.store().clone(), distributed.rank(), distributed.world_size(), limit, trains)
 
 
 def begin_update() -> None:

@@ -75,8 +75,6 @@ def load_data(config: Config) -> RunData:
         open_data(config)
     distributed.barrier()
     manifest = open_data(config)
-    if distributed.is_main():
-        manifest.register_reader()
     method = get_method(config.method.name)
     train = manifest.split(config.data.train_split)
     val = _optional_split(manifest, config.data.val_split, "val")

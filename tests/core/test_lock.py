@@ -153,6 +153,9 @@ def test_readers(tmp_path):
         child.kill()
         child.wait()
     assert lock.readers(folder) == []
+    assert lock.register_reader(folder) is None, "it is there already"
+    lock.release(mine)
+    assert list(folder.iterdir()) == [] and lock.register_reader(folder) == mine
     lock.release_all()
     assert list(folder.iterdir()) == []
     lock.register_reader(tmp_path / "nowhere" / ".readers")

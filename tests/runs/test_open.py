@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from spml_fast.cli.parse import parse_config
+from spml_fast.core import lock
 from spml_fast.core.errors import UserError
+from spml_fast.data.manifest import Manifest
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import save_weights
 from spml_fast.runs.layout import RunLayout
@@ -47,6 +49,21 @@ def test_everything_of_a_run(run: Path, small_digits: Path):
     config, manifest, classifier, metadata = load_run(run, CPU)
     assert (config, manifest.classes, metadata) == (context.config, context.classes, context.metadata)
     assert torch.equal(classifier.head.weight, context.classifier.head.weight)
+
+
+def test_a_data_set_that_is_open_is_not_prepared_anew(run: Path, small_digits: Path):
+    """As training, evaluation and the rest open it; a notebook that evaluates gives it free again."""
+    before = lock.Owner.current()
+    try:
+        RunContext(run)
+        notes = list((small_digits / ".readers").iterdir())
+        assert before in [lock.Owner.read(note) for note in notes]
+    finally:
+        lock.release_all()
+    manifest = Manifest(small_digits)
+    with manifest.reading():
+        assert before in [lock.Owner.read(note) for note in (small_digits / ".readers").iterdir()]
+    assert before not in [lock.Owner.read(note) for note in (small_digits / ".readers").iterdir()]
 
 
 def test_other_options_share_what_is_loaded(run: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ import pytest
 from spml_fast.training.peers import INTERVAL, Line, Peers, sentence
 from tests.support.paths import ROOT
 from tests.support.runs import Run, environment, rank_variables, read_metrics
-from tests.training.test_training import options
+from tests.training.test_training import options, succeed
 
 
 def start_ranks(words: list[str], ranks: int, folder: Path) -> list[subprocess.Popen[str]]:
@@ -83,6 +84,45 @@ def test_an_error_of_one_rank_is_one_sentence(rank: int, small_digits: Path, run
     assert lines[0].startswith("rank 1: error:") == (rank == 1)
 
 
+# Rank 1 of an evaluation dies once both ranks know each other.
+DIES = """
+import os, signal, time
+from spml_fast.runs import open
+
+make_eval_loader = open.make_eval_loader
+
+def dies(*given):
+    if os.environ["RANK"] == "1":
+        time.sleep(2.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make_eval_loader(*given)
+
+open.make_eval_loader = dies
+"""
+
+
+def test_ranks_of_other_commands_watch_each_other(small_digits: Path, run_script: Run, tmp_path: Path) -> None:
+    """One sentence where a rank of an evaluation is killed, and where all of them meet the same error."""
+    run = tmp_path / "run"
+    succeed(run_script("train.py", *options(small_digits, run, train__epochs=1, data__test_split="null")))
+    (tmp_path / "dies.py").write_text(DIES)
+    words = ["--run", run, "--split", "test"]
+    done = run_script("evaluate.py", "--plugins", tmp_path / "dies.py", *words, ranks=2)
+    assert done.returncode != 0 and "gloo" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(
+        rf"error: rank 1 \(on {re.escape(socket.gethostname())}, process \d+\) has ended unexpectedly, so the command "
+        r"ends; start it again",
+        line,
+    )
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    for script in ("evaluate.py", "suggest.py", "diagnose.py"):
+        done = run_script(script, *words, ranks=2)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and line.startswith(f"error: {weights} is damaged ("), script
+
+
 def test_a_port_that_is_taken_is_said() -> None:
     variables = rank_variables(2)[0]
     with socket.socket() as other:
@@ -105,6 +145,10 @@ class Store(dict[str, str]):
 
     def set(self, key: str, value: str) -> None:
         self[key] = value
+
+    def multi_get(self, keys: list[str]) -> list[str]:
+        self.calls = getattr(self, "calls", 0) + 1
+        return [self[key] for key in keys]
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self for key in keys)
@@ -173,10 +217,27 @@ def test_who_is_gone(three: list[Peers]) -> None:
     assert three[0].gone(60) == {}
 
 
+def test_all_lines_are_read_in_one_call(three: list[Peers]) -> None:
+    """Of the ranks that have written one; a store without the others' would wait for them."""
+    store = three[0].store
+    del store["spml_fast/rank/2"]
+    three[0].read()
+    assert sorted(three[0].lines) == [1]
+    read_all(three)
+    before = store.calls
+    checks: list[object] = []
+    store.check = checks.append
+    three[0].read()
+    assert sorted(three[0].lines) == [1, 2] and store.calls == before + 1 and not checks
+
+
 def test_the_sentence_names_rank_machine_and_update() -> None:
     line = Line("node7", 41, ("finetune", 2, 30), 60)
     assert sentence({3: line}, None).startswith(
         "rank 3 (on node7, process 41, last update 30 of epoch 2 (finetune)) has ended unexpectedly"
     )
     both = sentence({3: line, 4: Line("node8", 5)}, 600.0)
-    assert "rank 4 (on node8, process 5, before its first update) have not moved for 10 minutes" in both
+    assert "rank 4 (on node8, process 5, before its first update) have not moved for 10 minutes (run.t" in both
+    assert sentence({4: Line("node8", 5)}, 600.0, trains=False) == (
+        "rank 4 (on node8, process 5) has not moved for 10 minutes, so the command ends; start it again"
+    )

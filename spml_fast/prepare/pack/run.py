@@ -135,6 +135,7 @@ def pack(options: PackOptions) -> Manifest:
     for used in (manifest.folder, manifest.image_root, options.tars):
         if used is not None and used.resolve().is_relative_to(out.resolve()):
             raise UserError(f"{used} lies inside --out {options.out} and is needed; choose another --out")
+    manifest.register_reader()
     folder = out.with_name(out.name + ".packing")
     try:
         folder.mkdir(parents=True, exist_ok=True)
