@@ -16,6 +16,9 @@ from spml_fast.core.io import printable
 from spml_fast.data.image_check import LOADER_FORMATS
 from spml_fast.data.manifest import Split
 
+# Endings of images that the loader does not read, and that `prepare --convert` can copy into a format that it does.
+CONVERTIBLE_SUFFIXES = frozenset({".gif", ".avif", ".avifs", ".heic", ".heif", ".hif", ".ico", ".tga"})
+
 
 def image_suffixes() -> frozenset[str]:
     """Suffixes (lower case, with the dot) of the formats that the loader reads, as Pillow knows them."""

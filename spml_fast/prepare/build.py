@@ -28,6 +28,8 @@ from spml_fast.prepare.raw import CommonOptions, RawDataset, RawSplit
 MAX_LISTED = 100_000
 # How many classes are named on screen.
 MAX_NAMED = 10
+# EXIF orientation -> the one that undoes it.
+_TURNED_BACK = np.array([1, 1, 2, 3, 4, 5, 8, 7, 6], np.uint8)
 
 
 def build(raw: RawDataset, common: CommonOptions) -> Manifest:
@@ -230,7 +232,9 @@ class _Preparation:
             )
         width, height = np.where(opened, width, annotated_width), np.where(opened, height, annotated_height)
         boxes = None
-        if part.boxes is not None:
+        if part.boxes is not None and part.boxes_as_shown:
+            boxes = part.boxes[0], _turned_fractions(part.boxes, checked.orientation[rows], applied)
+        elif part.boxes is not None:
             frame_width = np.where(annotated_width > 0, annotated_width, width)
             frame_height = np.where(annotated_height > 0, annotated_height, height)
             if (frame_width > 0).all() and (frame_height > 0).all():
@@ -308,6 +312,18 @@ def _fractions(
     scale = np.stack([width, height, width, height], 1)[row]
     out[:, 1:] = np.clip(out[:, 1:] / scale, 0, 1)
     return turn_boxes(out.astype(np.float32), orientation[row])
+
+
+def _turned_fractions(
+    boxes: tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]],
+    exif: npt.NDArray[np.uint8],
+    applied: npt.NDArray[np.uint8],
+) -> npt.NDArray[np.float32]:
+    """Boxes [K, 5] as fractions of the image as EXIF shows it -> of the image as the loader turns it."""
+    indptr, values = boxes
+    row = np.repeat(np.arange(len(exif)), np.diff(indptr))
+    stored = turn_boxes(np.asarray(values, np.float32), _TURNED_BACK[exif][row])
+    return turn_boxes(stored, applied[row])
 
 
 def turn_boxes(boxes: npt.NDArray[np.float32], orientation: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

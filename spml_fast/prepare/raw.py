@@ -40,6 +40,8 @@ class RawSplit:
         width: annotated stored widths in pixels, int [N], 0 where unknown; None when the annotations have none.
         height: annotated stored heights.
         boxes: (indptr int64 [N + 1], float [K, 5] of class, x0, y0, x1, y1 in pixels of the stored image).
+        boxes_as_shown: boxes are fractions, 0 to 1, of the image turned as its EXIF data say, which is what annotation
+            tools show.
     """
 
     name: str
@@ -55,6 +57,7 @@ class RawSplit:
     width: npt.NDArray[np.integer] | None = None
     height: npt.NDArray[np.integer] | None = None
     boxes: tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]] | None = None
+    boxes_as_shown: bool = False
 
     def __post_init__(self) -> None:
         if (self.paths is None) == (self.ids is None or self.template is None):

@@ -81,7 +81,15 @@ def _corners(entry: dict[str, Any], path: Path, number: int) -> tuple[float, flo
     return x, y, x + width, y + height
 
 
-def read_split(data: dict[str, Any], path: Path, name: str, class_id: dict[int, int], prefix: str) -> RawSplit:
+def read_split(
+    data: dict[str, Any],
+    path: Path,
+    name: str,
+    class_id: dict[int, int],
+    prefix: str,
+    all_images: bool = False,
+    num_classes: int | None = None,
+) -> RawSplit:
     """One instances file as a split.
 
     Args:
@@ -90,6 +98,8 @@ def read_split(data: dict[str, Any], path: Path, name: str, class_id: dict[int, 
         name: of the split.
         class_id: category id -> class index.
         prefix: put before every file name.
+        all_images: keep images without an annotation, and the order of the file; else the papers' protocol.
+        num_classes: of the data set; None where the file has all of them.
 
     Raises:
         UserError: naming the entry that is wrong.
@@ -113,9 +123,11 @@ def read_split(data: dict[str, Any], path: Path, name: str, class_id: dict[int, 
             )
         box = [class_id[entry["category_id"]], *_corners(entry, path, number)]
         objects.setdefault(entry["image_id"], []).append(box)
-    ids = sorted(objects, key=str)
-    known = SparseLabels.from_positives([{int(b[0]) for b in objects[i]} for i in ids], len(class_id), NEGATIVE)
-    boxes = [[b for b in objects[i] if b[3] > b[1] and b[4] > b[2]] for i in ids]
+    ids = list(images) if all_images else sorted(objects, key=str)
+    rows = [objects.get(i, []) for i in ids]
+    positives = [{int(b[0]) for b in row} for row in rows]
+    known = SparseLabels.from_positives(positives, num_classes or len(class_id), NEGATIVE)
+    boxes = [[b for b in row if b[3] > b[1] and b[4] > b[2]] for row in rows]
     indptr = np.concatenate([[0], np.cumsum([len(b) for b in boxes])]).astype(np.int64)
     return RawSplit(
         name,
