@@ -1,7 +1,7 @@
-"""Rows of label tables in the files that people have: CSV, JSON lines, Parquet.
+"""Rows of label tables in the files that people have: CSV, JSON lines, Parquet, Arrow.
 
-Every row has texts or lists of texts; the first column names the image. Which columns there may be is the business of
-csv_table.py.
+Every row has texts or lists of texts, or, on request, whatever the file holds. Which columns there may be is the
+business of who reads the table.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,34 +24,43 @@ Value = str | list[str]
 TableRow = tuple[int, dict[str, Value]]
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
+ARROW = (".arrow",)
+# Rows of Parquet and Arrow that are in memory at a time; with images in them a row can be megabytes.
+BATCH = 64
 
 
 def row_word(path: Path) -> str:
     """What a row's number counts, for messages: lines of a text file, rows of Parquet."""
-    return "row" if path.suffix.lower() in PARQUET else "line"
+    return "row" if path.suffix.lower() in PARQUET + ARROW else "line"
 
 
-def read_rows(path: Path) -> tuple[list[str], Iterator[TableRow]]:
+def read_rows(
+    path: Path, convert: Callable[[Any, str], Any] | None = None, only: Sequence[str] | None = None
+) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
     """Columns and rows of a table; its name's ending says what it is, CSV where it says nothing else.
 
     Columns of JSON lines are known only when all rows have been read: the list grows until then.
 
     Args:
-        path: UTF-8 text with any line ends and with or without byte order mark, or Parquet.
+        path: UTF-8 text with any line ends and with or without byte order mark, Parquet or Arrow.
+        convert: makes a field's value of what JSON, Parquet or Arrow hold and the field's place in the file; None for
+            texts and lists of texts alone.
+        only: of Parquet and Arrow, read these columns and no others; `column.field` is a part of one.
 
     Raises:
         UserError: naming file and line (or row); also while rows are read.
     """
-    suffix = path.suffix.lower()
-    if suffix in PARQUET:
-        return _parquet(path)
+    suffix, convert = path.suffix.lower(), convert or _value
+    if suffix in PARQUET + ARROW:
+        names, rows = (_parquet if suffix in PARQUET else _arrow)(path, only)
+        return names, _converted(path, rows, convert)
     columns: list[str] = []
-    rows = _json_lines(path, columns) if suffix in JSON_LINES else _csv(path, columns)
+    lines = _json_lines(path, columns, convert) if suffix in JSON_LINES else _csv(path, columns)
     if suffix in JSON_LINES:
-        return columns, rows
+        return columns, lines
     # The header comes first, and tells what is missing before any row is read.
-    next(rows, None)
-    return columns, rows
+    next(lines, None)
+    return columns, lines
 
 
 @contextmanager
@@ -100,7 +109,7 @@ def _value(value: Any, where: str) -> Value:
     raise UserError(f"{where} must be a text or a list of texts, not {str(value)[:60]!r}")
 
 
-def _json_lines(path: Path, columns: list[str]) -> Iterator[TableRow]:
+def _json_lines(path: Path, columns: list[str], convert: Callable[[Any, str], Any]) -> Iterator[TableRow]:
     with _text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -112,30 +121,76 @@ def _json_lines(path: Path, columns: list[str]) -> Iterator[TableRow]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: not an object of JSON such as {{'path': 'a.jpg', ...}}")
             columns += [name for name in row if name not in columns]
-            yield number, {name: _value(v, f"{path}, line {number}: {name!r}") for name, v in row.items()}
+            yield number, {name: convert(v, f"{path}, line {number}: {name!r}") for name, v in row.items()}
 
 
-def _parquet(path: Path) -> tuple[list[str], Iterator[TableRow]]:
+def _converted(
+    path: Path, rows: Iterator[dict[str, Any]], convert: Callable[[Any, str], Any]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows of Parquet or Arrow. Raises `UserError` where the file cannot be read to its end."""
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            yield number, {name: convert(v, f"{path}, row {number}: {name!r}") for name, v in row.items()}
+    except (OSError, pa.ArrowException, UnicodeDecodeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}, after row {number}: cannot be read ({error})") from error
+
+
+def table_schema(path: Path) -> Any:
+    """The Arrow schema of a Parquet or Arrow file. Raises `UserError`."""
+    return _open_parquet(path).schema_arrow if path.suffix.lower() in PARQUET else _open_arrow(path).schema
+
+
+def _open_parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
         require_regular(path)
         file = pa.parquet.ParquetFile(path)
-        names = list(file.schema_arrow.names)
+        # Damage of the schema may show only when it is asked for.
+        list(file.schema_arrow.names)
+        return file
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (pa.ArrowException, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path} is not a Parquet file ({error})") from error
 
-    def rows() -> Iterator[TableRow]:
-        number = 0
-        try:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, {name: _value(v, f"{path}, row {number}: {name!r}") for name, v in row.items()}
-        except (OSError, pa.ArrowException, UnicodeDecodeError, ValueError, OverflowError) as error:
-            raise UserError(f"{path}, after row {number}: cannot be read ({error})") from error
+
+def _open_arrow(path: Path) -> Any:
+    """A reader of an Arrow stream, which is what `save_to_disk` of Hugging Face writes."""
+    import pyarrow as pa
+
+    try:
+        require_regular(path)
+        reader = pa.ipc.open_stream(pa.memory_map(str(path)))
+        list(reader.schema.names)
+        return reader
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (pa.ArrowException, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path} is not an Arrow stream ({error})") from error
+
+
+def _parquet(path: Path, only: Sequence[str] | None) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    file = _open_parquet(path)
+    batches = file.iter_batches() if only is None else file.iter_batches(BATCH, columns=list(only))
+    return list(file.schema_arrow.names), (row for batch in batches for row in batch.to_pylist())
+
+
+def _arrow(path: Path, only: Sequence[str] | None) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    reader = _open_arrow(path)
+    names = list(reader.schema.names)
+    wanted = names if only is None else list(dict.fromkeys(name.split(".")[0] for name in only))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for batch in reader:
+            kept = batch.select(wanted)
+            # Offsets that point outside of a mapped file would be followed.
+            kept.validate(full=True)
+            for start in range(0, len(kept), BATCH):
+                yield from kept.slice(start, BATCH).to_pylist()
 
     return names, rows()
