@@ -20,6 +20,11 @@ def _seed(value: int) -> str | None:
     return None if 0 <= value < 2**63 else f"is {value}; it must lie between 0 and 2^63 - 1"
 
 
+def _crc32(value: str) -> str | None:
+    fine = len(value) == 8 and all(digit in "0123456789abcdef" for digit in value)
+    return None if fine else f"is {value!r}; it must be the 8 hexadecimal digits of a CRC-32 checksum"
+
+
 def _betas(values: Sequence[float]) -> str | None:
     fine = len(values) == 2 and all(0 <= beta < 1 for beta in values)
     return None if fine else f"is {values}; it needs two numbers from 0 to below 1"
@@ -110,7 +115,10 @@ class ModelConfig(Section):
     Attributes:
         backbone: any timm model that gives a feature map, for example resnet50.tv_in1k or vit_base_patch16_224.
         pretrained: load the backbone's pretrained weights by timm's own means (a download or its cache).
-        weights: local file with backbone weights (.safetensors, .pth), used instead of a download.
+        weights: local file with backbone weights (.safetensors, .pth), used instead of a download; or a run, to start
+            from its best weights: backbone and head, whose classes are matched by name.
+        weights_crc32: checksum that the weights file must have. A run that starts from another one writes it into its
+            config.yaml, so that a repeat starts from the same weights.
         head: cam is 1x1 class weights, BoostLU and the spatial mean; query2label reads the features by cross-attention
             (it has no map to boost, so alpha is 1 with it).
         head_options: options of that head, for example {preset: tiny} or --model.head_options.preset tiny for
@@ -134,6 +142,7 @@ class ModelConfig(Section):
     backbone: str = "resnet50.tv_in1k"
     pretrained: bool = True
     weights: str | None = None
+    weights_crc32: str | None = ruled(None, _crc32)
     head: str = "cam"
     head_options: HeadOptions | dict[str, Any] = field(default_factory=dict)
     alpha_train: float = positive(5.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spml_fast.core.config import ModelConfig
 from spml_fast.core.errors import UserError
@@ -113,3 +114,25 @@ def load_backbone(fresh: nn.Module, config: ModelConfig, options: dict[str, Any]
                 f"{config.backbone}, for example {lacking[0]}; it belongs to another model"
             )
     return model
+
+
+def resample_state(state: dict[str, Tensor], backbone: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """A backbone's state as the same model has it at another image size, by timm's own means.
+
+    Args:
+        state: `state_dict()` of a timm model.
+        backbone: the same model, made for another image size (or for the same, when nothing changes).
+
+    Returns:
+        The state, and the names of tensors that were resampled. Tensors that timm cannot resample have the shape they
+        had.
+    """
+    own = backbone.state_dict()
+    other = tuple(name for name, value in state.items() if name in own and value.shape != own[name].shape)
+    # What timm does with the weights that it downloads for this kind of model.
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if not other or convert is None:
+        return state, ()
+    made = convert(dict(state), backbone)
+    done = tuple(name for name in other if name in made and made[name].shape == own[name].shape)
+    return {name: made[name] if name in done else value for name, value in state.items()}, done

@@ -97,17 +97,21 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a run's weights file. Raises `UserError` where it is missing or damaged."""
+    try:
+        return load_file(path), read_metadata(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); has the run finished an epoch?") from error
+
+
 def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
     """Load `save_weights`' file into a module of the same shape; returns the metadata.
 
     Raises:
         UserError: the file is missing, damaged, or belongs to another model.
     """
-    try:
-        state = load_file(path)
-        metadata = read_metadata(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); has the run finished an epoch?") from error
+    state, metadata = read_weights(path)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

@@ -138,9 +138,11 @@ def resolve_head_alpha(config: Config) -> Config:
 def to_yaml(config: Config) -> str:
     """A recipe that repeats the run."""
     values = dataclasses.asdict(config)
+    # Most runs have neither, and older versions do not know the options.
     if not values["run"]["plugins"]:
-        # Most runs need none, and older versions do not know the option.
         del values["run"]["plugins"]
+    if values["model"]["weights_crc32"] is None:
+        del values["model"]["weights_crc32"]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import load_weights
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import input_normalisation, open_data
+from spml_fast.runs.warm_start import without_source
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def make_classifier(model: ModelConfig, num_classes: int, image_size: int, devic
     Raises:
         UserError: no such backbone, head or weights; `model.sync_bn` without a GPU.
     """
-    classifier = Classifier(model, num_classes, image_size)
+    classifier = Classifier(without_source(model), num_classes, image_size)
     if model.sync_bn:
         if device.type != "cuda":
             raise UserError("model.sync_bn needs GPUs; leave it off (statistics are averaged over ranks anyway)")
@@ -245,7 +247,9 @@ def make_train_loader(config: Config, data: RunData, classifier: Classifier, dev
     )
 
 
-def resolved_config(config: Config, data: RunData, run_dir: Path, classifier: Classifier) -> Config:
+def resolved_config(
+    config: Config, data: RunData, run_dir: Path, classifier: Classifier, started_from: Mapping[str, Any] | None
+) -> Config:
     """The configuration with what was decided on the way, so that the run can be repeated from it.
 
     Args:
@@ -253,11 +257,16 @@ def resolved_config(config: Config, data: RunData, run_dir: Path, classifier: Cl
         data: the run's.
         run_dir: the run directory.
         classifier: knows the normalisation.
+        started_from: the run that it started from and the checksum of its weights, where it did.
     """
     mean, std = input_normalisation(config, classifier)
     folder = str(data.manifest.folder.resolve())
+    model = config.model
+    if started_from is not None:
+        model = dataclasses.replace(model, weights=started_from["run"], weights_crc32=started_from["weights_crc32"])
     return dataclasses.replace(
         config,
+        model=model,
         data=dataclasses.replace(config.data, dir=folder, mean=mean, std=std),
         run=dataclasses.replace(config.run, dir=str(run_dir)),
     )

@@ -41,6 +41,7 @@ def run_state(trainer: Trainer, epoch: int, update: int) -> dict[str, Any]:
         "trained": (trainer.trained_samples, trainer.trained_seconds, trainer.waited_seconds),
         "optimizer": train.optimizer,
         "updates_per_epoch": trainer.loader.updates_per_epoch,
+        "started_from": trainer.started_from,
     }
     if update and trainer.running is not None:
         meter, sums = trainer.running
@@ -64,6 +65,7 @@ def restore_state(trainer: Trainer, phase: Phase, resume: Resume) -> tuple[int, 
     _check_fit(trainer, phase, checkpoint)
     state = trainer.engine.load(checkpoint.folder, position.tag)["spml_fast"]
     _check_optimizer(trainer, checkpoint, state)
+    trainer.started_from = state.get("started_from")
     trainer.store.load_state_dict(state["labels"])
     if trainer.method.rank_state():
         trainer.method.load_rank_state(load_rank_states(checkpoint.path, position.world_size))

@@ -26,6 +26,7 @@ from spml_fast.models.batchnorm import bn_behaviour
 from spml_fast.models.classifier import Classifier
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import make_eval_loader
+from spml_fast.runs.warm_start import warm_start
 from spml_fast.runs.write import write_description, write_results
 from spml_fast.training import console, peers
 from spml_fast.training.bad_image_list import list_bad_images
@@ -96,6 +97,8 @@ class Trainer:
         self.trained_samples, self.trained_seconds, self.waited_seconds = 0, 0.0, 0.0
         self.last_loss: float | None = None
         self.ema: ModelEmaV3 | None = None
+        # The run that this one started from (runs/warm_start.py).
+        self.started_from: dict[str, Any] | None = None
         # Of the epoch that is under way: its clock, and its sums on this rank.
         self.running: tuple[Meter, dict[str, Tensor]] | None = None
 
@@ -118,6 +121,8 @@ class Trainer:
                 self.log.say("no test split: there will be no test figures")
             for note in notes:
                 self.log.say(note)
+            if resume is None:
+                self._start_from_run()
             first = 0 if resume is None else self._phase_of(resume.checkpoint.position)
             with self.saves:
                 for phase in self.phases[first:]:
@@ -127,6 +132,13 @@ class Trainer:
         title = f"{self.config.method.name} on {self.data.manifest.name}"
         console.print_table(title, console.closing_rows(results, self.run_dir))
         return results
+
+    def _start_from_run(self) -> None:
+        """Take the weights of the run that `model.weights` names; nothing where it names none."""
+        started = warm_start(self.config, self.classifier, self.data.manifest.classes)
+        if started is not None:
+            text, self.started_from = started
+            self.log.say(text)
 
     def _phase_of(self, position: CheckpointPosition) -> int:
         """Index of the phase that a checkpoint belongs to."""
@@ -139,7 +151,7 @@ class Trainer:
         """Write what the run is, and say what differs when it is resumed."""
         if not distributed.is_main():
             return
-        config = resolved_config(self.config, self.data, self.run_dir, self.classifier)
+        config = resolved_config(self.config, self.data, self.run_dir, self.classifier, self.started_from)
         note = write_description(self.layout, config, ds_config, self.data.manifest.classes)
         if note is not None:
             self.log.say(note)
@@ -410,6 +422,8 @@ class Trainer:
             "ranks": self.world,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
+        if self.started_from is not None:
+            results["started_from"] = self.started_from
         if self.data.test is not None:
             results |= self._test()
         if distributed.is_main():

@@ -58,11 +58,14 @@ class Head(nn.Module):
     Attributes:
         supports_boostlu: whether BoostLU's alpha has a meaning: the logits are the spatial mean of a class activation
             map.
+        class_parameters: names of the parameters whose first dimension is the class, so that a run that starts from
+            another one takes the rows of the classes that both have.
         options: an instance of `Options`; a subclass with options of its own declares their type.
     """
 
     Options: ClassVar[type[HeadOptions]] = HeadOptions
     supports_boostlu: ClassVar[bool] = False
+    class_parameters: ClassVar[tuple[str, ...]] = ()
     options: HeadOptions
 
     def __init__(self, channels: int, num_classes: int, grid: tuple[int, int], options: HeadOptions) -> None:

@@ -23,6 +23,7 @@ class CamHead(Head):
     """Class weights [C, K] and bias [C], both initialised uniformly in +-1/sqrt(K) as the released code's 1x1 conv."""
 
     supports_boostlu: ClassVar[bool] = True
+    class_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def __init__(
         self, channels: int, num_classes: int, grid: tuple[int, int] = (1, 1), options: HeadOptions | None = None

@@ -228,6 +228,7 @@ class Query2LabelHead(Head):
     """
 
     Options: ClassVar[type[HeadOptions]] = Query2LabelOptions
+    class_parameters: ClassVar[tuple[str, ...]] = ("queries.weight", "classify.weight", "classify.bias")
     options: Query2LabelOptions
 
     def __init__(self, channels: int, num_classes: int, grid: tuple[int, int], options: HeadOptions) -> None:
