@@ -23,7 +23,7 @@ class Baseline:
     """What one test file does with the unchanged modules.
 
     Attributes:
-        seconds: test id -> duration, of tests that pass without starting a process.
+        seconds: test id -> processor time, of tests that pass without starting a process.
         lines: test id (or `AT_IMPORT`) -> target file -> lines that run.
         carried: "file:node" of expressions that were tensors with a gradient.
         floating: the same of tensors that can have one.
@@ -69,6 +69,10 @@ class Coverage:
         place = f"{mutant.file}:{mutant.node}"
         return place in (self.floating if mutant.change == ".detach() removed" else self.carried)
 
+    def runs_at_import(self, mutant: Mutant) -> bool:
+        """Whether its lines run before any test has started."""
+        return bool(self.at_import[mutant.file] & set(range(mutant.span[0], mutant.span[1] + 1)))
+
     def tests(self, mutant: Mutant) -> dict[str, float]:
         """Seconds of the tests that may notice a mutant, in the order in which they are run."""
         lines = range(mutant.span[0], mutant.span[1] + 1)
@@ -82,15 +86,14 @@ class Coverage:
         return {t: self.seconds[t] for group in (reached, later) for t in self._ordered(group, mutant.file)}
 
     def _ordered(self, tests: set[str], target: str) -> list[str]:
-        """The target's own tests first, file by file, the quickest first."""
-        total: dict[str, float] = defaultdict(float)
-        for test in tests:
-            total[test.partition("::")[0]] += self.seconds[test]
-        wing = "kernels" if target.startswith("kernels/") else Path(target).parts[:2][-1]
+        """Tests in files named after the target first, then those of its folder, the quickest first."""
+        path = Path(target)
+        name = path.parent.name if path.stem in ("reference", "__init__") else path.stem
+        wing = "kernels" if target.startswith("kernels/") else path.parts[:2][-1]
 
-        def place(test: str) -> tuple[bool, float, str, float]:
-            file = test.partition("::")[0]
-            return Path(file).parts[1] != wing, total[file], file, self.seconds[test]
+        def place(test: str) -> tuple[bool, bool, float, str]:
+            file = Path(test.partition("::")[0])
+            return file.parts[1] != wing, name not in file.stem, self.seconds[test], test
 
         return sorted(tests, key=place)
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,7 +127,7 @@ class Session:
         self, report: int, chosen: Mapping[str, float] | None = None, lines: Lines | None = None, stop: bool = False
     ) -> None:
         self.report, self.chosen, self.lines, self.stop = report, chosen, lines, stop
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = {}
         self.outcome: dict[str, str] = {}
         self.ran = 0
 
@@ -152,9 +153,11 @@ class Session:
                 signal.signal(number, lambda *_: self._late(item.nodeid))
                 signal.setitimer(timer, self.chosen[item.nodeid] * times)
         self.ran += 1
+        start = time.process_time()
         try:
             return (yield)
         finally:
+            self.seconds[item.nodeid] = time.process_time() - start
             for _, timer, _ in TIMERS:
                 signal.setitimer(timer, 0)
             if self.lines is not None:
@@ -165,7 +168,6 @@ class Session:
         os._exit(0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid] += report.duration
         if report.failed:
             self.outcome[report.nodeid] = "failed"
             if self.stop:
@@ -205,7 +207,7 @@ def run_tests(
     trees: Mapping[str, ast.Module],
     paths: Sequence[str],
     session: Session,
-    scratch: Path,
+    scratch: Path | None,
     probe: Probe | None = None,
 ) -> int:
     """Run pytest in this process with the modules of `trees` changed; returns its exit code.
@@ -215,7 +217,7 @@ def run_tests(
         trees: name of a module -> its changed tree.
         paths: test files or folders, from the root.
         session: the plugin.
-        scratch: folder for temporary files of tests.
+        scratch: folder for temporary files of tests; None where forks of this process choose their own.
         probe: what `__mutation_probe__` in the trees calls.
     """
     os.chdir(root)
@@ -226,5 +228,7 @@ def run_tests(
     if session.lines is not None:
         session.lines.start()
     options = ["-q", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-    options += ["--basetemp", str(scratch), "-m", "not slow and not multirank and not gpu and not aot"]
+    options += ["-m", "not slow and not multirank and not gpu and not aot"]
+    # Standard output is shared among the forks of a host, so that nothing may be read back from it.
+    options += ["-s"] if scratch is None else ["--basetemp", str(scratch)]
     return int(pytest.main([*options, *paths], plugins=[session]))

@@ -53,8 +53,9 @@ class Fork:
 
     def _inside(self, report: int) -> None:
         try:
-            # A group of its own, so that nothing it starts outlives it.
-            os.setpgid(0, 0)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # A session of its own, so that nothing it starts outlives it and schedulers count it as a job.
+            os.setsid()
             log = os.open(self.scratch / "log", os.O_WRONLY | os.O_CREAT)
             for standard in (1, 2):
                 os.dup2(log, standard)

@@ -65,6 +65,7 @@ class Mutant:
         key: names the mutant as long as its function does not change: function, operator, change, how many before it.
         digest: of the function's code, so that results of older code are not taken for results of this one.
         probe: whether it only counts where the tests let a tensor through that it can change.
+        kernel: whether the function is Triton's.
     """
 
     file: str
@@ -79,6 +80,7 @@ class Mutant:
     key: str
     digest: str
     probe: bool = False
+    kernel: bool = False
 
 
 def walk(tree: ast.AST) -> Iterator[ast.AST]:
@@ -111,6 +113,9 @@ def _left_alone(node: ast.AST) -> list[ast.AST]:
         return [node.annotation]
     if isinstance(node, ast.FunctionDef) and node.returns is not None:
         return [node.returns]
+    if isinstance(node, ast.ClassDef):
+        # `@dataclass(frozen=True)` keeps programmers from assigning; nothing that is computed depends on it.
+        return [d for d in node.decorator_list if _root(d) == "dataclass"]
     if isinstance(node, ast.Assign):
         names = [t.id for t in node.targets if isinstance(t, ast.Name)]
         return [node] if {"__all__", "__slots__"} & set(names) else []
@@ -263,6 +268,7 @@ class _Scan:
         self.counts: dict[tuple[str, str, str], int] = {}
         self.digests: dict[str, str] = {}
         self.detachable: set[int] = set()
+        self.kernels: set[str] = set()
 
     def run(self) -> list[Mutant]:
         for statement in self.tree.body:
@@ -276,7 +282,7 @@ class _Scan:
         in_function = function and not function.endswith(">")
         if isinstance(node, ast.stmt):
             span = _own_lines(node)
-            if in_function:
+            if in_function and function not in self.kernels:
                 self.detachable |= {id(e) for e in _detachable(node)}
         for variant, (operator, change, _) in enumerate(proposals(node, negated, id(node) in self.detachable)):
             self._add(node, function, span, operator, change, variant)
@@ -284,6 +290,8 @@ class _Scan:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             inner = f"{function}.{node.name}" if function else node.name
             self.digests[inner] = digest(node)
+            if any(ast.unparse(d).partition("(")[0] in ("jit", "triton.jit") for d in node.decorator_list):
+                self.kernels.add(inner)
         for child in ast.iter_child_nodes(node):
             if child not in alone:
                 minus = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
@@ -309,6 +317,7 @@ class _Scan:
                 key=f"{self.file}|{function}|{operator}|{change}|{before}",
                 digest=self.digests.get(function) or digest(self.tree),
                 probe=operator == "detach",
+                kernel=function in self.kernels,
             )
         )
 

@@ -58,10 +58,20 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "results.jsonl"
         self.known: dict[tuple[str, str], dict[str, Any]] = {}
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                self.known[entry["key"], entry["digest"]] = entry
+        self.place = 0
+        self.read()
+
+    def read(self) -> set[tuple[str, str]]:
+        """Read what this or another process has added; returns key and digest of each mutant that it speaks of."""
+        if not self.path.exists():
+            return set()
+        with self.path.open("rb") as file:
+            file.seek(self.place)
+            entries = [json.loads(line) for line in file]
+            self.place = file.tell()
+        news = {(e["key"], e["digest"]): e for e in entries}
+        self.known |= news
+        return set(news)
 
     def wanted(self, mutant: Mutant, retry: bool) -> bool:
         """Whether a mutant is to be run: it has no result, or one that a new test may have changed."""

@@ -15,6 +15,7 @@ import importlib
 import itertools
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from tests.mutation import results
 from tests.mutation.baseline import Coverage, measure, preload
 from tests.mutation.child import Session, run_tests
 from tests.mutation.forks import Events, Fork, run_all
+from tests.mutation.host import Host, KernelHost, run_hosted, verdict
 from tests.mutation.operators import Mutant, find_mutants, mutated
 from tests.mutation.results import Results
 
@@ -38,7 +40,12 @@ TARGETS = (
     "spml_fast/prepare/observed_labels.py",
     "spml_fast/prepare/label_encodings.py",
 )
-TESTS = ("tests/models", "tests/methods", "tests/kernels", "tests/evaluation", "tests/data", "tests/prepare")
+TESTS = (
+    *("tests/models", "tests/methods", "tests/kernels", "tests/evaluation", "tests/data"),
+    *(f"tests/prepare/test_{name}.py" for name in ("observed_labels", "label_encodings", "id_lists")),
+)
+# What runs every point function, whose examples it takes from the methods.
+KERNEL_TESTS = ["tests/kernels/test_triton_label_loss.py"]
 # One thread a fork and no accelerator.
 FIXED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -77,10 +84,7 @@ def _fork(root: Path, module: str, mutant: Mutant, tests: dict[str, float], foun
         session.say(result="survived" if session.ran else "error", by="" if session.ran else "no test could be run")
 
     def done(events: Events, late: bool) -> None:
-        verdicts = [e for e in events if "result" in e] or [{"result": "timeout" if late else "killed", "by": "crash"}]
-        errors = [e["error"] for e in events if "error" in e]
-        result, by = ("error", errors[0]) if errors else (verdicts[0]["result"], verdicts[0]["by"])
-        found.add(mutant, result, by, time.monotonic() - start)
+        found.add(mutant, *verdict(events, late), time.monotonic() - start)
 
     return Fork(child, 20 * sum(limits.values()) + 1200, done, found.folder)
 
@@ -115,16 +119,24 @@ def run_mutants(
         budget: seconds of tests for a mutant; what is later in the order is left for another call.
     """
 
+    reached = {m: coverage.tests(m) for m in mutants}
+    for mutant in [m for m, tests in reached.items() if not tests]:
+        found.add(mutant, "survived", "no test reaches the line", 0.0)
+        del reached[mutant]
+    found.read()
+    hosted = [(m, tests) for m, tests in reached.items() if not coverage.runs_at_import(m)]
+    files = sorted({t.partition("::")[0] for _, tests in hosted for t in tests})
+    run_hosted(Host(root, hosted, found, jobs, end, lambda tests: within(tests, budget)), files)
+    tried = found.read()
+
     def forks() -> Iterator[Fork]:
-        for mutant in mutants:
+        for mutant, tests in reached.items():
+            if (mutant.key, mutant.digest) in tried:
+                continue
             if time.monotonic() > end:
                 print("the time is up; the next run goes on from here")
                 return
-            tests = within(coverage.tests(mutant), budget)
-            if tests:
-                yield _fork(root, targets[mutant.file], mutant, tests, found)
-            else:
-                found.add(mutant, "survived", "no test reaches the line", 0.0)
+            yield _fork(root, targets[mutant.file], mutant, within(tests, budget), found)
 
     run_all(forks(), jobs)
 
@@ -141,6 +153,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--budget", type=float, default=float("inf"), metavar="S", help="seconds of tests for a mutant, nearest first"
     )
     parser.add_argument("--retry", action="store_true", help="run survivors and timeouts again")
+    parser.add_argument("--kernels", action="store_true", help="run mutants of Triton functions, in its interpreter")
     parser.add_argument("--report", action="store_true", help="write results.md from what is known, run nothing")
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="patterns of files to change")
@@ -153,6 +166,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the number of survivors that are not explained."""
     options = parse(words)
+    # Ends what it has started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ.update(FIXED)
     root = options.root.resolve()
     state = options.state or root / "build" / "mutation"
@@ -162,23 +177,36 @@ def main(words: Sequence[str] | None = None) -> int:
     mutants = [m for f in targets for m in find_mutants((root / f).read_text(encoding="utf-8"), f)]
     files = [p for t in options.tests for p in ([root / t] if (root / t).is_file() else (root / t).rglob("test_*.py"))]
     tests = sorted({p.relative_to(root).as_posix() for p in files})
-    warm_up(preload(state) or options.warm, targets)
-    coverage = measure(root, targets, mutants, tests, state, options.jobs)
-    mutants = [m for m in mutants if coverage.counts(m)]
+    if options.kernels:
+        os.environ["TRITON_INTERPRET"] = "1"
+    if not options.report:
+        warm_up(preload(state) or options.warm, targets)
+    coverage = Coverage([])
+    if not options.kernels and not options.report:
+        coverage = measure(root, targets, [m for m in mutants if not m.kernel], tests, state, options.jobs)
+        mutants = [m for m in mutants if m.kernel or coverage.counts(m)]
     if options.report:
+        # Whether a `.detach()` can change anything is known of those alone that were run.
+        mutants = [m for m in mutants if not m.probe or found.verdict(m)]
         (root / "tests" / "mutation" / "results.md").write_text(results.table(mutants, found), encoding="utf-8")
+        chosen = mutants
     else:
-        warm_up(preload(state), targets)
         chosen = [m for m in mutants if not options.only or m.file.startswith(tuple(options.only))]
+        chosen = [m for m in chosen if m.kernel == options.kernels]
         if options.sample is not None:
             chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
         waiting = [m for m in chosen if found.wanted(m, options.retry)]
         print(f"{len(mutants)} mutants, {len(chosen)} chosen, {len(waiting)} to run", flush=True)
         end = time.monotonic() + options.minutes * 60
-        run_mutants(root, targets, waiting, coverage, found, options.jobs, end, options.budget)
-        mutants = chosen
-    print(results.summary(mutants, found))
-    return len([m for m in mutants if found.verdict(m) == "survived"])
+        if options.kernels:
+            host = KernelHost(root, [(m, {}) for m in waiting], found, options.jobs, end, dict)
+            run_hosted(host, KERNEL_TESTS)
+            found.read()
+        else:
+            warm_up(preload(state), targets)
+            run_mutants(root, targets, waiting, coverage, found, options.jobs, end, options.budget)
+    print(results.summary(chosen, found))
+    return len([m for m in chosen if found.verdict(m) == "survived"])
 
 
 if __name__ == "__main__":
