@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from spml_fast.core.errors import UserError
+from spml_fast.models import classifier
 from tests.support.classifiers import CNN, CONVNEXT, SWIN, VIT, images, make
 
 SHAPES = {
@@ -41,6 +43,36 @@ def test_cells_lie_where_the_image_says(backbone):
         # Random weights with a wide view may move a neighbour more, but not another quarter of the image.
         quarters = moved.unflatten(0, (2, -1)).unflatten(2, (2, -1)).sum((1, 3)).flatten()
         assert row not in (0, side - 1) or divmod(int(quarters.argmax()), 2) == (2 * row // side, 2 * column // side)
+
+
+def test_a_single_token_is_a_grid_of_one():
+    model = make(VIT, 16).eval()
+    assert model.feature_size == (1, 1) and model.features(images(3, 16)).shape == (3, 1, 1, 64)
+
+
+class Tokens(torch.nn.Module):
+    """A backbone of seven tokens, and of one that stands for the whole image."""
+
+    num_features, num_prefix_tokens = 8, 1
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.new_zeros(len(images), 8, 8)
+
+
+def test_tokens_that_are_no_square(monkeypatch):
+    monkeypatch.setattr(classifier, "create_backbone", lambda config, image_size: Tokens())
+    with pytest.raises(UserError, match="backbone test_vit gives 8 tokens, which are no square grid"):
+        make(VIT)
+
+
+def test_features_carry_a_gradient_only_where_one_is_wanted():
+    model = make().eval()
+    leaf = images().requires_grad_()
+    assert model.features(leaf).requires_grad
+    with torch.no_grad():
+        assert not model.features(leaf).requires_grad
+    model.freeze_backbone(True)
+    assert not model.features(leaf).requires_grad
 
 
 def test_output_stride():

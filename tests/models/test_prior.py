@@ -20,8 +20,9 @@ def test_prior_logits_by_hand():
     assert by_images == pytest.approx([logit(0.03), logit(0.01), logit(0.01), 0.0], rel=1e-6)
     with pytest.raises(UserError, match="no observed negative; use images"):
         prior_logits(positives, 0 * negatives, 100, "labels", 0.01)
-    with pytest.raises(UserError, match=r"prior_floor is 0\.5"):
-        prior_logits(positives, negatives, 100, "labels", 0.5)
+    for floor in (0.5, 0.0):
+        with pytest.raises(UserError, match=f"prior_floor is {floor};"):
+            prior_logits(positives, negatives, 100, "labels", floor)
 
 
 @pytest.mark.parametrize("head", ["cam", "query2label"])
@@ -30,11 +31,11 @@ def test_head_starts_at_the_prior(head):
     config = ModelConfig(
         backbone="test_resnet", pretrained=False, head=head, head_options=options, prior_bias="labels", alpha_train=5.0
     )
-    classifier = Classifier(config, 3, 64)
-    positives, negatives = torch.tensor([90, 1, 50]), torch.tensor([10, 99, 50])
+    classifier = Classifier(config, 4, 64)
+    positives, negatives = torch.tensor([90, 1, 50, 60]), torch.tensor([10, 99, 50, 40])
     classifier.set_prior(positives, negatives, 1000)
     weight = classifier.head.weight if head == "cam" else classifier.head.classify.weight
     with torch.no_grad():
         weight.zero_()
         logits = classifier(torch.randn(2, 3, 64, 64), alpha=classifier.alpha_train).logits
-    torch.testing.assert_close(torch.sigmoid(logits), torch.tensor([0.9, 0.01, 0.5]).expand(2, 3))
+    torch.testing.assert_close(torch.sigmoid(logits), torch.tensor([0.9, 0.01, 0.5, 0.6]).expand(2, 4))

@@ -165,7 +165,7 @@ def head_options(name: str, values: HeadOptions | dict[str, Any]) -> HeadOptions
             hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'none'}"
             raise UserError(f"model.head_options: head {name} has no option {key!r}; {hint}")
         if not _fits(value, hints[key]):
-            kind = str(getattr(hints[key], "__name__", hints[key])).replace("typing.", "")
+            kind = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
             raise UserError(f"model.head_options.{key} is {value!r}; it must be {kind}")
     return cls(**values)
 
