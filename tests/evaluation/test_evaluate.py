@@ -132,6 +132,23 @@ def test_figures_that_agree_are_shown_once():
     assert [n for n in lacking if n.startswith("mAP,")] == ["mAP, classes without a positive left out"]
 
 
+def test_conventions_that_differ_are_all_shown():
+    """Classes of every kind: with both signs, with positives alone, with negatives alone, without a label."""
+    codes = np.array([[1, 1, 0, -1, 1], [0, 1, 0, -1, 0], [1, -1, 0, -1, 0], [0, 1, -1, -1, 0]])
+    scores = np.array([[2, 0, 1, 1, 0], [3, 1, 0, 0, 1], [1, 0, 2, 0, 2], [0, 2, 0, 1, 3]], np.float32)
+    metrics = evaluate_scores(scores, codes, empty_classes="skip_unlabelled")
+    rows = dict(table_rows(metrics))
+    # AP by hand: (1/2 + 2/3) / 2, 1 without a negative, 1/4; the third class has no positive.
+    zero, one, last = 7 / 12, 1.0, 1 / 4
+    assert {name: value for name, value in rows.items() if name.startswith("mAP")} == {
+        "mAP (skip_unlabelled)": f"{100 * (zero + one + last) / 4:.2f}",
+        "mAP, classes without a positive count 0": f"{100 * (zero + one + last) / 5:.2f}",
+        "mAP, classes without a positive left out": f"{100 * (zero + one + last) / 3:.2f}",
+        "mAP, classes without a positive or a negative left out": f"{100 * (zero + last) / 2:.2f}",
+        "mAP weighted by positives": f"{100 * (2 * zero + 3 * one + last) / 6:.2f}",
+    }
+
+
 @pytest.mark.parametrize(("probability", "logit"), [(0.5, 0.0), (0.75, logit_threshold(0.75)), (1e-9, -20.7232658)])
 def test_reported_thresholds_are_probabilities(probability, logit):
     found = evaluate_scores(np.zeros((2, 1), np.float32), np.array([[1], [0]]), threshold=logit)

@@ -147,6 +147,18 @@ FORMULAS: dict[str, tuple[str, dict[str, Any], Progress, Formula]] = {
     "em_apl before": ("em_apl", {"alpha": 0.2}, EPOCH_3, f_em(0.2)),
     "asl": ("asl", {}, EPOCH_3, f_asl(0, 4, 0.05, False)),
     "asl attached": ("asl", {"focal_weight": "attached", "gamma_positive": 1.0}, EPOCH_3, f_asl(1, 4, 0.05, True)),
+    "asl logits": (
+        "asl",
+        {"gamma_positive": 1.0, "gamma_negative": 2.0, "margin": 0.0, "log_form": "logits"},
+        EPOCH_3,
+        f_asl(1, 2, 0, False),
+    ),
+    "asl logits attached": (
+        "asl",
+        {"gamma_positive": 2.0, "gamma_negative": 3.0, "margin": 0.1, "log_form": "logits", "focal_weight": "attached"},
+        EPOCH_3,
+        f_asl(2, 3, 0.1, True),
+    ),
     "asl as bce": ("asl", {"gamma_negative": 0.0, "margin": 0.0}, EPOCH_3, f_asl(0, 0, 0, False)),
     "asl as focal": (
         "asl",

@@ -86,20 +86,25 @@ class Coverage:
         return {t: self.seconds[t] for group in (reached, later) for t in self._ordered(group, mutant.file)}
 
     def _ordered(self, tests: set[str], target: str) -> list[str]:
-        """Tests in files named after the target first, then those of its folder, the quickest first."""
+        """Tests whose file or name says the target's name first, then those of its folder, the quickest first."""
         path = Path(target)
         name = path.parent.name if path.stem in ("reference", "__init__") else path.stem
         wing = "kernels" if target.startswith("kernels/") else path.parts[:2][-1]
 
         def place(test: str) -> tuple[bool, bool, float, str]:
-            file = Path(test.partition("::")[0])
-            return file.parts[1] != wing, name not in file.stem, self.seconds[test], test
+            return Path(test).parts[1] != wing, name not in test, self.seconds[test], test
 
         return sorted(tests, key=place)
 
 
 def measure(
-    root: Path, targets: dict[str, str], mutants: list[Mutant], tests: list[str], state: Path, jobs: int
+    root: Path,
+    targets: dict[str, str],
+    mutants: list[Mutant],
+    tests: list[str],
+    state: Path,
+    jobs: int,
+    stale: bool = False,
 ) -> Coverage:
     """Run all test files against the unchanged modules, or read what was found out before.
 
@@ -110,6 +115,7 @@ def measure(
         tests: files.
         state: folder where results are kept.
         jobs: processes at once.
+        stale: what was found out of older sources will do, where lines have hardly moved.
     """
     code = hashlib.sha256()
     for file in sorted(targets):
@@ -121,6 +127,9 @@ def measure(
         known.update((root / test).read_bytes())
         name = test.replace("/", "-").removesuffix(".py")
         kept[test] = state / "baseline" / f"{name}-{known.hexdigest()[:12]}.json"
+        older = sorted(kept[test].parent.glob(f"{name}-????????????.json"), key=lambda p: p.stat().st_mtime)
+        if stale and older and not kept[test].exists():
+            kept[test] = older[-1]
         if not kept[test].exists():
             forks.append(_fork(root, targets, mutants, test, kept[test], state))
     run_all(forks, jobs)

@@ -41,7 +41,7 @@ _PAIRS += [("clamp_min", "clamp_max"), ("floor", "ceil"), ("any", "all")]
 SIDES = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
 # Calls that say the same with their arguments swapped, or whose arguments are words and not data.
 UNORDERED = {*SIDES, "equal", "logical_and", "logical_or", "gcd", "isinstance", "issubclass", "hasattr", "getattr"}
-UNORDERED |= {"setattr", "field", "cast", "TypeVar", "zip"}
+UNORDERED |= {"setattr", "field", "cast", "TypeVar", "zip", "transpose", "swapaxes"}
 # Roots of names that are modules.
 NO_TENSORS = {"torch", "np", "math", "functional", "distributed", "dataclasses"}
 # Calls that only speak to people.

@@ -154,6 +154,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--retry", action="store_true", help="run survivors and timeouts again")
     parser.add_argument("--kernels", action="store_true", help="run mutants of Triton functions, in its interpreter")
+    parser.add_argument("--stale", action="store_true", help="choose tests by what is known of older sources")
     parser.add_argument("--report", action="store_true", help="write results.md from what is known, run nothing")
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="patterns of files to change")
@@ -183,7 +184,9 @@ def main(words: Sequence[str] | None = None) -> int:
         warm_up(preload(state) or options.warm, targets)
     coverage = Coverage([])
     if not options.kernels and not options.report:
-        coverage = measure(root, targets, [m for m in mutants if not m.kernel], tests, state, options.jobs)
+        coverage = measure(
+            root, targets, [m for m in mutants if not m.kernel], tests, state, options.jobs, options.stale
+        )
         mutants = [m for m in mutants if m.kernel or coverage.counts(m)]
     if options.report:
         # Whether a `.detach()` can change anything is known of those alone that were run.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import zlib
 
 import numpy as np
 import pytest
@@ -154,6 +156,25 @@ def test_fraction_keeps_both_signs_alike(fraction, default, monkeypatch):
     assert np.array_equal(observed, draw_fraction(known, fraction, 3).rows(range(3000)))
 
 
+@pytest.mark.parametrize(("default", "dtype"), [(-1, np.float64), (0, np.float32)])
+def test_a_label_is_kept_where_its_number_is_below_the_fraction(default, dtype):
+    """Bit for bit: PCG64 seeded with (seed, CRC-32 of the phase), one number for each label; an equal one hides it."""
+    codes = toy().rows(range(6))
+    numbers = np.random.default_rng([5, zlib.crc32(b"val")]).random(codes.shape, dtype)
+    fraction = float(numbers[1, 2])
+    observed = draw_fraction(SparseLabels.from_dense(codes, default), fraction, 5, "val").rows(range(6))
+    assert np.array_equal(observed, np.where(numbers < fraction, codes, -1)) and observed[1, 2] == -1
+    scheme = ObservationScheme("keep", fraction=fraction)
+    drawn = scheme.draw(SparseLabels.from_dense(codes, default), 5, "val")
+    assert drawn is not None and np.array_equal(drawn.rows(range(6)), observed)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_a_fraction_is_a_probability(fraction):
+    with pytest.raises(ValueError, match="is not a probability"):
+        draw_fraction(toy(), fraction, 0)
+
+
 def test_fraction_lists_the_shorter_side():
     known = SparseLabels.from_positives([[0]] * 1000, 20, 0)
     assert len(draw_fraction(known, 0.9, 0).codes) < 0.25 * 20000
@@ -239,4 +260,10 @@ def test_arrays_that_do_not_fit(tmp_path, values, fmt, message, monkeypatch):
 def test_an_array_of_objects_is_never_loaded(tmp_path):
     np.save(tmp_path / "obs.npy", np.array([[print]], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="is not a NumPy array of text or numbers"):
+        label_encodings.observed_from_file(tmp_path / "obs.npy", "spml", toy())
+
+
+def test_a_pipe_in_the_place_of_an_array_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "obs.npy")
+    with pytest.raises(UserError, match=r"obs\.npy"):
         label_encodings.observed_from_file(tmp_path / "obs.npy", "spml", toy())
