@@ -293,7 +293,7 @@ def _segment_ap(keys: npt.NDArray[np.uint64], known: IntArray, definition: Defin
     seen = positions + 1 - np.repeat(starts[:-1], positives)
     if definition == "sklearn":
         # The negatives of a tie lie before its positives, so the last positive of a tie is the end of the tie.
-        tie = keys[positions] >> np.uint64(1)
+        tie = keys[positions]
         last = np.flatnonzero(np.append(tie[1:] != tie[:-1], True))
         terms = np.diff(last, prepend=-1) * (tp[last] / seen[last])
         segments = np.searchsorted(last, first[has])

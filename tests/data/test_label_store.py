@@ -118,6 +118,34 @@ def test_many_corrections_over_epochs_and_checkpoints(monkeypatch):
     assert store.commit() == 0
 
 
+def test_waiting_corrections_take_bounded_memory(monkeypatch):
+    """Padding is dropped on the way, so that only real corrections pile up."""
+    monkeypatch.setattr(labels_module, "_MAX_WAITING", 30)
+    store = LabelStore(SparseLabels.from_positives([[0]] * 8, 4, UNKNOWN))
+    index, classes = torch.arange(8), torch.ones(8, dtype=torch.int64)
+    for call in range(20):
+        store.correct(index, classes, 1, index == call % 8)
+        assert sum(len(keys) for keys, *_ in store._waiting) <= 30
+    assert sum(len(keys) for keys, *_ in store._packed) <= 20
+    assert store.commit() == 8 and (store.rows(index)[:, 1] == 1).all()
+
+
+def test_what_waited_before_a_restart_is_forgotten():
+    labels = SparseLabels.from_positives([[0], [1]], 3, UNKNOWN)
+    store = LabelStore(labels)
+    store.correct(torch.tensor([0]), torch.tensor([2]), 1)
+    fresh = LabelStore(labels).state_dict()
+    store.load_state_dict(fresh)
+    assert store.commit() == 0 and store.num_corrections == 0
+    store.correct(torch.tensor([0]), torch.tensor([2]), 1)
+    store._pack()
+    store.load_state_dict(fresh)
+    assert store.commit() == 0
+    # The first correction after it packs what it counts, and no more.
+    store.correct(torch.tensor([1]), torch.tensor([2]), 0)
+    assert store.commit() == 1 and store.rows(torch.arange(2)).tolist() == [[1, -1, -1], [-1, 1, 0]]
+
+
 def on_ranks(world: int, work: Any, monkeypatch: Any) -> list[Any]:
     """Run work(rank) in threads that stand for ranks, with a gather between them."""
     meet, slots, local = threading.Barrier(world, timeout=30), {}, threading.local()

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from spml_fast.core.errors import UserError
+from spml_fast.evaluation import average_precision as average_precision_module
+from spml_fast.evaluation import entries
 from spml_fast.evaluation.average_precision import average_precision, average_precision_pairs
 from spml_fast.evaluation.metrics import (
     evaluate_pairs,
@@ -69,8 +71,9 @@ def test_bad_codes_and_classes():
         average_precision(scores, np.array([[1, np.nan], [0, 0]]))
     with pytest.raises(UserError, match="code of class 1 in pair 1 is 3"):
         average_precision_pairs([0, 1], scores[0], [0, 3], 2)
-    with pytest.raises(UserError, match=r"pair 1 names class 2; the classes are 0\.\.1"):
-        average_precision_pairs([0, 2], scores[0], [0, 1], 2)
+    for wrong in (2, -1):
+        with pytest.raises(UserError, match=rf"pair 1 names class {wrong}; the classes are 0\.\.1"):
+            average_precision_pairs([0, wrong], scores[0], [0, 1], 2)
     with pytest.raises(ValueError, match="negative row"):
         average_precision_pairs([0, 1], scores[0], [0, 1], 2, row=[0, -1])
     # An unknown pair is dropped, whatever its score ranks.
@@ -101,6 +104,33 @@ def test_bad_shapes_and_types(scores, codes):
         average_precision(scores, codes)
     with pytest.raises(ValueError):
         count_at_threshold(scores, codes)
+
+
+def test_runs_of_rows_and_classes(monkeypatch):
+    for module in (entries, average_precision_module):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", 7)
+    assert list(entries.row_chunks(7, 3)) == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert list(entries.row_chunks(3, 8)) == [(0, 1), (1, 2), (2, 3)] and list(entries.row_chunks(0, 3)) == []
+    # At most seven known entries together, and a class with more for itself.
+    blocks = average_precision_module._class_blocks(np.array([3, 4, 1, 0, 9, 2, 5, 1]))
+    assert list(blocks) == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
+
+
+def test_fractions_of_nothing():
+    assert entries.ratio(3, 4) == 0.75 and entries.ratio(0, 0) == 0.0
+    assert entries.ratios(np.array([3, 0, 1]), np.array([4, 0, 1])).tolist() == [0.75, 0.0, 1.0]
+    assert entries.harmonic(0.5, 0.25) == pytest.approx(1 / 3) and entries.harmonic(0.0, 0.0) == 0.0
+    assert entries.per_cent(0.125) == 12.5 and entries.per_cent(float("nan")) is None
+
+
+def test_codes_may_be_bool_or_unsigned():
+    scores, truth = np.array([[2, 1], [1, 2], [0, 3]], np.float32), np.array([[1, 0], [0, 1], [1, 0]])
+    expected = average_precision(scores, truth.astype(np.int8)).ap
+    for dtype in (np.bool_, np.uint8, np.int64):
+        codes = truth.astype(dtype)
+        np.testing.assert_array_equal(average_precision(scores, codes).ap, expected)
+        pairs = np.tile([0, 1], 3), scores.ravel(), codes.ravel(), 2
+        np.testing.assert_array_equal(average_precision_pairs(*pairs).ap, expected)
 
 
 def test_bad_pairs_and_choices():

@@ -8,7 +8,7 @@ from spml_kernels import IGNORED, PointLoss, label_loss
 from spml_kernels.label_loss.op import label_loss_op
 
 from spml_fast.methods import get_method, method_names
-from spml_fast.methods.pointwise import PointMethod, point_examples
+from spml_fast.methods.pointwise import PointExample, PointMethod, point_examples
 from tests.support.kernels import TOLERANCE, assert_close, assert_op_sound, draw_codes, draw_logits, value_and_gradients
 
 pytestmark = pytest.mark.usefixtures("triton_on")
@@ -39,6 +39,24 @@ def test_every_point_function(example, device):
     codes = draw_codes((37, 81), device)
     codes[5:7] = IGNORED
     check(draw_logits((37, 81), torch.float32, device), codes, example.point, example.params)
+
+
+BOUNDARIES = [
+    # A logit of 0 lies on the margin or threshold of 0.5; a margin below the clamp leaves the clamp to do its work.
+    ("asl", (0.0, 0.0, 0.5, 1e-8, 1.0)),
+    ("asl", (0.0, 2.0, 0.5, 0.0, 1.0)),
+    ("asl", (0.0, 0.0, 1e-9, 1e-8, 0.0)),
+    ("splc", (0.5, 1.0, 2.0, 1.0, 1.0)),
+]
+
+
+@pytest.mark.parametrize(
+    "example", [PointExample(n, get_method(n).point, p) for n, p in BOUNDARIES], ids=lambda e: e.name
+)
+def test_boundaries_of_point_functions(example, device):
+    logits = draw_logits((5, 40), torch.float32, device)
+    assert (logits == 0).any() and (logits == 100).any()
+    check(logits, draw_codes((5, 40), device), example.point, example.params)
 
 
 def test_every_point_method_has_an_example():
