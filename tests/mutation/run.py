@@ -152,7 +152,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=float("inf"), metavar="S", help="seconds of tests for a mutant, nearest first"
     )
-    parser.add_argument("--retry", action="store_true", help="run survivors and timeouts again")
+    parser.add_argument("--retry", action="store_true", help="run survivors and timeouts again, before the rest")
     parser.add_argument("--kernels", action="store_true", help="run mutants of Triton functions, in its interpreter")
     parser.add_argument("--stale", action="store_true", help="choose tests by what is known of older sources")
     parser.add_argument("--report", action="store_true", help="write results.md from what is known, run nothing")
@@ -198,7 +198,8 @@ def main(words: Sequence[str] | None = None) -> int:
         chosen = [m for m in chosen if m.kernel == options.kernels]
         if options.sample is not None:
             chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
-        waiting = [m for m in chosen if found.wanted(m, options.retry)]
+        # Survivors first, then what was never run.
+        waiting = sorted((m for m in chosen if found.wanted(m, options.retry)), key=lambda m: not found.verdict(m))
         print(f"{len(mutants)} mutants, {len(chosen)} chosen, {len(waiting)} to run", flush=True)
         end = time.monotonic() + options.minutes * 60
         if options.kernels:
