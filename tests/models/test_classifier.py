@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from spml_kernels import map_mask
 from torch.nn.functional import linear
 
 from spml_fast.core.errors import UserError
 from spml_fast.models import classifier
+from spml_fast.models.heads import MaskOptions
 from tests.support.classifiers import CNN, CONVNEXT, SWIN, VIT, images, make
 
 SHAPES = {
@@ -101,13 +103,32 @@ def test_one_pass_gives_the_logits_of_every_alpha():
     torch.testing.assert_close(plain.logits, pooled)
 
 
-@torch.no_grad()
 def test_maps_of_asked_classes_average_to_the_logits():
     model = make(output_stride=8).eval()
     out = model(images(), classes=torch.tensor([[0, 4], [2, -1]]))
-    assert out.maps.shape == (2, 2, 8, 8)
+    assert out.maps.shape == (2, 2, 8, 8) and not out.maps.requires_grad and out.masked is None
     torch.testing.assert_close(out.maps[0].mean((1, 2)), out.mean[0, [0, 4]])
     assert out.maps[1, 1].abs().max() == 0
+
+
+def test_masked_images_take_the_place_of_maps():
+    """Of a classifier whose map of class 0 is its feature 0: what is kept lies where that is large."""
+    model = make(output_stride=8).eval()
+    with torch.no_grad():
+        model.head.weight.copy_(torch.eye(5, 96))
+    classes, mask = torch.tensor([[0], [-1]]), MaskOptions(0.5, "per_image", 16)
+    out = model(images(), classes=classes, mask=mask)
+    assert out.maps is None and not out.masked.requires_grad
+    maps = model(images(), classes=classes).maps
+    assert torch.equal(out.masked, map_mask(maps, classes, images(), 0.5))
+    assert torch.equal(out.masked[1], images()[1]), "an image without a class stays as it is"
+    kept = out.masked[0].ne(0).any(0)
+    assert kept.any() and not kept.all()
+    # The images that are masked may be others than those that the map was made of.
+    other = images(seed=9)
+    again = model.classify(model.features(images()), classes=classes, images=other, mask=mask)
+    assert torch.equal(again.masked[0], other[0] * kept)
+    assert model.classify(model.features(images()), classes=classes, images=other).masked is None
 
 
 def test_logits_are_fp32_under_autocast():

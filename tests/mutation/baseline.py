@@ -115,7 +115,7 @@ def measure(
         tests: files.
         state: folder where results are kept.
         jobs: processes at once.
-        stale: what was found out of older sources will do, where lines have hardly moved.
+        stale: what was found out of older sources of the targets will do, where lines have hardly moved.
     """
     code = hashlib.sha256()
     for file in sorted(targets):
@@ -123,11 +123,10 @@ def measure(
     kept: dict[str, Path] = {}
     forks = []
     for test in tests:
-        known = code.copy()
-        known.update((root / test).read_bytes())
         name = test.replace("/", "-").removesuffix(".py")
-        kept[test] = state / "baseline" / f"{name}-{known.hexdigest()[:12]}.json"
-        older = sorted(kept[test].parent.glob(f"{name}-????????????.json"), key=lambda p: p.stat().st_mtime)
+        name += "-" + hashlib.sha256((root / test).read_bytes()).hexdigest()[:12]
+        kept[test] = state / "baseline" / f"{name}-{code.hexdigest()[:12]}.json"
+        older = sorted(kept[test].parent.glob(f"{name}-*.json"), key=lambda p: p.stat().st_mtime)
         if stale and older and not kept[test].exists():
             kept[test] = older[-1]
         if not kept[test].exists():

@@ -52,16 +52,20 @@ class CamHead(Head):
         images: Tensor | None = None,
         mask: MaskOptions | None = None,
     ) -> HeadOutput:
-        """The two means of the map; maps are signed, unboosted and include the bias. As `Head.forward`."""
+        """The two means of the map; maps are signed, unboosted, include the bias and carry no gradient.
+
+        As `Head.forward`.
+        """
         maps = masked = None
         # Autocast would take these fp32 products down to bf16; logits are ranked, so they stay fp32.
         with no_autocast(features.device):
             mean, mean_relu = cam_pool(features, self.weight, self.bias, boost)
-            if classes is not None and mask is not None and images is not None:
+            if classes is not None:
                 with torch.no_grad():
-                    masked = cam_mask(
-                        features, self.weight, self.bias, classes, images, mask.threshold, mask.norm, mask.group
-                    )
-            elif classes is not None:
-                maps = cam_map(features, self.weight, self.bias, classes)
+                    if mask is None or images is None:
+                        maps = cam_map(features, self.weight, self.bias, classes)
+                    else:
+                        masked = cam_mask(
+                            features, self.weight, self.bias, classes, images, mask.threshold, mask.norm, mask.group
+                        )
         return HeadOutput(mean, mean_relu, maps, masked)
