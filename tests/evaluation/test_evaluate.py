@@ -103,6 +103,44 @@ def test_pairs_give_what_dense_scores_give(partly):
     assert again["map"] == found[5.0]["map_zero"] < found[5.0]["map"] and "groups" not in again
 
 
+class Backwards(Scripted):
+    """Hands the batches in from the last to the first, as ranks that take turns may."""
+
+    def __iter__(self) -> Any:
+        yield from reversed(list(super().__iter__()))
+
+
+@pytest.mark.parametrize("alphas", [[1.0], [1.0, 5.0], [0.5]])
+def test_whole_rows_of_a_fully_annotated_split(alphas):
+    """Scores come back in the order of the images; mean(relu M) is held only where an alpha needs it."""
+    generator = torch.Generator().manual_seed(3)
+    mean = torch.randn(50, 6, generator=generator)
+    scripted = Backwards(mean, mean.clamp(min=0) + torch.rand(50, 6, generator=generator), 16)
+    codes = (torch.rand(50, 6, generator=generator) < 0.3).to(torch.int8).numpy()
+    known = SparseLabels.from_dense(codes, 0)
+    scores = score_split(scripted, scripted, known, alphas, None)
+    assert scores is not None and scores.class_id is None and scores.code is None
+    assert np.array_equal(scores.index, np.arange(50)) and np.array_equal(scores.mean, mean.numpy())
+    if alphas == [1.0]:
+        assert scores.mean_relu is None
+    else:
+        assert np.array_equal(scores.mean_relu, scripted.relu.numpy())
+    config = Config(method=get_method("an").Options(name="an"))
+    found = evaluate_split(scripted, scripted, SimpleNamespace(known=known), alphas, config, list("abcdef"))
+    assert list(found) == alphas
+    for alpha in alphas:
+        dense = mean + (alpha - 1) * scripted.relu
+        assert found[alpha] == evaluate_scores(dense.numpy(), codes)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -2.0, float("nan")])
+def test_an_alpha_that_is_not_positive_is_refused(partly, alpha):
+    scripted, known = partly
+    config = Config(method=get_method("an").Options(name="an"))
+    with pytest.raises(UserError, match=r"^alpha is .*; BoostLU's alpha must be greater than 0"):
+        evaluate_split(scripted, scripted, SimpleNamespace(known=known), [1.0, alpha], config, [])
+
+
 def test_table_shows_conventions_and_groups(partly):
     scripted, known = partly
     config = Config(method=get_method("an").Options(name="an"))

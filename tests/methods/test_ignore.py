@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spml_fast.core.errors import UserError
-from spml_fast.methods.ignore import PRESETS, Ignore, IgnoreOptions
+from spml_fast.methods.ignore import PRESETS, Ignore, IgnoreOptions, WeakAndMasked
 from tests.support.ignore import (
     CODES,
     MASKED,
@@ -173,6 +173,19 @@ class TestThresholds:
         torch.testing.assert_close(other.thresholds(), method.thresholds(), atol=0, rtol=0)
         self.run(method, [0.4]), self.run(other, [0.4])
         torch.testing.assert_close(other.thresholds(), method.thresholds(), atol=0, rtol=0)
+
+
+def test_statistics_of_an_update_without_masked_views():
+    """Positives and entries of the whole update, shared out by images; thresholds stay as they are."""
+    codes = [[1, -1, 0], [1, 1, -1], [-1, -1, -1], [0, 1, -1]]
+    method = method_for(codes)
+    batches = [batch_of(codes[:3]), batch_of(codes[3:])]
+    forwards = [WeakAndMasked(torch.zeros(len(b.labels), 3, dtype=D), None) for b in batches]
+    before = [t.clone() for t in method.thresholds()]
+    ahead = method.update_statistics(forwards, batches, epoch(3, 1))
+    assert [a.masked for a in ahead] == [None, None]
+    assert [(a.positives.item(), a.kept.item()) for a in ahead] == [(3.0, 9.0), (1.0, 3.0)]
+    assert all(torch.equal(a, b) for a, b in zip(before, method.thresholds(), strict=True))
 
 
 class TestSwitches:

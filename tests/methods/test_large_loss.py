@@ -158,6 +158,21 @@ def test_plan_selects_what_one_large_batch_would(semantics):
     assert whole.store.num_corrections == selected
 
 
+@pytest.mark.parametrize("name", ["ll_r", "ll_ct", "ll_cp"])
+def test_statistics_of_an_update_that_selects_nothing(name):
+    logits, codes = double_batch(rows=7)
+    store = SparseLabels.from_dense(codes.numpy())
+    batches = [Batch({}, codes[:4], torch.arange(4), 4), Batch({}, codes[4:], torch.arange(4, 7), 3)]
+    forwards = [logits[:4].detach(), logits[4:].detach()]
+    for method, progress in ((make(name, store, delta_rel=0.0), at(3, 0)), (make(name, store), at(1, 0))):
+        ahead = method.update_statistics(forwards, batches, progress)
+        for batch, selection in zip(batches, ahead, strict=True):
+            assert selection.selected.shape == selection.flips.shape == batch.labels.shape
+            assert not selection.selected.any() and not selection.flips.any() and selection.length == 0
+        method.on_epoch_end(progress)
+        assert method.store.num_corrections == 0
+
+
 def test_permanent_corrections_reach_the_right_labels_in_the_next_epoch():
     logits, codes = double_batch(rows=6, seed=5)
     dense = np.full((40, 9), -1, np.int8)

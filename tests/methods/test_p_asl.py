@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from spml_fast.core.errors import UserError
+from spml_fast.data.labels import SparseLabels
+from spml_fast.methods import get_method
 from tests.support.formulas import (
     EPOCH_1,
     U,
@@ -72,9 +74,20 @@ def test_p_asl_prior_files(tmp_path: Any) -> None:
     first.on_epoch_end(EPOCH_1)
     second = make("p_asl", codes, prior_file=str(path))
     np.testing.assert_allclose(second.class_prior(), torch.sigmoid(logits).mean(0), rtol=1e-6)
-    path.write_text("cat,0.1\ndog,0.2\n")
-    with pytest.raises(UserError, match=r"prior.txt has 2 priors, but the data have 5 classes"):
-        make("p_asl", codes, prior_file=str(path))
-    path.write_text("0.1\n\nx\n")
-    with pytest.raises(UserError, match=r"prior.txt line 3: 'x'"):
-        make("p_asl", codes, prior_file=str(path))
+    labels = SparseLabels.from_dense(codes)
+    cls = get_method("p_asl")
+    cls.check_labels(labels, cls.Options(name="p_asl", prior_file=str(path)))
+    # What is wrong with the file is said before anything is made, and again by the method itself.
+    for text, message in (
+        ("cat,0.1\ndog,0.2\n", r"prior.txt has 2 priors, but the data have 5 classes"),
+        ("0.1\n\nx\n", r"prior.txt line 3: 'x'"),
+        ("a,0.5\nb,-0.1\n", r"prior.txt line 2: 'b,-0.1' does not end in a probability"),
+        ("a,1.01\n", r"prior.txt line 1: "),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            cls.check_labels(labels, cls.Options(name="p_asl", prior_file=str(path)))
+        with pytest.raises(UserError, match=message):
+            make("p_asl", codes, prior_file=str(path))
+    path.write_text("a,0\n\nb,1\nc,0.25\nd, 0.5\n,0.75\n")
+    assert make("p_asl", codes, prior_file=str(path)).class_prior().tolist() == [0, 1, 0.25, 0.5, 0.75]

@@ -78,8 +78,9 @@ class Coverage:
         lines = range(mutant.span[0], mutant.span[1] + 1)
         reached = set[str]().union(*(self.reached[mutant.file][n] for n in lines))
         users = self.users[mutant.file]
-        if not reached and self.at_import[mutant.file] & set(lines):
-            reached = users
+        if not reached and self.runs_at_import(mutant):
+            # A package whose own lines run at import alone matters to whoever imports it.
+            reached = users = users or set(self.seconds)
         # What a fixture of a file makes is made in the first test that asks for it, and used by those after it.
         files = {t.partition("::")[0] for t in reached}
         later = {t for t in users if t.partition("::")[0] in files} - reached

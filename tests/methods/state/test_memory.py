@@ -56,3 +56,10 @@ def test_state_may_take_half_of_it_or_what_the_option_says(monkeypatch: pytest.M
     require_memory("the table", 6 * 2**30, 6.0, "method.memory_limit")
     with pytest.raises(UserError, match=r"needs 6\.1 GiB on every rank, and method\.memory_limit allows 6\.0 GiB;"):
         require_memory("the table", 6.1 * 2**30, 6.0, "method.memory_limit")
+
+
+def test_on_a_gpu_it_is_the_gpus_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 80 * 2**30))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_gib() == 3.0, "a rank has its GPU to itself"
