@@ -46,6 +46,8 @@ def test_nan_scores_name_class_and_row():
     for function in (average_precision, count_at_threshold, evaluate_scores):
         with pytest.raises(UserError, match=r"class 1 \(cat\) in row 3 is NaN"):
             function(scores, codes, class_names=["dog", "cat", "cow"])
+    with pytest.raises(UserError, match="class 1 in row 3 is NaN"):
+        average_precision(scores, codes, class_names=["dog"])
     with pytest.raises(UserError, match="class 2 in row 8 is NaN"):
         average_precision_pairs([0, 2], np.array([0, np.nan], np.float32), [1, 1], 3, row=[4, 8])
     with pytest.raises(UserError, match="class 2 in pair 1 is NaN"):
@@ -111,6 +113,7 @@ def test_runs_of_rows_and_classes(monkeypatch):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 7)
     assert list(entries.row_chunks(7, 3)) == [(0, 2), (2, 4), (4, 6), (6, 7)]
     assert list(entries.row_chunks(3, 8)) == [(0, 1), (1, 2), (2, 3)] and list(entries.row_chunks(0, 3)) == []
+    assert list(entries.row_chunks(9, 0)) == [(0, 7), (7, 9)]
     # At most seven known entries together, and a class with more for itself.
     blocks = average_precision_module._class_blocks(np.array([3, 4, 1, 0, 9, 2, 5, 1]))
     assert list(blocks) == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
@@ -136,6 +139,11 @@ def test_codes_may_be_bool_or_unsigned():
 def test_bad_pairs_and_choices():
     with pytest.raises(ValueError, match=r"must be \[M\]"):
         average_precision_pairs([0, 1], np.zeros(3, np.float32), [0, 1], 2)
+    with pytest.raises(ValueError, match="at least one class"):
+        average_precision_pairs(np.empty(0, int), np.empty(0, np.float32), np.empty(0, int), 0)
+    for class_id, row in (([0.0, 1.0], None), ([0, 1], [0.0, 1.0])):
+        with pytest.raises(ValueError, match="class ids and rows must be integers"):
+            average_precision_pairs(class_id, np.zeros(2, np.float32), [0, 1], 2, row=row)
     with pytest.raises(ValueError, match="in_top_k"):
         count_at_threshold_pairs([0], np.zeros(1, np.float32), [1], 1, in_top_k=[1])
     scores, codes = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.int8)

@@ -88,5 +88,23 @@ def test_threshold_boundary():
     assert count_at_threshold(scores, codes, inclusive=True).predicted.tolist() == [1]
     assert logit_threshold(0.5) == 0.0
     assert logit_threshold(0.8) == pytest.approx(math.log(4))
-    with pytest.raises(UserError, match="between 0 and 1"):
-        logit_threshold(1.0)
+    for probability in (1.0, 0.0, math.nan):
+        with pytest.raises(UserError, match="between 0 and 1"):
+            logit_threshold(probability)
+
+
+def test_top_k_needs_a_place_and_takes_all_classes_where_there_are_no_more():
+    scores = np.array([[1, 1, 0], [0, 2, 1]], np.float32)
+    assert top_k_mask(scores, 1).tolist() == [[True, False, False], [False, True, False]]
+    assert top_k_mask(scores, 2).tolist() == [[True, True, False], [False, True, True]]
+    assert top_k_mask(scores, 3).all() and top_k_mask(scores, 4).all()
+    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
+        top_k_mask(scores, 0)
+
+
+def test_marks_of_the_top_k_are_bool_and_one_for_each_pair():
+    pairs = [0, 1], np.zeros(2, np.float32), [1, 0], 2
+    for marks in ([1, 0], [True], [[True, False]]):
+        with pytest.raises(ValueError, match="in_top_k must be bool"):
+            count_at_threshold_pairs(*pairs, in_top_k=marks)
+    assert count_at_threshold_pairs(*pairs, inclusive=True, in_top_k=[True, False]).predicted.tolist() == [1, 0]

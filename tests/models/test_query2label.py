@@ -223,6 +223,11 @@ class TestHead:
             assert not (parameter == 3).any(), name
             assert torch.equal(parameter, before[name]) == (parameter.unique().numel() == 1), name
 
+    def test_weights_are_all_that_is_saved(self):
+        head = make()
+        assert set(head.state_dict()) == {name for name, _ in head.named_parameters()}
+        assert {name for name, _ in head.named_buffers()} == {"position", "class_ids"}
+
     def test_equal_seeds_start_equal(self):
         """What is drawn, and in which order, is part of a run's result."""
         torch.manual_seed(0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from spml_fast.core.errors import UserError
+from spml_fast.data.labels import SparseLabels
 from spml_fast.prepare import label_encodings, observed_labels
 from spml_fast.prepare.label_encodings import import_labels
 
@@ -88,6 +89,55 @@ def test_importers_refuse_values_of_other_formats(fmt, value):
     array = np.array([[0.0, 1.0], [1.0, value]])
     with pytest.raises(UserError, match=r"labels_obs\.npy: row 1, column 1 holds .*which the format " + fmt):
         import_labels(array, fmt, source="labels_obs.npy")
+
+
+def test_a_soft_label_of_one_may_be_an_observed_negative():
+    for fmt, value, hinted in (("soft", -1.0, True), ("soft", -1.5, False), ("nan", -1.0, False)):
+        with pytest.raises(UserError) as error:
+            import_labels(np.array([[0.0, value]]), fmt)
+        assert ("so this may be an array in the format spml" in str(error.value)) is hinted
+
+
+class Rows:
+    """An array that notes how many rows are read at a time."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.ndim, self.dtype, self.shape = array, array.ndim, array.dtype, array.shape
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        self.read.append(len(self.array[part]))
+        return self.array[part]
+
+
+@pytest.mark.parametrize(("width", "read"), [(4, [2, 2, 1]), (5, [2, 2, 1]), (6, [1] * 5), (30, [1] * 5), (2, [5])])
+def test_large_arrays_are_read_in_blocks_of_rows(width, read, monkeypatch):
+    monkeypatch.setattr(label_encodings, "CHUNK_ENTRIES", 10)
+    codes = np.random.default_rng(0).integers(-1, 2, (5, width)).astype(np.int8)
+    rows = Rows(codes)
+    labels = import_labels(rows, "openimages").labels
+    assert rows.read == read and np.array_equal(labels.rows(range(5)), codes)
+
+
+@pytest.mark.parametrize("chunk", [8, 1 << 20])
+def test_the_first_contradiction_is_named(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(label_encodings, "CHUNK_ENTRIES", chunk)
+    known = np.random.default_rng(1).integers(-1, 2, (6, 8)).astype(np.int8)
+    known[[2, 4], [5, 3]], known[3, 0] = (1, 0), -1
+    observed = known.copy()
+    np.save(tmp_path / "obs.npy", observed)
+    labels = SparseLabels.from_dense(known)
+    found = label_encodings.observed_from_file(tmp_path / "obs.npy", "openimages", labels)
+    assert np.array_equal(found.rows(range(6)), known)
+    # A label where nothing is annotated contradicts nothing; two others do.
+    observed[[2, 4], [5, 3]], observed[3, 0] = (0, 1), 1
+    np.save(tmp_path / "obs.npy", observed)
+    number = (observed != -1).sum()
+    with pytest.raises(UserError, match=f"2 of {number} observed labels .* the first in row 2, column 5; "):
+        label_encodings.observed_from_file(tmp_path / "obs.npy", "openimages", labels)
 
 
 def test_importers_point_to_the_row_of_a_later_block(monkeypatch):
