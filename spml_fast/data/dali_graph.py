@@ -50,6 +50,11 @@ class GraphOptions:
     cropped: bool = False
     randaugment_ops: int = 0
 
+    @property
+    def has_branches(self) -> bool:
+        """Whether images of a batch take different ways: only then must DALI rewrite the code, which takes a second."""
+        return self.oriented or ("strong" in self.views and self.randaugment_ops > 0)
+
 
 def _scalar(name: str, dtype: Any = types.INT32) -> Any:
     """An input with one number per image."""

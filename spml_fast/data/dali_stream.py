@@ -199,7 +199,9 @@ class Stream:
             if not taken:
                 return
             self._depth = len(taken)
-            pipe = graph(options=self._graph_options, prefetch_queue_depth=self._depth, **self._pipeline_options)
+            options = self._graph_options
+            more = {"prefetch_queue_depth": self._depth, "enable_conditionals": options.has_branches}
+            pipe = graph(options=options, **more, **self._pipeline_options)
             pipe.build()
             self._pipe = pipe
         for arrays in taken:
