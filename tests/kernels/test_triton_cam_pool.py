@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("triton_on")
 SHAPES = [
     (3, 4, 4, 16, 5),
     (5, 7, 7, 40, 20),
-    (3, 14, 14, 96, 81),
+    (2, 14, 14, 72, 81),
     (2, 16, 16, 64, 10),
     (1, 7, 9, 33, 130),
     (9, 5, 5, 70, 65),
-    (2, 24, 25, 32, 3),
+    (2, 15, 18, 32, 3),
 ]
 
 
@@ -83,7 +83,7 @@ def test_equals_the_reference(shape, dtype, device, skip_empty):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 10, 23, 64, 129), (7, 10, 10, 33, 70), (9, 8, 8, 32, 65)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 10, 15, 64, 129), (3, 10, 10, 33, 70), (5, 8, 8, 32, 65)], ids=str)
 def test_launch_of_large_inputs(shape, dtype, device, monkeypatch, skip_empty):
     monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", 0.01)
     batch, height, width, channels, classes = shape
@@ -101,8 +101,8 @@ def test_launch_of_large_inputs(shape, dtype, device, monkeypatch, skip_empty):
 @pytest.mark.parametrize("full", [1, 1000])
 def test_sums_over_cells_in_parts(full, device, monkeypatch, skip_empty):
     monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", full)
-    shape = (12, 14, 14, 40, 20)
-    assert cam_pool_launch(12, 196, 20, 40, True).splits == (1 if full == 1 else 5)
+    shape = (6, 14, 14, 40, 20)
+    assert cam_pool_launch(6, 196, 20, 40, True).splits == (1 if full == 1 else 3)
     check(draw(shape, torch.float16, device))
 
 
