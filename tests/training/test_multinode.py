@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support import warm
 from tests.support.paths import ROOT
 from tests.support.runs import environment, free_port, read_metrics
 
@@ -92,7 +93,8 @@ def losses(run: Path) -> list[float]:
 def alone(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that one process makes."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    launch([[sys.executable]], options(small_digits, run))
+    done = warm.run_script("train.py", *options(small_digits, run))
+    assert done.returncode == 0, done.stdout + done.stderr
     return run
 
 

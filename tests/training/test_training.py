@@ -6,8 +6,9 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -203,19 +204,42 @@ class TestKillAndResume:
 class TestRanks:
     """The same training however it is spread."""
 
-    @pytest.mark.parametrize("method", ["ll_r", "ll_ct"])
-    def test_two_ranks_follow_one(self, method: str, small_digits: Path, run_script: Run, tmp_path: Path) -> None:
-        # ConvNeXt has no BatchNorm, whose batch statistics would depend on the split.
-        more: dict[str, Any] = {
-            "method": method,
-            "method__delta_rel": 3,
-            "model__backbone": "test_convnext",
-            "model__output_stride": 16,
-            "train__batch_size": 24,
-        }
-        one, two = tmp_path / "one", tmp_path / "two"
-        succeed(run_script("train.py", *options(small_digits, one, **more)))
-        succeed(run_script("train.py", *options(small_digits, two, **more), ranks=2, launcher="deepspeed"))
+    # ConvNeXt has no BatchNorm, whose batch statistics would depend on the split.
+    CONVNEXT: ClassVar[dict[str, Any]] = {
+        "method__delta_rel": 3,
+        "model__backbone": "test_convnext",
+        "model__output_stride": 16,
+        "train__batch_size": 24,
+    }
+    FROZEN: ClassVar[dict[str, Any]] = {"model__freeze_bn": "true", "train__batch_size": 48, "train__epochs": 1}
+
+    @pytest.fixture(scope="class")
+    def alone(self, small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+        """The run of one rank with some options, trained once for all tests that compare with it."""
+        runs: dict[str, Path] = {}
+
+        def train(**more: object) -> Path:
+            name = json.dumps(more, sort_keys=True)
+            if name not in runs:
+                runs[name] = tmp_path_factory.mktemp("alone") / "run"
+                succeed(warm.run_script("train.py", *options(small_digits, runs[name], **more)))
+            return runs[name]
+
+        return train
+
+    @pytest.mark.parametrize(("method", "launcher"), [("ll_r", "deepspeed"), ("ll_ct", None)])
+    def test_two_ranks_follow_one(
+        self,
+        method: str,
+        launcher: str | None,
+        small_digits: Path,
+        alone: Callable[..., Path],
+        run_script: Run,
+        tmp_path: Path,
+    ) -> None:
+        more = self.CONVNEXT | {"method": method}
+        one, two = alone(**more), tmp_path / "two"
+        succeed(run_script("train.py", *options(small_digits, two, **more), ranks=2, launcher=launcher))
         assert len(losses(one)) == len(losses(two)) > 10
         np.testing.assert_allclose(losses(one), losses(two), rtol=2e-5)
         selected = [[e["selected_count"] for e in read_metrics(run, "epoch")] for run in (one, two)]
@@ -231,26 +255,20 @@ class TestRanks:
         np.testing.assert_allclose(losses(one), losses(two), rtol=2e-5)
 
     def test_exact_accumulation_follows_one_large_batch(
-        self, small_digits: Path, run_script: Run, tmp_path: Path
+        self, small_digits: Path, alone: Callable[..., Path], run_script: Run, tmp_path: Path
     ) -> None:
-        more: dict[str, Any] = {
-            "method__delta_rel": 3,
-            "model__backbone": "test_convnext",
-            "model__output_stride": 16,
-            "train__batch_size": 24,
-        }
-        large, small = tmp_path / "large", tmp_path / "small"
-        succeed(run_script("train.py", *options(small_digits, large, **more)))
+        more = self.CONVNEXT | {"method": "ll_r"}
+        large, small = alone(**more), tmp_path / "small"
         more |= {"train__accumulation": 3, "train__exact_accumulation": "true"}
         succeed(run_script("train.py", *options(small_digits, small, **more), ranks=2))
         np.testing.assert_allclose(losses(large), losses(small), rtol=2e-5)
 
     @pytest.mark.parametrize("stage", [1, 2, 3])
-    def test_zero_stages_follow_stage_0(self, stage: int, small_digits: Path, run_script: Run, tmp_path: Path) -> None:
-        more: dict[str, Any] = {"model__freeze_bn": "true", "train__batch_size": 48, "train__epochs": 1}
-        plain, staged = tmp_path / "plain", tmp_path / "staged"
-        succeed(run_script("train.py", *options(small_digits, plain, **more)))
-        more |= {"deepspeed__zero_stage": stage}
+    def test_zero_stages_follow_stage_0(
+        self, stage: int, small_digits: Path, alone: Callable[..., Path], run_script: Run, tmp_path: Path
+    ) -> None:
+        plain, staged = alone(**self.FROZEN), tmp_path / "staged"
+        more = self.FROZEN | {"deepspeed__zero_stage": stage}
         succeed(run_script("train.py", *options(small_digits, staged, **more), ranks=2))
         np.testing.assert_allclose(losses(plain), losses(staged), rtol=1e-4)
         first, second = weights(plain), weights(staged)
@@ -410,8 +428,7 @@ class TestPartlyKnownLabels:
         reports = []
         for ranks in (1, 2):
             out = tmp_path / f"{ranks}.json"
-            launcher = "deepspeed" if ranks == 2 else None
-            succeed(run_script("evaluate.py", "--run", run, "--json", out, ranks=ranks, launcher=launcher))
+            succeed(run_script("evaluate.py", "--run", run, "--json", out, ranks=ranks))
             reports.append(json.loads(out.read_text()))
         assert reports[0] == reports[1]
         found = reports[0]["alpha"]["5"]
