@@ -71,12 +71,18 @@ def test_bad_codes_and_classes():
         average_precision(scores, np.array([[1, 0], [-2, 0]], np.int8))
     with pytest.raises(ValueError, match="label codes must be integers"):
         average_precision(scores, np.array([[1, np.nan], [0, 0]]))
-    with pytest.raises(UserError, match="code of class 1 in pair 1 is 3"):
-        average_precision_pairs([0, 1], scores[0], [0, 3], 2)
+    # The first wrong one is named; -1 is none.
+    for codes, wrong in (([-1, 0, 2, 5], 2), ([-1, -2, 1, 3], 1), ([3, -1, 0, 1], 0)):
+        with pytest.raises(UserError, match=f"code of class {wrong} in pair {wrong} is {codes[wrong]};"):
+            average_precision_pairs(range(4), np.zeros(4, np.float32), codes, 4)
+        with pytest.raises(UserError, match=f"code of class {wrong} in row 0 is {codes[wrong]};"):
+            average_precision(np.zeros((1, 4), np.float32), np.array([codes]))
+        with pytest.raises(UserError, match=f"code of class 0 in row {wrong} is {codes[wrong]};"):
+            average_precision(np.zeros((4, 1), np.float32), np.array(codes)[:, None])
     for wrong in (2, -1):
         with pytest.raises(UserError, match=rf"pair 1 names class {wrong}; the classes are 0\.\.1"):
             average_precision_pairs([0, wrong], scores[0], [0, 1], 2)
-    with pytest.raises(ValueError, match="negative row"):
+    with pytest.raises(ValueError, match="pair 1 has the negative row -1"):
         average_precision_pairs([0, 1], scores[0], [0, 1], 2, row=[0, -1])
     # An unknown pair is dropped, whatever its score ranks.
     for definition in DEFINITIONS:

@@ -87,13 +87,14 @@ class Coverage:
         return {t: self.seconds[t] for group in (reached, later) for t in self._ordered(group, mutant.file)}
 
     def _ordered(self, tests: set[str], target: str) -> list[str]:
-        """Tests whose file or name says the target's name first, then those of its folder, the quickest first."""
+        """Tests of the target's folder first, quick ones before slow ones, those with its name first."""
         path = Path(target)
         name = path.parent.name if path.stem in ("reference", "__init__") else path.stem
         wing = "kernels" if target.startswith("kernels/") else path.parts[:2][-1]
 
-        def place(test: str) -> tuple[bool, bool, float, str]:
-            return Path(test).parts[1] != wing, name not in test, self.seconds[test], test
+        def place(test: str) -> tuple[bool, bool, bool, float, str]:
+            seconds = self.seconds[test]
+            return Path(test).parts[1] != wing, seconds > 1, name not in test, seconds, test
 
         return sorted(tests, key=place)
 
