@@ -211,7 +211,7 @@ class TestEvaluate:
             predictor.evaluate(manifest)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "safetensors"])
+@pytest.mark.parametrize("kind", [pytest.param("onnx", marks=pytest.mark.slow), "safetensors"])
 def test_exports_are_the_run(workplace: Path, predictor: Any, tmp_path: Path, kind: str) -> None:
     out = tmp_path / f"model.{kind}"
     export_command.main(["--run", "runs/example", "--format", kind, "--out", str(out)])

@@ -134,6 +134,7 @@ VIT = ["--model.backbone", "test_vit", "--model.alpha_eval", "2", "--model.grad_
 QUERIES = ["--model.backbone", "test_resnet", "--model.head", "query2label", "--model.head_options", "{preset: tiny}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "asked"), [(VIT, ["--alpha", "1"]), (QUERIES, [])], ids=["vit", "query2label"])
 def test_other_backbones_and_heads(options, asked, tmp_path):
     run = make_run(tmp_path / "run", *options)

@@ -238,6 +238,8 @@ def test_rows_without_a_gpu(monkeypatch):
     assert 0 < loss["registers"] < 255 and loss["spills"] == 0 and 0 < loss["occupancy"] <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.aot
 @pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="needs triton, not interpreting")
 def test_kernels_between_the_products_of_cam_pool_do_not_spill():
     from benchmarks.kernel_bytes import Compiler, launches_of

@@ -57,7 +57,7 @@ def test_presets_name_recipes_that_exist() -> None:
             assert (ROOT / "launch" / "configs" / entry.recipe).is_file(), entry
 
 
-@pytest.mark.parametrize("preset", ["digits", "cub"])
+@pytest.mark.parametrize("preset", ["digits", pytest.param("cub", marks=pytest.mark.slow)])
 def test_every_entry_is_a_valid_run(preset: str) -> None:
     for entry in PRESETS[preset].entries:
         arguments = [
