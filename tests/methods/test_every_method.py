@@ -140,13 +140,6 @@ def test_exact_accumulation_equals_one_large_batch(rigs, name):
             torch.testing.assert_close(cut.state()[key], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in method_names() if not get_method(n).batch_statistics])
-def test_a_loss_without_batch_statistics_takes_nothing_from_the_update(rigs, name):
-    rig = rigs(name)
-    batches = [rig.batch(range(4)), rig.batch(range(4, 7)), rig.batch([7])]
-    assert list(rig.method.update_statistics([torch.zeros(())] * 3, batches, at(5, 0))) == [None] * 3
-
-
 RANK_CASES: Cases = [
     *((name, {}) for name in method_names()),
     ("ll_r", {"base": "unobserved", "delta_rel": 3.0}),

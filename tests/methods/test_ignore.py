@@ -188,6 +188,31 @@ def test_statistics_of_an_update_without_masked_views():
     assert all(torch.equal(a, b) for a, b in zip(before, method.thresholds(), strict=True))
 
 
+def test_an_update_with_one_positive_and_one_entry_kept():
+    """Shares below 1 of both denominators in two micro-steps: the loss of one step, and its gradient."""
+    codes = torch.tensor([[1], [-1]], dtype=torch.int8)
+    weak, masked = torch.tensor([[3.0], [2.0]], dtype=D), torch.tensor([[2.9], [-5.0]], dtype=D)
+    options = {"lat": False, "warm_up": 0, "reg": False, "spbc": True, "strong_aug": False}
+    whole, cut = method_for(codes, **options), method_for(codes, **options)
+    z = weak.clone().requires_grad_()
+    out = whole.combine(z, None, masked, batch_of(codes), epoch(2))
+    assert out.metrics["selected_count"] == 1
+    (gradient,) = torch.autograd.grad(out.loss, z)
+    batches = [batch_of(codes[:1]), batch_of(codes[1:])]
+    forwards = [WeakAndMasked(weak[i : i + 1], masked[i : i + 1]) for i in range(2)]
+    ahead = cut.update_statistics(forwards, batches, epoch(2))
+    assert [(a.positives.item(), a.kept.item()) for a in ahead] == [(0.5, 0.5)] * 2
+    total, slopes = 0.0, []
+    for i, batch in enumerate(batches):
+        batch.update_statistics = ahead[i]
+        part = weak[i : i + 1].clone().requires_grad_()
+        loss = cut.combine(part, None, ahead[i].masked, batch, epoch(2)).loss / 2
+        slopes.append(torch.autograd.grad(loss, part)[0])
+        total += loss.item()
+    assert total == pytest.approx(out.loss.item(), rel=1e-12)
+    torch.testing.assert_close(torch.cat(slopes), gradient, rtol=1e-12, atol=0)
+
+
 class TestSwitches:
     """Every switch against the terms of the loss that it drops."""
 

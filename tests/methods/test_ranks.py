@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from spml_fast.methods import get_method
 from tests.support.formulas import (
     BASELINES,
+    CODES,
     EPOCH_3,
     U,
     batch_of,
@@ -78,3 +80,10 @@ def test_exact_accumulation(name: str) -> None:
     pieces = torch.cat([g * (len(g) / 8) for _, g in parts_of_update])
     torch.testing.assert_close(pieces, gradient, rtol=1e-6, atol=1e-12)
     assert sum(loss * len(g) / 8 for loss, g in parts_of_update).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in BASELINES if not get_method(n).batch_statistics])
+def test_a_loss_without_batch_statistics_takes_nothing_from_the_update(name: str) -> None:
+    batches = [batch_of(CODES, range(2)), batch_of(CODES, range(2, 5)), batch_of(CODES, [4])]
+    parts = [some_logits(len(b.labels), CODES.shape[1]) for b in batches]
+    assert list(make(name, CODES).update_statistics(parts, batches, EPOCH_3)) == [None] * 3

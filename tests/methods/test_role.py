@@ -137,3 +137,18 @@ def test_role_goes_on_with_another_number_of_ranks(worlds: tuple[int, int]) -> N
 
     for estimates in on_ranks(worlds[1], resume):
         assert torch.equal(estimates, saved[0][1])
+
+
+def test_statistics_of_an_update_of_one_micro_step_change_nothing() -> None:
+    """Neither loss nor gradient nor what the table learns: the penalty's slope passes through the update's mean."""
+    logits = some_logits(*CODES.shape)
+    alone, ahead = (make("role", CODES, expected_positives=1.5, penalty=50.0) for _ in range(2))
+    for step in range(3):
+        place = Progress(1, 4, step, 4, lr=0.05)
+        batch, other = batch_of(CODES), batch_of(CODES)
+        (other.update_statistics,) = ahead.update_statistics([logits], [other], place)
+        loss, gradient = run(alone, logits, batch, place)
+        loss_ahead, gradient_ahead = run(ahead, logits, other, place)
+        torch.testing.assert_close(loss_ahead, loss, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(gradient_ahead, gradient, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ahead.table.value, alone.table.value, rtol=1e-5, atol=1e-7)

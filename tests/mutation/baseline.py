@@ -84,17 +84,20 @@ class Coverage:
         # What a fixture of a file makes is made in the first test that asks for it, and used by those after it.
         files = {t.partition("::")[0] for t in reached}
         later = {t for t in users if t.partition("::")[0] in files} - reached
-        return {t: self.seconds[t] for group in (reached, later) for t in self._ordered(group, mutant.file)}
+        return {t: self.seconds[t] for group in (reached, later) for t in self._ordered(group, mutant)}
 
-    def _ordered(self, tests: set[str], target: str) -> list[str]:
-        """Tests of the target's folder first, quick ones before slow ones, those with its name first."""
-        path = Path(target)
+    def _ordered(self, tests: set[str], mutant: Mutant) -> list[str]:
+        """Tests of the target's folder first, quick ones before slow ones, those with its name first.
+
+        A gradient that is cut off is looked for in tests that have the word in their names.
+        """
+        path, target = Path(mutant.file), mutant.file
         name = path.parent.name if path.stem in ("reference", "__init__") else path.stem
         wing = "kernels" if target.startswith("kernels/") else path.parts[:2][-1]
 
-        def place(test: str) -> tuple[bool, bool, bool, float, str]:
-            seconds = self.seconds[test]
-            return Path(test).parts[1] != wing, seconds > 1, name not in test, seconds, test
+        def place(test: str) -> tuple[bool, bool, bool, bool, float, str]:
+            seconds, elsewhere = self.seconds[test], mutant.probe and "gradient" not in test
+            return Path(test).parts[1] != wing, seconds > 1, elsewhere, name not in test, seconds, test
 
         return sorted(tests, key=place)
 

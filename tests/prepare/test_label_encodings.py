@@ -98,6 +98,14 @@ def test_a_soft_label_of_one_may_be_an_observed_negative():
         assert ("so this may be an array in the format spml" in str(error.value)) is hinted
 
 
+def test_many_classes_take_wider_ids():
+    wide, tall = np.zeros((2, 40_000)), np.zeros((40_000, 2))
+    wide[1, 39_999], tall[39_999, 1] = 1, 1
+    labels = import_labels(wide, "spml").labels
+    assert labels.classes.dtype == np.int32 and labels.classes.tolist() == [39_999] and labels.num_classes == 40_000
+    assert import_labels(tall, "spml").labels.classes.dtype == np.int16
+
+
 class Rows:
     """An array that notes how many rows are read at a time."""
 
