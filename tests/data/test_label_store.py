@@ -120,12 +120,13 @@ def test_many_corrections_over_epochs_and_checkpoints(monkeypatch):
 
 def test_waiting_corrections_take_bounded_memory(monkeypatch):
     """Padding is dropped on the way, so that only real corrections pile up."""
-    monkeypatch.setattr(labels_module, "_MAX_WAITING", 30)
+    monkeypatch.setattr(labels_module, "_MAX_WAITING", 24)
     store = LabelStore(SparseLabels.from_positives([[0]] * 8, 4, UNKNOWN))
     index, classes = torch.arange(8), torch.ones(8, dtype=torch.int64)
     for call in range(20):
         store.correct(index, classes, 1, index == call % 8)
-        assert sum(len(keys) for keys, *_ in store._waiting) <= 30
+        # Three calls fit, and the fourth is more than may wait.
+        assert sum(len(keys) for keys, *_ in store._waiting) == 8 * ((call + 1) % 4)
     assert sum(len(keys) for keys, *_ in store._packed) <= 20
     assert store.commit() == 8 and (store.rows(index)[:, 1] == 1).all()
 

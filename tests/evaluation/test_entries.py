@@ -72,7 +72,7 @@ def test_bad_codes_and_classes():
     with pytest.raises(ValueError, match="label codes must be integers"):
         average_precision(scores, np.array([[1, np.nan], [0, 0]]))
     # The first wrong one is named; -1 is none.
-    for codes, wrong in (([-1, 0, 2, 5], 2), ([-1, -2, 1, 3], 1), ([3, -1, 0, 1], 0)):
+    for codes, wrong in (([-1, 1, 2, 0], 2), ([1, -2, 0, -1], 1), ([3, -1, 0, 1], 0)):
         with pytest.raises(UserError, match=f"code of class {wrong} in pair {wrong} is {codes[wrong]};"):
             average_precision_pairs(range(4), np.zeros(4, np.float32), codes, 4)
         with pytest.raises(UserError, match=f"code of class {wrong} in row 0 is {codes[wrong]};"):
@@ -123,6 +123,7 @@ def test_runs_of_rows_and_classes(monkeypatch):
     # At most seven known entries together, and a class with more for itself.
     blocks = average_precision_module._class_blocks(np.array([3, 4, 1, 0, 9, 2, 5, 1]))
     assert list(blocks) == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
+    assert list(average_precision_module._class_blocks(np.array([9, 8]))) == [(0, 1), (1, 2)]
 
 
 def test_fractions_of_nothing():
@@ -145,6 +146,10 @@ def test_codes_may_be_bool_or_unsigned():
 def test_bad_pairs_and_choices():
     with pytest.raises(ValueError, match=r"must be \[M\]"):
         average_precision_pairs([0, 1], np.zeros(3, np.float32), [0, 1], 2)
+    with pytest.raises(ValueError, match="scores must be float32"):
+        average_precision_pairs([0, 1], [1, 2], [0, 1], 2)
+    with pytest.raises(ValueError, match="label codes must be integers"):
+        average_precision_pairs([0, 1], np.zeros(2, np.float32), [0.0, 1.0], 2)
     with pytest.raises(ValueError, match="at least one class"):
         average_precision_pairs(np.empty(0, int), np.empty(0, np.float32), np.empty(0, int), 0)
     for class_id, row in (([0.0, 1.0], None), ([0, 1], [0.0, 1.0])):

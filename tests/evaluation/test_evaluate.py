@@ -187,6 +187,19 @@ def test_conventions_that_differ_are_all_shown():
     }
 
 
+def test_classes_without_negatives_alone_bring_their_conventions():
+    scores = np.array([[2.0, -1.0], [1.0, 0.5], [-1.0, 2.0]], np.float32)
+    rows = dict(table_rows(evaluate_scores(scores, np.array([[1, 0], [1, 1], [1, 0]]))))
+    assert {name: value for name, value in rows.items() if name.startswith("mAP")} == {
+        "mAP (zero)": "75.00",
+        "mAP, classes without a positive or a negative left out": "50.00",
+        "mAP weighted by positives": "87.50",
+    }
+    # Nobody weighs where there is no negative at all.
+    positives = dict(table_rows(evaluate_scores(scores, np.ones((3, 2), np.int8))))
+    assert [name for name in positives if "weighted" in name] == []
+
+
 @pytest.mark.parametrize(("probability", "logit"), [(0.5, 0.0), (0.75, logit_threshold(0.75)), (1e-9, -20.7232658)])
 def test_reported_thresholds_are_probabilities(probability, logit):
     found = evaluate_scores(np.zeros((2, 1), np.float32), np.array([[1], [0]]), threshold=logit)

@@ -66,6 +66,9 @@ def test_groups_by_count():
     assert groups_by_count(np.zeros(4, int), 2).tolist() == [0, 0, 1, 1]
     with pytest.raises(UserError, match="cannot be cut"):
         groups_by_count([1, 2], 5)
+    for counts in ([1.0, 2.0], [[1, 2], [3, 4]]):
+        with pytest.raises(ValueError, match="counts"):
+            groups_by_count(counts, 2)
 
 
 def test_group_means():

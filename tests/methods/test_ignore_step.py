@@ -139,6 +139,11 @@ class TestStep:
         with pytest.raises(UserError, match="masked_scale"):
             rig.step(rig.batch(range(4)), at(5, 0))
 
+    def test_a_backbone_of_one_size_takes_masked_views_of_that_size(self):
+        rig = make_rig("ignore")
+        rig.classifier.accepts_any_size = False
+        assert torch.isfinite(rig.step(rig.batch(range(4)), at(5, 0)))
+
     def test_under_autocast(self):
         rig = make_rig("ignore")
         batch = rig.batch(range(8))

@@ -15,7 +15,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
 from spml_fast.methods.large_loss import selection_size
 from tests.support.large_loss import LARGE_LOSS, cross_entropy, double_batch, make, run
-from tests.support.methods import at
+from tests.support.methods import at, on_ranks
 
 
 def expected_large_loss(name, logits, codes, k):
@@ -104,6 +104,36 @@ def test_share_of_the_unobserved_entries():
     for rule, k in (("rational", 3), ("accumulator", 4)):
         method = make("ll_r", delta_rel=5.0, base="unobserved", k_rule=rule)
         assert run(method, logits, codes, at(4, 0))[0].metrics["selected_count"].item() == k
+
+
+def test_permanent_corrections_take_the_same_share_in_every_epoch():
+    logits, codes = double_batch(rows=40, width=25, unknown=1.0)
+    labels = SparseLabels.from_dense(codes.numpy())
+    for epoch, temporary, permanent in ((1, 0, 0), (2, 70, 70), (4, 210, 70)):
+        for rule in ("rational", "accumulator"):
+            options = {"delta_rel": 7.0, "base": "unobserved", "k_rule": rule}
+            for name, k in (("ll_ct", temporary), ("ll_cp", permanent)):
+                out, _ = run(make(name, labels, **options), logits, codes, at(epoch, 0))
+                # The released accumulator of fractions may be a rounding error above the exact number.
+                assert out.metrics["selected_count"].item() in ((k,) if rule == "rational" else (k, k + 1))
+
+
+def test_groups_of_the_paper_are_each_ranks_own():
+    logits, codes = double_batch(rows=16, seed=5)
+    labels = SparseLabels.from_dense(codes.numpy())
+
+    def work(rank):
+        part = slice(8 * rank, 8 * rank + 8)
+        options = {"delta_rel": 9.0, "base": "unobserved", "batch_semantics": "paper", "paper_batch": 4}
+        z = logits[part].detach().requires_grad_()
+        return run(make("ll_r", labels, **options), z, codes[part], at(3, 0), global_size=16)[1]
+
+    alone = []
+    for start in range(0, 16, 4):
+        z = logits[start : start + 4].detach().requires_grad_()
+        options = {"delta_rel": 9.0, "base": "unobserved"}
+        alone.append(run(make("ll_r", labels, **options), z, codes[start : start + 4], at(3, 0))[1] / 4)
+    torch.testing.assert_close(torch.cat(on_ranks(2, work)) / 2, torch.cat(alone), rtol=1e-12, atol=1e-18)
 
 
 def test_more_epochs_than_the_ramp_has_room_for():

@@ -180,9 +180,15 @@ class TestMaps:
         assert not torch.allclose(noisy, clean)
         torch.testing.assert_close(head.eval()(x, classes=classes)[2], clean)
 
-    def test_asking_for_maps_does_not_change_the_logits(self):
-        head, x = make().eval(), features()
-        assert torch.equal(head(x)[0], head(x, classes=self.CLASSES_OF_ROWS)[0])
+    def test_asking_for_maps_changes_neither_logits_nor_gradients(self):
+        head, x = make().eval(), features().requires_grad_()
+        leaves = [x, *head.parameters()]
+        plain_logits, logits = head(x)[0], head(x, classes=self.CLASSES_OF_ROWS)[0]
+        assert torch.equal(plain_logits, logits)
+        for ours, expected in zip(
+            *(torch.autograd.grad(z.cos().sum(), leaves) for z in (logits, plain_logits)), strict=True
+        ):
+            assert torch.equal(ours, expected)
 
 
 class TestHead:
@@ -254,6 +260,9 @@ class TestHead:
         assert output[0].dtype == output[2].dtype == torch.float32
         torch.testing.assert_close(output[0], wanted[0], atol=0.1, rtol=0.05)
         torch.testing.assert_close(output[2], wanted[2], atol=0.01, rtol=0.1)
+        slopes, exact = (torch.autograd.grad(o[0].sum(), list(head.parameters())) for o in (output, wanted))
+        for ours, theirs in zip(slopes, exact, strict=True):
+            assert ours.dtype == torch.float32 and (ours - theirs).norm() < 0.1 * theirs.norm() + 0.05
 
     @pytest.mark.parametrize(
         ("options", "words"),

@@ -121,8 +121,8 @@ def table(mutants: list[Mutant], found: Results) -> str:
     lines = [
         "# Mutants and what became of them",
         "",
-        "Written by `python -m tests.mutation.run --report`. A timeout counts as killed; equivalent ones are explained",
-        "in equivalent.toml.",
+        "Written by `python -m tests.mutation.run --report`. A timeout counts as killed. The score is of those",
+        "that were run and are not equivalent (explained in equivalent.toml). The next run goes on with the others.",
         "",
         "| file | mutants | " + " | ".join(names) + " | score |",
         "|---|" + "--:|" * (len(names) + 2),
