@@ -65,6 +65,15 @@ def find_images(sources: Sequence[str], note: Callable[[str], None]) -> list[str
     return list(path_of.values())
 
 
+def images_below(folder: str, suffixes: frozenset[str]) -> list[str]:
+    """Files in a directory and below it that end in `suffixes`, sorted; links are followed, but no directory twice.
+
+    Raises:
+        UserError: a directory cannot be read.
+    """
+    return _search(folder, suffixes, set())
+
+
 def _search(top: str, suffixes: frozenset[str], searched: set[str]) -> list[str]:
     """Images in a directory and below it, sorted; directories in `searched` are skipped, new ones added to it."""
     paths: list[str] = []

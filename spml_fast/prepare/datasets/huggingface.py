@@ -102,7 +102,7 @@ class Embedded:
             path.write_bytes(data)
             return
         source = value.get("path") if isinstance(value, dict) else value
-        if isinstance(source, str) and source and "\0" not in source:
+        if isinstance(source, str) and source and os.path.isfile(table.parent / source):
             path.symlink_to(os.path.abspath(table.parent / source))
 
 

@@ -72,7 +72,7 @@ def image_path(text: Any, root: Path, where: str) -> str:
         # Folders of the server's storage: the project's number may be missing where files were copied.
         inside = unquote(parts.path.removeprefix("/data/upload/"))
         short = re.sub(r"^\d+/", "", inside)
-        return relative_to(root, next((p for p in (root / inside, root / short) if p.is_file()), root / short))
+        return relative_to(root, next((p for p in (root / inside, root / short) if os.path.isfile(p)), root / short))
     path = unquote(parts.path) if parts.scheme == "file" else text
     return relative_to(root, root / path)
 
@@ -81,7 +81,7 @@ def _inside(root: Path, name: str) -> Path:
     """A file of local storage: below the folder, whose own name the path may repeat."""
     name = os.path.normpath(name).lstrip("/")
     first, _, rest = name.partition("/")
-    repeated = first == root.resolve().name and rest and not (root / name).is_file()
+    repeated = first == root.resolve().name and rest and not os.path.isfile(root / name)
     return root / (rest if repeated else name)
 
 

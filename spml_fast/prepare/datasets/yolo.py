@@ -24,7 +24,7 @@ import yaml
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import read_text
-from spml_fast.data.image_files import CONVERTIBLE_SUFFIXES, image_suffixes
+from spml_fast.data.image_files import CONVERTIBLE_SUFFIXES, image_suffixes, images_below
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.prepare.datasets.base import Dataset, register, require_folder
 from spml_fast.prepare.datasets.csv_table import folder_name
@@ -125,7 +125,7 @@ class _Places:
             raise UserError(f"{path}: 'path' is no folder, but {shown_value(named)}")
         # YOLO looks for a relative path below its own folder of data sets, which is nowhere here.
         inside = [path.parent / named, Path(named)] if named else []
-        self.root = require_folder(root) if root else next((p for p in inside if p.is_dir()), path.parent)
+        self.root = require_folder(root) if root else next((p for p in inside if os.path.isdir(p)), path.parent)
 
     def images(self, key: str, value: Any) -> list[str]:
         """Absolute paths of the images of `train`, `val` or `test`, sorted. Raises `UserError`."""
@@ -134,9 +134,11 @@ class _Places:
             if not isinstance(source, str) or not source or "\0" in source:
                 raise UserError(f"{self.file}: {key!r} names no folder or list of images, but {shown_value(source)}")
             path = self._path(source)
-            if path.is_dir():
-                found += self._below(path)
-            elif path.is_file():
+            if os.path.isdir(path):
+                if path == Path(path.anchor):
+                    raise UserError(f"{self.file}: {key!r} is {source}, which is the whole file system")
+                found += images_below(str(path), self.suffixes)
+            elif os.path.isfile(path):
                 found += self._listed(path)
             else:
                 raise UserError(
@@ -149,18 +151,8 @@ class _Places:
 
     def _path(self, source: str) -> Path:
         """A place; files of Roboflow say `../train/images` for a folder beside them."""
-        path = self.root / source
-        if not path.exists() and source.startswith("../") and (self.root / source[3:]).exists():
-            path = self.root / source[3:]
-        return Path(os.path.abspath(path))
-
-    def _below(self, folder: Path) -> list[str]:
-        return [
-            os.path.join(top, name)
-            for top, _, names in os.walk(folder, followlinks=True)
-            for name in names
-            if os.path.splitext(name)[1].lower() in self.suffixes
-        ]
+        path, beside = self.root / source, self.root / source.removeprefix("../")
+        return Path(os.path.abspath(beside if not os.path.exists(path) and os.path.exists(beside) else path))
 
     def _listed(self, path: Path) -> list[str]:
         found = []
@@ -225,7 +217,7 @@ class Yolo(Dataset):
         absent = 0
         for image in images:
             path = Path(label_path(image))
-            there = path.is_file()
+            there = os.path.isfile(path)
             absent += not there
             objects = read_objects(path, names, pose) if there else []
             codes = {name: POSITIVE for name, *_ in objects}
