@@ -47,5 +47,6 @@ setup(
         "lint": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "onnx": ONNX,
+        "heic": ["pillow-heif>=1.0"],
     },
 )

@@ -45,10 +45,16 @@ DECODE_LIMIT = 200_000
 # Pillow's names of the formats that the loader reads.
 LOADER_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"})
 
+# In the reason for which an image of such a format is left out.
+NOT_READ = "is not read by the loader"
+
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS_PER_SAMPLE = 258
 # First bytes of files that are images, whatever follows.
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP")
+
+# Brands of files of the ISO base media format whose images are coded as HEVC.
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 # Restart markers, start and end of image, and markers without a segment; none belongs before the first scan.
 _JPEG_NO_SEGMENT = frozenset(bytes([m]) for m in (0x00, 0x01, *range(0xD0, 0xDA)))
@@ -173,6 +179,9 @@ def check_bytes(
 
 def _check_stream(stream: io.BytesIO | io.BufferedReader, level: str, max_pixels: int) -> CheckResult:
     """Check an encoded image."""
+    other = _container_format(stream)
+    if other:
+        return CheckResult(f"format {other} {NOT_READ}; convert it to JPEG or PNG")
     with any_size(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -199,14 +208,28 @@ def _check_stream(stream: io.BytesIO | io.BufferedReader, level: str, max_pixels
             return CheckResult("damaged or truncated", f"{type(error).__name__}: {error}")
 
 
+def _container_format(stream: io.BytesIO | io.BufferedReader) -> str:
+    """HEIC or AVIF by the brands of the file's first box, whatever Pillow can read; else empty."""
+    head = stream.read(64)
+    stream.seek(0)
+    if head[4:8] != b"ftyp":
+        return ""
+    # The main brand, a version, and the compatible brands.
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = {head[8:12], *(head[at : at + 4] for at in range(16, end, 4))}
+    if brands & {b"avif", b"avis"}:
+        return "AVIF"
+    return "HEIC" if brands & _HEIC_BRANDS else ""
+
+
 def _check_header(image: Image.Image, stream: io.BytesIO | io.BufferedReader) -> CheckResult:
     """Format, pixel kind, stored size and orientation of an opened image."""
     fmt, mode = image.format or "unknown", image.mode
     if fmt not in LOADER_FORMATS:
-        return CheckResult(f"format {fmt} is not read by the loader; convert it to JPEG or PNG")
+        return CheckResult(f"format {fmt} {NOT_READ}; convert it to JPEG or PNG")
     kind = _unreadable_kind(fmt, mode, image, stream)
     if kind:
-        return CheckResult(f"{kind} is not read by the loader; convert it to JPEG or 8-bit PNG")
+        return CheckResult(f"{kind} {NOT_READ}; convert it to JPEG or 8-bit PNG")
     if fmt in ("JPEG", "MPO"):
         damage = _jpeg_damage(stream)
         if damage:

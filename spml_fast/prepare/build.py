@@ -19,6 +19,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.image_check import CheckResults, Level, check_images, choose_level
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.data.manifest import Manifest
+from spml_fast.prepare import convert
 from spml_fast.prepare.label_encodings import observed_from_file
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.observed_labels import published_split
@@ -95,6 +96,7 @@ class _Preparation:
         self.splits: dict[str, Any] = {}
         self._left_out: list[dict[str, str]] = []
         self._reasons: Counter[str] = Counter()
+        self._converted: list[dict[str, str]] = []
         self._notes = list(raw.notes)
         # Where the observed labels of the first split come from when they are not drawn.
         self._read_from: str | None = None
@@ -116,7 +118,7 @@ class _Preparation:
         hides_labels = observed is not None
         if official.extra is not None:
             observed = merge_labels(official.known if observed is None else observed, official.extra)
-        checked = self._check(official, present)
+        official, checked = self._check(official, present)
         parts = [(official.name, np.arange(len(official)))]
         if self.raw.carve is not None and self.raw.carve[0] == official.name:
             kept, cut = published_split(len(official))
@@ -147,8 +149,12 @@ class _Preparation:
             return observed_from_file(*common.observed, official.known)
         return common.observe.draw(official.known, common.seed, official.name)
 
-    def _check(self, official: RawSplit, present: npt.NDArray[np.int64]) -> CheckResults:
-        """Check the images `present`, int64, of a split. Raises `UserError` if none of them can be used."""
+    def _check(self, official: RawSplit, present: npt.NDArray[np.int64]) -> tuple[RawSplit, CheckResults]:
+        """Check the images `present`, int64, of a split; it comes back with the paths of copies that were made.
+
+        Raises:
+            UserError: none of them can be used.
+        """
         if self.level == "none":
             checked = check_images(len(present), str, "none")
         else:
@@ -159,19 +165,27 @@ class _Preparation:
             )
         if official.present is not None:
             checked = checked.among(present, len(official))
+        if self.common.convert:
+            # Images that the Manifest holds have their copies beside them, and move with it.
+            own = self.raw.make_images is not None
+            folder = (self.root if own else self.writer.staging) / convert.FOLDER
+            prefix = convert.FOLDER if own else str(self.writer.folder / convert.FOLDER)
+            official, made = convert.convert_rejected(official, checked, self.root, folder, prefix, self.common)
+            self._converted += made
         for index, (reason, detail) in checked.rejected.items():
             self._reasons[reason] += 1
             if len(self._left_out) < MAX_LISTED:
                 path = official.relative_path(index)
                 self._left_out.append({"split": official.name, "path": path, "reason": reason, "detail": detail})
         if checked.ok.any():
-            return checked
+            return official, checked
         if not len(present):
             raise UserError(f"there is no image for any of the {len(official)} rows of split {official.name!r}")
         first, (reason, detail) = next(iter(checked.rejected.items()))
         raise UserError(
             f"none of the {len(present)} images of split {official.name!r} can be used; the first is "
             f"{os.path.join(self.root, official.relative_path(first))}: {reason}{f' ({detail})' if detail else ''}"
+            f"{', which --convert does' if convert.can_convert(reason) else ''}"
         )
 
     def report(self) -> dict[str, Any]:
@@ -179,6 +193,11 @@ class _Preparation:
         raw, common, reasons = self.raw, self.common, self._reasons
         # Reports of before have no such entries, and say the same.
         more: dict[str, Any] = {"negatives": common.observe.negatives} if common.observe.negatives else {}
+        converted: dict[str, Any] = {}
+        if self._converted:
+            kinds = Counter(entry["kind"] for entry in self._converted)
+            images = self._converted[:MAX_LISTED]
+            converted["converted"] = {"total": len(self._converted), "kinds": dict(kinds), "images": images}
         if self._read_from is not None:
             more["first_split_read_from"] = self._read_from
         return {
@@ -198,6 +217,7 @@ class _Preparation:
             "coverage": raw.coverage,
             "notes": self._notes,
             "splits": self.splits,
+            **converted,
             "left_out": {
                 "total": sum(reasons.values()),
                 "reasons": dict(reasons.most_common()),
@@ -399,9 +419,15 @@ def summary(manifest: Manifest, train_options: str = "") -> str:
     lines.append(_images_by_class(manifest, next(iter(report["splits"]))))
     lines += report["notes"]
     left_out = report["left_out"]
+    if "converted" in report:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in report["converted"]["kinds"].items())
+        lines.append(f"converted into JPEG or PNG copies: {kinds} (each is named in {manifest.folder / 'report.json'})")
     if left_out["total"]:
         lines.append(f"left out: {left_out['total']:,} images (each is named in {manifest.folder / 'report.json'})")
         lines += [f"  {count:,}  {reason}" for reason, count in left_out["reasons"].items()]
+        convertible = sum(count for reason, count in left_out["reasons"].items() if convert.can_convert(reason))
+        if convertible:
+            lines.append(f"  --convert makes JPEG or PNG copies of {convertible:,} of them, and uses those")
     elif report["verify"] == "none":
         lines.append("no image was checked (--verify none)")
     else:

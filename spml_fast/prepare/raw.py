@@ -154,6 +154,7 @@ class CommonOptions:
         max_pixels: width x height of the largest image that is accepted.
         workers: processes that check images; None for all cores.
         observed: an array of the first split's observed labels, and its format, in place of a draw.
+        convert: copy images that the loader does not read into the Manifest, as JPEG or PNG.
         progress: show progress.
     """
 
@@ -166,4 +167,5 @@ class CommonOptions:
     max_pixels: int = MAX_PIXELS
     workers: int | None = None
     observed: tuple[Path, ImportFormat] | None = None
+    convert: bool = False
     progress: bool = True

@@ -57,6 +57,8 @@ class Dataset:
             options: what `add_options` and `add_common_options` declared.
         """
         observe = ObservationScheme.parse(options.observe)
+        if options.convert and options.verify == "none":
+            raise UserError("--convert must look at the images; leave out --verify none")
         if (options.observed is None) != (options.observed_format is None):
             raise UserError("--observed FILE.npy and --observed-format go together: the encoding is never guessed")
         # Before the annotations are read, which can take minutes.
@@ -70,6 +72,7 @@ class Dataset:
             overwrite=options.overwrite,
             max_pixels=options.max_pixels,
             workers=options.workers,
+            convert=options.convert,
             observed=None if options.observed is None else (options.observed, options.observed_format),
         )
         raw = self.read(options)
@@ -187,5 +190,11 @@ def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) 
         default=MAX_PIXELS,
         metavar="N",
         help="leave out images of more pixels (width x height) than that, undecoded (default: %(default)s)",
+    )
+    group.add_argument(
+        "--convert",
+        action="store_true",
+        help="copy images that the loader does not read (HEIC, AVIF, GIF ...) as JPEG or PNG into the Manifest, "
+        "instead of leaving them out",
     )
     group.add_argument("--workers", type=_workers, help="processes that check images (default: one per core)")
