@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def find_images(sources: Sequence[str], note: Callable[[str], None]) -> list[str
     Args:
         sources: files, whatever they are called, and directories, of which files with `image_suffixes` are taken,
             sorted by path. Links are followed; a directory that is reached twice is searched once.
-        note: called with a sentence about each directory that adds nothing.
+        note: called with a sentence about each directory that adds nothing, and about images in it of formats that the
+            loader does not read (`CONVERTIBLE_SUFFIXES`), which are skipped.
 
     Raises:
         UserError: no image is given or exists, a path does not exist or is neither file nor directory, or a directory
@@ -49,7 +51,11 @@ def find_images(sources: Sequence[str], note: Callable[[str], None]) -> list[str
             raise UserError(f"{printable(source)} cannot be read: {error.strerror}") from error
         if stat.S_ISDIR(mode):
             before = len(searched)
-            paths = _search(source, suffixes, searched)
+            skipped: Counter[str] = Counter()
+            paths = _search(source, suffixes, searched, skipped)
+            if skipped:
+                kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
+                note(f"{printable(source)}: images of formats that are not read are skipped ({kinds}); convert them")
             if not paths and len(searched) > before:
                 note(f"no image in {printable(source)}")
         elif stat.S_ISREG(mode):
@@ -71,11 +77,14 @@ def images_below(folder: str, suffixes: frozenset[str]) -> list[str]:
     Raises:
         UserError: a directory cannot be read.
     """
-    return _search(folder, suffixes, set())
+    return _search(folder, suffixes, set(), Counter())
 
 
-def _search(top: str, suffixes: frozenset[str], searched: set[str]) -> list[str]:
-    """Images in a directory and below it, sorted; directories in `searched` are skipped, new ones added to it."""
+def _search(top: str, suffixes: frozenset[str], searched: set[str], skipped: Counter[str]) -> list[str]:
+    """Images in a directory and below it, sorted; directories in `searched` are skipped, new ones added to it.
+
+    Images that the loader does not read are counted in `skipped` by their suffix.
+    """
     paths: list[str] = []
     # Linked directories come last, so that images keep the path without a link where there is one.
     plain, linked = [top], list[str]()
@@ -95,8 +104,10 @@ def _search(top: str, suffixes: frozenset[str], searched: set[str]) -> list[str]
             if os.path.isdir(entry.path) if link else entry.is_dir():
                 (linked if link else plain).append(entry.path)
             # A broken link is kept: the check names it. Pipes and devices are no images.
-            elif os.path.splitext(entry.name)[1].lower() in suffixes and (link or entry.is_file()):
+            elif (suffix := os.path.splitext(entry.name)[1].lower()) in suffixes and (link or entry.is_file()):
                 paths.append(entry.path)
+            elif suffix in CONVERTIBLE_SUFFIXES:
+                skipped[suffix] += 1
     return sorted(paths)
 
 
