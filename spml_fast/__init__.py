@@ -23,7 +23,7 @@ __version__ = "0.2.0"
 __all__ = ["__version__", "load", "open_run", "train"]
 
 
-def load(run_or_export: str | os.PathLike[str], device: str | None = None) -> Predictor:
+def load(run_or_export: str | os.PathLike[str], device: str | None = None, decisions: bool = True) -> Predictor:
     """A trained classifier, ready for new images.
 
     Args:
@@ -31,13 +31,15 @@ def load(run_or_export: str | os.PathLike[str], device: str | None = None) -> Pr
             (needs onnxruntime) or `.safetensors`.
         device: such as `cpu` or `cuda:1`; None takes the first GPU, or the CPU where there is none. ONNX models run on
             the CPU.
+        decisions: take the thresholds and the calibration that the run or the export has (`spml-fast calibrate`).
 
     Raises:
-        UserError: neither a run directory nor an export, no weights yet, or a package that is missing.
+        UserError: neither a run directory nor an export, no weights yet, thresholds that are for other weights, or a
+            package that is missing.
     """
     from spml_fast.api.predictor import load_predictor
 
-    return load_predictor(run_or_export, device)
+    return load_predictor(run_or_export, device, decisions)
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:

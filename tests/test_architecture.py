@@ -220,6 +220,7 @@ RUN_FILES = (
     "results.json",
     "bad_images.csv",
     "model.safetensors",
+    "decisions.json",
     "options.json",
     "newest.json",
     "best.json",

@@ -30,6 +30,7 @@ from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import atomic_write
 from spml_fast.data.manifest import Manifest
+from spml_fast.evaluation.decisions import Decisions
 from spml_fast.models.backbone import create_whole_model, needs_fixed_size
 from spml_fast.models.classifier import Classifier
 from spml_fast.runs.open import DIGITS_DIR, input_normalisation, make_eval_loader
@@ -54,11 +55,23 @@ class ImageModel(nn.Module):
         alpha: BoostLU's factor, fixed in the graph; 1 for heads without a map.
         mean: of the channels, 0..1.
         std: of the channels, 0..1.
+        decisions: whose calibration the probabilities have, or None.
     """
 
-    def __init__(self, classifier: Classifier, alpha: float, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self,
+        classifier: Classifier,
+        alpha: float,
+        mean: list[float],
+        std: list[float],
+        decisions: Decisions | None = None,
+    ) -> None:
         super().__init__()
         self.classifier, self.alpha = classifier, alpha
+        self.calibrated = decisions is not None and decisions.calibrated
+        if decisions is not None and decisions.calibrated:
+            self.register_buffer("scale", torch.from_numpy(decisions.calibration.scale).float())
+            self.register_buffer("shift", torch.from_numpy(decisions.calibration.shift).float())
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
 
@@ -66,10 +79,15 @@ class ImageModel(nn.Module):
         """Logits and probabilities [B, C] of RGB images [B, 3, S, S], fp32 with values 0..255."""
         assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
         logits = self.classifier((images - self.mean) / self.std, alpha=self.alpha).logits
-        return logits, torch.sigmoid(logits)
+        if not self.calibrated:
+            return logits, torch.sigmoid(logits)
+        assert isinstance(self.scale, Tensor) and isinstance(self.shift, Tensor)
+        return logits, torch.sigmoid(logits * self.scale + self.shift)
 
 
-def describe(config: Config, classifier: Classifier, classes: list[str], alpha: float) -> dict[str, str]:
+def describe(
+    config: Config, classifier: Classifier, classes: list[str], alpha: float, decisions: Decisions | None = None
+) -> dict[str, str]:
     """Metadata needed to use the model.
 
     Args:
@@ -77,12 +95,14 @@ def describe(config: Config, classifier: Classifier, classes: list[str], alpha: 
         classifier: with the run's weights.
         classes: class names in class-id order.
         alpha: BoostLU's factor in evaluation.
+        decisions: the run's for this alpha, or None.
 
     Returns:
         Name -> text; lists are JSON.
     """
     mean, std = input_normalisation(config, classifier)
-    return {
+    decided = {} if decisions is None else decisions.metadata()
+    return decided | {
         "classes": json.dumps(classes, ensure_ascii=False),
         "image_size": str(config.data.image_size),
         "resize": RESIZE,
@@ -147,7 +167,12 @@ def need_onnx() -> None:
 
 
 def export_onnx(
-    classifier: Classifier, config: Config, classes: list[str], alpha: float, out: Path
+    classifier: Classifier,
+    config: Config,
+    classes: list[str],
+    alpha: float,
+    out: Path,
+    decisions: Decisions | None = None,
 ) -> tuple[float, str]:
     """Write an ONNX model.
 
@@ -160,6 +185,7 @@ def export_onnx(
         classes: class names in class-id order.
         alpha: BoostLU's factor, fixed in the graph.
         out: the file; an older one is replaced once the new one has passed.
+        decisions: the run's for this alpha; their calibration is in the graph, their thresholds in the metadata.
 
     Returns:
         Largest difference of a logit between ONNX Runtime and the classifier, and on which images.
@@ -171,7 +197,7 @@ def export_onnx(
     need_onnx()
     import onnx
 
-    model = ImageModel(classifier, alpha, *input_normalisation(config, classifier)).eval()
+    model = ImageModel(classifier, alpha, *input_normalisation(config, classifier), decisions).eval()
     size = sum(t.nbytes for t in model.state_dict().values())
     if size >= ONNX_LIMIT:
         raise UserError(f"the weights take {size / 1e9:.1f} GB and an ONNX file holds 2.1; use --format safetensors")
@@ -186,7 +212,7 @@ def export_onnx(
             written = onnx.load(str(partial))
             del written.metadata_props[:]
             side = config.data.image_size
-            metadata = describe(config, classifier, classes, alpha)
+            metadata = describe(config, classifier, classes, alpha, decisions)
             metadata["input"] = f"images: float32 [batch, 3, {side}, {side}], RGB, values 0 to 255, not normalised"
             onnx.helper.set_model_props(written, metadata)
             written.producer_name, written.producer_version = "spml_fast", __version__
@@ -283,7 +309,9 @@ def as_timm_model(classifier: Classifier, config: Config, num_classes: int) -> n
     return model.eval()
 
 
-def export_safetensors(classifier: Classifier, config: Config, classes: list[str], out: Path) -> tuple[str, float, str]:
+def export_safetensors(
+    classifier: Classifier, config: Config, classes: list[str], out: Path, decisions: Decisions | None = None
+) -> tuple[str, float, str]:
     """Write weights, under timm's names where timm's model gives the same logits at alpha 1.
 
     Args:
@@ -291,6 +319,7 @@ def export_safetensors(classifier: Classifier, config: Config, classes: list[str
         config: the run's.
         classes: class names in class-id order.
         out: the file; an older one is replaced.
+        decisions: the run's, which go into the metadata; or None.
 
     Returns:
         The layout: `timm` for a state of timm's whole model, `parts` for `backbone.` and `head.` beside each other;
@@ -315,7 +344,7 @@ def export_safetensors(classifier: Classifier, config: Config, classes: list[str
             # A model that normalises after pooling, or pools a token, is another one.
             if same:
                 layout, max_difference, state = "timm", timm_difference, model.state_dict()
-    metadata = describe(config, classifier, classes, classifier.alpha_eval) | {
+    metadata = describe(config, classifier, classes, classifier.alpha_eval, decisions) | {
         "layout": layout,
         "timm_options": json.dumps(timm_options(config)),
         "timm": importlib.metadata.version("timm"),

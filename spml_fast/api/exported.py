@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spml_fast.core.config import Config, DataConfig, ModelConfig
 from spml_fast.core.errors import UserError
+from spml_fast.evaluation.decisions import Decisions, decisions_of_metadata
 from spml_fast.methods import get_method, method_names
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.heads import head_names
@@ -94,8 +95,16 @@ def _config(about: Mapping[str, str], path: Path, normalised: bool) -> Config:
     )
 
 
-def load_onnx(path: Path) -> tuple[Config, list[str], OnnxClassifier]:
-    """Configuration, class names and classifier of an ONNX export.
+def _decisions(about: Mapping[str, str], path: Path, classes: list[str]) -> Decisions | None:
+    """Thresholds and calibration of an export; None where it has none."""
+    try:
+        return decisions_of_metadata(about, len(classes))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has damaged thresholds ({error}); export the run again") from error
+
+
+def load_onnx(path: Path) -> tuple[Config, list[str], OnnxClassifier, Decisions | None]:
+    """Configuration, class names, classifier and decisions of an ONNX export.
 
     Raises:
         UserError: onnxruntime is not installed, or the file is no export.
@@ -110,11 +119,13 @@ def load_onnx(path: Path) -> tuple[Config, list[str], OnnxClassifier]:
         # The classes of their errors are not public.
         raise UserError(f"{path} is no ONNX model that can be run: {' '.join(str(error).split())}") from error
     about = session.get_modelmeta().custom_metadata_map
-    return _config(about, path, normalised=False), json.loads(about["classes"]), OnnxClassifier(session)
+    config = _config(about, path, normalised=False)
+    classes: list[str] = json.loads(about["classes"])
+    return config, classes, OnnxClassifier(session), _decisions(about, path, classes)
 
 
-def load_safetensors(path: Path, device: torch.device) -> tuple[Config, list[str], Classifier]:
-    """Configuration, class names and classifier of a safetensors export, under timm's names or the run's.
+def load_safetensors(path: Path, device: torch.device) -> tuple[Config, list[str], Classifier, Decisions | None]:
+    """Configuration, class names, classifier and decisions of a safetensors export, under timm's names or the run's.
 
     Args:
         path: the file.
@@ -150,7 +161,7 @@ def load_safetensors(path: Path, device: torch.device) -> tuple[Config, list[str
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its metadata: {' '.join(str(error).split())}") from error
     classifier.to(device).to(memory_format=torch.channels_last).eval()
-    return config, classes, classifier
+    return config, classes, classifier, _decisions(about, path, classes)
 
 
 def _from_timm(state: dict[str, Tensor], classifier: Classifier) -> dict[str, Tensor]:

@@ -21,8 +21,10 @@ from spml_fast.api.images import Images, open_images
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
+from spml_fast.evaluation.decisions import Decisions
 from spml_fast.evaluation.evaluate import check_alphas, class_groups, evaluate_split
 from spml_fast.models.classifier import Classifier, check_alpha
+from spml_fast.runs.decisions import load_decisions
 from spml_fast.runs.open import load_classifier, load_run_config, make_eval_loader, run_classes
 
 TOP = 5
@@ -30,6 +32,8 @@ TOP = 5
 COLUMNS = pa.schema(
     [("path", pa.string()), ("class", pa.string()), ("probability", pa.float64()), ("rank", pa.int32())]
 )
+
+CALIBRATED = COLUMNS.append(pa.field("calibrated_probability", pa.float64()))
 
 
 class Predictor:
@@ -42,6 +46,7 @@ class Predictor:
         config: the run's configuration, or what an export tells of it.
         alpha: BoostLU's factor that is used unless another is asked for; 1 for heads without a map.
         source: the run directory or the exported file.
+        decisions: thresholds of the classes and calibration for `alpha`; None where there are none.
         device: where images are made ready and the network runs.
     """
 
@@ -52,14 +57,23 @@ class Predictor:
         classes: Sequence[str],
         source: Path,
         device: torch.device,
+        decisions: Decisions | None = None,
     ) -> None:
         self._classifier: Any = classifier
         self.config, self.classes, self.source, self.device = config, list(classes), source, device
         # A head without maps has alpha 1 whatever the configuration says.
         self.alpha = classifier.alpha_eval if isinstance(classifier, Classifier) else config.model.alpha_eval
+        self.decisions = decisions if decisions is not None and decisions.alpha == self.alpha else None
 
     def __repr__(self) -> str:
         return f"Predictor({str(self.source)!r}, {len(self.classes)} classes, alpha {self.alpha:g}, {self.device})"
+
+    @property
+    def thresholds(self) -> dict[str, float] | None:
+        """Class name -> probability from which `predict` gives it, infinite where it never does; None without any."""
+        if self.decisions is None:
+            return None
+        return dict(zip(self.classes, self.decisions.threshold.tolist(), strict=True))
 
     @property
     def _fixed_alpha(self) -> bool:
@@ -100,15 +114,17 @@ class Predictor:
         Args:
             images: one image or several: paths, directories to search, PIL images, or uint8 RGB arrays [H, W, 3]
                 or [N, H, W, 3].
-            top: classes an image, the most probable first; None gives 5, or all of them with `threshold`.
-            threshold: of these, give those of this probability (0 to 1) or more.
+            top: classes an image, the most probable first; None gives those above `thresholds` or, where there are
+                none, 5, or all of them with `threshold`.
+            threshold: of these, give those of this probability (0 to 1) or more, in place of `thresholds`.
             alpha: BoostLU's factor; None takes the predictor's.
             batch_size: images a forward; None takes the run's.
             skip_invalid: leave out images that cannot be read, with a warning; else the first one is an error.
 
         Returns:
             A table with a row a class of an image, in the order of the images: `path` (text: the path, the file name of
-            a PIL image, or the image's number), `class` (text), `probability` (float64), `rank` (int32, from 1).
+            a PIL image, or the image's number), `class` (text), `probability` (float64), `rank` (int32, from 1) and,
+            where the model is calibrated, `calibrated_probability` (float64), which thresholds and ranks are about.
             `to_pylist` gives dictionaries, and `to_pandas` a data frame where pandas is installed.
 
         Raises:
@@ -119,7 +135,12 @@ class Predictor:
         if threshold is not None and not 0 <= threshold <= 1:
             raise UserError(f"threshold is {threshold:g}; it is a probability and must lie between 0 and 1")
         factor = self._alpha(alpha)
-        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
+        decisions = self.decisions if alpha is None or alpha == self.alpha else None
+        schema = CALIBRATED if decisions is not None and decisions.calibrated else COLUMNS
+        columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+        limit: float | None = threshold or 0.0
+        if top is None and threshold is None:
+            top, limit = (TOP, 0.0) if decisions is None else (None, None)
         with open_images(images, skip_invalid) as opened:
             found = predict(
                 self._classifier,
@@ -128,8 +149,9 @@ class Predictor:
                 self.device,
                 alpha=factor,
                 classes=self.classes,
-                top=TOP if top is None and threshold is None else top,
-                threshold=threshold or 0.0,
+                top=top,
+                threshold=limit,
+                decisions=decisions,
             )
             for name, image in zip(opened.names, found, strict=True):
                 if image.reason is not None and not skip_invalid:
@@ -139,7 +161,9 @@ class Predictor:
                 columns["class"] += [self.classes[c] for c in image.classes.tolist()]
                 columns["probability"] += image.probability.tolist()
                 columns["rank"] += range(1, len(image.classes) + 1)
-        return pa.table(columns, schema=COLUMNS)
+                if image.calibrated is not None:
+                    columns["calibrated_probability"] += image.calibrated.tolist()
+        return pa.table(columns, schema=schema)
 
     def maps(
         self, images: Images, classes: Sequence[str | int], *, batch_size: int | None = None
@@ -211,7 +235,8 @@ class Predictor:
             batch_size: images a forward; None takes the run's.
 
         Returns:
-            Metrics in per cent by name: `map`, `OF1`, `CF1`, `ap` of each class, and the rest.
+            Metrics in per cent by name: `map`, `OF1`, `CF1`, `ap` of each class, `decisions` (with `thresholds`, where
+            there are any), and the rest.
 
         Raises:
             UserError: no such data set or split, other classes, or an image that cannot be read.
@@ -227,11 +252,16 @@ class Predictor:
         config = self.config if batch_size is None else self._with_batch(batch_size, batch_size)
         loader = make_eval_loader(config, chosen, self._classifier, self.device)
         groups = class_groups(data, config)
+        decisions = self.decisions if alpha is None or alpha == self.alpha else None
+        if decisions is not None:
+            # 1 stands for the alpha of an ONNX graph.
+            decisions = dataclasses.replace(decisions, alpha=factor)
         with data.reading():
-            return evaluate_split(self._classifier, loader, chosen, [factor], config, data.classes, groups)[factor]
+            found = evaluate_split(self._classifier, loader, chosen, [factor], config, data.classes, groups, decisions)
+        return found[factor]
 
 
-def load_predictor(source: str | os.PathLike[str], device: str | None = None) -> Predictor:
+def load_predictor(source: str | os.PathLike[str], device: str | None = None, decisions: bool = True) -> Predictor:
     """See `spml_fast.load`."""
     path = Path(source)
     name = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -241,14 +271,15 @@ def load_predictor(source: str | os.PathLike[str], device: str | None = None) ->
         raise UserError(f"there is no device {name!r}; give cpu, or cuda:0 for the first GPU") from error
     if path.suffix == ".onnx" and path.is_file():
         cpu = torch.device("cpu")
-        config, classes, model = load_onnx(path)
-        return Predictor(model, config, classes, path, cpu)
+        config, classes, model, found = load_onnx(path)
+        return Predictor(model, config, classes, path, cpu, found if decisions else None)
     if path.suffix == ".safetensors" and path.is_file():
-        config, classes, classifier = load_safetensors(path, chosen)
-        return Predictor(classifier, config, classes, path, chosen)
+        config, classes, classifier, found = load_safetensors(path, chosen)
+        return Predictor(classifier, config, classes, path, chosen, found if decisions else None)
     if not path.is_dir():
         raise UserError(f"{path} is neither a run directory nor an exported .onnx or .safetensors file")
     config = load_run_config(path)
     classes = run_classes(path, config)
     classifier, _ = load_classifier(path, config, len(classes), chosen)
-    return Predictor(classifier, config, classes, path, chosen)
+    saved = load_decisions(path, classes) if decisions else None
+    return Predictor(classifier, config, classes, path, chosen, None if saved is None else saved.decisions)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from spml_fast.core.config import Config
     from spml_fast.core.outputs import OutputFile
+    from spml_fast.evaluation.decisions import Decisions
 
 DESCRIPTION = """Evaluate a run's best weights on a split. Starts under `deepspeed` and `torchrun` as well; the numbers
 do not depend on the number of ranks."""
@@ -51,6 +52,19 @@ def with_options(config: Config, definition: Definition | None, batch_size: int 
     return dataclasses.replace(config, eval=section)
 
 
+def usable_decisions(run: Path, classes: list[str]) -> Decisions | None:
+    """The run's thresholds and calibration; None where it has none for its weights, of which a note tells."""
+    from spml_fast.runs.decisions import load_decisions
+
+    try:
+        saved = load_decisions(run, classes)
+    except UserError as error:
+        # All other figures are as good without them.
+        common.say(f"note: without the run's thresholds: {error}")
+        return None
+    return None if saved is None else saved.decisions
+
+
 def main(argv: list[str] | None = None) -> int:
     """Evaluate and print."""
     args = parse(argv)
@@ -81,7 +95,9 @@ def evaluate(args: argparse.Namespace, out: OutputFile | None, device: torch.dev
         raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
     alphas = args.alpha or sorted({1.0, config.model.alpha_eval})
     loader = make_eval_loader(config, split, classifier, device)
-    found = evaluate_split(classifier, loader, split, alphas, config, manifest.classes, class_groups(manifest, config))
+    saved = distributed.from_main(lambda: usable_decisions(args.run, manifest.classes))
+    groups = class_groups(manifest, config)
+    found = evaluate_split(classifier, loader, split, alphas, config, manifest.classes, groups, saved)
     if distributed.is_main():
         # Shown first: a file that cannot be written takes no figure away.
         for alpha in alphas:

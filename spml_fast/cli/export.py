@@ -32,6 +32,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--alpha", type=float, metavar="A", help="onnx: BoostLU factor, 1 for none; default the run's model.alpha_eval"
     )
+    parser.add_argument(
+        "--no-decisions", action="store_true", help="leave the run's thresholds and calibration out of the file"
+    )
     common.add_overwrite(parser)
     return common.parse(parser, argv)
 
@@ -67,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         export.need_onnx()
     import torch
 
+    from spml_fast.analysis.predict import usable_decisions
     from spml_fast.evaluation.evaluate import check_alphas
+    from spml_fast.runs.decisions import load_decisions
     from spml_fast.runs.open import load_classifier, load_run_config, run_classes
 
     config = load_run_config(args.run)
@@ -78,13 +83,15 @@ def main(argv: list[str] | None = None) -> int:
     classifier, _ = load_classifier(args.run, config, len(classes), torch.device("cpu"))
     classifier.to(memory_format=torch.contiguous_format)
     output_file(args, out).check()
+    alpha = classifier.alpha_eval if args.alpha is None else args.alpha
+    check_alphas([alpha], classifier, config)
+    saved = None if args.no_decisions else load_decisions(args.run, classes)
+    decisions = None if saved is None else usable_decisions(saved.decisions, alpha, common.say)
     if args.format == "onnx":
-        alpha = classifier.alpha_eval if args.alpha is None else args.alpha
-        check_alphas([alpha], classifier, config)
-        apart, which = export.export_onnx(classifier, config, classes, alpha, out)
+        apart, which = export.export_onnx(classifier, config, classes, alpha, out, decisions)
         said = f"alpha {alpha:g}; logits of images ({which}) are within {apart:.1e} of the run's"
     else:
-        layout, apart, which = export.export_safetensors(classifier, config, classes, out)
+        layout, apart, which = export.export_safetensors(classifier, config, classes, out, decisions)
         if layout == "timm":
             words = "".join(f", {k}={v!r}" for k, v in export.timm_options(config).items())
             said = (
@@ -93,5 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         else:
             said = f"backbone.* and head.*, since timm's {config.model.backbone} has no such head at alpha 1"
+    if decisions is not None:
+        said += "; with the thresholds" + (" and the calibration" if decisions.calibrated else "") + " of the run"
     print(f"{printable(str(out))}: {out.stat().st_size / 1e6:.1f} MB, {said}")
     return 0

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a classifier on partly labelled images; without options on embedded digit scenes",
     "prepare": "turn raw annotations (CSV, VOC, COCO, NUS-WIDE, CUB, OpenImages) into a data set, or pack its images",
     "evaluate": "metrics of a trained run on a split",
+    "calibrate": "thresholds of the classes and calibrated probabilities, from a validation split",
     "predict": "the classes of new images",
     "explain": "images with the class activation maps of their classes",
     "suggest": "labels that are probably missing or wrong",

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import printable
-from spml_fast.core.outputs import PREDICTION_COLUMNS
+from spml_fast.core.outputs import CALIBRATED_COLUMNS, PREDICTION_COLUMNS
 
 if TYPE_CHECKING:
     from spml_fast.analysis.predict import Prediction, PredictionTable
     from spml_fast.data.image_files import ImageFiles
 
-DESCRIPTION = """Print a line an image: its most probable classes with their probabilities. The run directory is enough;
-its data set is not needed. Images that cannot be read are named on standard error and left out, and the exit status is
-then 1."""
+DESCRIPTION = """Print a line an image: the classes above the run's thresholds (`spml-fast calibrate`) or, where it has
+none, the most probable ones, with their probabilities. The run directory is enough; its data set is not needed. Images
+that cannot be read are named on standard error and left out, and the exit status is then 1."""
 EXAMPLES = [
+    ("--run RUN photos/", "the classes that the run says are there"),
     ("--run RUN photos/ --top 3", "the three most probable classes of each image"),
     ("--run RUN a.jpg b.jpg --threshold 0.5", "all classes of probability 0.5 or more"),
     ("--run RUN photos/ --csv classes.csv", "a table for a program"),
@@ -40,11 +41,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "images", nargs="*", metavar="IMAGE_OR_DIR", help="image files, and directories to search with all below"
     )
     parser.add_argument(
-        "--top", type=int, metavar="K", help=f"classes an image; default {TOP}, or all of them with --threshold"
+        "--top",
+        type=int,
+        metavar="K",
+        help=f"the K most probable classes of an image; default those above the run's thresholds, {TOP} where it has "
+        "none, or all of them with --threshold",
     )
     parser.add_argument(
-        "--threshold", type=float, metavar="P", help="show classes of probability P (0 to 1) or more only"
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="show classes of probability P (0 to 1) or more only, in place of the run's thresholds",
     )
+    parser.add_argument("--no-decisions", action="store_true", help="leave the run's thresholds and calibration aside")
     common.add_alpha(parser)
     parser.add_argument(
         "--csv", type=Path, metavar="OUT", help="write path, class, probability and rank to this file, not the screen"
@@ -62,6 +71,18 @@ def check(args: argparse.Namespace) -> None:
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is {args.threshold:g}; it is a probability and must lie between 0 and 1")
     common.check_alpha(args.alpha)
+
+
+def shown_classes(args: argparse.Namespace, decided: bool) -> tuple[int | None, float | None]:
+    """How many classes of an image are shown (None: all), and from which probability (None: each from its own).
+
+    Args:
+        args: the command line.
+        decided: the run has thresholds that are used.
+    """
+    if args.top is None and args.threshold is None:
+        return (None, None) if decided else (TOP, 0.0)
+    return args.top, args.threshold or 0.0
 
 
 def usable_files(args: argparse.Namespace, paths: list[str], progress: bool, max_pixels: int) -> ImageFiles:
@@ -126,13 +147,15 @@ def main(argv: list[str] | None = None) -> int:
     """Predict and print, or write; 1 if an image was left out."""
     args = parse(argv)
     check(args)
-    out = common.output_file(args, "csv", "csv", ",".join(PREDICTION_COLUMNS))
+    marks = "\n".join(",".join(columns) for columns in (PREDICTION_COLUMNS, CALIBRATED_COLUMNS))
+    out = common.output_file(args, "csv", "csv", marks)
     import torch
 
     from spml_fast.analysis import predict
     from spml_fast.core.progress import show_progress
     from spml_fast.data.image_files import find_images
     from spml_fast.evaluation.evaluate import check_alphas
+    from spml_fast.runs.decisions import load_decisions
     from spml_fast.runs.open import load_classifier, load_run_config, run_classes
 
     common.print_any_text()
@@ -142,11 +165,13 @@ def main(argv: list[str] | None = None) -> int:
     classifier, _ = load_classifier(args.run, config, len(classes), torch.device("cpu"))
     alpha = classifier.alpha_eval if args.alpha is None else args.alpha
     check_alphas([alpha], classifier, config)
-    top = TOP if args.top is None and args.threshold is None else args.top
-    threshold = args.threshold or 0.0
+    saved = None if args.no_decisions else load_decisions(args.run, classes)
+    decisions = None if saved is None else predict.usable_decisions(saved.decisions, alpha, common.say)
+    top, threshold = shown_classes(args, decisions is not None)
+    calibrated = decisions is not None and decisions.calibrated
     progress = len(paths) >= PROGRESS_FROM
     with contextlib.ExitStack() as stack:
-        table = stack.enter_context(predict.PredictionTable(out, classes)) if out is not None else None
+        table = stack.enter_context(predict.PredictionTable(out, classes, calibrated)) if out is not None else None
         # Processes are forked to check images, so the GPU is touched after that.
         files = usable_files(args, paths, progress, config.data.max_pixels)
         batch_size = max(1, min(args.batch_size or config.eval.batch_size, len(files)))
@@ -161,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             classes=classes,
             top=top,
             threshold=threshold,
+            decisions=decisions,
         )
         width = predict.path_width(files.paths) if len(files) else 0
         line = functools.partial(predict.prediction_line, classes=classes, threshold=threshold, width=width)

@@ -31,6 +31,7 @@ WRITTEN_BY = "written_by"
 PRODUCER = "spml_fast"
 # Headers of tables; here, so that a command need not import what makes them to know its own file.
 PREDICTION_COLUMNS = ("path", "class", "probability", "rank")
+CALIBRATED_COLUMNS = (*PREDICTION_COLUMNS, "calibrated_probability")
 SUGGESTION_COLUMNS = ("path", "class", "known", "probability", "suggestion")
 # Bytes from the beginning among which a mark must be.
 _START = 1 << 16
@@ -51,7 +52,8 @@ class OutputFile:
     Attributes:
         path: of the file.
         kind: of the file.
-        mark: what tells that the command wrote it: the first line of a csv or table, else the command's name.
+        mark: what tells that the command wrote it: the first line of a csv or table, or several with line ends between
+            them where it writes more than one kind, else the command's name.
         option: that named it, for messages.
         overwrite: replace whatever file is there.
     """
@@ -139,7 +141,7 @@ def _has_mark(file: IO[bytes], kind: Kind, mark: str) -> bool:
     start = file.read(_START)
     text = mark.encode("utf-8", "surrogateescape")
     if kind in ("csv", "table"):
-        return start.split(b"\n", 1)[0].rstrip(b"\r") == text
+        return start.split(b"\n", 1)[0].rstrip(b"\r") in text.split(b"\n")
     if kind == "json":
         return start.lstrip(b"{ \r\n\t").startswith(f'"{WRITTEN_BY}": "{mark}"'.encode())
     if kind == "html":

@@ -26,8 +26,15 @@ from spml_fast.core.precision import autocast, autocast_dtype, no_cudnn_benchmar
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Manifest, Split
+from spml_fast.evaluation.calibration import KnownEntries, entries_of_pairs, entries_of_scores, reliability
+from spml_fast.evaluation.decisions import Decisions
+from spml_fast.evaluation.entries import per_cent
 from spml_fast.evaluation.metrics import evaluate_pairs, evaluate_scores, groups_by_count
-from spml_fast.evaluation.thresholds import logit_threshold
+from spml_fast.evaluation.thresholds import (
+    count_at_threshold_pairs,
+    dense_threshold_counts,
+    logit_threshold,
+)
 from spml_fast.models.classifier import Classifier, boosted_logits, check_alpha
 
 TOP_K = 3
@@ -165,6 +172,7 @@ def measure(
     config: EvalConfig,
     classes: Sequence[str],
     groups: npt.NDArray[np.int64] | None = None,
+    decisions: Decisions | None = None,
 ) -> dict[str, Any]:
     """All metrics at one alpha, in per cent; see `metrics.evaluate_scores`.
 
@@ -175,8 +183,12 @@ def measure(
         config: definition of average precision, threshold, and the convention for classes without positives.
         classes: names for error messages.
         groups: int64 [C], group of each class, or None.
+        decisions: of the run; where they are for this alpha the metrics have `decisions`, see `decided_metrics`.
     """
     logits = scores.at_alpha(alpha)
+    decided = {}
+    if decisions is not None and decisions.alpha == alpha:
+        decided = {"decisions": decided_metrics(scores, labels, decisions, classes)}
     options: dict[str, Any] = {
         "definition": config.definition,
         "threshold": logit_threshold(config.threshold),
@@ -187,9 +199,9 @@ def measure(
     if config.empty_classes is not None:
         options["empty_classes"] = config.empty_classes
     if scores.class_id is None:
-        return evaluate_scores(logits, labels.rows(scores.index), **options)
+        return evaluate_scores(logits, labels.rows(scores.index), **options) | decided
     assert scores.code is not None and scores.top is not None
-    return evaluate_pairs(
+    metrics = evaluate_pairs(
         scores.class_id,
         logits,
         scores.code,
@@ -198,6 +210,61 @@ def measure(
         in_top_k=scores.top[alpha],
         **options,
     )
+    return metrics | decided
+
+
+def known_entries(scores: Scores, labels: SparseLabels, alpha: float, classes: Sequence[str]) -> KnownEntries:
+    """The known labels of a split with their logits at one alpha.
+
+    Args:
+        scores: of the split.
+        labels: known labels of the split.
+        alpha: BoostLU's factor.
+        classes: names for error messages.
+
+    Raises:
+        UserError: a score is not a number.
+    """
+    logits = scores.at_alpha(alpha)
+    if scores.class_id is None:
+        return entries_of_scores(logits, labels.rows(scores.index), classes)
+    assert scores.code is not None
+    return entries_of_pairs(scores.class_id, logits, scores.code, labels.num_classes, classes)
+
+
+def decided_metrics(
+    scores: Scores, labels: SparseLabels, decisions: Decisions, classes: Sequence[str]
+) -> dict[str, float | None]:
+    """What a run's thresholds and calibration reach on a split, in per cent.
+
+    Args:
+        scores: of the split.
+        labels: known labels of the split.
+        decisions: of the run.
+        classes: names for error messages.
+
+    Returns:
+        `OP`, `OR`, `OF1`, `CP`, `CR`, `CF1`, `CF1_mean` with its thresholds, and `expected_calibration_error` of its
+        probabilities beside `expected_calibration_error_uncalibrated` of the sigmoid of the logits.
+
+    Raises:
+        UserError: a score is not a number.
+    """
+    logits = scores.at_alpha(decisions.alpha)
+    entries = known_entries(scores, labels, decisions.alpha, classes)
+    margins = decisions.margins(logits, scores.class_id)
+    if scores.class_id is None:
+        rows = labels.rows(scores.index)
+        counts = dense_threshold_counts(margins, rows, 0.0, inclusive=True, top_ks=[None], class_names=classes)[0]
+    else:
+        assert scores.code is not None
+        counts = count_at_threshold_pairs(scores.class_id, margins, scores.code, labels.num_classes, inclusive=True)
+    out = {name: per_cent(value) for name, value in counts.metrics().items()}
+    calibrated = decisions.calibration.logits(entries.logit, entries.class_id)
+    name = "expected_calibration_error"
+    out[name] = reliability(calibrated, entries.positive)[name]
+    out[f"{name}_uncalibrated"] = reliability(entries.logit, entries.positive)[name]
+    return out
 
 
 def class_groups(manifest: Manifest, config: Config) -> npt.NDArray[np.int64] | None:
@@ -265,6 +332,11 @@ def table_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         title = f"mAP of {len(metrics['groups'])} groups of about {size} classes, rarest in training first"
         rows.append((title, " / ".join(text(g["map"]) for g in metrics["groups"])))
     rows += [(name, text(metrics[name])) for name in ("OF1", "CF1", "OF1_top3", "CF1_top3") if name in metrics]
+    if "decisions" in metrics:
+        decided = metrics["decisions"]
+        rows += [(f"{name} with the run's thresholds", text(decided[name])) for name in ("OF1", "CF1")]
+        errors = [decided[f"expected_calibration_error{end}"] for end in ("", "_uncalibrated")]
+        rows.append(("expected calibration error", " / uncalibrated ".join(map(text, dict.fromkeys(errors)))))
     rows.append(("classes without a positive", str(metrics["classes_without_positive"])))
     rows.append(("classes without a label", str(metrics["classes_without_label"])))
     return rows
@@ -314,6 +386,7 @@ def evaluate_split(
     config: Config,
     classes: Sequence[str],
     groups: npt.NDArray[np.int64] | None = None,
+    decisions: Decisions | None = None,
 ) -> dict[float, dict[str, Any]]:
     """Metrics of a split at every alpha, on every rank (collective).
 
@@ -325,6 +398,7 @@ def evaluate_split(
         config: precision, head, and how to evaluate.
         classes: names for error messages.
         groups: int64 [C] from `class_groups`, or None.
+        decisions: of the run, as in `measure`; rank 0's count.
 
     Returns:
         alpha -> metrics (per cent); ranks other than 0 get `map` alone.
@@ -339,7 +413,7 @@ def evaluate_split(
     maps = torch.zeros(len(alphas), dtype=torch.float64, device=loader.device)
     if scores is not None:
         for i, alpha in enumerate(alphas):
-            metrics = measure(scores, split.known, alpha, config.eval, classes, groups)
+            metrics = measure(scores, split.known, alpha, config.eval, classes, groups, decisions)
             results[alpha] = metrics
             maps[i] = float("nan") if metrics["map"] is None else metrics["map"]
     # Rank 0 alone has measured, perhaps for longer than a collective waits.

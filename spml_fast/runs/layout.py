@@ -7,6 +7,7 @@ RUN/metrics.jsonl                  figures of updates and epochs, one JSON objec
 RUN/nonfinite.jsonl                updates whose loss or gradient was not finite, one JSON object per line
 RUN/results.json                   the final figures; a run that has it is finished
 RUN/model.safetensors              the best weights, whole
+RUN/decisions.json                 thresholds of the classes and calibration, made for those weights
 RUN/options.json                   of `reproduce`: the options that the run was begun with
 RUN/.lock                          which process trains here
 RUN/tensorboard/                   TensorBoard's events
@@ -147,6 +148,11 @@ class RunLayout:
         return self.folder / WEIGHTS
 
     @property
+    def decisions(self) -> Path:
+        """Thresholds of the classes and calibration, for the best weights."""
+        return self.folder / "decisions.json"
+
+    @property
     def options(self) -> Path:
         """What `reproduce` began the run with."""
         return self.folder / "options.json"
@@ -169,7 +175,8 @@ class RunLayout:
         """
         if not self.folder.is_dir() or (self.config.is_file() and not (self.folder / MANIFEST).exists()):
             return []
-        own = (self.config, self.deepspeed, self.classes, self.metrics, self.results, self.weights, self.options)
+        own = [self.config, self.deepspeed, self.classes, self.metrics, self.results, self.weights, self.options]
+        own.append(self.decisions)
         names = {TENSORBOARD, CHECKPOINTS, *(f.name + end for f in own for end in ("", ".partial"))}
         entries = [entry.name for entry in self.folder.iterdir()]
         # A Manifest has a list of classes too.

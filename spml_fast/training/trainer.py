@@ -19,6 +19,7 @@ from spml_fast.core.precision import autocast, autocast_dtype, set_cudnn_policy
 from spml_fast.core.seeds import rng_seed
 from spml_fast.data.labels import LabelStore
 from spml_fast.data.loader import EvalLoader
+from spml_fast.evaluation.decisions import Decisions
 from spml_fast.evaluation.evaluate import class_groups, evaluate_split
 from spml_fast.evaluation.metrics import selection_quality
 from spml_fast.methods import Method, Progress, get_method
@@ -32,6 +33,7 @@ from spml_fast.training import console, peers
 from spml_fast.training.bad_image_list import list_bad_images
 from spml_fast.training.batchnorm_state import average_statistics, own_statistics
 from spml_fast.training.checkpoint import CheckpointPosition
+from spml_fast.training.decide import decide
 from spml_fast.training.engine import Engine, deepspeed_config
 from spml_fast.training.logs import Meter, RunLog, memory_gib
 from spml_fast.training.memory import explain_out_of_memory
@@ -424,20 +426,23 @@ class Trainer:
         }
         if self.started_from is not None:
             results["started_from"] = self.started_from
+        classes = self.data.manifest.classes
+        decisions = decide(self.classifier, self.val_loader, self.data.val, self.layout, config, classes, self.log.say)
         if self.data.test is not None:
-            results |= self._test()
+            results |= self._test(decisions)
         if distributed.is_main():
             write_results(self.layout, results)
             maps = {alpha: metrics["map"] for alpha, metrics in results.get("alpha", {}).items()}
             self.log.record("final", {k: v for k, v in results.items() if k != "alpha"} | {"test_map": maps})
         return results
 
-    def _test(self) -> dict[str, Any]:
+    def _test(self, decisions: Decisions | None) -> dict[str, Any]:
         """The test split's name, and its metrics by alpha."""
         config, split = self.config, self.data.test
         assert split is not None
         alphas = config.eval.alphas or sorted({1.0, config.model.alpha_eval})
         loader = make_eval_loader(config, split, self.classifier, self.device)
         groups = class_groups(self.data.manifest, config)
-        metrics = evaluate_split(self.classifier, loader, split, alphas, config, self.data.manifest.classes, groups)
+        classes = self.data.manifest.classes
+        metrics = evaluate_split(self.classifier, loader, split, alphas, config, classes, groups, decisions)
         return {"split": split.name, "alpha": {f"{alpha:g}": metrics[alpha] for alpha in alphas}}

@@ -14,6 +14,12 @@ from pathlib import Path
 import jinja2
 
 from spml_fast import __version__
+from spml_fast.analysis.report.decisions import (
+    calibration_plot,
+    decision_classes,
+    decision_record,
+    decision_summary,
+)
 from spml_fast.analysis.report.health import health
 from spml_fast.analysis.report.plots import class_plots, curve_plots
 from spml_fast.analysis.report.tables import (
@@ -59,6 +65,7 @@ def make_page(folders: Sequence[Path]) -> str:
         loader=jinja2.PackageLoader("spml_fast.analysis.report", ""), autoescape=True, undefined=jinja2.StrictUndefined
     )
     compared = len(groups) > 1
+    records = [[decision_record(run) for run in group.runs] for group in groups]
     title = f"{len(runs)} runs" if len(runs) > 1 else f"{groups[0].label}: {runs[0].folder.name}"
     return environment.get_template("report.html").render(
         title=title,
@@ -75,6 +82,14 @@ def make_page(folders: Sequence[Path]) -> str:
         classes=class_plots(groups, counts) if same_classes else [],
         class_tables=class_tables(groups, names) if same_classes else [],
         class_groups=class_groups(groups),
+        decisions=decision_summary(groups, records),
+        calibration=calibration_plot(groups, records),
+        decision_classes=[
+            (str(run.folder), decision_classes(record))
+            for group, found in zip(groups, records, strict=True)
+            for run, record in zip(group.runs, found, strict=True)
+            if record is not None
+        ],
         other_classes=bool(widths) and not same_classes,
         no_counts=same_classes and any(c is None for c in counts),
         health=[(str(r.folder), health(r)) for r in runs],

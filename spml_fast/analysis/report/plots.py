@@ -38,8 +38,8 @@ TITLES = {
 NOT_PLOTTED = ("epoch", "update", "time", "seconds", "selected_true_count", "hidden_positive_count", "memory_gib")
 
 
-def _figure(label: str) -> tuple[Figure, Axes]:
-    """A plot with whole numbers on its x axis, labelled `label`."""
+def figure_with_axis(label: str, whole: bool = True) -> tuple[Figure, Axes]:
+    """A plot whose x axis is labelled `label`, with whole numbers alone or any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,12 +49,13 @@ def _figure(label: str) -> tuple[Figure, Axes]:
     figure, axis = pyplot.subplots(figsize=(4.6, 2.9), layout="constrained")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, linewidth=0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if whole:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel(label)
     return figure, axis
 
 
-def _png(figure: Figure) -> str:
+def png(figure: Figure) -> str:
     """A figure as the address of an image within the page; the figure is closed."""
     from matplotlib import pyplot
 
@@ -84,7 +85,7 @@ def curve_plots(groups: Sequence[RunGroup]) -> list[tuple[str, str]]:
     """(title, image) of every figure over epochs; single runs have thin lines, their mean a thick one."""
     out = []
     for name in _panels([r for g in groups for r in g.runs]):
-        figure, axis = _figure("epoch")
+        figure, axis = figure_with_axis("epoch")
         for group in groups:
             series = [[_plotted(e, name) for e in r.epochs] for r in group.runs]
             known = [np.array([np.nan if v is None else v for v in s], np.float64) for s in series if s]
@@ -100,7 +101,7 @@ def curve_plots(groups: Sequence[RunGroup]) -> list[tuple[str, str]]:
                 shortest = min(map(len, known))
                 mean = np.mean([s[:shortest] for s in known], axis=0)
                 axis.plot(np.arange(1, shortest + 1), mean, linewidth=1.8, marker=marker, **style)
-        out.append((TITLES.get(name, name.replace("_", " ")), _png(figure)))
+        out.append((TITLES.get(name, name.replace("_", " ")), png(figure)))
     return out
 
 
@@ -119,17 +120,17 @@ def class_plots(groups: Sequence[RunGroup], counts: Sequence[np.ndarray | None])
     ]
     if not having:
         return []
-    figure, axis = _figure("classes, the best first")
+    figure, axis = figure_with_axis("classes, the best first")
     for group, ap in having:
         known = np.sort(ap[~np.isnan(ap)])[::-1]
         axis.plot(np.arange(1, len(known) + 1), known, color=group.colour, linestyle=group.dash, linewidth=1.4)
-    out = [("AP of every class, %", _png(figure))]
+    out = [("AP of every class, %", png(figure))]
     if paired:
-        figure, axis = _figure("observed positives in training")
+        figure, axis = figure_with_axis("observed positives in training")
         for group, ap, count in paired:
             size = 20 if len(count) <= 200 else 3
             axis.scatter(np.maximum(count, 0.5), ap, s=size, color=group.colour, alpha=0.6, linewidths=0)
         if max(c.max() for *_, c in paired) > 20 * max(min(c.min() for *_, c in paired), 1):
             axis.set_xscale("log")
-        out.append(("AP against labels, %", _png(figure)))
+        out.append(("AP against labels, %", png(figure)))
     return out
