@@ -30,6 +30,7 @@ from spml_fast.data.image_files import ImageFiles
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.manifest import Split
 from spml_fast.models.classifier import Classifier
+from spml_fast.models.heads import MaskOptions
 from spml_fast.runs.open import input_normalisation
 
 # A class counts as predicted from here on.
@@ -57,6 +58,8 @@ class Explained:
         labels: (observed positives, positives that training does not see), class ids; None as `known`.
         reason: why the image was chosen, or "".
         refused: why the loader refused the image, which then has no classes; None when it did not.
+        kept: bool [k, S, S], where the map of each class is so high that IGNORE keeps the image; None unless asked for.
+        masked_logit: float32 [k], the logit of each class on what is kept; None as `kept`.
     """
 
     path: str
@@ -72,6 +75,8 @@ class Explained:
     labels: tuple[list[int], list[int]] | None = None
     reason: str = ""
     refused: str | None = None
+    kept: npt.NDArray[np.bool_] | None = None
+    masked_logit: npt.NDArray[np.float32] | None = None
 
     @property
     def positive_fraction(self) -> npt.NDArray[np.float64]:
@@ -120,6 +125,7 @@ def explain(
     top: int,
     first: Sequence[Sequence[int]] | None = None,
     aspects: Sequence[float] | None = None,
+    mask: MaskOptions | None = None,
 ) -> Iterator[Explained]:
     """Maps of each image, in order, a batch at a time.
 
@@ -136,6 +142,7 @@ def explain(
         top: classes per image.
         first: class ids of each image that are looked at before the most probable ones, or None.
         aspects: width / height of each original, or None.
+        mask: look at the image masked by the map of each class too, as IGNORE does; each image by itself.
 
     Raises:
         UserError: a logit is not a number, or the head has no maps.
@@ -158,6 +165,10 @@ def explain(
         if maps is None:
             raise UserError(f"head {config.model.head} has no class maps; use a run with head cam")
         pixels = (views * std + mean).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        masked = None
+        if mask is not None:
+            with autocast(device, dtype):
+                masked = [_masked(classifier, views, chosen[:, k], alpha, mask) for k in range(chosen.shape[1])]
         logit, at_one = (t.gather(1, chosen).float().cpu().numpy() for t in (logits, plain))
         cells, ids = maps.float().cpu().numpy(), chosen.cpu().numpy()
         order = torch.sort(logits, dim=1, descending=True, stable=True)
@@ -173,7 +184,22 @@ def explain(
                 plain=at_one[row],
                 maps=cells[row],
                 predicted=tuple(order.indices[row, : count[row]].tolist()),
+                kept=None if masked is None else np.stack([kept[row] for kept, _ in masked]),
+                masked_logit=None if masked is None else np.array([z[row] for _, z in masked], np.float32),
             )
+
+
+def _masked(
+    classifier: Classifier, views: Tensor, class_id: Tensor, alpha: float, mask: MaskOptions
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
+    """Where IGNORE keeps views [b, 3, S, S] by the map of one class [b] each, bool [b, S, S], and its logit there."""
+    # Maps are normalised image by image: a page has whatever images were asked for beside each other.
+    alone = replace(mask, norm="per_image")
+    masked = classifier(views, classes=class_id[:, None], mask=alone).masked
+    assert masked is not None
+    logits = classifier(masked, alpha=alpha).logits.gather(1, class_id[:, None])[:, 0]
+    # What is masked is 0 in every channel.
+    return (masked != 0).any(1).cpu().numpy(), logits.float().cpu().numpy()
 
 
 def _refused(path: str) -> Explained:

@@ -64,12 +64,15 @@ def displayable_names(classes: Sequence[str], ids: set[int]) -> tuple[dict[int, 
 
 
 # Inches.
-_PANEL, _GAP, _CAPTION, _BLOCK_GAP, _MARGIN, _HEADER = 1.9, 0.12, 0.62, 0.3, 0.2, 0.72
+PANEL, GAP, CAPTION, _BLOCK_GAP, MARGIN, HEADER = 1.9, 0.12, 0.62, 0.3, 0.2, 0.72
 
 # Red and blue that colour-blind people can tell from each other.
 _FOR, _AGAINST = np.array([0.78, 0.05, 0.13]), np.array([0.05, 0.28, 0.75])
 
-_LINE = 0.135
+# How much of a pixel the map covers where it is strongest, and how much of the image's own colour stays.
+_OPACITY, _COLOURED = 0.75, 0.3
+
+LINE = 0.135
 
 _DPI = 110
 
@@ -83,33 +86,38 @@ def colour_scale(images: Sequence[Explained]) -> float:
     return end if end > 0 else 1.0
 
 
-def tint(grey: npt.NDArray[np.float64], value: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Grey pixels coloured by the map there, float64 [..., 3] in 0..1.
+def tint(pixels: npt.NDArray[np.float64], value: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Pixels coloured by the map there, float64 [..., 3] in 0..1.
 
     Args:
-        grey: [...] in 0..1.
-        value: [...] in -1..1; 0 leaves the pixel grey, the ends are full red and full blue.
+        pixels: [..., 3] in 0..1.
+        value: [...] in -1..1; 0 leaves the pixel as it is, the ends are red and blue as strong as they get.
     """
     colour = np.where(value[..., None] > 0, _FOR, _AGAINST)
     # The exponent lifts small values, so that weak evidence is visible too.
-    weight = 0.85 * np.abs(value)[..., None] ** 0.7
-    out: npt.NDArray[np.float64] = grey[..., None] * (1 - weight) + colour * weight
+    weight = _OPACITY * np.abs(value)[..., None] ** 0.7
+    out: npt.NDArray[np.float64] = pixels * (1 - weight) + colour * weight
     return out
 
 
-def overlay(image: npt.NDArray[np.uint8], cells: npt.NDArray[np.float32], scale: float) -> npt.NDArray[np.float64]:
-    """A map over the greyed image, float64 [S, S, 3] in 0..1.
+def overlay(
+    image: npt.NDArray[np.uint8], cells: npt.NDArray[np.float32], scale: float, positive_only: bool = False
+) -> npt.NDArray[np.float64]:
+    """A map over the image, whose colours are paled, float64 [S, S, 3] in 0..1.
 
     Args:
         image: uint8 [S, S, 3].
         cells: float32 [h, w], upsampled bilinearly.
         scale: where colours are full.
+        positive_only: leave out what speaks against the class.
     """
     size = image.shape[:2]
     large = F.interpolate(torch.from_numpy(cells)[None, None], size=size, mode="bilinear", align_corners=False)
-    value = np.clip(large[0, 0].double().numpy() / scale, -1, 1)
-    # Lightened, so that colours show over black. The weights are those of luma.
-    return tint(0.35 + 0.6 * (image @ np.array([0.299, 0.587, 0.114]) / 255), value)
+    value = np.clip(large[0, 0].double().numpy() / scale, 0 if positive_only else -1, 1)
+    # The weights are those of luma.
+    grey = (image @ np.array([0.299, 0.587, 0.114]))[..., None]
+    # Lightened, so that colours show over black.
+    return tint(0.25 + 0.7 * (_COLOURED * image + (1 - _COLOURED) * grey) / 255, value)
 
 
 def _across(count: int, width: float, height: float) -> int:
@@ -118,7 +126,7 @@ def _across(count: int, width: float, height: float) -> int:
     return min(usable, key=lambda n: abs(math.log(n * width / (math.ceil(count / n) * height) / (4 / 3))))
 
 
-class _Page:
+class Page:
     """A figure on which text is put in inches from the upper left corner, cut to the width that it has."""
 
     def __init__(self, width: float, height: float, families: list[str]) -> None:
@@ -169,8 +177,8 @@ class _Page:
             aspect: width / height of the original.
             frame: colour of a thick frame, or None for a thin grey one.
         """
-        wide, high = _PANEL * min(1, aspect), _PANEL * min(1, 1 / aspect)
-        left, top = x, y + _PANEL - high
+        wide, high = PANEL * min(1, aspect), PANEL * min(1, 1 / aspect)
+        left, top = x, y + PANEL - high
         axes = self.figure.add_axes(
             (left / self.width, 1 - (top + high) / self.height, wide / self.width, high / self.height)
         )
@@ -186,13 +194,23 @@ class _Page:
         axes = self.figure.add_axes(
             (x / self.width, 1 - (y + high) / self.height, width / self.width, high / self.height)
         )
-        axes.imshow(tint(np.full((1, 256), 0.75), np.linspace(-1, 1, 256)[None]), aspect="auto", extent=(-1, 1, 0, 1))
+        axes.imshow(
+            tint(np.full((1, 256, 3), 0.75), np.linspace(-1, 1, 256)[None]), aspect="auto", extent=(-1, 1, 0, 1)
+        )
         axes.set_yticks([])
         axes.set_xticks([-1, 0, 1], [f"\u2212{end:.2g}", "0", f"+{end:.2g}"], fontsize=7)
         axes.tick_params(length=2, pad=1)
 
+    def save(self, out: Path) -> None:
+        """Write the page as a PNG file, whole or not at all. Raises `UserError`."""
+        try:
+            with atomic_write(out) as partial:
+                self.figure.savefig(partial, format="png", dpi=_DPI, metadata={"Software": writer_name("explain")})
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}") from error
 
-def _caption(image: Explained, names: dict[int, str]) -> list[str]:
+
+def image_caption(image: Explained, names: dict[int, str]) -> list[str]:
     """The lines below an image."""
     lines = [printable(image.path)]
     if image.reason:
@@ -215,7 +233,15 @@ def _map_caption(image: Explained, place: int, names: dict[int, str], alpha: flo
     return lines + ([f"{100 * image.positive_fraction[place]:.0f}% of cells positive"] if signed else [])
 
 
-def draw(out: Path, images: Sequence[Explained], classes: Sequence[str], title: str, alpha: float, signed: bool) -> int:
+def draw(
+    out: Path,
+    images: Sequence[Explained],
+    classes: Sequence[str],
+    title: str,
+    alpha: float,
+    signed: bool,
+    positive_only: bool = False,
+) -> int:
     """Draw images with their maps on one page and move it to its place when it is whole.
 
     Args:
@@ -225,6 +251,7 @@ def draw(out: Path, images: Sequence[Explained], classes: Sequence[str], title: 
         title: first line of the page.
         alpha: of the probabilities.
         signed: whether the maps are evidence whose mean is the logit (CAM), else attention.
+        positive_only: draw what speaks for a class alone.
 
     Returns:
         How many class names no font of this machine can show; they stand as "class ID".
@@ -234,59 +261,72 @@ def draw(out: Path, images: Sequence[Explained], classes: Sequence[str], title: 
     """
     ids = {int(c) for p in images for group in (p.classes, p.predicted, *(p.labels or ())) for c in group}
     names, families, undrawable = displayable_names(classes, ids)
-    width = (len(images[0].classes) + 1) * (_PANEL + _GAP) + _BLOCK_GAP
-    height = _PANEL + _CAPTION + _GAP
+    width = (len(images[0].classes) + 1) * (PANEL + GAP) + _BLOCK_GAP
+    height = PANEL + CAPTION + GAP
     across = _across(len(images), width, height)
-    page = _Page(
-        max(6.5, 2 * _MARGIN + across * width - _BLOCK_GAP),
-        2 * _MARGIN + _HEADER + math.ceil(len(images) / across) * height,
+    page = Page(
+        max(6.5, 2 * MARGIN + across * width - _BLOCK_GAP),
+        2 * MARGIN + HEADER + math.ceil(len(images) / across) * height,
         families,
     )
     end = colour_scale(images)
     labelled = any(p.known is not None for p in images)
-    _draw_header(page, printable(title), end, signed, labelled)
+    draw_header(page, printable(title), end, signed, labelled)
     with warnings.catch_warnings():
         # A path may have characters that no font has; boxes stand for them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         for place, image in enumerate(images):
-            x = _MARGIN + place % across * width
-            y = _MARGIN + _HEADER + place // across * height
-            captions = [_caption(image, names)]
+            x = MARGIN + place % across * width
+            y = MARGIN + HEADER + place // across * height
+            captions = [image_caption(image, names)]
             captions += [_map_caption(image, k, names, alpha, signed) for k in range(len(image.maps))]
-            _draw_block(page, x, y, image, captions, end)
-        try:
-            with atomic_write(out) as partial:
-                page.figure.savefig(partial, format="png", dpi=_DPI, metadata={"Software": writer_name("explain")})
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror}") from error
+            _draw_block(page, x, y, image, captions, end, positive_only)
+        page.save(out)
     return undrawable
 
 
-def _draw_header(page: _Page, title: str, end: float, signed: bool, labelled: bool) -> None:
-    """Title, colour scale and their explanation."""
-    page.text(_MARGIN, _MARGIN, title, page.width - 2 * _MARGIN, 10, fontweight="bold")
-    page.scale(_MARGIN + 0.15, _MARGIN + 0.28, end)
+def draw_header(page: Page, title: str, end: float, signed: bool, labelled: bool) -> None:
+    """Title, colour scale and their explanation.
+
+    Args:
+        page: to draw on.
+        title: the first line.
+        end: of the colour scale.
+        signed: whether maps are evidence, as in `draw`.
+        labelled: whether frames mark predictions that contradict labels.
+    """
+    page.text(MARGIN, MARGIN, title, page.width - 2 * MARGIN, 10, fontweight="bold")
+    page.scale(MARGIN + 0.15, MARGIN + 0.28, end)
     meaning = (
         "cell of the map: red for the class, blue against it" if signed else "attention of the class query x features"
     )
-    page.text(_MARGIN + 1.75, _MARGIN + 0.25, meaning, page.width - 2.1)
+    page.text(MARGIN + 1.75, MARGIN + 0.25, meaning, page.width - 2.1)
     if labelled:
         frames = "thick frame: the prediction contradicts the label"
-        page.text(_MARGIN + 1.75, _MARGIN + 0.25 + _LINE, frames, page.width - 2.1, color=_CONTRADICTED)
+        page.text(MARGIN + 1.75, MARGIN + 0.25 + LINE, frames, page.width - 2.1, color=_CONTRADICTED)
 
 
-def _draw_block(page: _Page, x: float, y: float, image: Explained, captions: list[list[str]], end: float) -> None:
+def _draw_block(
+    page: Page,
+    x: float,
+    y: float,
+    image: Explained,
+    captions: list[list[str]],
+    end: float,
+    positive_only: bool,
+) -> None:
     """An image and its maps in one row at (x, y), each above its caption."""
     page.image(x, y, image.image, image.aspect, None)
     for k, cells in enumerate(image.maps):
         frame = _CONTRADICTED if image.wrong(k) else None
-        page.image(x + (k + 1) * (_PANEL + _GAP), y, overlay(image.image, cells, end), image.aspect, frame)
+        pixels = overlay(image.image, cells, end, positive_only)
+        page.image(x + (k + 1) * (PANEL + GAP), y, pixels, image.aspect, frame)
     for k, lines in enumerate(captions):
         for row, line in enumerate(lines):
-            left, top = x + k * (_PANEL + _GAP), y + _PANEL + 0.05 + row * _LINE
+            left, top = x + k * (PANEL + GAP), y + PANEL + 0.05 + row * LINE
             # The end of a path tells more than its beginning.
             keep, weight = (0.7, "bold" if row == 0 else "normal") if k else (1.0 if row else 0.0, "normal")
-            page.text(left, top, line, _PANEL, keep=keep, fontweight=weight)
+            page.text(left, top, line, PANEL, keep=keep, fontweight=weight)
 
 
 class MapFolder:

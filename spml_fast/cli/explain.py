@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+    from spml_fast.analysis.compare_page import Column
     from spml_fast.analysis.explain import Choice, Explained
     from spml_fast.analysis.explain_page import MapFolder
     from spml_fast.core.config import Config
     from spml_fast.data.image_files import ImageFiles
-    from spml_fast.data.manifest import Manifest, Split
+    from spml_fast.data.manifest import Split
     from spml_fast.models.classifier import Classifier
 
 from spml_fast.cli import common
@@ -32,6 +32,7 @@ EXAMPLES = [
     ("--run RUN", "some of the test split, to RUN/explain.png"),
     ("--run RUN photos/ --out maps/", "a page for each of your images"),
     ("--run RUN a.jpg --classes cat --classes dog", "the maps of two classes"),
+    ("--run AN --against FULL --against IGNORE", "the maps of several runs side by side"),
 ]
 TOP = 3
 IMAGES = 9
@@ -57,6 +58,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--maps", type=Path, metavar="DIR", help="write every map too: float32 .npy and maps.json")
     common.add_alpha(parser)
+    parser.add_argument(
+        "--against",
+        action="append",
+        type=Path,
+        metavar="RUN",
+        help="a row for each class of each image, with the maps of this run beside --run's; may be given several "
+        "times. The first one, such as a run with full labels, comes first, and the others are compared with it",
+    )
+    parser.add_argument("--boosted", action="store_true", help="with --against: --run's maps with the boost, too")
+    parser.add_argument(
+        "--positive-only", action="store_true", help="draw what speaks for a class, and not what speaks against it"
+    )
     parser.add_argument("--split", help="without images: the split to show; default the run's test split")
     parser.add_argument(
         "--count", type=int, default=IMAGES, metavar="N", help="without images: how many (default: %(default)s)"
@@ -77,6 +90,12 @@ def check(args: argparse.Namespace) -> None:
     if args.top is not None and args.classes is not None:
         raise UserError("give --top or --classes, not both")
     common.check_alpha(args.alpha)
+    if args.against is None and args.boosted:
+        raise UserError("--boosted is a column of a comparison; give --against RUN too")
+    if args.against is not None and args.maps is not None:
+        raise UserError("--maps writes the maps of one run; leave it out, or --against")
+    if args.against is not None and args.out is not None and args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out} must be named .png: a comparison is one page")
     if args.images and args.split is not None:
         raise UserError("--split chooses among the run's own images; leave it out, or the images")
     if args.out is not None and args.out.suffix and args.out.suffix.lower() != ".png" and not args.out.is_dir():
@@ -120,71 +139,6 @@ def given_images(args: argparse.Namespace, max_pixels: int) -> tuple[ImageFiles,
     return ImageFiles([paths[i] for i in usable], orientation), aspects.tolist(), len(paths) - len(usable)
 
 
-def chosen_samples(
-    args: argparse.Namespace,
-    config: Config,
-    manifest: Manifest,
-    classifier: Classifier,
-    device: torch.device,
-    alpha: float,
-) -> tuple[Split, list[Choice]]:
-    """The split without images on the command line, and the samples of it that are worth a look.
-
-    Args:
-        args: the command line.
-        config: of the run.
-        manifest: of the run's data set.
-        classifier: with the run's weights, on `device`.
-        device: where it runs.
-        alpha: BoostLU's factor.
-    """
-    from spml_fast.analysis.explain import PREDICTED, choose_samples
-    from spml_fast.analysis.suggest import find_suggestions
-    from spml_fast.core.progress import show_progress
-    from spml_fast.data.labels import NEGATIVE, POSITIVE
-    from spml_fast.runs.open import make_eval_loader
-
-    split = manifest.split(args.split or config.data.test_split or config.data.train_split)
-    if len(split) == 0:
-        raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
-    with show_progress(len(split), "looking for mistakes", True) as advance:
-        mistakes = find_suggestions(
-            classifier,
-            make_eval_loader(config, split, classifier, device),
-            split.known,
-            alpha=alpha,
-            precision=config.train.precision,
-            classes=manifest.classes,
-            top=args.count,
-            min_probability=PREDICTED,
-            codes=(NEGATIVE, POSITIVE),
-            advance=advance,
-        )
-    assert mistakes is not None
-    return split, choose_samples(mistakes, len(split), args.count, args.seed)
-
-
-def sample_files(split: Split, choices: list[Choice], stack: contextlib.ExitStack) -> tuple[ImageFiles, list[float]]:
-    """The chosen samples as image files, and width / height of each; unpacked for a while from tar shards."""
-    import numpy as np
-
-    from spml_fast.data.image_files import ImageFiles
-
-    index = np.array([c.index for c in choices])
-    paths = [split.path(i) for i in index.tolist()]
-    if split.shards is not None:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spml_explain")))
-        paths = [str(folder / str(place)) for place in range(len(index))]
-        for path, i in zip(paths, index.tolist(), strict=True):
-            try:
-                Path(path).write_bytes(split.read(i))
-            except OSError as error:
-                raise UserError(f"{split.place(i)} cannot be unpacked to {folder}: {error.strerror}") from error
-    width, height = np.asarray(split.width)[index], np.asarray(split.height)[index]
-    aspects = np.where((width > 0) & (height > 0), width / np.maximum(height, 1), 1.0)
-    return ImageFiles(paths, np.asarray(split.orientation)[index]), aspects.tolist()
-
-
 def page_file(path: Path, overwrite: bool) -> OutputFile:
     """A page to draw."""
     return OutputFile(path, "png", writer_name("explain"), "--out", overwrite)
@@ -226,6 +180,7 @@ class Drawing:
         alpha: BoostLU's factor.
         signed: whether maps say what speaks against a class.
         maps: takes the maps as arrays; None for pictures alone.
+        positive_only: draw what speaks for a class alone.
 
     Attributes:
         shown: images drawn so far.
@@ -242,12 +197,15 @@ class Drawing:
         alpha: float,
         signed: bool,
         maps: MapFolder | None,
+        positive_only: bool = False,
     ) -> None:
         check_pages(out, one_page, overwrite)
+        self.positive_only = positive_only
         self.overwrite = overwrite
         self.out, self.one_page, self.title, self.classes = out, one_page, title, classes
         self.alpha, self.signed, self.maps = alpha, signed, maps
         self.pages: list[Explained] = []
+        self.places: list[int] = []
         self.shown = self.unprintable = 0
         try:
             (out.parent if one_page else out).mkdir(parents=True, exist_ok=True)
@@ -261,6 +219,7 @@ class Drawing:
             self.maps.add(image, self.classes)
         if self.one_page:
             self.pages.append(image)
+            self.places.append(place)
         else:
             self._draw(self.out / page_name(place, image.path), [image])
 
@@ -280,8 +239,33 @@ class Drawing:
         from spml_fast.analysis import explain_page
 
         page_file(path, self.overwrite).check()
-        unprintable = explain_page.draw(path, images, self.classes, self.title, self.alpha, self.signed)
+        unprintable = explain_page.draw(
+            path, images, self.classes, self.title, self.alpha, self.signed, self.positive_only
+        )
         self.unprintable = max(self.unprintable, unprintable)
+
+
+class Comparison(Drawing):
+    """Draws the maps of several runs beside each other, on one page. As `Drawing`, and before `finish`:
+
+    Attributes:
+        title_of_run: what the run itself is called.
+        others: gives the columns of the compared runs for the images drawn.
+        boosted: draw the run's own maps with the boost too.
+    """
+
+    title_of_run: str
+    others: Callable[[list[int], list[Explained]], list[Column]]
+    boosted: bool
+
+    def _draw(self, path: Path, images: list[Explained]) -> None:
+        from spml_fast.analysis.compare_page import Column, draw_comparison
+
+        page_file(path, self.overwrite).check()
+        first, *rest = self.others(self.places, images)
+        own = Column(self.title_of_run, self.alpha, images, self.boosted and self.alpha != 1)
+        columns = [first, own, *rest]
+        self.unprintable = draw_comparison(path, columns, images, self.classes, self.title, self.positive_only)
 
 
 def page_title(run: Path, split: Split | None, image_size: int, alpha: float) -> str:
@@ -295,6 +279,54 @@ def page_title(run: Path, split: Split | None, image_size: int, alpha: float) ->
     """
     where = "" if split is None else f", {split.name} split"
     return f"{run}{where}, {image_size} px, alpha {alpha:g}"
+
+
+def make_drawing(
+    args: argparse.Namespace,
+    out: Path,
+    one_page: bool,
+    config: Config,
+    classes: list[str],
+    classifier: Classifier,
+    alpha: float,
+    split: Split | None,
+    files: ImageFiles,
+    device: torch.device,
+    stack: contextlib.ExitStack,
+) -> Drawing:
+    """What draws the pages; of a comparison the other runs are loaded.
+
+    Args:
+        args: the command line.
+        out: a PNG file for one page, or a folder.
+        one_page: which of the two.
+        config: of the run.
+        classes: class names in class-id order.
+        classifier: of the run.
+        alpha: BoostLU's factor.
+        split: that the images are of; None for images of the command line.
+        files: the images.
+        device: where classifiers run.
+        stack: closes the folder of maps.
+    """
+    from spml_fast.analysis import compare, explain_page
+    from spml_fast.runs.open import run_classes
+
+    title = page_title(args.run, split, config.data.image_size, alpha)
+    signed = classifier.head.supports_boostlu
+    if args.against is None:
+        about = {"run": str(args.run), "alpha": alpha, "image_size": config.data.image_size}
+        maps = None if args.maps is None else stack.enter_context(explain_page.MapFolder(args.maps, about))
+        return Drawing(out, one_page, args.overwrite, title, classes, alpha, signed, maps, args.positive_only)
+    own, *titles = compare.run_titles([args.run, *args.against])
+    runs = compare.load_compared(args.against, titles, run_classes(args.run, config), device)
+    batch_size = min(config.eval.batch_size, len(files))
+    drawing = Comparison(out, True, args.overwrite, title, classes, alpha, signed, None, args.positive_only)
+    drawing.title_of_run, drawing.boosted = own, args.boosted
+    drawing.others = lambda places, images: compare.compared_columns(
+        runs, compare.chosen_files(files, places), images, device, classes, batch_size
+    )
+    return drawing
 
 
 def check_count(number: int, one_page: bool, what: str) -> None:
@@ -336,7 +368,9 @@ def main(argv: list[str] | None = None) -> int:
     """Look and draw; 1 if an image was left out."""
     args = parse(argv)
     check(args)
-    from spml_fast.analysis import explain, explain_page
+    from spml_fast.analysis import explain
+    from spml_fast.analysis.compare import mask_of
+    from spml_fast.analysis.explain_samples import chosen_samples, sample_files
     from spml_fast.evaluation.evaluate import check_alphas
     from spml_fast.runs.open import load_classifier, load_run_config, open_data, run_classes
 
@@ -362,13 +396,12 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         split, choices = None, None
         if manifest is not None:
-            split, choices = chosen_samples(args, config, manifest, classifier, device, alpha)
+            split, choices = chosen_samples(
+                args.split, args.count, args.seed, config, manifest, classifier, device, alpha
+            )
             files, aspects = sample_files(split, choices, stack)
         assert files is not None
-        about = {"run": str(args.run), "alpha": alpha, "image_size": config.data.image_size}
-        maps = None if args.maps is None else stack.enter_context(explain_page.MapFolder(args.maps, about))
-        title = page_title(args.run, split, config.data.image_size, alpha)
-        drawing = Drawing(out, one_page, args.overwrite, title, classes, alpha, classifier.head.supports_boostlu, maps)
+        drawing = make_drawing(args, out, one_page, config, classes, classifier, alpha, split, files, device, stack)
         images = explain.explain(
             classifier,
             with_batch_size(config, min(config.eval.batch_size, len(files))),
@@ -379,6 +412,7 @@ def main(argv: list[str] | None = None) -> int:
             top=args.top or TOP if named is None else len(named),
             first=first_classes(named, choices, len(files)),
             aspects=aspects,
+            mask=mask_of(config) if args.against is not None else None,
         )
         missing += draw_images(images, drawing, split, choices)
     print(

@@ -1,0 +1,121 @@
+"""The maps of several runs for the same classes of the same images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spml_fast.analysis.compare_page import Column
+from spml_fast.analysis.explain import Explained, explain
+from spml_fast.core.config import Config
+from spml_fast.core.errors import UserError
+from spml_fast.data.image_files import ImageFiles
+from spml_fast.methods.ignore import IgnoreOptions
+from spml_fast.models.classifier import Classifier
+from spml_fast.models.heads import MaskOptions
+from spml_fast.runs.open import load_classifier, load_run_config, run_classes
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run whose maps are drawn beside another's.
+
+    Attributes:
+        title: what it is called on the page.
+        config: its own.
+        classifier: with its best weights, on the device.
+    """
+
+    title: str
+    config: Config
+    classifier: Classifier
+
+
+def mask_of(config: Config) -> MaskOptions | None:
+    """How a run of IGNORE masks images; None for other methods."""
+    options = config.method
+    if not isinstance(options, IgnoreOptions):
+        return None
+    return MaskOptions(options.choice("cam_threshold"), options.choice("cam_norm"), options.norm_group)
+
+
+def run_titles(runs: Sequence[Path]) -> list[str]:
+    """Names of run directories: their last parts, or whole paths where those are not different."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def load_compared(
+    runs: Sequence[Path], titles: Sequence[str], classes: list[str], device: torch.device
+) -> list[ComparedRun]:
+    """Runs with their classifiers.
+
+    Args:
+        runs: run directories.
+        titles: of each.
+        classes: that each must have, in class-id order.
+        device: where the classifiers go.
+
+    Raises:
+        UserError: a run has other classes, or none of its weights can be read.
+    """
+    out = []
+    for run, title in zip(runs, titles, strict=True):
+        config = load_run_config(run)
+        if run_classes(run, config) != classes:
+            raise UserError(f"--against {run} was trained on other classes; compare runs of the same ones")
+        out.append(ComparedRun(title, config, load_classifier(run, config, len(classes), device)[0]))
+    return out
+
+
+def compared_columns(
+    runs: Sequence[ComparedRun],
+    files: ImageFiles,
+    images: Sequence[Explained],
+    device: torch.device,
+    classes: Sequence[str],
+    batch_size: int,
+) -> list[Column]:
+    """A column for each run, with the classes that the images have.
+
+    Args:
+        runs: the compared runs.
+        files: the images, once more.
+        images: what the first run says of them.
+        device: where the classifiers are.
+        classes: names for error messages.
+        batch_size: images a forward.
+    """
+    columns = []
+    chosen = [image.classes.tolist() for image in images]
+    for run in runs:
+        section = dataclasses.replace(run.config.eval, batch_size=batch_size)
+        alpha = run.classifier.alpha_eval
+        found = list(
+            explain(
+                run.classifier,
+                dataclasses.replace(run.config, eval=section),
+                files,
+                device,
+                alpha=alpha,
+                classes=classes,
+                top=len(chosen[0]),
+                first=chosen,
+                aspects=[image.aspect for image in images],
+                mask=mask_of(run.config),
+            )
+        )
+        assert all(np.array_equal(a.classes, b.classes) for a, b in zip(found, images, strict=True))
+        columns.append(Column(run.title, alpha, found))
+    return columns
+
+
+def chosen_files(files: ImageFiles, places: Sequence[int]) -> ImageFiles:
+    """Some of the images, in that order."""
+    index = np.array(places, np.int64)
+    return ImageFiles([files.path(i) for i in places], np.asarray(files.orientation)[index])
