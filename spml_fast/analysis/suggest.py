@@ -119,6 +119,8 @@ class Suggestions:
         class_id: int64 [n].
         probability: float64 [n] of the class, by the model.
         reach: pairs of the split with this label that the model is sure enough about, listed or not.
+        runs: run directories that judged.
+        run_of: which of `runs` judged each pair, int64 [n]; None where there is one.
     """
 
     code: int
@@ -126,6 +128,8 @@ class Suggestions:
     class_id: npt.NDArray[np.int64]
     probability: npt.NDArray[np.float64]
     reach: int
+    runs: tuple[str, ...] = ("",)
+    run_of: npt.NDArray[np.int64] | None = None
 
     @property
     def suggestion(self) -> int:
@@ -205,17 +209,45 @@ def find_suggestions(
     return lists if distributed.is_main() else None
 
 
-def codes_of(
-    labels: SparseLabels, index: npt.NDArray[np.int64], class_id: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int8]:
-    """Label codes int8 [n] of the pairs (index [n], class_id [n])."""
-    out = np.full(len(index), labels.default, np.int8)
-    for i, (row, wanted) in enumerate(zip(index.tolist(), class_id.tolist(), strict=True)):
-        start, stop = int(labels.indptr[row]), int(labels.indptr[row + 1])
-        place = start + int(np.searchsorted(labels.classes[start:stop], wanted))
-        if place < stop and labels.classes[place] == wanted:
-            out[i] = labels.codes[place]
-    return out
+def merge_lists(
+    parts: Sequence[Sequence[Suggestions]],
+    rows: Sequence[npt.NDArray[np.int64]],
+    runs: Sequence[str],
+    top: int | None,
+    per_class: int | None,
+) -> list[Suggestions]:
+    """The lists of several models, each about images of its own, as lists of all images.
+
+    Args:
+        parts: of each model, its lists in the same order of codes.
+        rows: of each model, the samples that its lists count, int64 [n].
+        runs: of each model, its run directory.
+        top: pairs of each list in all; None for no limit.
+        per_class: pairs of each list and class; None for no limit.
+
+    Returns:
+        The lists, the surest pair first; of equals the earlier image, then the smaller class.
+    """
+    merged = []
+    for lists in zip(*parts, strict=True):
+        index = np.concatenate([rows[k][found.index] for k, found in enumerate(lists)])
+        class_id = np.concatenate([found.class_id for found in lists])
+        probability = np.concatenate([found.probability for found in lists])
+        run_of = np.repeat(np.arange(len(lists)), [len(found) for found in lists])
+        code = lists[0].code
+        order = np.lexsort((class_id, index, probability if code == POSITIVE else -probability))
+        if per_class is not None:
+            # Place of each pair among those of its class.
+            by_class = order[np.argsort(class_id[order], kind="stable")]
+            first = np.searchsorted(class_id[by_class], class_id[by_class], "left")
+            place = np.empty(len(order), np.int64)
+            place[by_class] = np.arange(len(order)) - first
+            order = order[place[order] < per_class]
+        order = order[:top]
+        reach = sum(found.reach for found in lists)
+        found = Suggestions(code, index[order], class_id[order], probability[order], reach, tuple(runs), run_of[order])
+        merged.append(found)
+    return merged
 
 
 def precision_at(
@@ -251,7 +283,7 @@ def hidden_positives(split: Split) -> tuple[int, int]:
 
 def truth_rows(suggestions: Suggestions, split: Split) -> list[tuple[str, str]]:
     """The list's precision against `split.known` at a few depths, for people: (name, value) pairs of a table."""
-    truth = codes_of(split.known, suggestions.index, suggestions.class_id)
+    truth = split.known.codes_at(suggestions.index, suggestions.class_id)
     right, judged = truth == suggestions.suggestion, truth != UNKNOWN
     rows = []
     for depth, hits, known in precision_at(right, judged):
@@ -272,8 +304,8 @@ def write_suggestions(out: Path, lists: Sequence[Suggestions], split: Split, cla
     """Write lists as CSV beside the final place, and move the file there when it is whole.
 
     UTF-8 with a header; columns: path (relative to the image root, byte for byte; `./` before what looks like a
-    formula), class, known (unknown, positive,
-    negative: the observed label), probability (all digits of a float64), suggestion (positive or negative).
+    formula), class, known (unknown, positive, negative: the observed label), probability (all digits of a float64),
+    suggestion (positive or negative), split, run (the run directory whose weights judged the image).
 
     Args:
         out: the CSV file; an older one is replaced.
@@ -301,7 +333,12 @@ def suggestion_rows(suggestions: Suggestions, split: Split, classes: Sequence[st
         suggestions.index.tolist(), suggestions.class_id.tolist(), suggestions.probability.tolist(), strict=True
     )
     known, label = NAMES[suggestions.code], NAMES[suggestions.suggestion]
-    return [(formula_safe_path(split.relative_path(i)), classes[c], known, p, label) for i, c, p in pairs]
+    runs = [formula_safe_path(run) for run in suggestions.runs]
+    of = [0] * len(suggestions) if suggestions.run_of is None else suggestions.run_of.tolist()
+    return [
+        (formula_safe_path(split.relative_path(i)), classes[c], known, p, label, split.name, runs[r])
+        for (i, c, p), r in zip(pairs, of, strict=True)
+    ]
 
 
 def title(suggestions: Suggestions, split: Split) -> str:

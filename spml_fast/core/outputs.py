@@ -32,7 +32,7 @@ PRODUCER = "spml_fast"
 # Headers of tables; here, so that a command need not import what makes them to know its own file.
 PREDICTION_COLUMNS = ("path", "class", "probability", "rank")
 CALIBRATED_COLUMNS = (*PREDICTION_COLUMNS, "calibrated_probability")
-SUGGESTION_COLUMNS = ("path", "class", "known", "probability", "suggestion")
+SUGGESTION_COLUMNS = ("path", "class", "known", "probability", "suggestion", "split", "run")
 # Bytes from the beginning among which a mark must be.
 _START = 1 << 16
 # The header of a safetensors file lists all of its tensors, and its metadata all classes.

@@ -137,6 +137,34 @@ class SparseLabels:
         entries = np.repeat(np.asarray(self.indptr)[:-1][index_a] - indptr[:-1], counts) + np.arange(indptr[-1])
         return SparseLabels(indptr, self.classes[entries], self.codes[entries], self.num_classes, self.default)
 
+    def codes_at(self, rows: npt.ArrayLike, classes: npt.ArrayLike) -> npt.NDArray[np.int8]:
+        """Codes int8 [n] of pairs: their rows, int [n], and classes, int [n]."""
+        pairs = list(zip(np.asarray(rows).tolist(), np.asarray(classes).tolist(), strict=True))
+        out = np.full(len(pairs), self.default, np.int8)
+        for i, (row, wanted) in enumerate(pairs):
+            start, stop = int(self.indptr[row]), int(self.indptr[row + 1])
+            place = start + int(np.searchsorted(self.classes[start:stop], wanted))
+            if place < stop and self.classes[place] == wanted:
+                out[i] = self.codes[place]
+        return out
+
+    def with_codes(self, rows: npt.ArrayLike, classes: npt.ArrayLike, codes: npt.ArrayLike) -> SparseLabels:
+        """The same labels but for some pairs, each given once: rows, classes and new codes, int [n]."""
+        changed = np.asarray(rows, np.int64) * self.num_classes + np.asarray(classes, np.int64)
+        order = np.argsort(changed)
+        changed, new = changed[order], np.asarray(codes, np.int8)[order]
+        keys = self.entry_rows() * self.num_classes + self.classes
+        places = np.searchsorted(keys, changed)
+        listed = places[places < len(keys)][keys[places[places < len(keys)]] == changed[places < len(keys)]]
+        keys, kept = np.delete(keys, listed), np.delete(self.codes, listed)
+        changed, new = changed[new != self.default], new[new != self.default]
+        places = np.searchsorted(keys, changed)
+        keys, kept = np.insert(keys, places, changed), np.insert(kept, places, new)
+        indptr = np.zeros(len(self) + 1, np.int64)
+        np.cumsum(np.bincount(keys // self.num_classes, minlength=len(self)), out=indptr[1:])
+        ids = (keys % self.num_classes).astype(self.classes.dtype)
+        return SparseLabels(indptr, ids, kept, self.num_classes, self.default)
+
     def class_counts(self, code: int) -> npt.NDArray[np.int64]:
         """Number of listed entries with `code` per class, int64 [C] (unlisted entries are not counted)."""
         return np.bincount(self.classes[self.codes == code], minlength=self.num_classes).astype(np.int64)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from spml_fast.core.io import move_into_place, partial_path
 from spml_fast.core.lock import readers
 from spml_fast.core.text import has_surrogates
 from spml_fast.data.labels import SparseLabels
-from spml_fast.data.manifest import FORMAT, LOCK, READERS, Manifest
+from spml_fast.data.manifest import FORMAT, LOCK, READERS, Manifest, Split
+from spml_fast.data.shards import INDEX_FILE, SHARDS_FILE
 
 
 class ManifestWriter:
@@ -36,6 +37,7 @@ class ManifestWriter:
     Attributes:
         staging: folder that the Manifest is written to.
         splits: entries of manifest.json.
+        version: of the data set, where there are several.
 
     Raises:
         UserError: `folder` is neither an empty folder nor (with `overwrite`) a Manifest, another process is writing it,
@@ -64,6 +66,7 @@ class ManifestWriter:
         if image_root is not None and has_surrogates(os.fspath(image_root)):
             raise UserError(f"the name of image folder {str(image_root)!r} is not UTF-8; rename it")
         self.name, self.classes = name, list(classes)
+        self.version: str | None = None
         self.staging = partial_path(self.folder)
         try:
             if (self.staging / LOCK).exists():
@@ -190,6 +193,56 @@ class ManifestWriter:
             info["hides_labels"] = hides_labels
         self.splits[name] = info
 
+    def copy_split(
+        self,
+        split: Split,
+        info: Mapping[str, Any],
+        known: SparseLabels | None = None,
+        observed: SparseLabels | None = None,
+    ) -> None:
+        """Take a split over from another Manifest, with its places in shards and its boxes, but not its images.
+
+        Args:
+            split: of the other Manifest.
+            info: its entry in that one's manifest.json.
+            known: other known labels; None for the same.
+            observed: other observed labels; None for the same.
+        """
+        folder = self.staging / split.name
+        new = {"known": known, "observed": observed}
+        shutil.copytree(split.folder, folder, ignore=lambda path, names: {n for n in names if new.get(n) is not None})
+        for name, labels in new.items():
+            if labels is not None:
+                labels.save(folder / name)
+        self.splits[split.name] = dict(info)
+
+    def take_rows(self, split: Split, rows: npt.NDArray[np.int64], name: str) -> None:
+        """Make a split of some images of another Manifest's, without boxes; the images stay where they are.
+
+        Args:
+            split: of the other Manifest.
+            rows: its images, ascending.
+            name: of the new split.
+        """
+        template_of = split.template_of
+        self.add_split(
+            name,
+            known=split.known.select(rows),
+            observed=split.observed.select(rows) if (split.folder / "observed").exists() else None,
+            hides_labels=split.hides_labels,
+            width=split.width[rows],
+            height=split.height[rows],
+            orientation=split.orientation[rows],
+            paths=None if split.templates else [split.relative_path(row) for row in rows.tolist()],
+            ids=None if split.ids is None else split.ids[rows],
+            # The images keep the name of their own split.
+            template=[text.replace("{split}", split.name) for text in split.templates] or None,
+            template_of=None if template_of is None else template_of[rows],
+        )
+        if split.shards is not None:
+            shutil.copyfile(split.folder / SHARDS_FILE, self.staging / name / SHARDS_FILE)
+            np.save(self.staging / name / INDEX_FILE, np.asarray(split.shards.table)[rows])
+
     def _write_columns(
         self, folder: Path, size: int, width: npt.ArrayLike, height: npt.ArrayLike, orientation: npt.ArrayLike
     ) -> dict[str, int]:
@@ -230,7 +283,9 @@ class ManifestWriter:
             staging = self.staging.resolve()
             inside = self.image_root.is_relative_to(staging)
             root = str(self.image_root.relative_to(staging) if inside else self.image_root)
-        meta = {"format": FORMAT, "name": self.name, "image_root": root, "splits": self.splits}
+        meta: dict[str, Any] = {"format": FORMAT, "name": self.name}
+        meta |= {} if self.version is None else {"version": self.version}
+        meta |= {"image_root": root, "splits": self.splits}
         (self.staging / "manifest.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
         (self.staging / LOCK).unlink()
         if self.folder.exists():

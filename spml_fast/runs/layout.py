@@ -10,6 +10,8 @@ RUN/model.safetensors              the best weights, whole
 RUN/decisions.json                 thresholds of the classes and calibration, made for those weights
 RUN/options.json                   of `reproduce`: the options that the run was begun with
 RUN/.lock                          which process trains here
+RUN/folds-K/                       of `suggest --folds K`: folds.json, which says of what, and of each fold its data set
+                                   fold-k/data and its run fold-k/run
 RUN/tensorboard/                   TensorBoard's events
 RUN/checkpoints/newest.json        which checkpoint to resume from
 RUN/checkpoints/best.json          which checkpoint has the best weights
@@ -93,6 +95,30 @@ def saved_rank_state(checkpoint: Path, rank: int) -> Path:
 
 
 @dataclass(frozen=True)
+class FoldsLayout:
+    """Names within the folder of `suggest --folds`.
+
+    Attributes:
+        folder: of the folds.
+    """
+
+    folder: Path
+
+    @property
+    def plan(self) -> Path:
+        """What the folds are of; a folder that has it was made by the command."""
+        return self.folder / "folds.json"
+
+    def data(self, fold: int) -> Path:
+        """The data set of a fold, counted from 0: without its images, which are a split of their own."""
+        return self.folder / f"fold-{fold + 1}" / "data"
+
+    def run(self, fold: int) -> RunLayout:
+        """The run that has not seen the images of a fold."""
+        return RunLayout(self.folder / f"fold-{fold + 1}" / "run")
+
+
+@dataclass(frozen=True)
 class RunLayout:
     """Names within a run directory.
 
@@ -156,6 +182,10 @@ class RunLayout:
     def options(self) -> Path:
         """What `reproduce` began the run with."""
         return self.folder / "options.json"
+
+    def folds(self, number: int) -> FoldsLayout:
+        """Where `suggest --folds NUMBER` trains, unless it is told otherwise."""
+        return FoldsLayout(self.folder / f"folds-{number}")
 
     @property
     def checkpoints(self) -> CheckpointLayout:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spml_fast.analysis import suggest
-from spml_fast.analysis.suggest import BestPairs, codes_of, hidden_positives, precision_at
+from spml_fast.analysis.suggest import BestPairs, hidden_positives, precision_at
 from spml_fast.cli import suggest as suggest_command
 from spml_fast.cli.parse import parse_config
 from spml_fast.core import distributed
@@ -21,10 +21,8 @@ from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
 from spml_fast.evaluation.evaluate import score_split
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import save_weights
-from spml_fast.prepare.datasets.csv_table import read_table
 from spml_fast.runs.open import load_run, make_eval_loader
 from spml_fast.runs.recipe import to_yaml
-from tests.support.docs import block_with
 from tests.support.paths import ROOT
 
 CPU = torch.device("cpu")
@@ -115,7 +113,8 @@ class TestRanking:
         probability, observed, paths = dense
         call("--run", run, "--csv", tmp_path / "out.csv", *options)
         rows = read(tmp_path / "out.csv")
-        assert list(rows[0]) == ["path", "class", "known", "probability", "suggestion"]
+        assert list(rows[0]) == ["path", "class", "known", "probability", "suggestion", "split", "run"]
+        assert {(r["split"], r["run"]) for r in rows} == {("train", str(run))}
         top = options[options.index("--top") + 1] if "--top" in options else 10**6
         each = options[options.index("--per-class") + 1] if "--per-class" in options else 10**6
         expected = []
@@ -161,13 +160,6 @@ class TestRanking:
 class TestTruth:
     """Precision and its parts."""
 
-    def test_codes_of(self) -> None:
-        dense = np.random.default_rng(0).integers(-1, 2, (6, 4)).astype(np.int8)
-        index, class_id = np.divmod(np.arange(24), 4)
-        for default in (UNKNOWN, NEGATIVE):
-            labels = SparseLabels.from_dense(dense, default)
-            assert codes_of(labels, index, class_id).tolist() == dense.ravel().tolist()
-
     def test_precision_at(self) -> None:
         right = np.array([True, True, False, True, True])
         judged = np.array([True, False, True, True, True])
@@ -194,26 +186,6 @@ def test_the_users_own_table_is_not_replaced(run: Path, tmp_path: Path) -> None:
     call("--run", run, "--csv", labels, "--top", 2, "--overwrite")
     call("--run", run, "--csv", labels, "--top", 3)
     assert len(read(labels)) > 3
-
-
-def test_accepted_suggestions_become_labels(run: Path, tmp_path: Path) -> None:
-    """The lines of docs/tutorial.md."""
-    code = block_with(ROOT / "docs" / "tutorial.md", "import csv\n").text
-    call("--run", run, "--csv", tmp_path / "accepted.csv", "--top", 4)
-    rows = read(tmp_path / "accepted.csv")
-    paths = list(dict.fromkeys(r["path"] for r in rows))
-    lines = [f"train,,{path},cat;dog\n" for path in paths]
-    (tmp_path / "labels.csv").write_text("split,negatives,path,positives\n" + "".join(lines), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        exec(code, {})
-    table = read_table(tmp_path / "merged.csv", "error")
-    expected: dict[str, dict[str, int]] = {path: {"cat": 1, "dog": 1} for path in paths}
-    for r in rows:
-        if r["known"] == "unknown":
-            expected[r["path"]][r["class"]] = POSITIVE
-    assert {path: row.codes for path, row in table.rows.items()} == expected
-    assert {row.split for row in table.rows.values()} == {"train"}
 
 
 @pytest.mark.parametrize(

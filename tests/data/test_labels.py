@@ -101,3 +101,23 @@ def test_damaged_files_are_named(tmp_path, damage, how):
         path.write_bytes(path.read_bytes()[:5])
     with pytest.raises(UserError, match=f"{path} (cannot be read|is damaged)"):
         SparseLabels.load(tmp_path)
+
+
+@settings(deadline=None, max_examples=60)
+@given(codes_arrays, defaults, st.data())
+def test_other_codes_of_some_pairs(codes, default, data):
+    """`codes_at` reads them and `with_codes` sets them, in any order, listed before or not."""
+    labels = SparseLabels.from_dense(codes, default)
+    pairs = [(i, c) for i in range(codes.shape[0]) for c in range(codes.shape[1])]
+    chosen = data.draw(st.lists(st.sampled_from(pairs), unique=True))
+    rows, classes = [i for i, _ in chosen], [c for _, c in chosen]
+    assert labels.codes_at(rows, classes).tolist() == codes[rows, classes].tolist()
+    new = data.draw(st.lists(st.integers(-1, 1), min_size=len(chosen), max_size=len(chosen)))
+    changed = labels.with_codes(rows, classes, new)
+    expected = codes.copy()
+    expected[rows, classes] = new
+    again = SparseLabels.from_dense(expected, default)
+    assert np.array_equal(changed.rows(range(len(codes))), expected)
+    for name in ("indptr", "classes", "codes"):
+        assert np.array_equal(getattr(changed, name), getattr(again, name))
+        assert getattr(changed, name).dtype == getattr(labels, name).dtype

@@ -257,25 +257,39 @@ def photos(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Path
     return folder
 
 
+AGREE = """
+import csv
+with open("suggestions.csv", newline="") as file:
+    rows = list(csv.DictReader(file))
+with open("decisions.csv", "w", newline="") as file:
+    out = csv.DictWriter(file, [*rows[0], "decision"])
+    out.writeheader()
+    out.writerows({**row, "decision": "accept"} for row in rows)
+"""
+
+
 def test_the_tutorial_runs_as_written(photos):
     steps: list[tuple[str, Any]] = []
     for block in code_blocks(TUTORIAL):
         if block.language == "python":
-            if "accepted.csv" in block.text:
-                # Somebody has looked at the suggestions and agreed with all of them.
-                steps.append(("python", "import shutil; shutil.copy('suggestions.csv', 'accepted.csv')"))
             steps.append(("python", block.text))
         elif block.language == "bash":
             for program, *words in shell_commands(block.text):
                 assert program == "spml-fast"
-                more = SMALL if words[0] == "train" else ["--min-probability", "0.05"] if words[0] == "suggest" else []
+                more = {"train": SMALL, "suggest": ["--min-probability", "0.05", "--folds", "2"]}.get(words[0], [])
                 steps.append(("command", [*words, *more]))
+                if words[0] == "suggest":
+                    # Somebody has looked at the suggestions and agreed with all of them.
+                    steps.append(("python", AGREE))
     shown = run_steps(photos, steps)
-    with (photos / "accepted.csv").open(encoding="utf-8", newline="") as file:
-        accepted = [row for row in csv.DictReader(file) if row["suggestion"] == "positive"]
-    assert accepted, "something was suggested"
+    with (photos / "decisions.csv").open(encoding="utf-8", newline="") as file:
+        accepted = list(csv.DictReader(file))
+    positives = sum(row["suggestion"] == "positive" for row in accepted)
+    assert positives, "something was suggested"
     before, after = (Manifest(photos / "data" / name).split("train").known for name in ("photos", "photos-2"))
-    assert int((after.codes == 1).sum()) == int((before.codes == 1).sum()) + len(accepted)
+    doubted = len(accepted) - positives
+    assert int((after.codes == 1).sum()) == int((before.codes == 1).sum()) + positives - doubted
+    assert "starting from runs/first" in shown
     assert before.default == -1 and Manifest(photos / "data" / "photos").split("test").known.default == 0
     for name in ("first.html", "mistakes.png", "first.json", "both.html", "classes.csv"):
         assert (photos / name).stat().st_size > 0, name
