@@ -64,7 +64,8 @@ def train(
 
     Args:
         config: a recipe: the name of a packaged one, the path of a YAML file, a dictionary of sections, or a `Config`;
-            None takes the embedded digit scenes or, where `overrides` names `data.dir`, the defaults.
+            None takes what the command line takes: the embedded digit scenes or, where `overrides` names `data.dir`,
+            `finetune` (`scratch` with `model.pretrained` false).
         overrides: options that win over the recipe's: a dictionary, with keys such as `train.lr` or with sections
             within it, or words such as `train.lr=1e-4`.
 

@@ -15,8 +15,8 @@ from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.lock import release_all
 from spml_fast.runs.recipe import read_recipe, to_yaml
+from spml_fast.runs.recipes import default_recipe
 
-DEFAULT_RECIPE = "digits"
 Source = Config | Mapping[str, Any] | str | os.PathLike[str] | None
 Overrides = Mapping[str, Any] | Sequence[str]
 
@@ -24,8 +24,8 @@ Overrides = Mapping[str, Any] | Sequence[str]
 def make_config(source: Source, overrides: Overrides = ()) -> Config:
     """The configuration that `spml_fast.train` runs; its arguments and errors are the same."""
     values, words = _split_overrides(overrides)
-    if source is None and not _names_data(values, words):
-        source = DEFAULT_RECIPE
+    if source is None:
+        source = default_recipe(_option(values, words, "data.dir") is not None, _random_weights(values, words))
     recipes: list[tuple[str, dict[str, Any]]] = []
     if isinstance(source, Config):
         recipes.append(("(the configuration)", yaml.safe_load(to_yaml(source))))
@@ -67,11 +67,17 @@ def _split_overrides(overrides: Overrides) -> tuple[dict[str, Any], list[str]]:
     return sections, words
 
 
-def _names_data(values: Mapping[str, Any], words: Sequence[str]) -> bool:
-    data = values.get("data")
-    return (isinstance(data, Mapping) and data.get("dir") is not None) or any(
-        word.startswith("--data.dir=") for word in words
-    )
+def _option(values: Mapping[str, Any], words: Sequence[str], name: str) -> Any:
+    """An option's value among the overrides, None where they do not have it; words give texts."""
+    given = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
+    section, _, option = name.partition(".")
+    within = values.get(section)
+    return given[-1] if given else within.get(option) if isinstance(within, Mapping) else None
+
+
+def _random_weights(values: Mapping[str, Any], words: Sequence[str]) -> bool:
+    pretrained = str(_option(values, words, "model.pretrained")).lower()
+    return pretrained in ("false", "no") and _option(values, words, "model.weights") is None
 
 
 def train_run(source: Source, overrides: Overrides) -> Run:

@@ -11,10 +11,13 @@ import yaml
 
 from spml_fast.cli.common import split_plugins, without_launcher_words
 from spml_fast.core.config import Config, ModelConfig
+from spml_fast.core.errors import UserError
 from spml_fast.models.heads.base import head_options
+from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.options import DEFAULT_METHOD, build_parser, option_names
 from spml_fast.runs.plugins import load_plugins, require_plugins
 from spml_fast.runs.recipe import check_keys, chosen_head, chosen_method, named_plugins, read_recipe, to_config
+from spml_fast.runs.recipes import default_recipe
 
 Recipe = dict[str, Any]
 
@@ -32,12 +35,39 @@ def _option_values(argv: Sequence[str], *names: str) -> list[str]:
     return values
 
 
-def parse_config(argv: Sequence[str], default_recipe: Path | str | None = None, prog: str | None = None) -> Config:
+def default_recipe_of(argv: Sequence[str]) -> str | None:
+    """The packaged recipe that a command line of `train` without `--config` takes; None where it names its own.
+
+    A run that a version before 0.2.0 began is resumed with what its command line meant then.
+    """
+    argv = without_launcher_words(argv)
+    if _option_values(argv, "--config"):
+        return None
+    folders = _option_values(argv, "--data.dir", "--data")
+    own_data = bool(folders) and folders[-1] != "null"
+    pretrained, weights = _option_values(argv, "--model.pretrained"), _option_values(argv, "--model.weights")
+    random_weights = bool(pretrained) and pretrained[-1].lower() in ("false", "no") and not weights
+    run_dir = _option_values(argv, "--run.dir")
+    if own_data and run_dir and _begun_before_recipes(Path(run_dir[-1])):
+        return "published"
+    return default_recipe(own_data, random_weights)
+
+
+def _begun_before_recipes(run: Path) -> bool:
+    path = RunLayout(run).config
+    try:
+        train = read_recipe(str(path.absolute())).get("train") if path.is_file() else None
+    except UserError:
+        return False
+    return isinstance(train, dict) and "best_of" not in train
+
+
+def parse_config(argv: Sequence[str], recipe: Path | str | None = None, prog: str | None = None) -> Config:
     """Parse a command line.
 
     Args:
         argv: arguments without the program's name. The `--local_rank` that launchers add is accepted and ignored.
-        default_recipe: used when neither `--config` nor `--data.dir` is given: a path, or the name of a packaged one.
+        recipe: used when no `--config` is given: a path, or the name of a packaged one.
         prog: the program's name for usage lines.
 
     Raises:
@@ -46,9 +76,9 @@ def parse_config(argv: Sequence[str], default_recipe: Path | str | None = None, 
     """
     argv = without_launcher_words(argv)
     files = _option_values(argv, "--config")
-    if not files and not _option_values(argv, "--data.dir", "--data") and default_recipe is not None:
-        files = [str(default_recipe)]
-        argv = ["--config", str(default_recipe), *argv]
+    if not files and recipe is not None:
+        files = [str(recipe)]
+        argv = ["--config", str(recipe), *argv]
     return parse_words(argv, [(path, read_recipe(path)) for path in files], prog)
 
 

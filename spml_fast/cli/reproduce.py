@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
@@ -16,6 +17,9 @@ from spml_fast.core.io import write_text
 from spml_fast.core.outputs import OutputFile, writer_name
 from spml_fast.core.text import without_controls
 from spml_fast.runs.layout import RunLayout
+
+if TYPE_CHECKING:
+    from spml_fast.reproduction.entries import Preset
 
 DESCRIPTION = """Train the papers' comparison and say which of their statements hold. Finished runs are kept and not
 repeated, so the command can be stopped and started again; with other options it wants another --out.
@@ -25,16 +29,19 @@ EXAMPLES = [
     ("", "seven settings, three seeds each, on digit scenes"),
     ("--methods an,ll_r --seeds 1", "two of them, once"),
     ("--preset voc --data data/voc --ranks 8", "published numbers beside measured ones"),
+    ("--preset photos --data.dir data/photos", "the same statements on your own photographs"),
 ]
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what is handed on to `train`."""
     parser = common.command_parser("reproduce", "[OPTIONS] [OPTIONS OF train]", DESCRIPTION, EXAMPLES)
-    parser.add_argument("--preset", default="digits", help="digits, voc, coco, nuswide or cub (default: %(default)s)")
+    presets = "digits, photos, voc, coco, nuswide or cub"
+    parser.add_argument("--preset", default="digits", help=f"{presets} (default: %(default)s)")
     parser.add_argument("--methods", help="comma-separated entries of the preset; default all")
     parser.add_argument("--seeds", type=int, default=3, help="runs an entry, seeds 0 to N-1 (default: %(default)s)")
-    parser.add_argument("--data", help="Manifest directory, when it is not where the preset's recipes look")
+    where = "Manifest directory, when it is not where the preset's recipes look; photos needs one"
+    parser.add_argument("--data", "--data.dir", help=where)
     parser.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/reproduce-PRESET)")
     parser.add_argument("--ranks", type=int, default=1, help="ranks a run (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write rows and statements to this file")
@@ -57,6 +64,14 @@ def train(entry_dir: Path, words: list[str], ranks: int) -> None:
         errors = [line for line in lines if "error:" in line]
         last = (errors or lines or ["no output"])[-1]
         raise UserError(f"a run failed ({last.strip()}); all of its output is in {log}")
+
+
+def check_arguments(args: argparse.Namespace, preset: Preset) -> None:
+    """Raise `UserError` for no seeds, or a preset without the data set that it needs."""
+    if args.seeds < 1:
+        raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
+    if preset.needs_data and args.data is None:
+        raise UserError(f"preset {preset.name} needs --data.dir: {preset.needs_data}")
 
 
 def table_files(out: Path, overwrite: bool) -> list[OutputFile]:
@@ -92,10 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     from spml_fast.runs.recipe import load_config
 
-    if args.seeds < 1:
-        raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
     preset = get_preset(args.preset)
     entries = choose_entries(preset, args.methods.split(",") if args.methods else None)
+    check_arguments(args, preset)
     out = args.out or Path("runs") / f"reproduce-{preset.name}"
     files = table_files(out, args.overwrite)
     json_out = common.output_file(args, "json", "json", writer_name("reproduce"))

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from spml_fast.cli.common import program
 from spml_fast.core.env import has_launcher
 
-DEFAULT_RECIPE = "digits"
+if TYPE_CHECKING:
+    from spml_fast.core.config import Config
+
+
+def recipe_line(recipe: str, config: Config) -> str:
+    """Which recipe was taken because none was named, and what names the papers'."""
+    if config.data.dir is None:
+        return f"recipe: {recipe}"
+    return f"recipe: {recipe}, since --config names none (the papers' settings: --config published, coco_boostlu, ...)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,9 +29,11 @@ def main(argv: list[str] | None = None) -> int:
 
     # Under SLURM the messages below say which rank they are of.
     set_environment()
-    from spml_fast.cli.parse import parse_config
+    from spml_fast.cli.parse import default_recipe_of, parse_config
 
-    config = parse_config(sys.argv[1:] if argv is None else argv, DEFAULT_RECIPE, prog=program("train"))
+    words = sys.argv[1:] if argv is None else argv
+    recipe = default_recipe_of(words)
+    config = parse_config(words, recipe, prog=program("train"))
     from spml_fast.training.engine import init_distributed, shutdown_distributed
 
     device = init_distributed(config.run.timeout_minutes)
@@ -31,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     from spml_fast.training.signals import Interrupted
     from spml_fast.training.trainer import Trainer
 
+    if recipe is not None and is_main():
+        print(recipe_line(recipe, config), flush=True)
     status = 0
     try:
         with reporting():

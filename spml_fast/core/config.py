@@ -44,6 +44,9 @@ class DataConfig(Section):
         image_root: image folder, when it is not where it was at preparation.
         image_size: side of the square model input in pixels.
         train_split: split to train on.
+        train_labels: which of its labels training sees: observed, those that were left when the data set was prepared,
+            or known, everything that is annotated (the upper reference where labels were hidden; `partial` takes sets
+            of which some labels are unknown even then).
         val_split: split for model selection after every epoch; null for none.
         test_split: split for the final figures; null for none.
         train_crop: squash resizes to the square ignoring the aspect ratio (the papers' way); random_resized crops.
@@ -75,6 +78,7 @@ class DataConfig(Section):
     image_root: str | None = None
     image_size: int = positive(448)
     train_split: str = "train"
+    train_labels: Literal["observed", "known"] = "observed"
     val_split: str | None = "val"
     test_split: str | None = "test"
     train_crop: Literal["squash", "random_resized"] = "squash"
@@ -163,8 +167,10 @@ class TrainConfig(Section):
     """Optimisation.
 
     Attributes:
-        epochs: epochs of fine-tuning (the whole network).
-        linear_epochs: epochs before that with a frozen backbone, training the head only (linear-init protocol).
+        epochs: epochs of fine-tuning (the whole network); null takes a number that suits the number of training images
+            (docs/operations.md), which the run then shows and keeps.
+        linear_epochs: epochs before that with a frozen backbone, training the head only (linear-init protocol); null
+            as for epochs.
         linear_lr: head learning rate of the linear phase; null takes lr times head_lr_multiplier.
         batch_size: samples of one optimizer update, over all ranks and accumulation steps.
         accumulation: forward and backward passes per update.
@@ -183,7 +189,11 @@ class TrainConfig(Section):
         ema_decay: decay of an exponential moving average of the weights (then evaluated and saved); 0 is off.
         precision: bf16 runs the network under autocast; auto takes bf16 where it is faster (GPUs from sm_80, CPUs with
             AMX) and fp32 elsewhere.
+        best_of: which epochs compete for the best validation mAP, whose weights are kept: those of fine-tuning alone
+            (finetune, as published), or those of the linear phase too (run), so that fine-tuning cannot lose what the
+            linear phase had.
         stop_after_drop: stop when validation mAP falls this many points below the best; 0 never stops.
+        patience: stop a phase when so many validations in a row were not its best; 0 never stops.
         log_every: updates between two progress lines in metrics.jsonl.
         nonfinite: what to do about an update whose loss or gradient is not finite. stop ends the run with the images of
             that batch in nonfinite.jsonl, and keeps the checkpoint of before; skip leaves the update out, and asks the
@@ -197,8 +207,8 @@ class TrainConfig(Section):
 
     section: ClassVar[str] = "train"
 
-    epochs: int = positive(10)
-    linear_epochs: int = not_negative(0)
+    epochs: int | None = positive(10)
+    linear_epochs: int | None = not_negative(0)
     linear_lr: float | None = positive(None)
     batch_size: int = positive(16)
     accumulation: int = positive(1)
@@ -215,7 +225,9 @@ class TrainConfig(Section):
     clip: float = not_negative(0.0)
     ema_decay: float = fraction(0.0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    best_of: Literal["finetune", "run"] = "finetune"
     stop_after_drop: float = not_negative(0.0)
+    patience: int = not_negative(0)
     log_every: int = positive(50)
     nonfinite: Literal["stop", "skip"] = "stop"
     nonfinite_limit: int = positive(10)

@@ -8,70 +8,12 @@ Source: docs/sources.md#published-results (test mAP), docs/sources.md#cole, #em,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from spml_fast.core.errors import UserError
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a table: a method with its options.
-
-    Attributes:
-        name: short name, part of the run directories.
-        method: registry name of the method.
-        recipe: file in launch/configs.
-        options: command line options after the recipe.
-        published: published test mAP, for presets of real data sets; alpha -> value.
-        note: how its setting differs, for the table.
-        alphas: BoostLU factors that the trained model is tested with; 1 alone for heads without a map to boost.
-    """
-
-    name: str
-    method: str
-    recipe: str
-    options: tuple[str, ...] = ()
-    published: dict[str, float] = field(default_factory=dict)
-    note: str = ""
-    alphas: tuple[int, ...] = (1, 5)
-
-
-@dataclass(frozen=True)
-class Statement:
-    """What a paper says, as a comparison of means.
-
-    Attributes:
-        text: the statement.
-        needs: entries that it compares.
-        holds: means by (entry, alpha) -> whether it holds.
-    """
-
-    text: str
-    needs: tuple[str, ...]
-    holds: Callable[[dict[tuple[str, str], float]], bool]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A data set with its entries and statements.
-
-    Attributes:
-        name: of the preset.
-        entries: all that exist.
-        statements: those that are judged when their entries were run.
-        default: names of the entries that run when none are named.
-        note: the text below the table.
-    """
-
-    name: str
-    entries: tuple[Entry, ...]
-    statements: tuple[Statement, ...]
-    default: tuple[str, ...]
-    note: str = ""
-
-
-PLAIN = ("--model.alpha_train", "1")
+from spml_fast.reproduction.entries import PLAIN, STATEMENTS, Entry, Preset
+from spml_fast.reproduction.photos import PHOTOS
 
 DIGITS = (
     Entry("full", "full", "digits.yaml", PLAIN, note="every label known"),
@@ -93,9 +35,6 @@ DIGITS = (
 def _digits(name: str, *options: str, note: str = "") -> Entry:
     return Entry(name, name, "digits.yaml", (*PLAIN, *options), note=note)
 
-
-# Entries that train with hidden labels.
-ORACLES = ("full", "full_ls", "iun", "q2l_full")
 
 # Mean number of digits in a training scene, which EPR and ROLE are given as k (a statistic of the full labels).
 _DIGITS_POSITIVES = ("--method.expected_positives", "2.65")
@@ -123,41 +62,6 @@ MORE_DIGITS = (
     Entry("q2l_full", "full", "digits_q2l.yaml", note="Query2Label head, every label known", alphas=(1,)),
     Entry("q2l_an", "an", "digits_q2l.yaml", note="Query2Label head", alphas=(1,)),
     Entry("q2l_ignore", "ignore", "digits_q2l.yaml", note="Query2Label head, warm-up 6", alphas=(1,)),
-)
-
-
-def _better(first: tuple[str, str], second: tuple[str, str]) -> Callable[[dict[tuple[str, str], float]], bool]:
-    return lambda means: means[first] > means[second]
-
-
-STATEMENTS = (
-    Statement(
-        "BoostLU at inference improves a trained assumed-negative model",
-        ("an",),
-        _better(("an", "5"), ("an", "1")),
-    ),
-    Statement(
-        "training assumed-negative with BoostLU is worse than boosting at inference only",
-        ("an", "an_boost"),
-        _better(("an", "5"), ("an_boost", "5")),
-    ),
-    Statement(
-        "LL-R + BoostLU beats LL-R and assumed negative",
-        ("an", "ll_r", "ll_r_boost"),
-        lambda m: m["ll_r_boost", "5"] > max(m["ll_r", "1"], m["an", "1"]),
-    ),
-    Statement("IGNORE beats assumed negative", ("an", "ignore"), _better(("ignore", "1"), ("an", "1"))),
-    Statement(
-        "IGNORE gains at least 1.5 points over assumed negative at alpha 1",
-        ("an", "ignore"),
-        lambda m: m["ignore", "1"] - m["an", "1"] >= 1.5,
-    ),
-    Statement("EM beats assumed negative", ("an", "em"), _better(("em", "1"), ("an", "1"))),
-    Statement(
-        "nothing beats full labels",
-        ("full",),
-        lambda m: m["full", "1"] >= max([v for (name, _), v in m.items() if name not in ORACLES], default=0),
-    ),
 )
 
 
@@ -407,6 +311,7 @@ PRESETS: dict[str, Preset] = {
         "the papers: 1e-5, 10 epochs (IGNORE 25), batch 16, "
         "Adam, constant, pretrained ResNet-50",
     ),
+    "photos": PHOTOS,
     **{paper.name: paper.preset() for paper in _PAPERS},
 }
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from spml_fast.core import io
 from spml_fast.core.errors import UserError
 from spml_fast.core.outputs import writer_name
-from spml_fast.reproduction.presets import Entry, Preset
+from spml_fast.reproduction.entries import Entry, Preset
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.read import read_epochs, read_results
 

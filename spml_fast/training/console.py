@@ -21,6 +21,7 @@ from spml_fast.core.text import without_controls
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.logs import Meter, memory_gib
+from spml_fast.training.pace import duration
 from spml_fast.training.setup import Phase, RunData
 
 
@@ -74,7 +75,9 @@ def place_name(phase: Phase, position: CheckpointPosition) -> str:
     return f"{epoch_name(phase, position.epoch + 1)}, update {position.update}"
 
 
-def live_line(name: str, loss: float | None, best: float, meter: Meter, device: torch.device) -> str:
+def live_line(
+    name: str, loss: float | None, best: float, meter: Meter, device: torch.device, left: float | None = None
+) -> str:
     """The line that follows the training on a terminal.
 
     Args:
@@ -83,12 +86,14 @@ def live_line(name: str, loss: float | None, best: float, meter: Meter, device: 
         best: highest validation mAP; -inf before the first.
         meter: that of the epoch.
         device: whose memory is shown.
+        left: seconds to the end of training; None where nothing tells yet.
     """
+    time_left = "" if left is None else f" | {duration(left)} left"
     score = f" | val mAP {best:.2f}" if math.isfinite(best) else ""
     loss_text = f" | loss {loss:.4f}" if loss is not None else ""
     return (
         f"{name}{loss_text}{score} | {meter.rate:.0f} images/s | "
-        f"data wait {meter.wait_fraction:.0%} | {memory_gib(device):.1f} GiB"
+        f"data wait {meter.wait_fraction:.0%} | {memory_gib(device):.1f} GiB{time_left}"
     )
 
 
@@ -142,7 +147,8 @@ def closing_rows(results: dict[str, Any], run_dir: Path) -> list[tuple[str, str]
             maps = ("-" if group["map"] is None else f"{group['map']:.2f}" for group in metrics["groups"])
             rows.append((f"groups of classes, rarest first, {alpha_name(alpha)}", " / ".join(maps)))
     if results["best_val_map"] is not None:
-        rows.append(("best validation mAP", f"{map_text(results['best_val_map'])} (epoch {results['best_epoch']})"))
+        epoch = f"{'linear ' if results.get('best_phase') == 'linear' else ''}epoch {results['best_epoch']}"
+        rows.append(("best validation mAP", f"{map_text(results['best_val_map'])} ({epoch})"))
     return [
         *rows,
         ("training speed", f"{results['images_per_second']:.0f} images/s over {results['ranks']} rank(s)"),

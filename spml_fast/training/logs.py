@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from spml_fast.core import distributed
 from spml_fast.core.io import finite
@@ -74,7 +74,7 @@ class RunLog:
 
     Args:
         folder: run directory; figures go to metrics.jsonl in it.
-        total_updates: updates of the whole run, for the time left.
+        total_updates: updates of the whole run, for the bar.
     """
 
     def __init__(self, folder: Path, total_updates: int) -> None:
@@ -89,7 +89,6 @@ class RunLog:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.completed}/{task.total}"),
-                TimeRemainingColumn(compact=True),
                 console=self.console,
                 transient=True,
             )

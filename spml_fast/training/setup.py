@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,10 +43,38 @@ class Phase:
     epochs: int
 
 
+# What `train.epochs null` means at so many training images, and its limits.
+EPOCHS_AT, EPOCHS, FEWEST_EPOCHS, MOST_EPOCHS = 2000, 8, 3, 30
+
+
+def suitable_epochs(images: int) -> int:
+    """Epochs of a phase for a number of training images: 8 at 2,000, and fewer the more images there are.
+
+    A network sees every image less often the more there are, and all of them together more often: epochs fall with the
+    square root. 200 images have 25 epochs, 14,000 or more have 3.
+    """
+    return min(max(round(EPOCHS * math.sqrt(EPOCHS_AT / images)), FEWEST_EPOCHS), MOST_EPOCHS)
+
+
+def resolve_epochs(config: Config, images: int) -> Config:
+    """The configuration with numbers in place of `null` epochs.
+
+    Args:
+        config: as it was given.
+        images: of the training split.
+    """
+    train, suitable = config.train, suitable_epochs(images)
+    epochs = suitable if train.epochs is None else train.epochs
+    linear = suitable if train.linear_epochs is None else train.linear_epochs
+    return dataclasses.replace(config, train=dataclasses.replace(train, epochs=epochs, linear_epochs=linear))
+
+
 def make_phases(config: Config) -> list[Phase]:
-    """The phases of a run in order."""
-    linear = [Phase("linear", config.train.linear_epochs)] if config.train.linear_epochs else []
-    return [*linear, Phase("finetune", config.train.epochs)]
+    """The phases of a run in order; their epochs are numbers (`resolve_epochs`)."""
+    train = config.train
+    assert train.epochs is not None
+    linear = [Phase("linear", train.linear_epochs)] if train.linear_epochs else []
+    return [*linear, Phase("finetune", train.epochs)]
 
 
 @dataclass(frozen=True)
@@ -67,6 +96,11 @@ class RunData:
     labels: SparseLabels
 
 
+def sees_observed(config: Config) -> bool:
+    """Whether training sees the observed labels, and not all that are known."""
+    return get_method(config.method.name).label_source == "observed" and config.data.train_labels == "observed"
+
+
 def load_data(config: Config) -> RunData:
     """Open a run's data set and check that it suits the method (collective: rank 0 builds the digit scenes first).
 
@@ -84,7 +118,7 @@ def load_data(config: Config) -> RunData:
     for split in (train, val, test):
         if split is not None and len(split) == 0:
             raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
-    labels = train.observed if method.label_source == "observed" else train.known
+    labels = train.observed if sees_observed(config) else train.known
     if not (labels.codes == POSITIVE).any():
         raise UserError(f"no image of split {train.name!r} has a positive label; nothing to learn from")
     method.check_labels(train.known if method.uses_truth else labels, config.method)
@@ -201,7 +235,7 @@ def set_prior(classifier: Classifier, config: Config, store: LabelStore, images:
 
 def make_truth(config: Config, train: Split, device: torch.device) -> LabelStore | None:
     """All known labels, where they are more than the method may see: a simulation, or an oracle's diagnostics."""
-    if get_method(config.method.name).label_source == "observed" and train.hides_labels:
+    if sees_observed(config) and train.hides_labels:
         return LabelStore(train.known, device)
     return None
 

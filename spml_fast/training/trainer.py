@@ -30,6 +30,7 @@ from spml_fast.runs.open import make_eval_loader
 from spml_fast.runs.warm_start import warm_start
 from spml_fast.runs.write import write_description, write_results
 from spml_fast.training import console, peers
+from spml_fast.training.advice import opening_notes
 from spml_fast.training.bad_image_list import list_bad_images
 from spml_fast.training.batchnorm_state import average_statistics, own_statistics
 from spml_fast.training.checkpoint import CheckpointPosition
@@ -40,6 +41,7 @@ from spml_fast.training.memory import explain_out_of_memory
 from spml_fast.training.module import TrainingModule
 from spml_fast.training.nonfinite import NonFiniteGuard
 from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
+from spml_fast.training.pace import Pace
 from spml_fast.training.resume import Resume, check_same_run, defining_options, find_resume
 from spml_fast.training.save_times import SaveTimes
 from spml_fast.training.saving import RunCheckpoints
@@ -53,6 +55,7 @@ from spml_fast.training.setup import (
     make_run_dir,
     make_train_loader,
     make_truth,
+    resolve_epochs,
     resolved_config,
     set_prior,
 )
@@ -72,10 +75,11 @@ class Trainer:
     """
 
     def __init__(self, config: Config, device: torch.device, program: bool = False) -> None:
-        self.config, self.device = config, device
+        self.device = device
         self.world, self.rank = distributed.world_size(), distributed.rank()
         set_cudnn_policy(device, config.run.deterministic)
         self.data = load_data(config)
+        self.config = config = resolve_epochs(config, len(self.data.train))
         self.run_dir = make_run_dir(config, self.data.manifest.name)
         self.layout = RunLayout(self.run_dir)
         torch.manual_seed(config.run.seed)
@@ -92,6 +96,7 @@ class Trainer:
             self.val_loader = make_eval_loader(config, self.data.val, self.classifier, device)
         self.phases = make_phases(config)
         self.total_updates = sum(p.epochs for p in self.phases) * self.loader.updates_per_epoch
+        self.pace = Pace(self.phases, self.loader.updates_per_epoch, config.train, self.data.val, device)
         defines = defining_options(config, self.data.manifest, device)
         self.checkpoints = RunCheckpoints(self.layout, config.run.keep, defines)
         self.saves = SaveTimes(config.run, self.run_dir, self.checkpoints, program)
@@ -117,10 +122,7 @@ class Trainer:
             notes.append(forced)
         with RunLog(self.run_dir, self.total_updates) as self.log:
             self.log.say(console.opening_line(self.config, self.data, self.classifier, self.device, self.run_dir))
-            if self.data.val is None:
-                self.log.say("no validation split: the weights of the last epoch are kept, not the best ones")
-            if self.data.test is None:
-                self.log.say("no test split: there will be no test figures")
+            notes = [*opening_notes(self.config, self.data, self.classifier, self.total_updates), *notes]
             for note in notes:
                 self.log.say(note)
             if resume is None:
@@ -180,9 +182,10 @@ class Trainer:
             start_epoch, start_update = restore_state(self, phase, resume)
         # Once the checkpoint was accepted: until then the run is what it was.
         self._describe(ds_config)
+        self.pace.begin(phase)
         for epoch in range(start_epoch, phase.epochs + 1):
-            if self.score.has_dropped(train.stop_after_drop):
-                self.log.say(f"stopped: validation mAP is {train.stop_after_drop:g} points below the best")
+            if (reason := self.score.stops(train.stop_after_drop, train.patience)) is not None:
+                self.log.say(f"stopped: {reason}")
                 break
             self._train_epoch(phase, epoch, start_update)
             start_update = 0
@@ -194,7 +197,7 @@ class Trainer:
         if linear and self.layout.weights.exists():
             # Fine-tuning starts from the best linear head. Source: docs/sources.md#large-loss.
             self.classifier, _ = self._load_best()
-            self.score.reset()
+            self.score.next_phase(keep_best=train.best_of == "run")
 
     def _load_best(self) -> tuple[Classifier, dict[str, str]]:
         return load_best_classifier(self.config, self.layout, self.data.manifest.num_classes, self.device)
@@ -229,8 +232,10 @@ class Trainer:
             peers.end_update(phase.name, epoch, update)
             if update % config.train.log_every == 0 and update < self.loader.updates_per_epoch:
                 self._log_update(phase, progress, meter, sums)
+            if (cost := self.pace.update(epoch, update)) is not None:
+                self.log.say(cost)
             if self.log.live:
-                self.log.progress(done + progress.update + 1, self._live_line(phase, epoch, meter))
+                self.log.progress(done + progress.update + 1, self._live_line(phase, epoch, update, meter))
             if self.saves.due(update, progress.updates_per_epoch):
                 self._save(phase, epoch - 1, update, best=False)
         self.running = None
@@ -238,6 +243,7 @@ class Trainer:
         self.trained_samples += meter.samples
         self.trained_seconds += meter.seconds
         self.waited_seconds += meter.waited
+        self.pace.end_epoch(meter.rate)
         figures |= {
             "images_per_second": meter.rate,
             "data_wait": meter.wait_fraction,
@@ -253,9 +259,9 @@ class Trainer:
             figures["bad_images"] = list_bad_images(self.loader.bad_images, self.layout)
         self.figures = figures
 
-    def _live_line(self, phase: Phase, epoch: int, meter: Meter) -> str:
-        name = console.epoch_name(phase, epoch)
-        return console.live_line(name, self.last_loss, self.score.best, meter, self.device)
+    def _live_line(self, phase: Phase, epoch: int, update: int, meter: Meter) -> str:
+        name, left = console.epoch_name(phase, epoch), self.pace.seconds_left(epoch, update)
+        return console.live_line(name, self.last_loss, self.score.best, meter, self.device, left)
 
     def _update(self, micro: list[MicroBatch], progress: Progress, sums: dict[str, Tensor]) -> None:
         """One optimizer update: forward, backward and step for each micro-batch."""
@@ -415,6 +421,7 @@ class Trainer:
         results: dict[str, Any] = {
             "run": str(self.run_dir),
             "method": config.method.name,
+            "best_phase": metadata.get("phase", self.phases[-1].name),
             "best_epoch": int(metadata["epoch"]),
             "best_val_map": float(metadata["val_map"]) if self.data.val is not None else None,
             "images_per_second": self.trained_samples / max(self.trained_seconds, 1e-9),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from spml_fast.cli.parse import parse_config
+from spml_fast.cli.parse import default_recipe_of, parse_config
 from spml_fast.core.config import SECTIONS, Config, DataConfig, EvalConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.methods import get_method, method_names
@@ -77,15 +77,48 @@ def test_empty_recipes_and_sections(recipe, content):
     assert parse_config(["--config", recipe(content)]).train == TrainConfig()
 
 
-@pytest.mark.parametrize(
-    ("argv", "used"),
-    [([], True), (["--train.lr", "1"], True), (["--data.dir", "x"], False), (["--data.dir=x"], False)],
-)
-def test_default_recipe_only_without_recipe_and_data(recipe, argv, used):
+def test_default_recipe_only_without_recipe(recipe):
     default = Path(recipe({"train": {"epochs": 99}}, "default.yaml"))
-    assert (parse_config(argv, default).train.epochs == 99) is used
+    assert parse_config(["--train.lr", "1"], default).train.epochs == 99
+    assert parse_config(["--train.epochs", "98"], default).train.epochs == 98
     other = recipe({"train": {"lr": 1.0}}, "other.yaml")
-    assert parse_config([*argv, "--config", other], default).train.epochs == 10
+    assert parse_config(["--config", other], default).train.epochs == 10
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ([], "digits"),
+        (["--method", "an", "--train.lr", "1"], "digits"),
+        (["--data.dir", "x"], "finetune"),
+        (["--data.dir=x", "--model.pretrained=true", "--run.dir", "nowhere"], "finetune"),
+        (["--data.dir", "x", "--model.pretrained", "false"], "scratch"),
+        (["--data.dir", "x", "--model.pretrained", "false", "--model.weights", "w.safetensors"], "finetune"),
+        (["--config", "coco_boostlu", "--data.dir", "x"], None),
+        (["--config=coco_boostlu"], None),
+    ],
+)
+def test_which_recipe_a_command_line_without_one_takes(argv, name):
+    assert default_recipe_of(["--local_rank=0", *argv]) == name
+
+
+def test_own_images_have_a_recipe_of_their_own():
+    config = parse_config(["--data.dir", "x", "--train.batch_size", "32"], "finetune")
+    assert config.model.freeze_bn and config.train.best_of == "run" and config.data.image_size == 224
+    assert (config.train.epochs, config.train.linear_epochs, config.train.batch_size) == (None, None, 32)
+    published = parse_config(["--data.dir", "x"], "published")
+    assert published == parse_config(["--data.dir", "x"]), "the options' own defaults are the papers'"
+
+
+def test_a_run_of_an_older_version_keeps_what_its_command_line_meant(tmp_path):
+    words = ["--data.dir", "x", "--run.dir", str(tmp_path)]
+    config = parse_config(words)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert default_recipe_of(words) == "finetune"
+    (tmp_path / "config.yaml").write_text(to_yaml(config).replace("  best_of: finetune\n", ""))
+    assert default_recipe_of(words) == "published"
+    (tmp_path / "config.yaml").write_text("train: [")
+    assert default_recipe_of(words) == "finetune"
 
 
 @pytest.mark.parametrize("words", [["--method", "ll_cp"], ["--method=ll_cp"], ["--method.name", "ll_cp"]])

@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from spml_fast.cli.main import COMMANDS
-from spml_fast.cli.parse import parse_config
+from spml_fast.cli.parse import default_recipe_of, parse_config
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.datasets.csv_table import read_table
 from spml_fast.runs.recipe import check_keys
@@ -112,9 +112,9 @@ def check_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None
         return
     try:
         if command == "train":
-            parse_config(plain, "digits")
+            parse_config(plain, default_recipe_of(plain))
         elif rest := parse_only(command, plain, monkeypatch):
-            parse_config(rest, "digits")
+            parse_config(rest, default_recipe_of(rest))
     except SystemExit as end:
         assert end.code == 0, f"spml-fast {command} {' '.join(plain)}"
 

@@ -40,6 +40,17 @@ def test_every_statement_is_judged_and_can_fail() -> None:
     assert [s["holds"] for s in check_claims(preset, rows(**{**GOOD, "em_1": 99.5}))].count(False) == 1
 
 
+def test_half_of_the_gap_on_photographs() -> None:
+    preset = get_preset("photos")
+    means = GOOD | {"gr_1": 91, "gr_5": 91, "ll_r_boost_1": 93, "ll_r_boost_5": 94.5}
+    means |= {"ignore_5": 94, "em_1": 92, "em_5": 93}
+    held = check_claims(preset, rows(**means))
+    assert len(held) == len(preset.statements) and all(s["holds"] for s in held)
+    # Between 90 and 99, half of the way is 94.5.
+    spoiled = check_claims(preset, rows(**means | {"ll_r_boost_5": 94.4}))
+    assert [s["holds"] for s in spoiled] == [True] * (len(held) - 1) + [False]
+
+
 def test_statements_without_their_methods_are_left_out() -> None:
     kept = check_claims(get_preset("digits"), rows(an_1=90, an_5=93))
     assert [s["text"] for s in kept] == ["BoostLU at inference improves a trained assumed-negative model"]
@@ -57,7 +68,7 @@ def test_presets_name_recipes_that_exist() -> None:
             assert (ROOT / "launch" / "configs" / entry.recipe).is_file(), entry
 
 
-@pytest.mark.parametrize("preset", ["digits", pytest.param("cub", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("preset", ["digits", "photos", pytest.param("cub", marks=pytest.mark.slow)])
 def test_every_entry_is_a_valid_run(preset: str) -> None:
     for entry in PRESETS[preset].entries:
         arguments = [
@@ -126,6 +137,11 @@ def test_epochs_of_runs_that_were_cut_off_or_stopped_early(tmp_path: Path) -> No
     assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
+def test_photographs_must_be_given(run_script: Run) -> None:
+    done = run_script("reproduce.py", "--preset", "photos")
+    assert done.returncode == 1 and "preset photos needs --data.dir: a Manifest of photographs" in done.stderr
+
+
 def test_unknown_names() -> None:
     with pytest.raises(UserError, match="no preset 'cub2'"):
         get_preset("cub2")
@@ -135,7 +151,7 @@ def test_unknown_names() -> None:
 
 def test_runs_once_and_writes_everything(small_digits: Path, run_script: Run, tmp_path: Path) -> None:
     out, report = tmp_path / "out", tmp_path / "report.json"
-    arguments = ["--methods", "an,ll_r_boost", "--seeds", 1, "--data", small_digits, "--out", out, "--json", report]
+    arguments = ["--methods", "an,ll_r_boost", "--seeds", 1, "--data.dir", small_digits, "--out", out, "--json", report]
     arguments += ["--train.epochs", 2, "--deepspeed.tensorboard", "false"]
     done = run_script("reproduce.py", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr

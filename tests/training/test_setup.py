@@ -20,6 +20,7 @@ from spml_fast.training.setup import (
     make_phases,
     make_run_dir,
     make_truth,
+    resolve_epochs,
     resolved_config,
 )
 
@@ -44,6 +45,8 @@ def test_data(small_digits: Path) -> None:
     assert load_data(configured(small_digits, "--data.val_split", "null")).val is None
     known = load_data(configured(small_digits, "--method", "full"))
     assert known.labels is known.train.known
+    every = configured(small_digits, "--method", "partial", "--data.train_labels", "known")
+    assert (data := load_data(every)).labels is data.train.known and make_truth(every, data.train, CPU) is None
     with pytest.raises(UserError, match="'dev'"):
         load_data(configured(small_digits, "--data.val_split", "dev"))
 
@@ -76,7 +79,7 @@ def test_resolved_configuration(small_digits: Path, tmp_path: Path) -> None:
     config = configured(small_digits, "--data.std", "[0.1,0.2,0.3]")
     data = load_data(config)
     classifier = make_classifier(config.model, data.manifest.num_classes, 64, CPU)
-    resolved = resolved_config(config, data, tmp_path, classifier)
+    resolved = resolved_config(config, data, tmp_path, classifier, None)
     assert resolved.data.mean == classifier.input_normalisation()[0] and resolved.data.std == [0.1, 0.2, 0.3]
     assert resolved.data.dir == str(small_digits.resolve()) and resolved.run.dir == str(tmp_path)
     assert dataclasses.replace(resolved, data=config.data, run=config.run) == config
@@ -86,3 +89,19 @@ def test_synchronised_statistics_need_gpus(small_digits: Path) -> None:
     config = configured(small_digits, "--model.sync_bn", "true")
     with pytest.raises(UserError, match=r"model\.sync_bn needs GPUs"):
         make_classifier(config.model, 10, 64, CPU)
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs"), [(1, 30), (148, 29), (200, 25), (2000, 8), (8000, 4), (14_000, 3), (9_000_000, 3)]
+)
+def test_epochs_by_the_number_of_images(small_digits: Path, images: int, epochs: int) -> None:
+    config = configured(small_digits, "--train.epochs", "null", "--train.linear_epochs", "null")
+    found = resolve_epochs(config, images).train
+    assert (found.epochs, found.linear_epochs) == (epochs, epochs)
+
+
+def test_epochs_that_were_given_stay(small_digits: Path) -> None:
+    config = configured(small_digits, "--train.epochs", "5", "--train.linear_epochs", "0")
+    assert resolve_epochs(config, 2000) == config
+    mixed = resolve_epochs(configured(small_digits, "--train.epochs", "5", "--train.linear_epochs", "null"), 2000)
+    assert (mixed.train.epochs, mixed.train.linear_epochs) == (5, 8)

@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 
 from spml_fast.analysis.report.page import make_page
 from tests.support import warm
@@ -326,6 +328,32 @@ class TestPhases:
         assert all(torch.equal(first[k], second[k]) for k in backbone)
         assert not torch.equal(first["classifier.head.weight"], second["classifier.head.weight"])
         assert any(not torch.equal(second[k], third[k]) for k in backbone)
+
+    def test_own_images_without_a_recipe(self, small_digits: Path, run_script: Run, tmp_path: Path) -> None:
+        """Epochs by the number of images, and fine-tuning that gains nothing keeps what the linear phase had."""
+        run, file = tmp_path / "run", tmp_path / "weights.safetensors"
+        torch.manual_seed(7)  # not the run's own seed, which would make the same weights
+        save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), file)
+        words = ["--data.dir", small_digits, "--run.dir", run, "--model.backbone", "test_resnet"]
+        words += ["--model.weights", file, "--deepspeed.tensorboard", "false"]
+        words += ["--data.image_size", 64, "--train.epochs", 1, "--train.lr", 1e-9]
+        words += ["--train.batch_size", 64, "--method", "an"]
+        out = succeed(run_script("train.py", *words))
+        assert "recipe: finetune, since --config names none" in out
+        assert "warning: method an with model.alpha_train 5" in out
+        train = yaml.safe_load((run / "config.yaml").read_text())["train"]
+        assert (train["linear_epochs"], train["epochs"], train["best_of"]) == (26, 1, "run")
+        epochs = {(e["phase"], e["epoch"]): e["val_map"] for e in read_metrics(run, "epoch")}
+        results = json.loads((run / "results.json").read_text())
+        best = (results["best_phase"], results["best_epoch"])
+        assert best[0] == "linear" and epochs[best] == pytest.approx(results["best_val_map"], abs=1e-5)
+        assert results["best_val_map"] == pytest.approx(epochs["finetune", 1], abs=0.1), (
+            "it began from the best weights"
+        )
+        assert f"(linear epoch {best[1]})" in out
+        kept = (run / "model.safetensors").read_bytes()
+        assert "nothing left to train" in succeed(run_script("train.py", *words))
+        assert (run / "model.safetensors").read_bytes() == kept
 
     def test_bf16_trains(self, small_digits: Path, run_script: Run, tmp_path: Path) -> None:
         run = tmp_path / "run"

@@ -102,5 +102,6 @@ def make_page(folders: Sequence[Path]) -> str:
 def _best(run: Run) -> str:
     """Test mAP of one run at every alpha, and its best epoch."""
     maps = ", ".join(f"{alpha_text(a)}: {m['map']:.2f}" for a, m in run.alphas.items() if m.get("map") is not None)
-    epoch = (run.results or {}).get("best_epoch")
-    return (maps or "-") + ("" if epoch is None else f" (epoch {epoch})")
+    results = run.results or {}
+    epoch, linear = results.get("best_epoch"), "linear " if results.get("best_phase") == "linear" else ""
+    return (maps or "-") + ("" if epoch is None else f" ({linear}epoch {epoch})")

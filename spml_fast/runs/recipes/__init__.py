@@ -1,4 +1,7 @@
-"""The recipes that come with the package: published settings, and those of the embedded digit scenes."""
+"""The recipes that come with the package.
+
+Published settings, those of the embedded digit scenes, and what is taken for one's own images.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,18 @@ FOLDER = Path(__file__).parent
 def recipe_names() -> list[str]:
     """Names of all packaged recipes, in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def default_recipe(own_data: bool, random_weights: bool) -> str:
+    """The recipe of a run that names none.
+
+    Args:
+        own_data: a data set was named; without one training takes the digit scenes.
+        random_weights: the backbone starts without pretrained weights.
+    """
+    if not own_data:
+        return "digits"
+    return "scratch" if random_weights else "finetune"
 
 
 def find_recipe(recipe: str) -> Path:

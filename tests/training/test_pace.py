@@ -1,0 +1,82 @@
+"""What a run says about its cost."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from spml_fast.core.config import TrainConfig
+from spml_fast.training import pace
+from spml_fast.training.pace import Pace, clock, duration
+from spml_fast.training.setup import Phase
+
+LINEAR, FINETUNE = Phase("linear", 2), Phase("finetune", 4)
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands until it is set."""
+    time = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: time[0])
+    return time
+
+
+def make(phases: list[Phase], eval_images: int = 0) -> Pace:
+    return Pace(phases, 100, TrainConfig(batch_size=16), range(eval_images), torch.device("cpu"))
+
+
+def test_the_first_update_does_not_count_and_the_line_comes_once(now: list[float]):
+    run = make([FINETUNE])
+    run.begin(FINETUNE)
+    now[0] = 1000.0
+    assert run.update(1, 1) is None and run.seconds_left(1, 1) is None
+    lines = []
+    for done in range(2, 30):
+        now[0] += 2.0
+        lines.append(run.update(1, done))
+    (line,) = [text for text in lines if text is not None]
+    # Five updates in the ten seconds after the first: 8 images/s, 200 s an epoch, of which 3.94 are left.
+    assert lines.index(line) == 4 and run.rate == pytest.approx(8.0)
+    assert re.fullmatch(r"8 images/s: about 3 min an epoch; training ends in about 13 min, at \d\d:\d\d( on .*)?", line)
+    assert run.seconds_left(1, 50) == pytest.approx(3.5 * 200)
+    assert run.seconds_left(4, 100) == pytest.approx(0.0)
+
+
+def test_many_fast_updates_are_enough(now: list[float]):
+    run = make([FINETUNE])
+    run.begin(FINETUNE)
+    lines = []
+    for done in range(1, pace.ENOUGH_UPDATES + 3):
+        now[0] += 0.001
+        lines.append(run.update(1, min(done, 100)))
+    assert [i for i, line in enumerate(lines) if line] == [pace.ENOUGH_UPDATES]
+
+
+def test_validation_and_the_phase_to_come_are_part_of_it(now: list[float]):
+    run = make([LINEAR, FINETUNE], eval_images=800)
+    run.begin(LINEAR)
+    for done in range(1, 5):
+        run.update(1, done)
+        now[0] += 4.0
+    # 4 images/s of a forward alone: 400 s of training and 200 s of validation; then 1,200 and 200 s an epoch.
+    assert run.rate == pytest.approx(4.0) and run.epoch_seconds == pytest.approx(600)
+    assert run.seconds_left(2, 50) == pytest.approx(0.5 * 600 + 4 * 1400)
+    run.end_epoch(8.0)
+    assert run.epoch_seconds == pytest.approx(300)
+    run.begin(FINETUNE)
+    run.end_epoch(8.0)
+    assert run.seconds_left(1, 0) is None, "a phase is measured anew"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (99, "99 s"), (100, "2 min"), (5400, "90 min"), (7200, "2.0 h"), (200_000, "2.3 days")],
+)
+def test_durations(seconds: float, text: str):
+    assert duration(seconds) == text
+
+
+def test_the_time_of_day_has_a_date_on_another_day():
+    assert re.fullmatch(r"\d\d:\d\d on \d\d \w+", clock(3 * 86400))
