@@ -52,7 +52,11 @@ class DataConfig(Section):
         train_crop: squash resizes to the square ignoring the aspect ratio (the papers' way); random_resized crops.
         crop_scale: smallest fraction of the image's area that random_resized keeps.
         hflip: probability of a horizontal flip in training.
-        randaugment_ops: RandAugment operations per image in the strong view.
+        cutout: side of the square of one random colour that covers a part of every training image, as a fraction of
+            the image's; 0 for none. For methods with one view, as the programs of ASL, SPLC, Hill and CSL.
+        randaugment: which view RandAugment changes: strong, which IGNORE has, on the image in its own size; or weak,
+            the only view of other methods, behind the resize and cutout, as in the same programs.
+        randaugment_ops: RandAugment operations per image in that view.
         randaugment_magnitude: RandAugment magnitude, 0 to 30.
         mean: per-channel mean in 0..1; null takes the backbone's.
         std: per-channel standard deviation in 0..1; null takes the backbone's.
@@ -84,6 +88,8 @@ class DataConfig(Section):
     train_crop: Literal["squash", "random_resized"] = "squash"
     crop_scale: float = fraction(0.5)
     hflip: float = fraction(0.5)
+    cutout: float = fraction(0.0)
+    randaugment: Literal["strong", "weak"] = "strong"
     randaugment_ops: int = 3
     randaugment_magnitude: int = 5
     mean: list[float] | None = ruled(None, channels)
@@ -174,6 +180,8 @@ class TrainConfig(Section):
         linear_lr: head learning rate of the linear phase; null takes lr times head_lr_multiplier.
         batch_size: samples of one optimizer update, over all ranks and accumulation steps.
         accumulation: forward and backward passes per update.
+        drop_last: leave out an epoch's last batch where it is smaller than batch_size, as some released programs do;
+            which images that concerns differs from epoch to epoch.
         exact_accumulation: batch statistics of the method over the whole update instead of each micro-step; costs one
             more forward without gradient a step. No effect when accumulation is 1.
         lr: learning rate of the backbone (peak value for one_cycle and cosine).
@@ -212,6 +220,7 @@ class TrainConfig(Section):
     linear_lr: float | None = positive(None)
     batch_size: int = positive(16)
     accumulation: int = positive(1)
+    drop_last: bool = False
     exact_accumulation: bool = False
     lr: float = positive(1e-5)
     head_lr_multiplier: float = positive(10.0)

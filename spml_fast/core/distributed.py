@@ -70,6 +70,24 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     return torch.cat([gathered[r, :n] for r, n in enumerate(counts)])
 
 
+def part_of(total: int, rank: int) -> slice:
+    """A rank's rows of a global batch of `total`: near-equal consecutive parts, as the sampler cuts them."""
+    base, extra = divmod(total, world_size())
+    start = rank * base + min(rank, extra)
+    return slice(start, start + base + (rank < extra))
+
+
+def all_gather_parts(tensor: Tensor, total: int) -> Tensor:
+    """The rows [total, ...] of a global batch of which this rank has its part, without gradient and without a wait."""
+    if world_size() == 1:
+        return tensor.detach()
+    sizes = [(part := part_of(total, rank)).stop - part.start for rank in range(world_size())]
+    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor.detach()
+    gathered = all_gather_equal(padded)
+    return torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)])
+
+
 def store() -> Any:
     """The key-value store that the ranks met at."""
     return dist.distributed_c10d._get_default_store()

@@ -19,7 +19,7 @@ _GAMMA = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 # Streams: what a random number is for. A stream has room for 2**16 draws of one sample.
 _FLIP = {"weak": 0, "strong": 1}
-_CROP, _OPERATION, _SIGN = 2, 3, 4
+_CROP, _OPERATION, _SIGN, _CUTOUT = 2, 3, 4, 5
 _CROP_TRIES = 10
 # The operations of torchvision.transforms.RandAugment in its order.
 RANDAUGMENT_OPS = (
@@ -170,6 +170,29 @@ def posterize_mask(magnitude: int) -> int:
 def solarize_threshold(magnitude: int) -> int:
     """Smallest value that Solarize inverts, 0..255."""
     return math.ceil(float(_linspace(255.0, 0.0, magnitude)))
+
+
+def cutouts(
+    seed: int, epoch: int, index: npt.ArrayLike, side: int, fraction: float
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Cutout's squares: top left corners [n, 2], heights and widths [n, 2] in pixels, and colours [n, 3], all float32.
+
+    The centre is a pixel of the image, uniform, and what lies outside is cut off. Colours are uniform in 0..255.
+
+    Args:
+        seed: of the run.
+        epoch: number of the epoch.
+        index: sample indices, int [n].
+        side: of the square images in pixels.
+        fraction: side of the square as a fraction of that.
+
+    Source: Cutout (DeVries and Taylor, 2017), with the colour of the programs of ASL.
+    """
+    half = int(fraction * side + 0.5) // 2
+    centre = np.stack([np.floor(uniform(seed, epoch, index, _CUTOUT, k) * side) for k in range(2)], -1)
+    start, stop = np.clip(centre - half, 0, side), np.clip(centre + half, 0, side)
+    colour = np.stack([np.floor(uniform(seed, epoch, index, _CUTOUT, k) * 256) for k in range(2, 5)], -1)
+    return start.astype(np.float32), (stop - start).astype(np.float32), colour.astype(np.float32)
 
 
 def crop_boxes(

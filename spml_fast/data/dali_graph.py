@@ -36,7 +36,9 @@ class GraphOptions:
         oriented: some images must be turned.
         flipped: some images are mirrored.
         cropped: images are cropped.
-        randaugment_ops: RandAugment operations of the strong view.
+        randaugment_ops: RandAugment operations of the view that has them.
+        randaugment_view: that view; "strong" has them before its resize, "weak" behind it.
+        cutout: a square of the weak view is covered.
     """
 
     views: tuple[str, ...]
@@ -49,6 +51,8 @@ class GraphOptions:
     flipped: bool = False
     cropped: bool = False
     randaugment_ops: int = 0
+    randaugment_view: str = "strong"
+    cutout: bool = False
 
     @property
     def has_branches(self) -> bool:
@@ -157,6 +161,20 @@ def _randaugment(image: Any, step: int, gpu: bool) -> Any:
     return image
 
 
+def _cutout_and_randaugment(image: Any, options: GraphOptions) -> Any:
+    """What the weak view gets behind its resize."""
+    if options.cutout:
+        inputs = {
+            name: fn.external_source(name=f"cutout_{name}", dtype=types.FLOAT, ndim=1)
+            for name in ("anchor", "shape", "fill_value")
+        }
+        image = fn.erase(image, axes=[0, 1], **inputs)
+    if options.randaugment_view == "weak":
+        for step in range(options.randaugment_ops):
+            image = _randaugment(image, step, options.gpu)
+    return image
+
+
 def _within_limit(encoded: Any, max_pixels: Any) -> Any:
     """The encoded image, or an error where its header claims more pixels than allowed: before memory is taken for them.
 
@@ -193,7 +211,7 @@ def graph(options: GraphOptions) -> Any:
     outputs = []
     for view in options.views:
         out = image
-        if view == "strong":
+        if view == options.randaugment_view == "strong":
             for step in range(options.randaugment_ops):
                 out = _randaugment(out, step, options.gpu)
         if options.cropped:
@@ -201,6 +219,8 @@ def graph(options: GraphOptions) -> Any:
         out = fn.resize(
             out, size=[options.image_size, options.image_size], interp_type=types.INTERP_TRIANGULAR, antialias=True
         )
+        if view == "weak":
+            out = _cutout_and_randaugment(out, options)
         outputs.append(
             # The mirror is free here, and the output is written once, in the layout that channels_last needs.
             fn.crop_mirror_normalize(

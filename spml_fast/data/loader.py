@@ -25,6 +25,7 @@ from torch import Tensor
 from spml_fast.core import distributed
 from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import DataConfig
+from spml_fast.core.errors import UserError
 from spml_fast.data import augment
 from spml_fast.data.bad_images import BadImages, BatchRequest, read_size
 from spml_fast.data.dali_graph import GraphOptions
@@ -131,6 +132,11 @@ class TrainLoader:
     ) -> None:
         if views not in (("weak",), ("weak", "strong")):
             raise ValueError(f"views {views!r}")
+        if len(views) > 1 and (config.cutout or config.randaugment == "weak"):
+            raise UserError(
+                "data.cutout and data.randaugment weak are for methods with one view; this one has a weak view that "
+                "stays as it is, and a strong one"
+            )
         self.split, self.config, self.views, self.seed, self.device = split, config, views, seed, device
         self.sampler = make_sampler(
             len(split),
@@ -152,7 +158,9 @@ class TrainLoader:
             oriented=_is_oriented(split),
             flipped=config.hflip > 0,
             cropped=config.train_crop == "random_resized",
-            randaugment_ops=config.randaugment_ops if "strong" in views else 0,
+            randaugment_ops=config.randaugment_ops if config.randaugment in views else 0,
+            randaugment_view=config.randaugment,
+            cutout=config.cutout > 0,
         )
         self.bad_images = BadImages(split, config.bad_images == "replace", config.bad_image_limit)
         self._stream = Stream(
@@ -193,7 +201,13 @@ class TrainLoader:
         if graph.cropped:
             box = augment.crop_boxes(self.seed, epoch, index, width, height, self.config.crop_scale)
             inputs["crop_start"], inputs["crop_shape"] = box[:, :2].copy(), box[:, 2:].copy()
+        if graph.cutout:
+            anchor, shape, colour = augment.cutouts(self.seed, epoch, index, graph.image_size, self.config.cutout)
+            inputs |= {"cutout_anchor": anchor, "cutout_shape": shape, "cutout_fill_value": colour}
         if graph.randaugment_ops:
+            if graph.randaugment_view == "weak":
+                # It has been resized.
+                width = height = np.full(len(index), graph.image_size)
             magnitude = self.config.randaugment_magnitude
             ops, signs = augment.randaugment_choice(self.seed, epoch, index, graph.randaugment_ops)
             for step in range(graph.randaugment_ops):

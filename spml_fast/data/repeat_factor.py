@@ -76,6 +76,7 @@ class RepeatFactorSampler(TrainSampler):
         rank: as in `TrainSampler`.
         seed: as in `TrainSampler`.
         windows: as in `TrainSampler`.
+        drop_last: as in `TrainSampler`.
 
     Attributes:
         size: samples of an epoch, ceil(sum of factors).
@@ -91,13 +92,14 @@ class RepeatFactorSampler(TrainSampler):
         rank: int = 0,
         seed: int = 0,
         windows: Windows | None = None,
+        drop_last: bool = False,
     ) -> None:
         if factors.shape != (size,) or (size and factors.min() < 1):
             raise ValueError(f"factors must be [{size}] and at least 1, not {factors.shape}")
         self._unrepeated = TrainSampler(size, batch_size, accumulation, world_size, rank, seed, windows)
         total = float(factors.sum(dtype=np.float64))
         length = math.ceil(total)
-        super().__init__(length, batch_size, accumulation, world_size, rank, seed, windows)
+        super().__init__(length, batch_size, accumulation, world_size, rank, seed, windows, drop_last)
         self._factors, self._stretch = factors, length / total
 
     def permutation(self, epoch: int) -> IntArray:

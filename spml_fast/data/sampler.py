@@ -92,7 +92,7 @@ class TrainSampler:
     Update u of an epoch takes rows [u * batch_size, (u + 1) * batch_size) of the epoch's permutation; its micro-step a
     takes the a-th of `accumulation` near-equal contiguous parts, and rank r the r-th near-equal part of that. The
     last, smaller batch is kept unless it has fewer than accumulation * world_size samples: then it is dropped,
-    because no rank may get an empty micro-batch.
+    because no rank may get an empty micro-batch; with `drop_last` it is dropped always.
 
     Args:
         size: samples of the split.
@@ -102,6 +102,7 @@ class TrainSampler:
         rank: of this process in that group.
         seed: of the run.
         windows: shuffle within windows of blocks; None shuffles all samples at once.
+        drop_last: drop the last, smaller batch.
 
     Attributes:
         updates_per_epoch: optimizer updates of one epoch.
@@ -121,6 +122,7 @@ class TrainSampler:
         rank: int = 0,
         seed: int = 0,
         windows: Windows | None = None,
+        drop_last: bool = False,
     ) -> None:
         if accumulation < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"accumulation {accumulation}, world size {world_size}, rank {rank}")
@@ -135,8 +137,15 @@ class TrainSampler:
                 )
         self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
         self.world_size, self.rank, self.seed, self.windows = world_size, rank, seed, windows
+        if drop_last and size < batch_size:
+            raise UserError(
+                f"train.drop_last leaves nothing of a training split of {size} samples, with train.batch_size "
+                f"{batch_size}"
+            )
+        # Samples that a last, smaller batch must have to be kept.
+        self._smallest = batch_size if drop_last else smallest
         full, rest = divmod(size, batch_size)
-        self.updates_per_epoch = full + (rest >= smallest)
+        self.updates_per_epoch = full + (rest >= self._smallest)
         self._cuts: dict[int, EpochCut] = {}
         self.samples_per_epoch = min(size, self.updates_per_epoch * batch_size)
 
@@ -168,7 +177,7 @@ class TrainSampler:
             The update to resume at, for `epoch`: as many updates before the end as the rest takes.
         """
         full, rest = divmod(max(0, self.size - samples), self.batch_size)
-        left = full + (rest >= self.accumulation * self.world_size)
+        left = full + (rest >= self._smallest)
         self._cuts = {epoch: EpochCut(self.updates_per_epoch - left, samples, order_batch_size)}
         return self._cuts[epoch].update
 

@@ -20,8 +20,10 @@ cam_norm         per_image                  batch_rawmax in groups of 16    batc
 cam_threshold    0.8                        0.8                             0.5
 loss_form        logits                     epsilon: -log(p + 1e-5)         epsilon
 debias           true                       false                           false
+ema_partial      scaled                     whole                           whole
 masked_bn        no_update                  update                          update
-In all of them lambda holds for 16 images and is rescaled to the batch (l^(B/16), identical at the published batch);
+In all of them lambda holds for 16 images and is rescaled to the batch (l^(B/16), identical at the published batch); an
+epoch's short last batch counts by its images, or, as in the releases, as a whole one (l^ceil(B/16));
 the masked view is made without gradient, which is exact; the head's alpha applies to all views, masks come from the
 unboosted map. CALR's linear head, whose maps lack the bias, is not imitated. Without `ignore` no masked view is made,
 so BatchNorm does not see it either; under exact accumulation the masked view belongs to the pass ahead of the update,
@@ -35,6 +37,8 @@ Source: IGNORE (Song et al., ECCV 2024), first released as CALR; docs/sources.md
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -64,6 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cam_threshold": 0.8,
         "loss_form": "logits",
         "debias": True,
+        "ema_partial": "scaled",
         "masked_bn": "no_update",
     },
     "released": {
@@ -71,6 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cam_threshold": 0.8,
         "loss_form": "epsilon",
         "debias": False,
+        "ema_partial": "whole",
         "masked_bn": "update",
     },
     "calr": {
@@ -78,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cam_threshold": 0.5,
         "loss_form": "epsilon",
         "debias": False,
+        "ema_partial": "whole",
         "masked_bn": "update",
     },
 }
@@ -108,6 +115,8 @@ class IgnoreOptions(MethodOptions):
         eps: of the epsilon form.
         ema_rescale: rescale the decays to the batch size; off applies them once a step whatever its size.
         ema_batch: images that the decays are meant for.
+        ema_partial: with ema_rescale, what ema_batch images that are not all there count, as in an epoch's last batch:
+            their number (scaled), or as much as all of them (whole), as the releases do; null takes the preset's.
         debias: divide the thresholds by the fraction of the mean that they have seen; null takes the preset's.
         masked_bn: BatchNorm in the masked view moves its running statistics, uses the batch without moving them, or
             uses the running ones; null takes the preset's.
@@ -137,6 +146,7 @@ class IgnoreOptions(MethodOptions):
     eps: float = 1e-5
     ema_rescale: bool = True
     ema_batch: int = 16
+    ema_partial: Literal["scaled", "whole"] | None = None
     debias: bool | None = None
     masked_bn: Literal["update", "no_update", "eval"] | None = None
     masked_every: int = 1
@@ -195,6 +205,7 @@ class Ignore(Method[WeakAndMasked, UpdateStatistics]):
             raise UserError(f"method.masked_scale is {o.masked_scale}; it must be greater than 0 and at most 1")
         self.form: LossForm = o.choice("loss_form")
         self.debias: bool = o.choice("debias")
+        self.count_batches: Callable[[float], float] = math.ceil if o.choice("ema_partial") == "whole" else float
         self.masked_bn: BnMode = o.choice("masked_bn")
         norm: MapNorm = o.choice("cam_norm")
         self.mask = MaskOptions(o.choice("cam_threshold"), norm, o.norm_group)
@@ -217,7 +228,8 @@ class Ignore(Method[WeakAndMasked, UpdateStatistics]):
             repeats: steps that this one stands for.
         """
         o = self.options
-        steps = repeats * (images / o.ema_batch if o.ema_rescale else 1.0)
+        batches = images / o.ema_batch
+        steps = repeats * (self.count_batches(batches) if o.ema_rescale else 1.0)
         gap_sum, positives, rows = statistics[0], statistics[1], statistics[2]
         seen = positives > 0
         gap_decay, avg_decay = o.gap_lambda**steps, o.avg_lambda**steps

@@ -74,7 +74,7 @@ class LargeLossOptions(MethodOptions):
         ties: exact selects exactly k; inclusive every entry equal to the threshold too (BoostLU's release);
             strict_flips also leaves entries equal to the threshold out of LL-Cp's permanent flips (LargeLoss's).
         batch_semantics: global takes the threshold over the micro-step of all ranks; paper over every paper_batch
-            images of a rank.
+            images of it, whichever ranks they are on.
         paper_batch: images that share a threshold under batch_semantics paper.
     """
 
@@ -169,6 +169,13 @@ class LargeLoss(Method[Tensor, Selection]):
         """How many times delta_rel the rate of this epoch is."""
         return min(progress.epoch - 1, 1) if self.permanent else progress.epoch - 1
 
+    def _groups_span_ranks(self, batches: list[Batch]) -> bool:
+        """Whether images that share a threshold are on several ranks; elsewhere every rank has whole groups."""
+        world, size = distributed.world_size(), self.options.paper_batch
+        if world == 1 or self.options.batch_semantics == "global":
+            return False
+        return any(batch.global_size % (world * size) for batch in batches)
+
     def _groups(self, logits: Tensor, images: int) -> list[ThresholdGroup]:
         """Parts of a batch that have a threshold each; `images` counts the batch over all ranks."""
         if self.options.batch_semantics == "global":
@@ -202,6 +209,14 @@ class LargeLoss(Method[Tensor, Selection]):
         if self._idle(values, images, progress):
             none = torch.zeros_like(labels, dtype=torch.bool)
             return [Selection(part, part, 0) for part in none.split(sizes)]
+        if self._groups_span_ranks(batches):
+            return self._select_over_ranks(forwards, batches, progress)
+        whole = self._select(values, labels, images, progress)
+        pieces = zip(whole.selected.split(sizes), whole.flips.split(sizes), strict=True)
+        return [Selection(s, f, min(whole.length, s.numel())) for s, f in pieces]
+
+    def _select(self, values: Tensor, labels: Tensor, images: int, progress: Progress) -> Selection:
+        """The selection in all groups of some images."""
         selected, flips, length = [], [], 0
         for group in self._groups(values, images):
             z, codes = values[group.rows], labels[group.rows]
@@ -210,8 +225,19 @@ class LargeLoss(Method[Tensor, Selection]):
             selected.append(part)
             flips.append(part & (z > threshold) if self.options.ties == "strict_flips" else part)
             length += self._list_length(request, part.numel())
-        pieces = zip(torch.cat(selected).split(sizes), torch.cat(flips).split(sizes), strict=True)
-        return [Selection(s, f, min(length, s.numel())) for s, f in pieces]
+        return Selection(torch.cat(selected), torch.cat(flips), length)
+
+    def _select_over_ranks(self, forwards: list[Tensor], batches: list[Batch], progress: Progress) -> list[Selection]:
+        """This rank's part of the selection in groups of the global batch; every rank makes all of it."""
+        totals = [batch.global_size for batch in batches]
+        values = [distributed.all_gather_parts(z, n) for z, n in zip(forwards, totals, strict=True)]
+        labels = [distributed.all_gather_parts(b.labels, n) for b, n in zip(batches, totals, strict=True)]
+        whole = self._select(torch.cat(values), torch.cat(labels), sum(totals), progress)
+        own = []
+        for selected, flips, n in zip(whole.selected.split(totals), whole.flips.split(totals), totals, strict=True):
+            rows = distributed.part_of(n, distributed.rank())
+            own.append(Selection(selected[rows], flips[rows], min(whole.length, selected[rows].numel())))
+        return own
 
     def _selected_ahead(self, logits: Tensor, batch: Batch, selection: Selection) -> tuple[Tensor, Tensor]:
         """Loss sum and selection where the selection is known."""
@@ -246,6 +272,8 @@ class LargeLoss(Method[Tensor, Selection]):
         if selection is None and self._idle(logits, batch.global_size, progress):
             none = torch.zeros_like(batch.labels, dtype=torch.bool)
             selection = Selection(none, none, 0)
+        if selection is None and self._groups_span_ranks([batch]):
+            (selection,) = self._select_over_ranks([logits.detach()], [batch], progress)
         if selection is not None:
             total, selected = self._selected_ahead(logits, batch, selection)
         else:

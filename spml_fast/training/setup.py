@@ -248,13 +248,14 @@ def make_sampler(config: Config, labels: SparseLabels) -> Callable[..., TrainSam
     """
     train = config.train
     if train.sampling == "uniform":
-        return TrainSampler
+        return functools.partial(TrainSampler, drop_last=train.drop_last)
     if get_method(config.method.name).one_visit_per_step:
         raise UserError(
             f"method {config.method.name} keeps a row for every image, which must not come twice in a step; "
             f"it does not go with train.sampling {train.sampling}"
         )
-    return functools.partial(RepeatFactorSampler, repeat_factors(labels, train.repeat_threshold))
+    factors = repeat_factors(labels, train.repeat_threshold)
+    return functools.partial(RepeatFactorSampler, factors, drop_last=train.drop_last)
 
 
 def make_train_loader(config: Config, data: RunData, classifier: Classifier, device: torch.device) -> TrainLoader:

@@ -234,3 +234,26 @@ def test_stand_ins_of_an_update_are_distinct_and_not_in_it(samples):
             ]
             assert len({*rows}) == len(shown) and not {order[row] for row in rows} & {*shown}
     assert sampler.stand_in_row(1, start, 0, 0, 1) == (samples + 4) % 23
+
+
+@pytest.mark.parametrize("windows", [None, Windows(16, 2)])
+def test_the_last_batch_can_be_dropped(windows):
+    """Whole batches alone, also after a resume with another batch size; other images are left out in every epoch."""
+    samplers = [TrainSampler(38, 8, 1, 2, rank, 3, windows, drop_last=True) for rank in range(2)]
+    assert samplers[0].updates_per_epoch == 4 and samplers[0].samples_per_epoch == 32
+    left_out = []
+    for epoch in (1, 2):
+        updates = [[micro[0] for micro in sampler.epoch(epoch)] for sampler in samplers]
+        assert all(len(m.index) == 4 and m.update_size == 8 for rank in updates for m in rank)
+        seen = np.concatenate([m.index for rank in updates for m in rank])
+        assert len(seen) == len(set(seen.tolist())) == 32
+        left_out.append(set(range(38)) - set(seen.tolist()))
+    assert left_out[0] != left_out[1]
+    again = TrainSampler(38, 5, 1, 1, 0, 3, windows, drop_last=True)
+    start = again.resume(1, 16, 8)
+    rest = [micro[0].index for micro in again.epoch(1, start)]
+    assert [len(index) for index in rest] == [5] * 4
+    before = {i for sampler in samplers for micro in list(sampler.epoch(1))[:2] for i in micro[0].index.tolist()}
+    assert not before & set(np.concatenate(rest).tolist())
+    with pytest.raises(UserError, match=r"train\.drop_last leaves nothing of a training split of 5 samples"):
+        TrainSampler(5, 8, drop_last=True)

@@ -91,7 +91,9 @@ class TestGolden:
         for step in range(4):
             weak, strong, masked, codes = random_case(9, 5, seed=step)
             weak.requires_grad_(), strong.requires_grad_()
-            wanted, rejected, gap, average = literal(weak, strong, masked, codes, gap, average, number, form)
+            # Nine images move the averages of the release as sixteen would.
+            repeats = 16 / 9 if preset == "released" else 1
+            wanted, rejected, gap, average = literal(weak, strong, masked, codes, gap, average, number, form, repeats)
             gradients = torch.autograd.grad(wanted, (weak, strong))
             out = method.combine(weak, strong, masked, batch_of(codes), epoch(number))
             out.loss.backward()
@@ -137,6 +139,16 @@ class TestThresholds:
         fixed = method_for(CODES, debias=False, ema_rescale=False)
         self.run(fixed, [1.0], images=256)
         assert fixed.thresholds()[0].item() == pytest.approx(0.001, abs=1e-12)
+
+    def test_a_short_last_batch(self):
+        """The releases take lambda once a step: seven images move the averages as sixteen do."""
+        for preset, images, steps in (("released", 7, 1), ("calr", 16, 1), ("released", 250, 16), ("clean", 7, 7 / 16)):
+            method = method_for(CODES, preset=preset, debias=False)
+            self.run(method, [1.0], images=images)
+            assert method.thresholds()[0].item() == pytest.approx(1 - 0.999**steps, abs=1e-12)
+        method = method_for(CODES, preset="released", ema_partial="scaled")
+        self.run(method, [1.0], images=7)
+        assert method.thresholds()[0].item() == pytest.approx(1 - 0.999 ** (7 / 16), abs=1e-12)
 
     def test_debias_gives_the_mean_from_the_first_step_on(self):
         method = method_for(CODES)

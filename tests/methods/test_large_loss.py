@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from torch import Tensor
 
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
@@ -159,6 +160,35 @@ def test_paper_semantics_is_each_group_of_sixteen_by_itself(rows):
     torch.testing.assert_close(out.loss.detach(), total, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, torch.cat(slopes), rtol=1e-12, atol=1e-18)
     assert out.metrics["selected_count"].item() == count
+
+
+@pytest.mark.parametrize(("world", "rows"), [(2, 16), (2, 32), (3, 37), (4, 10)])
+@pytest.mark.parametrize("name", ["ll_r", "ll_cp"])
+def test_groups_of_sixteen_are_of_the_global_batch(name, world, rows):
+    """Ranks that have fewer images than a group, or other numbers, select what one rank with all of them does."""
+    logits, codes = double_batch(rows=rows, seed=3)
+    options = {"delta_rel": 3.0, "batch_semantics": "paper", "ties": "strict_flips"}
+    store = SparseLabels.from_dense(codes.numpy())
+
+    def step(part: slice, whole: int, accumulated: bool) -> tuple[Tensor, Tensor, float, Tensor]:
+        method = make(name, store, **options)
+        z = logits[part].detach().requires_grad_()
+        batch = Batch({}, codes[part], torch.arange(rows)[part], whole)
+        if accumulated:
+            (batch.update_statistics,) = method.update_statistics([z.detach()], [batch], at(3, 0))
+        out = method.loss(z, batch, at(3, 0))
+        out.loss.backward()
+        method.on_epoch_end(at(3, 0))
+        return out.loss.detach(), z.grad, out.metrics["selected_count"].item(), method.store.rows(torch.arange(rows))
+
+    loss, gradient, count, corrected = step(slice(None), rows, False)
+    parts = [part.tolist() for part in torch.arange(rows).tensor_split(world)]
+    slices = [slice(part[0], part[-1] + 1) for part in parts]
+    for works in [lambda rank: step(slices[rank], rows, False), lambda rank: step(slices[rank], rows, True)]:
+        done = on_ranks(world, works)
+        torch.testing.assert_close(torch.stack([d[0] for d in done]).mean(), loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(torch.cat([d[1] for d in done]) / world, gradient, rtol=1e-12, atol=1e-18)
+        assert sum(d[2] for d in done) == count and all(torch.equal(d[3], corrected) for d in done)
 
 
 @pytest.mark.parametrize("semantics", ["global", "paper"])
