@@ -57,7 +57,7 @@ class GraphOptions:
     @property
     def has_branches(self) -> bool:
         """Whether images of a batch take different ways: only then must DALI rewrite the code, which takes a second."""
-        return self.oriented or ("strong" in self.views and self.randaugment_ops > 0)
+        return self.oriented or (self.randaugment_view in self.views and self.randaugment_ops > 0)
 
 
 def _scalar(name: str, dtype: Any = types.INT32) -> Any:

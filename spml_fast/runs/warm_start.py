@@ -15,6 +15,7 @@ from spml_fast.models.warm_start import WarmStart, start_from
 from spml_fast.models.weights import damaged_weights, read_metadata, read_weights
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import load_run_config, run_classes
+from spml_fast.runs.weights_check import check_weights
 
 # Classes of each kind that the opening line names.
 MAX_NAMED = 5
@@ -90,6 +91,7 @@ def warm_start(config: Config, classifier: Classifier, classes: Sequence[str]) -
             f"--model.backbone {source.model.backbone}"
         )
     there = run_classes(run, source)
+    check_weights(layout)
     state, metadata = read_weights(layout.weights)
     crc32 = _check_crc32(config.model, layout.weights)
     other_head = source.model.head != config.model.head
