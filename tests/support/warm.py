@@ -191,6 +191,9 @@ def main() -> None:
     """Serve: a line of JSON in, forks, a line of JSON out."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    # This program's own code is imported by every fork, but compiled by the first, also where Python may write no files
+    # beside the sources.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(ROOT / ".pytest_cache" / "bytecode")
     gc.collect()
     gc.freeze()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
