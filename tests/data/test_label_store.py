@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import zlib
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,13 @@ def test_many_corrections_over_epochs_and_checkpoints(monkeypatch):
     )
     assert store.nbytes == known.indptr.nbytes * 2 + 3 * (len(known.codes) + len(expected))
     assert store.commit() == 0
+
+
+def test_labels_are_known_by_their_size_and_the_checksum_of_their_arrays():
+    """CRC-32 of the bytes one after the other: checkpoints of other versions have the same."""
+    labels = SparseLabels.from_positives([[0, 2], [], [1]], 3, UNKNOWN)
+    content = b"".join(a.tobytes() for a in (labels.indptr, labels.classes, labels.codes))
+    assert LabelStore(labels).fingerprint.tolist() == [3, 3, 3, zlib.crc32(content)]
 
 
 def test_waiting_corrections_take_bounded_memory(monkeypatch):

@@ -47,12 +47,13 @@ class Scripted:
         self.widest = 0
 
     def eval(self) -> None:
-        pass
+        self.training = False
 
     def train(self, mode: bool) -> None:
-        pass
+        self.training = mode
 
     def __call__(self, images: torch.Tensor, boost: bool) -> ClassifierOutput:
+        assert not self.training, "statistics and dropout of training"
         index = images[:, 0, 0, 0].long()
         self.widest = max(self.widest, len(index))
         return ClassifierOutput(self.mean[index], self.relu[index] if boost else None, self.mean[index])
@@ -126,8 +127,9 @@ def test_whole_rows_of_a_fully_annotated_split(alphas):
     else:
         assert np.array_equal(scores.mean_relu, scripted.relu.numpy())
     config = Config(method=get_method("an").Options(name="an"))
+    scripted.training = True
     found = evaluate_split(scripted, scripted, SimpleNamespace(known=known), alphas, config, list("abcdef"))
-    assert list(found) == alphas
+    assert list(found) == alphas and scripted.training, "the classifier's mode is kept"
     for alpha in alphas:
         dense = mean + (alpha - 1) * scripted.relu
         assert found[alpha] == evaluate_scores(dense.numpy(), codes)

@@ -64,8 +64,10 @@ def test_groups_by_count():
     assert np.bincount(groups_by_count(np.arange(5000)[::-1], 5)).tolist() == [1000] * 5
     assert np.bincount(groups_by_count(np.zeros(7, int), 5)).tolist() == [2, 2, 1, 1, 1]
     assert groups_by_count(np.zeros(4, int), 2).tolist() == [0, 0, 1, 1]
-    with pytest.raises(UserError, match="cannot be cut"):
-        groups_by_count([1, 2], 5)
+    assert groups_by_count([3, 1, 2], 3).tolist() == [2, 0, 1] and groups_by_count([3, 1], 1).tolist() == [0, 0]
+    for number in (5, 3, 0):
+        with pytest.raises(UserError, match="cannot be cut"):
+            groups_by_count([1, 2], number)
     for counts in ([1.0, 2.0], [[1, 2], [3, 4]]):
         with pytest.raises(ValueError, match="counts"):
             groups_by_count(counts, 2)

@@ -69,3 +69,16 @@ def test_state_that_cannot_fit_is_refused() -> None:
         ):
             cls.check_labels(big, replace(options, memory_limit=100.0))
         cls.check_labels(big, replace(options, memory_limit=3000.0))
+
+
+def test_soft_labels_take_memory_for_every_unknown_label() -> None:
+    """Half of 100 unknown ones at 28 bytes: 1,400 bytes, whether they are listed or the rest of the rows."""
+    cls = get_method("em_apl")
+    codes = np.full((20, 10), NEGATIVE, np.int8)
+    codes[:10] = UNKNOWN
+    for default in (NEGATIVE, UNKNOWN):
+        labels = SparseLabels.from_dense(codes, default)
+        options = cls.Options(name="em_apl", theta=0.5, memory_limit=1401 / 2**30)
+        cls.check_labels(labels, options)
+        with pytest.raises(UserError, match=r"soft labels of 0\.5 of 20 x 10 entries needs"):
+            cls.check_labels(labels, replace(options, memory_limit=1399 / 2**30))

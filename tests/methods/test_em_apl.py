@@ -55,6 +55,12 @@ def score(method: Method, index: np.ndarray, scores: np.ndarray, progress: Progr
     return method.on_epoch_end(progress)
 
 
+def test_the_method_takes_theta_as_it_is_written() -> None:
+    method = make("em_apl", np.full((100, 2), U, np.int8), theta=0.29, warm_up=1)
+    figures = score(method, np.arange(100), np.random.default_rng(0).normal(size=(100, 2)), Progress(1, 2, 0, 1))
+    assert figures["soft_labels_new"] == figures["soft_labels"] == 2 * 29
+
+
 def apl_by_the_letter(codes: np.ndarray, passes: list[np.ndarray], theta: float, rest: int) -> np.ndarray:
     """Soft labels after some passes, NaN where there is none; class after class, entry after entry."""
     soft = np.full(codes.shape, np.nan)

@@ -134,6 +134,10 @@ class TestStep:
         calls = count_calls(rig.classifier)
         rig.step(rig.batch(range(4)), at(5, 0))
         assert [c.shape[-1] for c in calls] == [64, 64, 32]
+        rig = make_rig("ignore", masked_scale=0.001)
+        calls = count_calls(rig.classifier)
+        rig.step(rig.batch(range(4)), at(5, 0))
+        assert [c.shape[-1] for c in calls] == [64, 64, 1], "a pixel is the least that is left"
         rig.classifier = Classifier(ModelConfig(backbone="test_vit", pretrained=False), 6, 160)
         rig.images = {view: torch.randn(24, 3, 160, 160) for view in rig.images}
         with pytest.raises(UserError, match="masked_scale"):

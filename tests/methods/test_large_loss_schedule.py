@@ -78,3 +78,9 @@ def test_clean_rate_is_the_released_accumulator():
     for epoch in range(1, 30):
         assert clean_rate(0.5, epoch) == rate
         rate -= 0.5 / 100
+
+
+@pytest.mark.parametrize("rule", ["accumulator", "rational"])
+def test_from_nothing_to_everything(rule: str) -> None:
+    assert [selection_size(60, 100.0, epoch, True, rule) for epoch in (1, 2, 3)] == [0, 60, 60]
+    assert [selection_size(60, 0.0, epoch, True, rule) for epoch in (1, 2, 3)] == [0, 0, 0]

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.mutation import results
-from tests.mutation.baseline import Coverage, measure, preload
+from tests.mutation.baseline import Coverage, measure, preload, remembered
 from tests.mutation.child import Session, run_tests
 from tests.mutation.forks import Events, Fork, run_all
 from tests.mutation.host import Host, KernelHost, run_hosted, verdict
@@ -189,8 +189,8 @@ def main(words: Sequence[str] | None = None) -> int:
         )
         mutants = [m for m in mutants if m.kernel or coverage.counts(m)]
     if options.report:
-        # Whether a `.detach()` can change anything is known of those alone that were run.
-        mutants = [m for m in mutants if not m.probe or found.verdict(m)]
+        known = remembered(state)
+        mutants = [m for m in mutants if m.kernel or known.counts(m) or found.verdict(m)]
         (root / "tests" / "mutation" / "results.md").write_text(results.table(mutants, found), encoding="utf-8")
         chosen = mutants
     else:

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.mutation.child import Probe, detached
+from tests.mutation.host import swap
 from tests.mutation.operators import find_mutants, mutated, probed
 from tests.mutation.results import Results, read_equivalents
 from tests.mutation.run import ROOT, TARGETS, target_modules, within
@@ -132,6 +134,48 @@ def test_only_tensors_with_a_gradient_are_detached():
     cut = next(m for m in found if m.change == ".detach() added to a")
     exec(compile(mutated(source, cut), "toy.py", "exec"), space)
     assert not space["f"](a, b).requires_grad
+
+
+EXCHANGED = """
+LIMIT = 3
+
+
+def plain(a, b=2):
+    return a + b
+
+
+class Child(Base):
+    size = 4
+
+    def method(self):
+        super().__init__()
+        return [x + 1 for x in self]
+"""
+
+
+def test_bodies_of_functions_are_exchanged_and_nothing_else_is(tmp_path):
+    found = {}
+    for mutant in find_mutants(EXCHANGED, "toy.py"):
+        pairs = swap(EXCHANGED, tmp_path / "toy.py", mutant)
+        found[mutant.line, mutant.operator, mutant.change] = pairs[0][0].co_qualname if pairs else ""
+    assert found[6, "arithmetic", "Add -> Sub"] == "plain" and found[14, "constant", "1 -> 0"] == "Child.method"
+    # Module and class bodies and defaults run at import; without `super()` the function needs no variable around it.
+    for place in ((2, "constant", "3 -> 4"), (5, "constant", "2 -> 3"), (10, "constant", "4 -> 5")):
+        assert found[place] == ""
+    assert found[13, "statement", "call dropped"] == ""
+    # What was exchanged is what the changed module has.
+    mutant = next(m for m in find_mutants(EXCHANGED, "toy.py") if m.change == "Add -> Sub")
+    (pair, *_) = swap(EXCHANGED, tmp_path / "toy.py", mutant)
+    plain = types.FunctionType(pair[0], {}, argdefs=(2,))
+    assert plain(5) == 7
+    plain.__code__ = pair[1]
+    assert plain(5) == 3
+
+
+def test_kernels_are_told_from_other_functions():
+    source = "@jit\ndef f_jit(a):\n    return a + 1\n\n\ndef f(a):\n    return a + 1\n"
+    assert {(m.function, m.kernel) for m in find_mutants(source, "toy.py")} == {("f_jit", True), ("f", False)}
+    assert not any(m.probe for m in find_mutants(source, "toy.py") if m.kernel)
 
 
 def test_a_run_kills_reports_and_goes_on(tmp_path):

@@ -130,7 +130,7 @@ def test_large_arrays_are_read_in_blocks_of_rows(width, read, monkeypatch):
     assert rows.read == read and np.array_equal(labels.rows(range(5)), codes)
 
 
-@pytest.mark.parametrize("chunk", [8, 1 << 20])
+@pytest.mark.parametrize("chunk", [4, 8, 1 << 20])
 def test_the_first_contradiction_is_named(chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(label_encodings, "CHUNK_ENTRIES", chunk)
     known = np.random.default_rng(1).integers(-1, 2, (6, 8)).astype(np.int8)
