@@ -143,6 +143,20 @@ def table_schema(path: Path) -> Any:
     return _open_parquet(path).schema_arrow if path.suffix.lower() in PARQUET else _open_arrow(path).schema
 
 
+def _field_names(fields: Any) -> list[str]:
+    """Names of all fields of a schema or struct and below it; damage of a name shows only when it is asked for."""
+    names = []
+    for at in range(len(fields) if hasattr(fields, "names") else fields.num_fields):
+        inner = fields.field(at)
+        names.append(inner.name)
+        kind = inner.type
+        while hasattr(kind, "value_type"):
+            kind = kind.value_type
+        if str(kind).startswith("struct"):
+            names += _field_names(kind)
+    return names
+
+
 def _open_parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet
@@ -150,8 +164,7 @@ def _open_parquet(path: Path) -> Any:
     try:
         require_regular(path)
         file = pa.parquet.ParquetFile(path)
-        # Damage of the schema may show only when it is asked for.
-        list(file.schema_arrow.names)
+        _field_names(file.schema_arrow)
         return file
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -166,7 +179,7 @@ def _open_arrow(path: Path) -> Any:
     try:
         require_regular(path)
         reader = pa.ipc.open_stream(pa.memory_map(str(path)))
-        list(reader.schema.names)
+        _field_names(reader.schema)
         return reader
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -36,6 +36,7 @@ from spml_fast.prepare.tar_source import MemberIndex, member_bytes, read_members
 from spml_fast.runs.read import read_classes, read_epochs, read_results, read_run
 from spml_fast.runs.recipe import check_keys, chosen_method, named_plugins, read_recipe
 from spml_fast.training.checkpoint import read_mark, read_position
+from tests.fuzz.import_targets import importer_targets
 
 Parse = Callable[[Path, bytes], object]
 
@@ -438,5 +439,6 @@ def make_targets(folder: Path) -> dict[str, Target]:
         ),
         Target("run_files", [run], _run_files, (b'"kind"', b'"epoch"', b'"phase"', b'"alpha"', b'"update"')),
         Target("images", _image_seeds(), _image),
+        *(Target(*entry) for entry in importer_targets()),
     ]
     return {target.name: target for target in targets}

@@ -12,6 +12,7 @@ from tests.fuzz.targets import Target, make_targets
 NAMES = [
     *("csv_table", "jsonl_table", "parquet_table", "id_list", "class_lists", "coco", "boxes", "voc_xml", "voc_flags"),
     *("openimages", "cub", "nuswide", "tar", "shards", "manifest", "recipe", "run_files", "images"),
+    *("yolo", "coco_detection", "fiftyone", "labelstudio", "hub_metadata", "hub_parquet", "hub_saved"),
 ]
 
 
