@@ -87,6 +87,17 @@ def _to_device(index: npt.NDArray[np.int64], device: torch.device) -> Tensor:
     return tensor
 
 
+def _check_views(views: tuple[str, ...], config: DataConfig) -> None:
+    """Views that exist, with augmentation that suits them."""
+    if views not in (("weak",), ("weak", "strong")):
+        raise ValueError(f"views {views!r}")
+    if len(views) > 1 and (config.cutout or config.randaugment == "weak"):
+        raise UserError(
+            "data.cutout and data.randaugment weak are for methods with one view; this one has a weak view that stays "
+            "as it is, and a strong one"
+        )
+
+
 class TrainLoader:
     """The training views of one rank.
 
@@ -130,13 +141,7 @@ class TrainLoader:
         rank: int | None = None,
         make_sampler: Callable[..., TrainSampler] = TrainSampler,
     ) -> None:
-        if views not in (("weak",), ("weak", "strong")):
-            raise ValueError(f"views {views!r}")
-        if len(views) > 1 and (config.cutout or config.randaugment == "weak"):
-            raise UserError(
-                "data.cutout and data.randaugment weak are for methods with one view; this one has a weak view that "
-                "stays as it is, and a strong one"
-            )
+        _check_views(views, config)
         self.split, self.config, self.views, self.seed, self.device = split, config, views, seed, device
         self.sampler = make_sampler(
             len(split),
