@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,14 @@ def make_phases(config: Config) -> list[Phase]:
     assert train.epochs is not None
     linear = [Phase("linear", train.linear_epochs)] if train.linear_epochs else []
     return [*linear, Phase("finetune", train.epochs)]
+
+
+def phase_index(phases: Sequence[Phase], name: str) -> int:
+    """Place of the phase that a checkpoint belongs to. `UserError` for a phase that the run does not have."""
+    names = [phase.name for phase in phases]
+    if name not in names:
+        raise UserError(f"the checkpoint is from phase {name!r}, which this run does not have")
+    return names.index(name)
 
 
 @dataclass(frozen=True)

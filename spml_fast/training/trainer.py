@@ -14,7 +14,6 @@ from spml_fast import __version__
 from spml_fast.core import distributed
 from spml_fast.core.batch import Batch, MicroBatch
 from spml_fast.core.config import Config
-from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast, autocast_dtype, set_cudnn_policy
 from spml_fast.core.seeds import rng_seed
 from spml_fast.data.labels import LabelStore
@@ -55,6 +54,7 @@ from spml_fast.training.setup import (
     make_run_dir,
     make_train_loader,
     make_truth,
+    phase_index,
     resolve_epochs,
     resolved_config,
     set_prior,
@@ -127,7 +127,7 @@ class Trainer:
                 self.log.say(note)
             if resume is None:
                 self._start_from_run()
-            first = 0 if resume is None else self._phase_of(resume.checkpoint.position)
+            first = 0 if resume is None else phase_index(self.phases, resume.checkpoint.position.phase)
             with self.saves:
                 for phase in self.phases[first:]:
                     self._run_phase(phase, resume)
@@ -143,13 +143,6 @@ class Trainer:
         if started is not None:
             text, self.started_from = started
             self.log.say(text)
-
-    def _phase_of(self, position: CheckpointPosition) -> int:
-        """Index of the phase that a checkpoint belongs to."""
-        names = [p.name for p in self.phases]
-        if position.phase not in names:
-            raise UserError(f"the checkpoint is from phase {position.phase!r}, which this run does not have")
-        return names.index(position.phase)
 
     def _describe(self, ds_config: dict[str, Any]) -> None:
         """Write what the run is, and say what differs when it is resumed."""
