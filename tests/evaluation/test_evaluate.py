@@ -189,6 +189,14 @@ def test_conventions_that_differ_are_all_shown():
     }
 
 
+def test_table_shows_the_measures_at_a_threshold():
+    scores = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
+    metrics = evaluate_scores(scores, (scores > 0.3).astype(np.int8), top_k=3)
+    rows = dict(table_rows(metrics))
+    for name in ("OF1", "CF1", "OF1_top3", "CF1_top3"):
+        assert rows[name] == f"{metrics[name]:.2f}"
+
+
 def test_classes_without_negatives_alone_bring_their_conventions():
     scores = np.array([[2.0, -1.0], [1.0, 0.5], [-1.0, 2.0]], np.float32)
     rows = dict(table_rows(evaluate_scores(scores, np.array([[1, 0], [1, 1], [1, 0]]))))

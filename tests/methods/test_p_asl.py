@@ -91,3 +91,10 @@ def test_p_asl_prior_files(tmp_path: Any) -> None:
             make("p_asl", codes, prior_file=str(path))
     path.write_text("a,0\n\nb,1\nc,0.25\nd, 0.5\n,0.75\n")
     assert make("p_asl", codes, prior_file=str(path)).class_prior().tolist() == [0, 1, 0.25, 0.5, 0.75]
+
+
+def test_p_asl_prior_before_the_first_step_is_nothing(tmp_path: Any) -> None:
+    method = make("p_asl", some_codes(6, 5), mode="ignore", prior="running", prior_out=str(tmp_path / "prior.txt"))
+    assert method.class_prior().tolist() == [0.0] * 5
+    method.on_epoch_end(EPOCH_1)
+    assert [float(line) for line in (tmp_path / "prior.txt").read_text().splitlines()] == [0.0] * 5

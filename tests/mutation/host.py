@@ -117,6 +117,8 @@ class Host(Session):
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items = {item.nodeid: item for item in session.items}
+        # What was imported before the collection of garbage was told to leave it alone counts as well.
+        gc.unfreeze()
         self.functions = _functions({str(self.root / m.file) for m, _ in self.mutants})
         gc.collect()
         gc.freeze()

@@ -62,7 +62,8 @@ def target_modules(root: Path, patterns: Sequence[str]) -> dict[str, str]:
 
 def warm_up(names: Sequence[str], targets: dict[str, str]) -> None:
     """Import libraries here, once for all forks; the packages of the targets are for the forks alone."""
-    own = {"tests", "conftest", "__main__", "__mp_main__", *(m.partition(".")[0] for m in targets.values())}
+    own = {"tests", "benchmarks", "launch", "conftest", "__main__", "__mp_main__"}
+    own |= {module.partition(".")[0] for module in targets.values()}
     for name in names:
         if name.partition(".")[0] not in own:
             # Some names exist only after others, or in a test's process alone.

@@ -156,9 +156,11 @@ def test_fraction_keeps_both_signs_alike(fraction, default, monkeypatch):
     assert np.array_equal(observed, draw_fraction(known, fraction, 3).rows(range(3000)))
 
 
+@pytest.mark.parametrize("chunk", [4, 1 << 20])
 @pytest.mark.parametrize(("default", "dtype"), [(-1, np.float64), (0, np.float32)])
-def test_a_label_is_kept_where_its_number_is_below_the_fraction(default, dtype):
+def test_a_label_is_kept_where_its_number_is_below_the_fraction(default, dtype, chunk, monkeypatch):
     """Bit for bit: PCG64 seeded with (seed, CRC-32 of the phase), one number for each label; an equal one hides it."""
+    monkeypatch.setattr(observed_labels, "CHUNK_ENTRIES", chunk)
     codes = toy().rows(range(6))
     numbers = np.random.default_rng([5, zlib.crc32(b"val")]).random(codes.shape, dtype)
     fraction = float(numbers[1, 2])
