@@ -28,6 +28,7 @@ KINDS = {
     "damaged, cut off, missing and malicious checkpoints; full disks": (
         *("tests/training/test_checkpoint.py", "tests/training/test_tensor_files.py", "tests/training/test_saving.py"),
     ),
+    "ranks killed while an epoch's end is written": ("tests/training/test_background_saves.py",),
     "Manifests with values out of range": ("tests/data/test_manifest_check.py",),
     "hostile tables, lists, recipes, tar files and images": ("tests/fuzz/test_fuzz.py",),
     "signals": ("tests/training/test_signals.py",),

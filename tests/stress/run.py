@@ -45,6 +45,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--seed", type=int, default=None, help="of the moments; chosen and printed where it is not given"
     )
     parser.add_argument("--only", choices=["kills", "faults"], help="one half")
+    parser.add_argument("--settings", nargs="+", metavar="WORDS", help="kill only runs with these in their names")
     parser.add_argument("--folder", type=Path, help="where runs are kept (default: a temporary folder)")
     return parser.parse_args(words)
 
@@ -62,7 +63,8 @@ def main(words: Sequence[str] | None = None) -> int:
         data = folder / "data"
         prepare_digits(data, sizes=SIZES)
         trials = []
-        for trial in Killer(folder, data, seed).trials(options.kills):
+        chosen = tuple(s for s in SETTINGS if not options.settings or any(w in s.name for w in options.settings))
+        for trial in Killer(folder, data, seed).trials(options.kills, chosen):
             trials.append(trial)
             kills = ", ".join(f"{k.number} after {k.seconds:.1f} s" for k in trial.kills)
             print(f"{trial.setting.name}: {kills}; {trial.starts} starts; {trial.fault or 'survived'}", flush=True)
