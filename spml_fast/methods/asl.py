@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from spml_kernels import PointLoss
 from spml_kernels.common.jit import jit, tl
-from spml_kernels.common.math import clamped_terms_jit, sigmoid_jit, softplus_jit
+from spml_kernels.common.math import at_least_jit, clamped_terms_jit, sigmoid_jit, softplus_jit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -69,7 +69,8 @@ def focal_negative(logits: Tensor, gamma: float, margin: float, clamp: float, at
         weight = power_p(logits, gamma)
     else:
         shifted = torch.sigmoid(logits) - margin
-        inside = shifted > 0
+        # Said so, a NaN is inside and stays one.
+        inside = ~(shifted <= 0)
         # Powers of 0 have no gradient worth having; such entries are cut off below.
         shifted = torch.where(inside, shifted, margin)
         log = torch.where(inside, -torch.log(torch.clamp(torch.sigmoid(-logits) + margin, min=clamp)), 0)
@@ -118,11 +119,11 @@ def focal_negative_jit(z, gamma, margin, clamp, attached):
     p, q = sigmoid_jit(z)
     weight = tl.exp(-gamma * softplus_jit(-z))
     whole, d_whole = weight * plain, weight * (d_plain + attached * gamma * q * plain)
-    inside = p > margin
+    inside = (p <= margin) == 0
     shifted = tl.where(inside, p - margin, 1.0)
     rest = tl.where(inside, q + margin, 1.0)
-    log = -tl.log(tl.maximum(rest, tl.where(clamp > 0, clamp, 1e-38)))
-    d_log = tl.where(rest >= clamp, p * q / rest, 0.0)
+    log = -tl.log(at_least_jit(rest, tl.where(clamp > 0, clamp, 1e-38)))
+    d_log = tl.where(rest < clamp, 0.0, p * q / rest)
     weight = tl.exp(gamma * tl.log(shifted))
     slope = weight * (d_log + attached * gamma * p * q / shifted * log)
     cut = margin > 0

@@ -141,3 +141,21 @@ def test_compiles_into_one_graph(device):
     plain, (slope,) = value_and_gradients(step, [logits])
     value, (grad,) = value_and_gradients(torch.compile(step, fullgraph=True, backend="aot_eager"), [logits])
     assert torch.equal(value, plain) and torch.equal(grad, slope)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
+def test_a_nan_logit_is_a_nan_loss(example, device):
+    if example.point.kernel is None:
+        pytest.skip(f"method {example.method} has no kernel: its reference runs on every device")
+    # Each of the three codes at three logits: usual ones say which entries take part at all.
+    codes = torch.tensor([1, 0, -1], dtype=torch.int8, device=device).repeat(3, 1)
+    logits = torch.tensor([-3.0, 0.5, 3.0], device=device)[:, None].repeat(1, 3)
+
+    def loss(z):
+        return label_loss(z, codes, example.point, example.params)
+
+    _, (usual,) = value_and_gradients(loss, [logits], 1.0)
+    total, (slope,) = value_and_gradients(loss, [logits * torch.nan], 1.0)
+    taking_part = (usual != 0).any(0).expand(3, 3)
+    assert taking_part.any() and total.isnan()
+    assert slope[taking_part].isnan().all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from spml_kernels.common.jit import jit, tl
 
 
-@jit
+@jit(do_not_specialize=["chosen"])
 def _class_map_kernel(
     features_ptr,
     weight_ptr,
@@ -86,7 +86,7 @@ def _normalise_image_kernel(maps_ptr, out_ptr, ids_ptr, cells, BLOCK: tl.constex
             tl.store(out_ptr + row * cells + cell, value, mask=cell < cells)
 
 
-@jit
+@jit(do_not_specialize=["rows", "each"])
 def _normalise_batch_kernel(
     maps_ptr,
     out_ptr,
@@ -142,7 +142,7 @@ def _source_jit(pixel, ratio, cells):
     return low, tl.minimum(low + 1, cells - 1), source - low.to(tl.float32)
 
 
-@jit
+@jit(do_not_specialize=["chosen"])
 def _mask_kernel(
     maps_ptr,
     ids_ptr,

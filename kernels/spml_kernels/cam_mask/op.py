@@ -28,6 +28,7 @@ from spml_kernels.common.autograd import register_masking
 from spml_kernels.common.dispatch import use_triton
 from spml_kernels.common.heuristics import class_map_launch, mask_launch, next_power_of_two, normalise_launch
 from spml_kernels.common.jit import LAUNCH, cdiv
+from spml_kernels.common.ops import define
 
 MapNorm = Literal["per_image", "batch_rawmax", "batch_minmax"]
 
@@ -198,7 +199,7 @@ def _copy(images: Tensor) -> Tensor:
     return images.clone(memory_format=_format(images))
 
 
-@torch.library.custom_op("spml::cam_mask", mutates_args=())
+@define("spml::cam_mask")
 def cam_mask_op(
     features: Tensor,
     weight: Tensor,
@@ -254,7 +255,7 @@ def _(
 register_masking(cam_mask_op, 4)
 
 
-@torch.library.custom_op("spml::map_mask", mutates_args=())
+@define("spml::map_mask")
 def map_mask_op(maps: Tensor, classes: Tensor, images: Tensor, threshold: float, norm: str, group: int) -> Tensor:
     """See `map_mask`; gradients go to the images alone."""
     if images.numel() == 0 or classes.shape[1] == 0:

@@ -30,6 +30,7 @@ from spml_kernels.cam_pool.kernels import (
 from spml_kernels.cam_pool.tiles import constants, launch_of
 from spml_kernels.common.heuristics import SKIP, CamPoolLaunch
 from spml_kernels.common.jit import LAUNCH, cdiv
+from spml_kernels.common.ops import define
 
 # Class squares of one program of the flags kernel.
 SQUARES = 8
@@ -71,7 +72,7 @@ def _work_lists(flags: Tensor, tile: int, step: int) -> tuple[Tensor, Tensor]:
     return steps, count
 
 
-@torch.library.custom_op("spml::cam_pool_backward", mutates_args=())
+@define("spml::cam_pool_backward")
 def cam_pool_backward_op(
     grad_mean: Tensor,
     grad_relu: Tensor,

@@ -29,6 +29,7 @@ from spml_kernels.common.autograd import without_gradient
 from spml_kernels.common.dispatch import use_triton
 from spml_kernels.common.heuristics import SKIP, WORD, images_per_tile, next_power_of_two, skips_empty_tiles
 from spml_kernels.common.jit import LAUNCH, cdiv
+from spml_kernels.common.ops import define
 
 
 def cam_pool(features: Tensor, weight: Tensor, bias: Tensor, boost: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +80,7 @@ MIN_CELLS = 16
 GROUP = 8
 
 
-@torch.library.custom_op("spml::cam_pool", mutates_args=())
+@define("spml::cam_pool")
 def cam_pool_op(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """mean(M), mean(relu M), and what the backward needs, empty without `keep`.
 

@@ -7,6 +7,7 @@ Backward: what each cell hands on, the lists of squares with a positive cell, th
 from __future__ import annotations
 
 from spml_kernels.common.jit import jit, tl
+from spml_kernels.common.math import at_least_jit
 
 
 @jit
@@ -66,7 +67,7 @@ def _reduce_cells(
         inside = ((row >= image * cells) & (row < tl.minimum(image * cells + cells, rows)))[None, :]
         same_image = (slot == image - first)[None, :]
         sums += tl.where(same_image, tl.sum(tl.where(inside, cam, 0.0), 1)[:, None], 0.0)
-        sums_relu += tl.where(same_image, tl.sum(tl.where(inside, tl.maximum(cam, 0.0), 0.0), 1)[:, None], 0.0)
+        sums_relu += tl.where(same_image, tl.sum(tl.where(inside, at_least_jit(cam, 0.0), 0.0), 1)[:, None], 0.0)
     return sums, sums_relu
 
 
@@ -106,7 +107,7 @@ def _pool_features(
         tl.store(place, mean, mask=(image < last)[None, :] & (k < channels)[:, None])
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _cam_pool_fwd_kernel(
     features_ptr,
     weight_ptr,

@@ -1,6 +1,7 @@
 """Chooses between Triton and the plain PyTorch reference. The one place that reads `SPML_KERNELS`.
 
-SPML_KERNELS: `auto` (default) takes Triton for CUDA tensors where an op has a kernel and the reference otherwise;
+SPML_KERNELS: `auto` (default) takes Triton for CUDA tensors where an op has a kernel and the reference otherwise (and
+with PyTorch for ROCm, whose devices are called cuda as well);
 `reference` always takes the reference; `triton` also takes Triton for CPU tensors, which needs Triton's interpreter
 (TRITON_INTERPRET=1 in the environment before Python starts). fp64 tensors always take the reference.
 """
@@ -29,8 +30,12 @@ def use_triton(tensor: Tensor) -> bool:
         raise ValueError(f"SPML_KERNELS is {choice!r}; it must be one of {', '.join(CHOICES)}")
     if choice == "reference" or tensor.dtype == torch.float64:
         return False
+    # Block sizes, tf32x3 and the launch options are NVIDIA's, and no AMD card has been tried.
+    other = torch.version.hip is not None
     if choice == "auto":
-        return HAVE_TRITON and tensor.is_cuda
+        return HAVE_TRITON and tensor.is_cuda and not other
+    if other:
+        raise RuntimeError("SPML_KERNELS=triton with PyTorch for ROCm: the kernels are NVIDIA's; use auto or reference")
     if not HAVE_TRITON:
         raise RuntimeError("SPML_KERNELS=triton, but triton is not installed; use auto or reference")
     # Meta tensors hold nothing: there the op's fake answers, and no kernel runs.

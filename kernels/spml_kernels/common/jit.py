@@ -1,5 +1,9 @@
 """The one place that imports triton, and that knows whether it can.
 
+Triton compiles a kernel anew for an integer that is 1 and for one that 16 divides. `do_not_specialize` names those that
+change in a training (the batch at an epoch's end, how many labels are rejected), or it would wait for a compiler in its
+middle; widths of rows keep it, for loads are as wide as their addresses are known to be aligned.
+
 Where triton does not exist (it has wheels for Linux only), kernels stay plain Python functions that nobody calls, and
 every op runs its PyTorch reference. Annotations in kernel files are strings (`from __future__ import annotations`), so
 that `tl.constexpr` is never looked up there.
@@ -16,9 +20,9 @@ try:
 except ImportError:
     triton = tl = None
 
-    def jit(function: Any) -> Any:
-        """Stand-in for `triton.jit`: the function itself."""
-        return function
+    def jit(function: Any = None, **options: Any) -> Any:
+        """Stand-in for `triton.jit`, with or without options: the function itself."""
+        return (lambda later: later) if function is None else function
 
 
 HAVE_TRITON = triton is not None

@@ -44,15 +44,21 @@ def log_terms_jit(z, guard):
 
 
 @jit
+def at_least_jit(x, least):
+    """max(x, least), NaN where x is NaN. A GPU's plain maximum gives the other operand there, the interpreter does not."""
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def clamped_terms_jit(z, clamp):
     """-log(max(p, clamp)), its derivative, -log(max(q, clamp)), its derivative; exact where clamp is 0."""
     p, q = sigmoid_jit(z)
     exact = clamp == 0
     safe = tl.where(exact, 1.0, clamp)
-    positive = tl.where(exact, softplus_jit(-z), -tl.log(tl.maximum(p, safe)))
-    negative = tl.where(exact, softplus_jit(z), -tl.log(tl.maximum(q, safe)))
-    d_positive = tl.where(exact | (p >= safe), -q, 0.0)
-    d_negative = tl.where(exact | (q >= safe), p, 0.0)
+    positive = tl.where(exact, softplus_jit(-z), -tl.log(at_least_jit(p, safe)))
+    negative = tl.where(exact, softplus_jit(z), -tl.log(at_least_jit(q, safe)))
+    d_positive = tl.where((p < safe) & (exact == 0), 0.0, -q)
+    d_negative = tl.where((q < safe) & (exact == 0), 0.0, p)
     return positive, d_positive, negative, d_negative
 
 

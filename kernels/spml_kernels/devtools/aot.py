@@ -33,7 +33,7 @@ class Case:
         types: argument name -> type, for arguments that are not constexpr, in the kernel's order; a tuple of types for
             a tuple of numbers.
         constants: constexpr arguments.
-        aligned: arguments whose value is a multiple of 16.
+        aligned: arguments whose value is a multiple of 16; those that the kernel does not specialise on are left out.
         warps: warps per program.
         stages: depth of software pipelining.
         streamed: whether the operands' loads are expected to be 128 bits wide.
@@ -109,8 +109,8 @@ def _widths(sass: str, instruction: str) -> dict[int, int]:
     return dict(sorted(widths.items()))
 
 
-def compile_case(case: Case, arch: int) -> Report:
-    """Compile for sm_`arch`, without a GPU, and read what came out."""
+def compiled_code(case: Case, arch: int) -> Any:
+    """Triton's compiled kernel for sm_`arch`, made without a GPU; its `asm` holds every stage from `ttir` to `cubin`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -118,10 +118,16 @@ def compile_case(case: Case, arch: int) -> Report:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are not compiled in this process")
     names = list(case.kernel.arg_names)
     signature = {n: "constexpr" if n in case.constants else case.types[n] for n in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
+    plain = {p.name for p in case.kernel.params if p.do_not_specialize}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned if n not in plain}
     source = ASTSource(case.kernel, signature, constexprs=dict(case.constants), attrs=attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages, **LAUNCH}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_case(case: Case, arch: int) -> Report:
+    """Compile for sm_`arch`, without a GPU, and read what came out."""
+    compiled = compiled_code(case, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

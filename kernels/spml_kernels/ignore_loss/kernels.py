@@ -6,7 +6,7 @@ from spml_kernels.common.jit import jit, tl
 from spml_kernels.common.math import sigmoid_jit, softplus_jit
 
 
-@jit
+@jit(do_not_specialize=["rows", "turns"])
 def _ignore_statistics_kernel(
     logits_ptr,
     masked_ptr,
@@ -48,7 +48,7 @@ def _ignore_statistics_kernel(
     tl.store(count_ptr + tl.program_id(0), tl.sum(tl.sum(count, 1), 0))
 
 
-@jit
+@jit(do_not_specialize=["rows", "parts", "programs"])
 def _ignore_finish_kernel(
     partial_ptr, gap_ptr, count_ptr, out_ptr, rows, parts, programs, CLASSES: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -87,7 +87,7 @@ def _log_slope(z, positive, guard, GUARDED: tl.constexpr):
     return tl.where(positive, -slope, slope)
 
 
-@jit
+@jit(do_not_specialize=["elements"])
 def _ignore_loss_kernel(
     logits_ptr,
     strong_ptr,
@@ -160,7 +160,7 @@ def _ignore_loss_kernel(
         tl.store(count_ptr + pid * 3 + 2, 0)
 
 
-@jit
+@jit(do_not_specialize=["elements"])
 def _ignore_backward_kernel(
     upstream_ptr,
     logits_ptr,

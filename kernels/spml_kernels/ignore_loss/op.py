@@ -19,6 +19,7 @@ from spml_kernels.common.autograd import without_gradient
 from spml_kernels.common.dispatch import use_triton
 from spml_kernels.common.heuristics import columns_launch, flat_launch
 from spml_kernels.common.jit import LAUNCH, cdiv
+from spml_kernels.common.ops import define
 from spml_kernels.ignore_loss.kernels import (
     _ignore_backward_kernel,
     _ignore_finish_kernel,
@@ -123,7 +124,7 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor.contiguous()
 
 
-@torch.library.custom_op("spml::ignore_statistics", mutates_args=())
+@define("spml::ignore_statistics")
 def ignore_statistics_op(logits: Tensor, masked: Tensor, codes: Tensor) -> Tensor:
     """See `ignore_statistics`."""
     logits, masked, codes = logits.contiguous(), masked.contiguous(), codes.contiguous()
@@ -169,7 +170,7 @@ def _(logits: Tensor, masked: Tensor, codes: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[1] + 3, dtype=torch.float32)
 
 
-@torch.library.custom_op("spml::ignore_loss", mutates_args=())
+@define("spml::ignore_loss")
 def ignore_loss_op(
     logits: Tensor,
     strong: Tensor | None,
@@ -234,7 +235,7 @@ def _(
     return logits.new_empty(3, dtype=torch.float32), rejected, logits.new_empty(3, dtype=torch.int64)
 
 
-@torch.library.custom_op("spml::ignore_loss_backward", mutates_args=())
+@define("spml::ignore_loss_backward")
 def ignore_loss_backward_op(
     upstream: Tensor,
     logits: Tensor,

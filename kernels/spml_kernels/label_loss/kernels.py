@@ -22,7 +22,7 @@ def _store_points(logits_ptr, codes_ptr, grad_ptr, offsets, params, mask, POINT:
     return tl.sum(loss, 0)
 
 
-@jit
+@jit(do_not_specialize=["elements"])
 def _label_loss_kernel(
     logits_ptr,
     codes_ptr,

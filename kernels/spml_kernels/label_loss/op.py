@@ -17,6 +17,7 @@ from spml_kernels.common.autograd import register_computed_gradient
 from spml_kernels.common.dispatch import use_triton
 from spml_kernels.common.heuristics import point_launch
 from spml_kernels.common.jit import LAUNCH
+from spml_kernels.common.ops import define
 from spml_kernels.label_loss.kernels import _label_loss_kernel
 from spml_kernels.label_loss.reference import label_loss_reference
 
@@ -70,7 +71,7 @@ def label_loss(logits: Tensor, codes: Tensor, point: PointLoss, params: tuple[fl
     return label_loss_op(logits, codes, point.key, [float(p) for p in params], wanted)[0]
 
 
-@torch.library.custom_op("spml::label_loss", mutates_args=())
+@define("spml::label_loss")
 def label_loss_op(
     logits: Tensor, codes: Tensor, point: str, params: list[float], gradient: bool
 ) -> tuple[Tensor, Tensor]:

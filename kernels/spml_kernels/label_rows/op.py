@@ -12,6 +12,7 @@ from torch import Tensor
 from spml_kernels.common.dispatch import use_triton
 from spml_kernels.common.heuristics import label_rows_launch
 from spml_kernels.common.jit import LAUNCH
+from spml_kernels.common.ops import define
 from spml_kernels.label_rows.kernels import _label_rows_kernel
 from spml_kernels.label_rows.reference import label_rows_reference
 
@@ -38,7 +39,7 @@ def label_rows(
     return label_rows_reference(indptr, classes, codes, index, num_classes, default, max_row)
 
 
-@torch.library.custom_op("spml::label_rows", mutates_args=())
+@define("spml::label_rows")
 def label_rows_op(
     indptr: Tensor, classes: Tensor, codes: Tensor, index: Tensor, num_classes: int, default: int
 ) -> Tensor:

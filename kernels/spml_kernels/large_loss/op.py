@@ -29,6 +29,7 @@ from spml_kernels.common.codes import IGNORED
 from spml_kernels.common.dispatch import use_triton
 from spml_kernels.common.heuristics import flat_launch, histogram_launch, large_loss_single_launch
 from spml_kernels.common.jit import LAUNCH, cdiv
+from spml_kernels.common.ops import define
 from spml_kernels.label_loss.op import PointLoss, label_loss
 from spml_kernels.large_loss.kernels import (
     _large_histogram_kernel,
@@ -323,7 +324,7 @@ def _launch_select(
     return partial.sum() if loss else total, selected, grad, rows, classes, valid
 
 
-@torch.library.custom_op("spml::large_histogram", mutates_args=())
+@define("spml::large_histogram")
 def large_histogram_op(
     logits: Tensor, codes: Tensor, k: Tensor, hist: Tensor, state: Tensor, k_max: int, level: int
 ) -> tuple[Tensor, Tensor]:
@@ -342,7 +343,7 @@ def _(
     return logits.new_empty(BINS, dtype=torch.int32), logits.new_empty(STATE, dtype=torch.int32)
 
 
-@torch.library.custom_op("spml::large_threshold", mutates_args=())
+@define("spml::large_threshold")
 def large_threshold_op(
     logits: Tensor, codes: Tensor, hist: Tensor, state: Tensor, inclusive: bool, listed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -360,7 +361,7 @@ def _(
     return _new_counts(logits, inclusive, listed)
 
 
-@torch.library.custom_op("spml::large_select", mutates_args=())
+@define("spml::large_select")
 def large_select_op(
     logits: Tensor,
     codes: Tensor,
@@ -397,7 +398,7 @@ def _(
     return _new_results(logits, loss, gradient, length)
 
 
-@torch.library.custom_op("spml::large_step", mutates_args=())
+@define("spml::large_step")
 def large_step_op(
     logits: Tensor,
     codes: Tensor,

@@ -14,7 +14,7 @@ from spml_kernels.common.jit import HAVE_TRITON, triton
 if not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton, not interpreting", allow_module_level=True)
 
-from spml_kernels.devtools.aot import ARCHITECTURES, Report, compile_case
+from spml_kernels.devtools.aot import ARCHITECTURES, Report, compile_case, compiled_code
 from spml_kernels.devtools.cases import cases
 
 from spml_fast.methods.pointwise import point_examples
@@ -123,3 +123,10 @@ def test_every_method_has_a_point_function_that_compiles(name):
     if example.point.kernel is None:
         pytest.skip(f"method {example.method} has no kernel: its reference runs on every device")
     assert compile_and_check(find("label_loss", f"{name} fp32 1229440", METHODS_ARCH)).loads.get(128, 0) > 0
+
+
+@pytest.mark.parametrize("method", ["asl", "p_asl"])
+def test_a_nan_is_not_lost_in_a_maximum(method):
+    """A GPU's plain maximum of a NaN and a number is the number; no interpreter shows it."""
+    assembly = compiled_code(find("label_loss", f"{method} fp32 1229440", METHODS_ARCH).case, METHODS_ARCH).asm["ptx"]
+    assert "max.NaN.f32" in assembly

@@ -1,0 +1,96 @@
+"""A training compiles each kernel once: what changes from epoch to epoch, or in a last short batch, is no new variant."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from spml_kernels.common.jit import HAVE_TRITON
+
+if not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs triton, not interpreting", allow_module_level=True)
+
+import spml_kernels
+from spml_kernels.devtools.counting import Launch, count
+
+from spml_fast.methods import get_method
+
+CLASSES = 80
+# Batches of an epoch: whole ones and what is left over at its end, with and without a multiple of 16.
+BATCHES = (128, 112, 49, 1)
+
+
+def variant(launch: Launch) -> tuple[Any, ...]:
+    """What Triton looks a compiled kernel up by: types, what it specialises on, and constants."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    bound, kinds, options = bind(**launch.arguments)
+    constants = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
+    # Block sizes are chosen from the number of entries; a different one is a different kernel, and is meant to be.
+    return str(kinds), str(sorted(constants.items(), key=str)), str(sorted(options.items()))
+
+
+def draw(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = torch.empty(rows, CLASSES, device="meta", dtype=dtype, requires_grad=True)
+    return logits, torch.empty(rows, CLASSES, device="meta", dtype=torch.int8)
+
+
+def variants(launches: list[Launch]) -> dict[str, set[tuple[Any, ...]]]:
+    found: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
+    for launch in launches:
+        if launch.kernel is not None:
+            found[launch.name].add(variant(launch))
+    assert found
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPML_KERNELS", "triton")
+
+
+@pytest.mark.parametrize("rows", [128, 512])
+def test_twenty_epochs_of_more_and_more_rejected_labels(rows):
+    def epochs() -> None:
+        logits, codes = draw(rows)
+        k = torch.empty((), dtype=torch.int64, device="meta")
+        # 0.2% of the labels more each epoch, as LL-R has it; 1, multiples of 16 and others are among them.
+        for limit in (1, *(16 * epoch + epoch % 3 for epoch in range(1, 20))):
+            spml_kernels.large_loss_step(logits, codes, k, k_max=limit, scheme="correct")
+            spml_kernels.large_loss_step(logits, codes, k, k_max=limit, scheme="reject").loss.backward()
+
+    for name, found in variants(count(epochs)).items():
+        # The two schemes, and three digits of the radix select.
+        assert len(found) <= {"_large_histogram_kernel": 3}.get(name, 2), name
+
+
+@pytest.mark.parametrize("entries", [1024, 1040, 1041])
+def test_lengths_of_a_flat_tensor(entries):
+    def batches() -> None:
+        for rows in (entries, entries + 7, entries + 160):
+            logits, codes = draw(rows)
+            spml_kernels.label_loss(logits, codes, get_method("an").point)
+            spml_kernels.ignore_statistics(logits, logits.detach(), codes)
+            guard = torch.empty(3, device="meta")
+            spml_kernels.ignore_loss(logits, None, logits.detach(), codes, torch.empty((), device="meta"), guard)
+
+    for name, found in variants(count(batches)).items():
+        assert len(found) == 1, name
+
+
+def test_short_batches_of_maps():
+    def batches() -> None:
+        for rows in BATCHES:
+            features = torch.empty(rows, 7, 7, 64, device="meta", dtype=torch.bfloat16)
+            weight, bias = torch.empty(CLASSES, 64, device="meta"), torch.empty(CLASSES, device="meta")
+            spml_kernels.cam_pool(features, weight, bias)
+
+    launches = [launch for launch in count(batches) if launch.name == "_cam_pool_fwd_kernel"]
+    assert len(launches) == len(BATCHES) and len(variants(launches)["_cam_pool_fwd_kernel"]) == 1

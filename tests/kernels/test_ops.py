@@ -1,0 +1,86 @@
+"""Every op runs on the device of its tensors, whichever is current, and on NVIDIA cards alone."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from spml_kernels.common import dispatch, ops
+
+from tests.support.paths import ROOT
+
+KERNELS = ROOT / "kernels" / "spml_kernels"
+
+
+class Current:
+    """Stands where `torch.cuda.device` does and notes what was made current; no CUDA is needed."""
+
+    def __init__(self) -> None:
+        self.entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def __call__(self, device):
+        self.entered.append(device)
+        yield
+
+
+def test_the_device_of_the_tensors_is_made_current(monkeypatch):
+    current = Current()
+    monkeypatch.setattr(ops.torch.cuda, "device", current)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = [torch.empty(2, device="cuda:1"), torch.empty(3, device="cuda:1")]
+    with ops.device_guard("spml::x", (3, *tensors, "word", True)):
+        assert current.entered == [torch.device("cuda", 1)]
+    with ops.device_guard("spml::x", (torch.empty(2), None)):
+        assert len(current.entered) == 1
+
+
+def test_tensors_on_two_devices_are_refused():
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = torch.empty(2, device="cuda:1"), torch.empty(2, device="cuda:0")
+    with pytest.raises(ValueError, match=r"spml::x: its tensors are on cuda:1 and cuda:0; move them to one device"):
+        ops.device_guard("spml::x", tensors)
+
+
+def test_the_guard_is_around_the_op_s_own_function(monkeypatch):
+    inside: list[str] = []
+
+    @contextlib.contextmanager
+    def guard(name, values):
+        inside.append(name)
+        yield
+        inside.append("left")
+
+    monkeypatch.setattr(ops, "device_guard", guard)
+
+    @ops.define("spml::test_of_the_guard")
+    def double(x: torch.Tensor, times: int) -> torch.Tensor:
+        """Twice as much."""
+        inside.append("function")
+        return x * times
+
+    assert torch.equal(double(torch.ones(2), 2), torch.full((2,), 2.0))
+    assert inside == ["spml::test_of_the_guard", "function", "left"]
+    assert str(torch.ops.spml.test_of_the_guard.default._schema).endswith("(Tensor x, SymInt times) -> Tensor")
+
+
+def test_no_op_is_registered_without_the_guard():
+    for path in KERNELS.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert ("custom_op(" in text) == (path == KERNELS / "common" / "ops.py"), path
+    names = [name for p in KERNELS.rglob("*.py") for name in re.findall(r'@define\("(spml::\w+)"\)', Path(p).read_text())]
+    assert len(names) >= 10 and len(set(names)) == len(names)
+
+
+def test_rocm_takes_the_reference(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    with torch._subclasses.FakeTensorMode():
+        tensor = torch.empty(2, device="cuda")
+    monkeypatch.setenv("SPML_KERNELS", "auto")
+    assert not dispatch.use_triton(tensor)
+    monkeypatch.setenv("SPML_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match="SPML_KERNELS=triton with PyTorch for ROCm"):
+        dispatch.use_triton(tensor)
