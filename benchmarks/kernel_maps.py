@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from spml_kernels import cam_mask, cam_pool
 from spml_kernels.cam_mask.reference import cam_mask_reference
+from spml_kernels.cam_pool.backward import ALIGNED
 from spml_kernels.cam_pool.chunked import cam_pool_chunked
 from spml_kernels.cam_pool.reference import cam_pool_reference
-from spml_kernels.common.heuristics import SKIP, WORD, cam_pool_launch
+from spml_kernels.common.heuristics import LANES, WORD, cam_pool_chunks, cam_pool_launch, expand_rows
 from spml_kernels.common.jit import cdiv
 from torch import Tensor
 
 from benchmarks.kernel_base import NAMES, Call, KernelWork, Specs, compiled, size
+
+# What the level-2 cache is expected to hold, though it counts as bytes moved.
+IN_CACHE = "gradient of the map, chunk by chunk, written and read by two products"
 
 
 def _cam_inputs(specs: Specs, sparse: bool, device: str) -> list[Tensor]:
@@ -67,30 +71,30 @@ def cam_work(
     rows, cells, half = batch * side * side, side * side, dtype != torch.float32
     flops = 2.0 * rows * classes * channels
     outputs = 2 * batch * classes * 4
-    signs = 4 * cdiv(rows, WORD) * cdiv(classes, SKIP) * SKIP
-    weight = size(specs[1:2])
+    signs = 4 * cdiv(rows, WORD) * cdiv(classes, LANES) * LANES
     providers: dict[str, Call] = {"fused": lambda *t: _both(cam_pool(*t)), "chunked": cam_pool_chunked}
     if not sparse:
         # The others do not care about signs.
         providers |= {"eager": _cam_plain, "compile": compiled(_cam_plain), "matmul": _cam_plain}
     launch = cam_pool_launch(batch, cells, classes, channels, half)
-    touched = [(p * cells + cells - 1) // launch.forward.rows - p * cells // launch.forward.rows for p in range(batch)]
+    touched = [(p * cells + cells - 1) // launch.tiles.rows - p * cells // launch.tiles.rows for p in range(batch)]
     slots = 8 * classes * sum(n + 1 for n in touched if n)
     slotted = {"sums of images that lie in several tiles, written and read": 2.0 * slots}
-    share = 2.0 * batch * cdiv(classes, SKIP) * SKIP * dtype.itemsize
-    beyond = {**slotted, "signs read again by the second product": signs}
-    beyond["shares of cells, written and read by both products"] = 3 * share
+    stride = cdiv(classes, ALIGNED) * ALIGNED
+    chunks = cam_pool_chunks(rows, classes, stride, channels, dtype.itemsize, True)
+    beyond = {**slotted, IN_CACHE: 3.0 * rows * classes * dtype.itemsize}
+    beyond["sums of the bias's gradient, written and read"] = 8.0 * cdiv(rows, expand_rows(classes)) * classes
+    # Every product reads all weights, and all but the first read the sum for the weights' gradient.
+    beyond["weights, once for every chunk but the first"] = (len(chunks) - 1.0) * classes * channels * dtype.itemsize
+    wide = 4 if len(chunks) > 1 or dtype == torch.float16 else dtype.itemsize
+    beyond["sum of the weights' gradient, read and written by every chunk but the first"] = (
+        2.0 * (len(chunks) - 1) * classes * channels * wide
+    )
+    if wide != dtype.itemsize:
+        beyond["sum of the weights' gradient in fp32, written and read"] = 8.0 * classes * channels
     if dtype == torch.float16:
         beyond["largest gradient"] = 4.0 * outputs
-    if launch.splits > 1:
-        beyond["parts of the gradients of weights and bias, written and read"] = (
-            8.0 * launch.splits * classes * (channels + 1)
-        )
-    if launch.skip_empty_tiles:
-        rounded = dtype == torch.float16
-        beyond["signs read again for the list of squares"] = signs
-        beyond["weights read again for the mean part"] = weight + (8.0 * classes * channels if rounded else 0.0)
-        beyond["mean features and mean part of images, written and read"] = 16.0 * batch * channels
+        beyond["gradients scaled back"] = 2.0 * size(specs[:1]) + 8.0 * classes * channels
     return KernelWork(
         op="cam_pool",
         shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} C {classes} {'sparse' if sparse else 'dense'}",

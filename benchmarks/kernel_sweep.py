@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
 import os
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from spml_kernels.cam_pool import forward
 from spml_kernels.cam_pool.tiles import launch_of
 from spml_kernels.common import heuristics
 from spml_kernels.common.heuristics import CamPoolLaunch, CamPoolTiles
@@ -25,18 +25,12 @@ from benchmarks.kernel_report import Row, file_name, machine, merge_csv
 @contextlib.contextmanager
 def launched(launch: CamPoolLaunch) -> Iterator[None]:
     """cam_pool with these block sizes, whatever the shape."""
-    with contextlib.ExitStack() as stack:
-        for name in ("cam_pool.forward", "cam_pool.backward"):
-            # By module name: the package's attribute of that name is the function.
-            module = importlib.import_module(f"spml_kernels.{name}")
-            stack.enter_context(mock.patch.object(module, "launch_of", lambda *_: launch))
-        # The forward asks for this alone, to know what the backward wants.
-        stack.enter_context(mock.patch.object(heuristics, "SKIP_FROM", 0 if launch.skip_empty_tiles else 2**40))
+    with mock.patch.object(forward, "launch_of", lambda *_: launch):
         yield
 
 
 def sweep(card: Card, results: Path, seconds: float, small: bool, known: str | None) -> int:
-    """Other block sizes of cam_pool's kernels at two shapes, dense signs; the best are printed last.
+    """Other ways, block sizes and chunks of cam_pool at two shapes, dense signs; the best are printed last.
 
     Nothing is compared with fp64 here: sizes that are taken over into `heuristics.py` meet the gate and the tests.
     """
@@ -48,26 +42,22 @@ def sweep(card: Card, results: Path, seconds: float, small: bool, known: str | N
         work = cam_work(128, 14, 2048, classes, torch.bfloat16)
         inputs = work.inputs(card.device)
         shipped = launch_of(inputs[0], classes)
-        tries = [("shipped", "fwd", shipped), ("shipped", "bwd", shipped)]
-        other = shipped._replace(skip_empty_tiles=not shipped.skip_empty_tiles)
-        tries.append(
-            (f"mean part {'with skipped squares' if other.skip_empty_tiles else 'in one product'}", "bwd", other)
-        )
+        size = heuristics.CHUNK_BYTES
+        tries = [("shipped", "fwd", shipped, size)]
+        tries += [(f"chunks of {n} MB", "bwd", shipped, n << 20) for n in (4, 8, 16, 24, 32, 48, 96)]
+        vendor = heuristics.cam_pool_launch(128, 196, classes, 2048, True, way="vendor")
+        tries += [(f"vendor, chunks of {n} MB", "fwd", vendor, n << 20) for n in (8, 16, 24, 48)]
         for rows_, wide, warps, stages in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4)):
             if rows_ * wide > 128 * 256 or (rows_ * wide == 128 * 256 and warps == 4):
                 continue
-            tiles = CamPoolTiles(rows_, wide, shipped.forward.channels, warps, stages)
-            tries.append((f"forward {tuple(tiles)}", "fwd", shipped._replace(forward=tiles, slices=rows_ // 64)))
-        for which in ("d_features", "d_weight"):
-            for across, warps, stages in itertools.product((64, 128, 256), (4, 8), (2, 3)):
-                tiles = getattr(shipped, which)._replace(channels=across, warps=warps, stages=stages)
-                tries.append((f"{which} {tuple(tiles)}", "bwd", shipped._replace(**{which: tiles})))
-        for name, mode, launch in tries:
+            tiles = CamPoolTiles(rows_, wide, shipped.tiles.channels, warps, stages)
+            tries.append((f"tile {tuple(tiles)}", "fwd", CamPoolLaunch("tile", tiles, rows_ // 64), size))
+        for name, mode, launch, bytes_ in tries:
             row: Row = {"op": "cam_pool", "shape": work.shape, "provider": name, "mode": mode, **facts}
             if time.monotonic() > stop:
                 row["status"] = "no time left"
             else:
-                with launched(launch):
+                with launched(launch), mock.patch.object(heuristics, "CHUNK_BYTES", bytes_):
                     try:
                         row |= {**card.times(make_call(work, "fused", mode, inputs)), "status": "ok"}
                     except Exception as error:

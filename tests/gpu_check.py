@@ -239,13 +239,13 @@ def small_calls(device: str) -> None:
     """Every op once or twice at small odd shapes, forward and backward, for a tool that watches what kernels access."""
     from spml_kernels import cam_mask, cam_pool, ignore_loss, ignore_statistics, label_loss, label_rows
     from spml_kernels.cam_mask.op import MapNorm
-    from spml_kernels.common import heuristics
+    from spml_kernels.cam_pool import tiles
     from spml_kernels.large_loss.op import _KEPT, Ties, large_loss_step
 
     torch.manual_seed(0)
-    shapes = ((0, torch.float16, 3, 70), (2**40, torch.bfloat16, 16, 70), (0, torch.float32, 3, 9))
-    for skip_from, dtype, batch, classes in shapes:
-        with mock.patch.object(heuristics, "SKIP_FROM", skip_from):
+    shapes = (("tile", torch.float16, 3, 70), ("vendor", torch.bfloat16, 16, 70), ("tile", torch.float32, 3, 9))
+    for way, dtype, batch, classes in shapes:
+        with mock.patch.object(tiles, "cam_pool_way", lambda *_, way=way: way):
             tensors = [torch.randn(batch, 5, 7, 40), torch.randn(classes, 40), torch.randn(classes)]
             leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
             mean, relu = cam_pool(leaves[0], leaves[1], leaves[2])

@@ -7,11 +7,16 @@ import itertools
 import pytest
 from spml_kernels.cam_pool.chunked import chunk_size
 from spml_kernels.common.heuristics import (
-    SKIP,
+    CHUNK_BYTES,
+    EXPAND_ROWS,
+    LANES,
     WORD,
+    cam_pool_chunks,
     cam_pool_launch,
+    cam_pool_way,
     class_map_launch,
     columns_launch,
+    expand_rows,
     flat_launch,
     histogram_launch,
     images_per_tile,
@@ -20,7 +25,7 @@ from spml_kernels.common.heuristics import (
     next_power_of_two,
     normalise_launch,
     point_launch,
-    skips_empty_tiles,
+    scratch_bytes,
 )
 
 CLASSES = (1, 10, 20, 80, 81, 312, 5000, 9605)
@@ -28,7 +33,7 @@ CHANNELS = (1, 96, 512, 768, 1280, 2048)
 CELLS = (16, 49, 196, 256, 1024)
 BATCHES = (1, 16, 128, 512)
 # Shared memory of one program, in bytes, by compute capability.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 def power_of_two(value):
@@ -91,53 +96,68 @@ def test_images_per_tile_is_the_most_there_are(tile, cells):
 
 
 @pytest.mark.parametrize("half", [True, False])
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_cam_pool_launches_are_possible(half, capability):
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize("way", ["tile", "vendor"])
+def test_cam_pool_launches_are_possible(half, capability, way):
     for batch, cells, classes, channels in itertools.product(BATCHES, CELLS, CLASSES, CHANNELS):
-        launch = cam_pool_launch(batch, cells, classes, channels, half, capability)
-        for tiles in (launch.forward, launch.d_features, launch.d_weight):
-            assert all(power_of_two(n) and n >= 16 for n in (tiles.rows, tiles.classes, tiles.channels))
+        launch = cam_pool_launch(batch, cells, classes, channels, half, capability, way)
+        tiles = launch.tiles
+        assert launch.way == way
+        assert all(power_of_two(n) and n >= 16 for n in (tiles.rows, tiles.classes, tiles.channels))
         size = 2 if half else 4
-        forward = launch.forward
-        assert (forward.rows + forward.classes) * forward.channels * size * forward.stages <= SHARED[capability]
+        assert (tiles.rows + tiles.classes) * tiles.channels * size * tiles.stages <= SHARED[capability]
         # A slice of the tile holds whole words of sign bits, and one bit of slack for the reshape.
-        assert forward.rows // launch.slices % WORD == 0
-        # Work lists are made of squares: steps and tiles are their multiples or parts.
-        for length in (launch.d_features.rows, launch.d_features.classes, launch.d_weight.rows):
-            assert length % SKIP == 0 or SKIP % length == 0
-        assert 1 <= launch.splits <= 128
+        assert tiles.rows // launch.slices % WORD == 0
+        # Chunks of classes end where tiles do.
+        assert LANES % tiles.classes == 0 or tiles.classes % LANES == 0
         # No grid is too long, also where the number of features passes 2^31.
-        assert (batch * cells // forward.rows + 1) * (classes // forward.classes + 1) < 2**31
+        assert (batch * cells // tiles.rows + 1) * (classes // tiles.classes + 1) < 2**31
+
+
+def test_who_multiplies():
+    assert cam_pool_way(90, (3, 6, 0)) == cam_pool_way(90, (3, 7, 0)) == cam_pool_way(75, (3, 9, 0)) == "vendor"
+    assert cam_pool_way(90, (3, 7, 1)) == cam_pool_way(90, (3, 8, 0)) == "tile"
+    assert {cam_pool_way(c, (3, 6, 0)) for c in (80, 86, 89, 100, 103, 120, 121)} == {"tile"}
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_chunks_cover_all_cells_and_their_scratch_is_free(spare):
+    for batch, cells, classes, channels in itertools.product(BATCHES, CELLS, CLASSES, CHANNELS):
+        rows, stride = batch * cells, -(-classes // 8) * 8
+        chunks = cam_pool_chunks(rows, classes, stride, channels, 2, spare)
+        assert sum(c.rows for c in chunks) == rows
+        place = 0
+        for chunk in chunks:
+            assert chunk.first == place and place % EXPAND_ROWS == 0 and chunk.rows > 0
+            place += chunk.rows
+            # Aligned to 8 elements, the scratch ends where dX does and begins after what this chunk writes of it.
+            start = (rows * channels - chunk.rows * stride) // 8 * 8
+            assert chunk.own or (spare and start >= place * channels)
+        assert all(c.own for c in chunks if not spare)
 
 
 def test_memory_of_cam_pool_beside_its_outputs():
     # One bit a cell, and two slots of two fp32 sums a tile: within 1/10 of a bf16 map on Hopper.
     batch, cells, classes, channels = 128, 196, 5000, 2048
     launch = cam_pool_launch(batch, cells, classes, channels, True, 90)
-    rows, stride = batch * cells, -(-classes // SKIP) * SKIP
-    bits = -(-rows // WORD) * stride * 4
-    tiles = -(-rows // launch.forward.rows)
-    assert bits + tiles * 4 * classes * 4 + batch * channels * 2 <= rows * classes * 2 / 10
-    # In the backward the bits, shares of cells, mean features and mean part, flags, and lists of steps. The gradient of
-    # the weights is made in place, not in parts.
-    assert launch.skip_empty_tiles and launch.splits == 1
-    squares = -(-rows // SKIP) * (stride // SKIP)
-    lists = 4 * squares * (SKIP / launch.d_features.rows + SKIP / launch.d_weight.classes)
-    small = 2 * batch * stride * 2 + 2 * batch * channels * 2 + squares + lists
-    assert bits + small <= rows * classes * 2 / 10
+    rows = batch * cells
+    cam = rows * classes * 2
+    bits = -(-rows // WORD) * (-(-classes // LANES) * LANES) * 4
+    tiles = -(-rows // launch.tiles.rows)
+    assert bits + tiles * 4 * classes * 4 <= cam / 10
+    # In the backward the bits, the scratch of the last chunks, and sums for the bias; weights in fp32.
+    chunks = cam_pool_chunks(rows, classes, 5000, channels, 2, True)
+    own = max(c.rows for c in chunks if c.own) * 5000 * 2
+    sums = -(-rows // expand_rows(classes)) * classes * 4
+    assert own <= scratch_bytes(rows, classes, 2) and bits + own + sums <= cam / 10
+    assert len(chunks) <= 16 and max(c.rows for c in chunks) * 5000 * 2 <= CHUNK_BYTES
 
 
-def test_squares_are_skipped_where_products_take_long():
-    assert not any(skips_empty_tiles(128 * 196, classes) for classes in (20, 80, 312))
-    assert skips_empty_tiles(128 * 196, 1000) and skips_empty_tiles(128 * 196, 5000)
-    # Few cells: reading the weights takes longer than the products.
-    assert not skips_empty_tiles(196, 5000) and not skips_empty_tiles(0, 5000) and skips_empty_tiles(8 * 196, 5000)
-
-
-def test_small_shapes_split_their_sums_and_large_ones_do_not():
-    assert cam_pool_launch(128, 196, 20, 2048, True).splits > 1
-    assert cam_pool_launch(128, 196, 5000, 2048, True).splits == 1
-    assert cam_pool_launch(1, 16, 20, 96, True).splits == 1
+def test_few_classes_are_one_chunk():
+    for classes in (20, 80):
+        assert len(cam_pool_chunks(128 * 196, classes, -(-classes // 8) * 8, 2048, 2, True)) == 1
+    assert len(cam_pool_chunks(128 * 196, 80, 80, 2048, 2, False)) == 1
+    assert len(cam_pool_chunks(128 * 196, 312, 312, 2048, 2, True)) == 2
 
 
 def test_next_power_of_two():

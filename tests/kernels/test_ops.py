@@ -71,7 +71,9 @@ def test_no_op_is_registered_without_the_guard():
     for path in KERNELS.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert ("custom_op(" in text) == (path == KERNELS / "common" / "ops.py"), path
-    names = [name for p in KERNELS.rglob("*.py") for name in re.findall(r'@define\("(spml::\w+)"\)', Path(p).read_text())]
+    names = [
+        name for p in KERNELS.rglob("*.py") for name in re.findall(r'@define\("(spml::\w+)"\)', Path(p).read_text())
+    ]
     assert len(names) >= 10 and len(set(names)) == len(names)
 
 

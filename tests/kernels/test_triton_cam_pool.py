@@ -8,10 +8,12 @@ import importlib
 import pytest
 import torch
 from spml_kernels import cam_pool
+from spml_kernels.cam_pool import tiles
 from spml_kernels.cam_pool.backward import cam_pool_backward_op
 from spml_kernels.cam_pool.chunked import cam_pool_chunked
 from spml_kernels.cam_pool.forward import cam_pool_op
 from spml_kernels.cam_pool.reference import cam_pool_reference
+from spml_kernels.common import heuristics
 from spml_kernels.common.heuristics import cam_pool_launch
 
 from benchmarks.kernel_sweep import launched
@@ -31,11 +33,20 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=[False, True], ids=["together", "apart"])
-def skip_empty(request, monkeypatch):
-    """Both forms of the backward, whatever the shape: with and without the mean part made by itself."""
-    monkeypatch.setattr("spml_kernels.common.heuristics.SKIP_FROM", 0 if request.param else 10**6)
-    return request.param
+@pytest.fixture(params=["tile", "vendor"])
+def way(request, device):
+    """Both ways of the forward, whatever the card; the vendor's in several chunks of classes, where there are several.
+
+    The backward goes through the cells in one chunk or in many, the first of them in the end of dX.
+    """
+    small = request.param == "vendor"
+    with pytest.MonkeyPatch.context() as patch:
+        if small:
+            patch.setattr(heuristics, "SMALL_BYTES", 1)
+            patch.setattr(heuristics, "CHUNK_BYTES", 64 << 10)
+        patch.setattr(tiles, "cam_pool_way", lambda *_: request.param)
+        patch.setattr(tiles, "DEFAULT", (90, request.param))
+        yield request.param
 
 
 def draw(shape, dtype, device, seed=0, shift=0.0):
@@ -61,9 +72,9 @@ def exact(inputs):
     return run(lambda *t: cam_pool_reference(*t, True), [t.detach().double().cpu() for t in inputs])
 
 
-def check(inputs, tolerance=None):
+def check(inputs):
     found, wanted = run(cam_pool, inputs), exact(inputs)
-    tolerance = tolerance or TOLERANCE[inputs[0].dtype]
+    tolerance = TOLERANCE[inputs[0].dtype]
     for name, a, b in zip(("mean", "relu", "features", "weight", "bias"), found, wanted, strict=True):
         if name in ("mean", "relu"):
             assert a.dtype == torch.float32
@@ -78,49 +89,60 @@ def check(inputs, tolerance=None):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_equals_the_reference(shape, dtype, device, skip_empty):
+def test_equals_the_reference(shape, dtype, device, way):
     check(draw(shape, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 10, 15, 64, 129), (3, 10, 10, 33, 70), (5, 8, 8, 32, 65)], ids=str)
-def test_launch_of_large_inputs(shape, dtype, device, monkeypatch, skip_empty):
+def test_launch_of_large_inputs(shape, dtype, device, monkeypatch):
     monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", 0.01)
     batch, height, width, channels, classes = shape
     cards = [(90, dtype == torch.float16 and height * width >= 64)]
-    # Cards differ in the forward alone.
-    cards += [] if skip_empty else [(80, False)]
+    cards += [(80, False)]
     for capability, wide in cards:
         launch = cam_pool_launch(batch, height * width, classes, channels, dtype != torch.float32, capability)
-        assert launch.forward.rows == (256 if wide else 128)
-        assert launch.skip_empty_tiles == skip_empty
+        assert launch.tiles.rows == (256 if wide else 128)
         with launched(launch) if device == "cpu" else contextlib.nullcontext():
             check(draw(shape, dtype, device))
 
 
-@pytest.mark.parametrize("full", [1, 1000])
-def test_sums_over_cells_in_parts(full, device, monkeypatch, skip_empty):
-    monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", full)
-    shape = (6, 14, 14, 40, 20)
-    assert cam_pool_launch(6, 196, 20, 40, True).splits == (1 if full == 1 else 3)
-    check(draw(shape, torch.float16, device))
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("spare", [True, False])
+def test_chunks_of_cells(dtype, spare, device, monkeypatch):
+    # Many chunks: first in the end of dX, then in memory of their own; without dX all in memory of their own.
+    monkeypatch.setattr(heuristics, "SMALL_BYTES", 1)
+    monkeypatch.setattr(heuristics, "EXPAND_ROWS", 64)
+    monkeypatch.setattr(heuristics, "CHUNK_BYTES", 128 * 72 * dtype.itemsize)
+    batch, side, channels, classes = 9, 7, 40, 70
+    chunks = heuristics.cam_pool_chunks(batch * side * side, classes, 72, channels, dtype.itemsize, spare)
+    assert len(chunks) > 4 and {c.own for c in chunks} == ({True, False} if spare else {True})
+    inputs = draw((batch, side, side, channels, classes), dtype, device)
+    if spare:
+        check(inputs)
+        return
+    features, *rest = inputs
+    found = run(lambda w, b: cam_pool(features, w, b), rest)
+    wanted = exact(inputs)
+    for name, a, b in zip(("mean", "relu", "weight", "bias"), found, [*wanted[:2], *wanted[3:]], strict=True):
+        assert_close(name, a, b, max(TOLERANCE[dtype], 5e-5))
 
 
 @pytest.mark.parametrize("parts", [(0, 1), (1, 0), (1, 1)])
-def test_tiny_gradients_in_fp16(parts, device, skip_empty):
+def test_tiny_gradients_in_fp16(parts, device):
     # Means over a batch of 10^4 classes: below what fp16 holds, so gradients are scaled.
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float16, device)
-    kept = cam_pool_op(features, weight, bias, True)[2:]
+    bits = cam_pool_op(features, weight, bias, True)[2]
     generator = torch.Generator().manual_seed(0)
     grad = torch.randn(3, 20, generator=generator).to(device)
     grads = [grad * part for part in parts]
-    one = cam_pool_backward_op(*grads, features, weight.float(), *kept, False, True)[1:]
-    two = cam_pool_backward_op(*[g * 1e-9 for g in grads], features, weight.float(), *kept, False, True)[1:]
+    one = cam_pool_backward_op(*grads, features, weight.float(), bits, False, True)[1:]
+    two = cam_pool_backward_op(*[g * 1e-9 for g in grads], features, weight.float(), bits, False, True)[1:]
     for a, b in zip(one, two, strict=True):
         assert_close("gradient", b * 1e9, a.double(), 1e-3)
 
 
-def test_fp32_weights_under_half_features(device, skip_empty):
+def test_fp32_weights_under_half_features(device, way):
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
     inputs = [features.half(), weight, bias]
     found = run(cam_pool, inputs)
@@ -132,7 +154,7 @@ def test_fp32_weights_under_half_features(device, skip_empty):
 
 
 @pytest.mark.parametrize("shift", [-100.0, 100.0])
-def test_nothing_or_everything_positive(shift, device, skip_empty):
+def test_nothing_or_everything_positive(shift, device, way):
     inputs = draw((3, 7, 7, 48, 70), torch.float32, device, shift=shift)
     found = check(inputs)
     if shift < 0:
@@ -141,8 +163,8 @@ def test_nothing_or_everything_positive(shift, device, skip_empty):
         assert_close("relu", found[1], found[0], 1e-6)
 
 
-def test_few_positive_squares(device, skip_empty):
-    # Two classes of one image: nearly all squares are passed over.
+def test_few_positive_cells(device, way):
+    # Two classes of one image.
     features, weight, bias = draw((6, 9, 9, 32, 200), torch.float32, device, shift=-30)
     bias[7] = bias[150] = 0
     features[2, 1:3] *= 3
@@ -157,25 +179,13 @@ def test_zero_is_not_positive(device):
     assert len(grads) == 3
 
 
-def test_mean_features_are_made_where_the_backward_wants_them(device, skip_empty):
-    # 49 cells: images within a tile, and over two tiles of 128.
-    for dtype in (torch.float32, torch.bfloat16):
-        features, weight, bias = draw((9, 7, 7, 33, 21), dtype, device)
-        pooled = cam_pool_op(features, weight, bias, True)[3]
-        assert pooled.dtype == dtype and pooled.shape == ((9, 33) if skip_empty else (0,))
-        if skip_empty:
-            tolerance = 1e-6 if dtype == torch.float32 else 5e-3
-            assert_close("mean features", pooled, features.double().mean((1, 2)), tolerance)
-        assert cam_pool_op(features, weight, bias, False)[3].numel() == 0
-
-
 def test_extreme_logits_stay_finite(device):
     features, weight, bias = draw((2, 7, 7, 64, 20), torch.float32, device)
     for scale in (100.0, 1e4):
         assert all(torch.isfinite(t).all() for t in check([features * scale, weight, bias]))
 
 
-def test_signs_are_one_bit_a_cell(device):
+def test_signs_are_one_bit_a_cell(device, way):
     features, weight, bias = draw((3, 7, 7, 32, 21), torch.float32, device)
     bits = cam_pool_op(features, weight, bias, True)[2]
     cam = torch.nn.functional.linear(features.double(), weight.double(), bias.double()).reshape(147, 21)
@@ -216,11 +226,19 @@ def test_tiny_maps_go_in_chunks(device):
     check(draw((4, 1, 1, 32, 20), torch.float32, device))
 
 
-def test_empty(device, skip_empty):
+def test_empty(device, way):
     features, weight, bias = draw((0, 7, 7, 32, 20), torch.float32, device)
     found = run(cam_pool, [features, weight, bias])
     assert found[0].shape == found[1].shape == (0, 20) and found[2].shape == features.shape
     assert not found[3].any() and not found[4].any()
+
+
+def test_a_nan_feature_is_seen_in_both_means(device, way):
+    features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
+    features[1, 3, 3, 0] = torch.nan
+    mean, relu = cam_pool(features, weight, bias)
+    for result in (mean, relu):
+        assert result[1].isnan().all() and not result[[0, 2]].isnan().any()
 
 
 def test_layouts(device):
@@ -235,31 +253,31 @@ def test_layouts(device):
 def test_only_wanted_gradients_are_made(device):
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
     whole = run(cam_pool, [features, weight, bias])
-    kept = cam_pool_op(features, weight, bias, True)[2:]
+    bits = cam_pool_op(features, weight, bias, True)[2]
     grads = [torch.randn(3, 20, device=device) for _ in range(2)]
-    d_x, d_w, d_b = cam_pool_backward_op(*grads, features, weight, *kept, True, False)
+    d_x, d_w, d_b = cam_pool_backward_op(*grads, features, weight, bits, True, False)
     assert d_w.numel() == d_b.numel() == 0 and d_x.shape == features.shape
-    assert cam_pool_backward_op(*grads, features, weight, *kept, False, True)[0].numel() == 0
+    assert cam_pool_backward_op(*grads, features, weight, bits, False, True)[0].numel() == 0
     mean, relu = cam_pool(features, weight.clone().requires_grad_(), bias)
     assert torch.equal(mean, whole[0]) and relu.requires_grad
     with torch.no_grad():
         assert not cam_pool(features, weight.clone().requires_grad_(), bias)[0].requires_grad
 
 
-def test_two_runs_are_bit_equal(device, skip_empty):
+def test_two_runs_are_bit_equal(device, way):
     inputs = draw((5, 14, 14, 96, 20), torch.float16, device)
     one, two = run(cam_pool, inputs), run(cam_pool, inputs)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_op_is_sound(device, skip_empty):
+def test_op_is_sound(device, way):
     inputs = [t.requires_grad_() for t in draw((2, 5, 5, 32, 9), torch.float32, device)]
     assert_op_sound(torch.ops.spml.cam_pool.default, (*inputs, True))
-    kept = [t.detach() for t in cam_pool_op(*inputs, True)[2:]]
+    bits = cam_pool_op(*inputs, True)[2]
     grads = [torch.randn(2, 9, device=device) for _ in range(2)]
     plain = [t.detach() for t in inputs]
     for wanted in ((True, True), (True, False), (False, True)):
-        assert_op_sound(torch.ops.spml.cam_pool_backward.default, (*grads, *plain[:2], *kept, *wanted))
+        assert_op_sound(torch.ops.spml.cam_pool_backward.default, (*grads, *plain[:2], bits, *wanted))
 
 
 def test_compiles_into_one_graph(device):

@@ -111,9 +111,8 @@ def test_leaves_its_inputs_alone(device):
     assert torch.equal(logits, before) and logits._version == version
 
 
-def test_no_gradient_is_made_when_none_is_wanted(device):
+def test_no_graph_is_made_when_no_gradient_is_wanted(device):
     logits, codes = draw_logits((9, 33), torch.float32, device), draw_codes((9, 33), device)
-    assert label_loss_op(logits, codes, AN.key, [], False)[1].numel() == 0
     with torch.no_grad():
         assert not label_loss(logits.requires_grad_(), codes, AN).requires_grad
 
@@ -125,10 +124,25 @@ def test_without_a_kernel_the_reference_runs(device):
 
 def test_op_is_sound(device):
     logits, codes = draw_logits((9, 33), torch.float32, device).requires_grad_(), draw_codes((9, 33), device)
-    assert_op_sound(torch.ops.spml.label_loss.default, (logits, codes, AN.key, [], True))
-    arguments = (logits.detach(), codes, WAN.key, [0.1, 0.0], False)
-    assert_op_sound(torch.ops.spml.label_loss.default, arguments)
-    assert label_loss_op(logits.to("meta"), codes.to("meta"), AN.key, [], True)[1].shape == (9, 33)
+    assert_op_sound(torch.ops.spml.label_loss.default, (logits, codes, AN.key, []))
+    assert_op_sound(torch.ops.spml.label_loss.default, (logits.detach(), codes, WAN.key, [0.1, 0.0]))
+    upstream = torch.tensor(0.3, device=device)
+    assert_op_sound(torch.ops.spml.label_loss_backward.default, (upstream, logits.detach(), codes, WAN.key, [0.1, 0.0]))
+    assert label_loss_op(logits.to("meta"), codes.to("meta"), AN.key, []).shape == ()
+
+
+def test_nothing_but_the_inputs_is_kept_for_the_backward(device):
+    logits, codes = draw_logits((9, 33), torch.bfloat16, device).requires_grad_(), draw_codes((9, 33), device)
+    loss = label_loss(logits, codes, WAN, (0.1, 0.0))
+    kept = [t for t in loss.grad_fn.saved_tensors if t is not None]
+    assert {t.data_ptr() for t in kept} == {logits.data_ptr(), codes.data_ptr()}
+
+
+def test_a_tiny_factor_is_not_lost_in_half_precision(device):
+    # A mean over 10^8 entries: the product is made in fp32 and rounded once.
+    logits, codes = draw_logits((9, 33), torch.bfloat16, device), draw_codes((9, 33), device)
+    (one,), (tiny,) = (value_and_gradients(lambda z: label_loss(z, codes, AN), [logits], u)[1] for u in (1.0, 2.0**-30))
+    assert torch.equal(tiny * 2.0**30, one)
 
 
 def test_compiles_into_one_graph(device):

@@ -7,9 +7,10 @@ Forward: a tiled matrix product whose tile of the map is summed over the cells o
 Cells of one image follow those of another, so a tile holds the end of one image, whole ones, and the start of one
 more. Sums of whole images are final; the two others go to a buffer of two slots per tile, which a second kernel adds up
 in a fixed order.
+Where the card or the compiler does not suit that kernel (`heuristics.cam_pool_way`), PyTorch makes the products of a
+chunk of classes, and a kernel sums them in the same way.
 What is kept is one bit per cell, the sign, 32 cells of one class to a word: making the map again instead would be a
-fourth product beside the three that forward and backward need anyway, a bit costs 1/16 of a bf16 map. Where the
-backward will want the mean features, the forward makes them beside the tiles that read the same cells.
+fourth product beside the three that forward and backward need anyway, a bit costs 1/16 of a bf16 map.
 The gradients are in `backward`, all kernels in `kernels`.
 """
 
@@ -22,12 +23,20 @@ from torch import Tensor
 
 from spml_kernels.cam_pool import backward
 from spml_kernels.cam_pool.chunked import cam_pool_chunked
-from spml_kernels.cam_pool.kernels import _cam_pool_finish_kernel, _cam_pool_fwd_kernel
+from spml_kernels.cam_pool.kernels import _cam_pool_finish_kernel, _cam_pool_fwd_kernel, _cam_pool_reduce_kernel
+from spml_kernels.cam_pool.products import wide_product
 from spml_kernels.cam_pool.reference import cam_map_reference, cam_pool_reference
 from spml_kernels.cam_pool.tiles import constants, launch_of
 from spml_kernels.common.autograd import without_gradient
 from spml_kernels.common.dispatch import use_triton
-from spml_kernels.common.heuristics import SKIP, WORD, images_per_tile, next_power_of_two, skips_empty_tiles
+from spml_kernels.common.heuristics import (
+    LANES,
+    WORD,
+    CamPoolLaunch,
+    images_per_tile,
+    next_power_of_two,
+    scratch_bytes,
+)
 from spml_kernels.common.jit import LAUNCH, cdiv
 from spml_kernels.common.ops import define
 
@@ -53,7 +62,7 @@ def cam_pool(features: Tensor, weight: Tensor, bias: Tensor, boost: bool = True)
     if features.shape[1] * features.shape[2] < MIN_CELLS or weight.shape[0] == 0 or features.shape[3] == 0:
         return cam_pool_chunked(features, weight, bias)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (features, weight, bias))
-    mean, relu, _, _ = cam_pool_op(features, weight, bias, wanted)
+    mean, relu, _ = cam_pool_op(features, weight, bias, wanted)
     return mean, relu
 
 
@@ -81,90 +90,143 @@ GROUP = 8
 
 
 @define("spml::cam_pool")
-def cam_pool_op(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean(M), mean(relu M), and what the backward needs, empty without `keep`.
+def cam_pool_op(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """mean(M), mean(relu M), and the signs for the backward, empty without `keep`.
 
-    That is the signs, int32 [cdiv(B H W, 32), C rounded up to 64], and where it makes the mean part by itself
-    (`heuristics.skips_empty_tiles`) the mean features [B, K] in the features' type.
+    The signs are int32 [cdiv(B H W, 32), C rounded up to 64].
     """
-    batch, height, width, channels = features.shape
-    cells, classes = height * width, len(weight)
-    rows, dtype = batch * cells, features.dtype
-    x, w = features.contiguous(), weight.to(dtype).contiguous()
+    batch, height, width, _ = features.shape
+    classes, rows = len(weight), batch * height * width
     make: dict[str, Any] = {"dtype": torch.float32, "device": features.device}
     mean, relu = torch.empty(batch, classes, **make), torch.empty(batch, classes, **make)
-    words = cdiv(rows, WORD) if keep else 0
-    stride = cdiv(classes, SKIP) * SKIP
-    bits = torch.empty(words, stride, dtype=torch.int32, device=features.device)
-    pool = keep and skips_empty_tiles(rows, classes)
-    pooled = torch.empty((batch, channels) if pool else (0,), dtype=dtype, device=features.device)
+    stride = cdiv(classes, LANES) * LANES
+    bits = torch.empty(cdiv(rows, WORD) if keep else 0, stride, dtype=torch.int32, device=features.device)
     if batch == 0:
-        return mean, relu, bits, pooled
-    launch = launch_of(features, classes)
-    tiles = launch.forward
-    tiles_r, tiles_c = cdiv(rows, tiles.rows), cdiv(classes, tiles.classes)
+        return mean, relu, bits
+    _fill(features.contiguous(), weight.to(features.dtype).contiguous(), bias.float().contiguous(), mean, relu, bits)
+    return mean, relu, bits
+
+
+def _fill(x: Tensor, w: Tensor, bias: Tensor, mean: Tensor, relu: Tensor, bits: Tensor) -> None:
+    """Write means and signs, in the way that is chosen for this shape and card."""
+    batch, height, width, _ = x.shape
+    cells, classes = height * width, len(w)
+    launch = launch_of(x, classes)
+    tiles = launch.tiles
     split = tiles.rows % cells != 0
-    part = torch.empty((tiles_r, 2, 2, classes) if split else (0,), **make)
-    _cam_pool_fwd_kernel[(tiles_r * (tiles_c + pool),)](
-        x,
-        w,
-        bias.float().contiguous(),
-        mean,
-        relu,
-        part,
-        bits,
-        pooled,
-        rows,
-        classes,
-        channels,
-        cells,
-        stride,
-        1.0 / cells,
-        IMAGES=next_power_of_two(images_per_tile(tiles.rows, cells)),
-        SLICES=launch.slices,
-        TOUCHED=images_per_tile(tiles.rows // launch.slices, cells),
-        EVEN=channels % tiles.channels == 0,
-        BITS=keep,
-        POOL=pool,
-        GROUP=GROUP,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        **constants(dtype, tiles),
-        **LAUNCH,
-    )
+    part_shape = (cdiv(batch * cells, tiles.rows), 2, 2, classes) if split else (0,)
+    part = torch.empty(part_shape, dtype=torch.float32, device=x.device)
+    (_tile if launch.way == "tile" else _vendor)(launch, x, w, bias, mean, relu, part, bits)
     if split:
         _cam_pool_finish_kernel[(batch, cdiv(classes, 256))](
             mean, relu, part, classes, cells, 1.0 / cells, BLOCK_R=tiles.rows, BLOCK_C=256, num_warps=2, **LAUNCH
         )
-    return mean, relu, bits, pooled
+
+
+def _sums(launch: CamPoolLaunch, cells: int, bits: Tensor) -> dict[str, Any]:
+    """Constants of the sums over a tile."""
+    tiles = launch.tiles
+    return {
+        "IMAGES": next_power_of_two(images_per_tile(tiles.rows, cells)),
+        "SLICES": launch.slices,
+        "TOUCHED": images_per_tile(tiles.rows // launch.slices, cells),
+        "BITS": len(bits) > 0,
+        "num_warps": tiles.warps,
+    }
+
+
+def _tile(
+    launch: CamPoolLaunch, x: Tensor, w: Tensor, bias: Tensor, mean: Tensor, relu: Tensor, part: Tensor, bits: Tensor
+) -> None:
+    """Products and sums in one kernel."""
+    batch, height, width, channels = x.shape
+    cells, classes, tiles = height * width, len(w), launch.tiles
+    rows = batch * cells
+    _cam_pool_fwd_kernel[(cdiv(rows, tiles.rows) * cdiv(classes, tiles.classes),)](
+        x,
+        w,
+        bias,
+        mean,
+        relu,
+        part,
+        bits,
+        rows,
+        classes,
+        channels,
+        cells,
+        bits.shape[1],
+        1.0 / cells,
+        EVEN=channels % tiles.channels == 0,
+        GROUP=GROUP,
+        num_stages=tiles.stages,
+        **_sums(launch, cells, bits),
+        **constants(x.dtype, tiles),
+        **LAUNCH,
+    )
+
+
+def _vendor(
+    launch: CamPoolLaunch, x: Tensor, w: Tensor, bias: Tensor, mean: Tensor, relu: Tensor, part: Tensor, bits: Tensor
+) -> None:
+    """Products by PyTorch into fp32 scratch for a chunk of classes, summed by a kernel.
+
+    Rounded to half precision, a cell whose product and bias nearly cancel would change its sign.
+    """
+    batch, height, width, channels = x.shape
+    cells, classes, tiles = height * width, len(w), launch.tiles
+    rows = batch * cells
+    fit = scratch_bytes(rows, classes, x.element_size()) // (4 * rows)
+    size = min(max(fit // LANES, 1), cdiv(classes, LANES)) * LANES
+    cam = torch.empty(rows, size, dtype=torch.float32, device=x.device)
+    for first in range(0, classes, size):
+        number = min(size, classes - first)
+        wide_product(x.view(rows, channels), w[first : first + number].T, cam[:, :number])
+        _cam_pool_reduce_kernel[(cdiv(rows, tiles.rows) * cdiv(number, tiles.classes),)](
+            cam,
+            bias,
+            mean,
+            relu,
+            part,
+            bits,
+            rows,
+            first,
+            number,
+            size,
+            classes,
+            cells,
+            bits.shape[1],
+            1.0 / cells,
+            BLOCK_R=tiles.rows,
+            BLOCK_C=tiles.classes,
+            **_sums(launch, cells, bits),
+            **LAUNCH,
+        )
 
 
 @cam_pool_op.register_fake
-def _(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, height, width, channels = features.shape
-    rows, classes = batch * height * width, len(weight)
-    mean = features.new_empty((batch, classes), dtype=torch.float32)
-    words = (rows + WORD - 1) // WORD if keep else 0
-    stride = (classes + SKIP - 1) // SKIP * SKIP
-    pooled = features.new_empty((batch, channels) if keep and skips_empty_tiles(rows, classes) else (0,))
-    return mean, torch.empty_like(mean), features.new_empty((words, stride), dtype=torch.int32), pooled
+def _(features: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, height, width, _ = features.shape
+    mean = features.new_empty((batch, len(weight)), dtype=torch.float32)
+    words = (batch * height * width + WORD - 1) // WORD if keep else 0
+    stride = (len(weight) + LANES - 1) // LANES * LANES
+    return mean, torch.empty_like(mean), features.new_empty((words, stride), dtype=torch.int32)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     features, weight, bias, _ = inputs
-    _, _, bits, pooled = output
-    without_gradient(ctx, bits, pooled)
-    ctx.save_for_backward(features, weight, bits, pooled)
+    _, _, bits = output
+    without_gradient(ctx, bits)
+    ctx.save_for_backward(features, weight, bits)
     ctx.bias_dtype = bias.dtype
 
 
 def _backward(ctx: Any, grad_mean: Tensor | None, grad_relu: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    features, weight, bits, pooled = ctx.saved_tensors
+    features, weight, bits = ctx.saved_tensors
     want_x, want_w, want_b = ctx.needs_input_grad[:3]
     shape = (len(features), len(weight))
     grads = [features.new_zeros(shape, dtype=torch.float32) if g is None else g for g in (grad_mean, grad_relu)]
     op = backward.cam_pool_backward_op
-    d_x, d_w, d_b = op(*grads, features, weight, bits, pooled, want_x, want_w or want_b)
+    d_x, d_w, d_b = op(*grads, features, weight, bits, want_x, want_w or want_b)
     return d_x if want_x else None, d_w if want_w else None, d_b.to(ctx.bias_dtype) if want_b else None, None
 
 

@@ -1,7 +1,7 @@
-"""The kernels of cam_pool, forward and backward.
+"""The kernels of cam_pool.
 
-Forward: a tiled product whose tiles are summed over images, mean features beside it, and the sums across tiles.
-Backward: what each cell hands on, the lists of squares with a positive cell, the two products, and the sum of parts.
+Forward: a tiled product whose tiles are summed over images, the same sums of a map that a product elsewhere has made,
+and the sums across tiles. Backward: the gradient of the map, a chunk at a time, for two products elsewhere.
 """
 
 from __future__ import annotations
@@ -72,133 +72,32 @@ def _reduce_cells(
 
 
 @jit
-def _pool_features(
-    features_ptr,
-    pooled_ptr,
-    start,
-    rows,
-    channels,
-    cells,
-    scale,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    IMAGES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Mean features of the images that begin in a tile of cells: products with a 0/1 matrix, image by image."""
-    first = tl.cdiv(start, cells)
-    last = tl.cdiv(tl.minimum(start + BLOCK_R, rows), cells)
-    image = first + tl.arange(0, IMAGES)
-    begin = (tl.arange(0, IMAGES) * cells)[None, :]
-    number = (last - first) * cells
-    x_ptr = features_ptr + (first * cells).to(tl.int64) * channels
-    for k0 in range(0, channels, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        total = tl.zeros((BLOCK_K, IMAGES), tl.float32)
-        for row0 in range(0, number, BLOCK_R):
-            row = row0 + tl.arange(0, BLOCK_R)
-            inside = (row < number)[None, :] & (k < channels)[:, None]
-            x = operand_jit(tl.load(x_ptr + row[None, :] * channels + k[:, None], mask=inside, other=0.0), UPCAST)
-            member = (row[:, None] >= begin) & (row[:, None] < begin + cells)
-            total = tl.dot(x, member.to(x.dtype), total, input_precision=PRECISION)
-        place = pooled_ptr + image.to(tl.int64)[None, :] * channels + k[:, None]
-        mean = (total * scale).to(pooled_ptr.dtype.element_ty)
-        tl.store(place, mean, mask=(image < last)[None, :] & (k < channels)[:, None])
-
-
-@jit(do_not_specialize=["rows"])
-def _cam_pool_fwd_kernel(
-    features_ptr,
-    weight_ptr,
+def _end_tile(
+    acc,
     bias_ptr,
     mean_ptr,
     relu_ptr,
     part_ptr,
     bits_ptr,
-    pooled_ptr,
+    tile_r,
+    first_cls,
     rows,
     classes,
-    channels,
     cells,
     stride,
     scale,
     IMAGES: tl.constexpr,
     SLICES: tl.constexpr,
     TOUCHED: tl.constexpr,
-    EVEN: tl.constexpr,
     BITS: tl.constexpr,
-    POOL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    """One tile of the map (classes by cells), summed over the cells of each image.
+    """Sums over the images of one tile of the map [BLOCK_C, BLOCK_R], bias added here; stores them and the signs.
 
-    With POOL one program more for every tile of cells makes mean features, while they are in cache.
-
-    Args:
-        features_ptr: [rows, channels]; weight_ptr: [classes, channels]; bias_ptr: fp32 [classes].
-        mean_ptr, relu_ptr: fp32 [B, classes], of images that lie within one tile.
-        part_ptr: fp32 [tiles, 2, 2, classes]: of each tile the image that began before it (0) and the one that goes
-            on after it (1); sums of M and of relu M.
-        bits_ptr: int32 [words, stride], the signs; classes past the last are 0.
-        pooled_ptr: [B, channels], mean features.
-        scale: 1 / cells.
-        SLICES: parts of the tile that are reduced one after the other, to hold fewer values at a time.
+    Its arguments are those of the kernels.
     """
-    columns = tl.cdiv(classes, BLOCK_C) + (1 if POOL else 0)
-    tiles_r = tl.cdiv(rows, BLOCK_R)
-    # A few row tiles meet all class tiles before the next few, so that operands are found in the level-2 cache.
-    pid = tl.program_id(0)
-    first_r = pid // (GROUP * columns) * GROUP
-    width = tl.minimum(tiles_r - first_r, GROUP)
-    tile_r = first_r + pid % (GROUP * columns) % width
-    tile_c = pid % (GROUP * columns) // width
-
     start = tile_r * BLOCK_R
-    # Two conditions in one would be looked at by the GPU.
-    if POOL:  # noqa: SIM102
-        if tile_c == columns - 1:
-            _pool_features(
-                features_ptr,
-                pooled_ptr,
-                start,
-                rows,
-                channels,
-                cells,
-                scale,
-                PRECISION,
-                UPCAST,
-                # As many as a tile can hold the beginnings of; a product takes 16 columns at least.
-                IMAGES if IMAGES > 16 else 16,
-                BLOCK_R,
-                BLOCK_K,
-            )
-            return
-    first_cls = tile_c * BLOCK_C
-    k = tl.arange(0, BLOCK_K)
-    # 64-bit addresses of tiles, 32-bit offsets within them: half the registers. Lanes past the end repeat the last row
-    # or class and are dropped below: loads need no mask for them.
-    x_ptr = features_ptr + start.to(tl.int64) * channels
-    w_ptr = weight_ptr + first_cls.to(tl.int64) * channels
-    x_lane = tl.minimum(tl.arange(0, BLOCK_R), rows - 1 - start)[None, :] * channels + k[:, None]
-    w_lane = tl.minimum(tl.arange(0, BLOCK_C), classes - 1 - first_cls)[:, None] * channels + k[None, :]
-    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    for k0 in range(0, channels, BLOCK_K):
-        if EVEN:
-            x = tl.load(x_ptr + x_lane)
-            w = tl.load(w_ptr + w_lane)
-        else:
-            x = tl.load(x_ptr + x_lane, mask=(k0 + k)[:, None] < channels, other=0.0)
-            w = tl.load(w_ptr + w_lane, mask=(k0 + k)[None, :] < channels, other=0.0)
-        acc = tl.dot(operand_jit(w, UPCAST), operand_jit(x, UPCAST), acc, input_precision=PRECISION)
-        x_ptr += BLOCK_K
-        w_ptr += BLOCK_K
-
     cls = first_cls + tl.arange(0, BLOCK_C)
     inside = cls < classes
     acc += tl.load(bias_ptr + cls, mask=inside, other=0.0)[:, None]
@@ -241,6 +140,97 @@ def _cam_pool_fwd_kernel(
     tl.store(part_ptr + place + classes, sums_relu, mask=seen & (whole == 0))
 
 
+@jit(do_not_specialize=["rows"])
+def _cam_pool_fwd_kernel(
+    features_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    relu_ptr,
+    part_ptr,
+    bits_ptr,
+    rows,
+    classes,
+    channels,
+    cells,
+    stride,
+    scale,
+    IMAGES: tl.constexpr,
+    SLICES: tl.constexpr,
+    TOUCHED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of the map (classes by cells), summed over the cells of each image.
+
+    Args:
+        features_ptr: [rows, channels]; weight_ptr: [classes, channels]; bias_ptr: fp32 [classes].
+        mean_ptr, relu_ptr: fp32 [B, classes], of images that lie within one tile.
+        part_ptr: fp32 [tiles, 2, 2, classes]: of each tile the image that began before it (0) and the one that goes
+            on after it (1); sums of M and of relu M.
+        bits_ptr: int32 [words, stride], the signs; classes past the last are 0.
+        scale: 1 / cells.
+        SLICES: parts of the tile that are reduced one after the other, to hold fewer values at a time.
+    """
+    columns = tl.cdiv(classes, BLOCK_C)
+    tiles_r = tl.cdiv(rows, BLOCK_R)
+    # A few row tiles meet all class tiles before the next few, so that operands are found in the level-2 cache.
+    pid = tl.program_id(0)
+    first_r = pid // (GROUP * columns) * GROUP
+    width = tl.minimum(tiles_r - first_r, GROUP)
+    tile_r = first_r + pid % (GROUP * columns) % width
+    tile_c = pid % (GROUP * columns) // width
+
+    start = tile_r * BLOCK_R
+    first_cls = tile_c * BLOCK_C
+    k = tl.arange(0, BLOCK_K)
+    # 64-bit addresses of tiles, 32-bit offsets within them: half the registers. Lanes past the end repeat the last row
+    # or class and are dropped below: loads need no mask for them.
+    x_ptr = features_ptr + start.to(tl.int64) * channels
+    w_ptr = weight_ptr + first_cls.to(tl.int64) * channels
+    x_lane = tl.minimum(tl.arange(0, BLOCK_R), rows - 1 - start)[None, :] * channels + k[:, None]
+    w_lane = tl.minimum(tl.arange(0, BLOCK_C), classes - 1 - first_cls)[:, None] * channels + k[None, :]
+    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    for k0 in range(0, channels, BLOCK_K):
+        if EVEN:
+            x = tl.load(x_ptr + x_lane)
+            w = tl.load(w_ptr + w_lane)
+        else:
+            x = tl.load(x_ptr + x_lane, mask=(k0 + k)[:, None] < channels, other=0.0)
+            w = tl.load(w_ptr + w_lane, mask=(k0 + k)[None, :] < channels, other=0.0)
+        acc = tl.dot(operand_jit(w, UPCAST), operand_jit(x, UPCAST), acc, input_precision=PRECISION)
+        x_ptr += BLOCK_K
+        w_ptr += BLOCK_K
+
+    _end_tile(
+        acc,
+        bias_ptr,
+        mean_ptr,
+        relu_ptr,
+        part_ptr,
+        bits_ptr,
+        tile_r,
+        first_cls,
+        rows,
+        classes,
+        cells,
+        stride,
+        scale,
+        IMAGES,
+        SLICES,
+        TOUCHED,
+        BITS,
+        BLOCK_R,
+        BLOCK_C,
+    )
+
+
 @jit
 def _cam_pool_finish_kernel(
     mean_ptr, relu_ptr, part_ptr, classes, cells, scale, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
@@ -264,275 +254,115 @@ def _cam_pool_finish_kernel(
         tl.store(relu_ptr + out, total_relu * scale, mask=inside)
 
 
-@jit
-def _cam_pool_shares_kernel(
+@jit(do_not_specialize=["rows", "first_cls"])
+def _cam_pool_reduce_kernel(
+    map_ptr,
+    bias_ptr,
+    mean_ptr,
+    relu_ptr,
+    part_ptr,
+    bits_ptr,
+    rows,
+    first_cls,
+    number,
+    map_stride,
+    classes,
+    cells,
+    stride,
+    scale,
+    IMAGES: tl.constexpr,
+    SLICES: tl.constexpr,
+    TOUCHED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """As the forward kernel, from products that are in memory.
+
+    Args:
+        map_ptr: [rows, map_stride], products of the classes from first_cls on, without bias.
+        number: of these classes; the last chunk may have fewer than others.
+        The other arguments are those of `_cam_pool_fwd_kernel`.
+    """
+    tiles = tl.cdiv(number, BLOCK_C)
+    tile_r = tl.program_id(0) // tiles
+    lane = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    place = map_ptr + row.to(tl.int64)[None, :] * map_stride + lane[:, None]
+    acc = tl.load(place, mask=(row < rows)[None, :] & (lane < number)[:, None], other=0.0).to(tl.float32)
+    _end_tile(
+        acc,
+        bias_ptr,
+        mean_ptr,
+        relu_ptr,
+        part_ptr,
+        bits_ptr,
+        tile_r,
+        first_cls + tl.program_id(0) % tiles * BLOCK_C,
+        rows,
+        classes,
+        cells,
+        stride,
+        scale,
+        IMAGES,
+        SLICES,
+        TOUCHED,
+        BITS,
+        BLOCK_R,
+        BLOCK_C,
+    )
+
+
+@jit(do_not_specialize=["first", "number", "rows"])
+def _cam_pool_expand_kernel(
     mean_ptr,
     relu_ptr,
     scale_ptr,
-    off_ptr,
-    on_ptr,
+    bits_ptr,
+    out_ptr,
+    part_ptr,
+    first,
+    number,
+    rows,
     classes,
+    cells,
     stride,
+    out_stride,
     share,
-    SKIP_EMPTY: tl.constexpr,
     SCALED: tl.constexpr,
+    LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a cell hands on, by image and class, as the products' operands.
+    """The gradient of the map in LINES * 32 cells of a chunk and BLOCK classes, and its sum over these cells.
 
     Args:
         mean_ptr, relu_ptr: fp32 [B, classes], gradients of the two means.
         scale_ptr: fp32 [], what to divide by (with SCALED).
-        off_ptr, on_ptr: [B, stride], of a cell that is not positive and of one that is; 0 past the last class. With
-            SKIP_EMPTY the mean part, which all cells have, and the boosted part, which only positive ones have.
+        bits_ptr: int32 [words, stride], the signs.
+        out_ptr: [number, out_stride], of the cells from `first` on; nothing is written past the last class.
+        part_ptr: fp32 [cdiv(rows, LINES * 32), classes], sums without the scale.
+        first: a multiple of LINES * 32.
+        number: cells of the chunk; rows: all of them.
         share: 1 / cells.
     """
-    image = tl.program_id(0).to(tl.int64)
+    line = tl.program_id(0) * LINES
     cls = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mean = tl.load(mean_ptr + image * classes + cls, mask=cls < classes, other=0.0) * share
-    relu = tl.load(relu_ptr + image * classes + cls, mask=cls < classes, other=0.0) * share
-    if SCALED:
-        factor = 1.0 / tl.load(scale_ptr)
-        mean, relu = mean * factor, relu * factor
-    inside = cls < stride
-    tl.store(off_ptr + image * stride + cls, mean.to(off_ptr.dtype.element_ty), mask=inside)
-    on = relu if SKIP_EMPTY else mean + relu
-    tl.store(on_ptr + image * stride + cls, on.to(on_ptr.dtype.element_ty), mask=inside)
-
-
-@jit
-def _cam_pool_flags_kernel(bits_ptr, flags_ptr, words, stride, width, SIDE: tl.constexpr, SQUARES: tl.constexpr):
-    """Which squares of SIDE cells by SIDE classes hold a positive cell.
-
-    Args:
-        bits_ptr: int32 [words, stride].
-        flags_ptr: int8 [squares of cells, width].
-    """
-    down = tl.program_id(0)
-    cls = tl.program_id(1) * SQUARES * SIDE + tl.arange(0, SQUARES * SIDE)
-    signs = tl.zeros((SQUARES * SIDE,), tl.int32)
-    for turn in tl.static_range(SIDE // 32):
-        word = down * (SIDE // 32) + turn + tl.zeros_like(cls)
-        place = bits_ptr + word.to(tl.int64) * stride + cls
-        signs = signs | tl.load(place, mask=(cls < stride) & (word < words), other=0)
-    hit = tl.max(tl.reshape((signs != 0).to(tl.int32), (SQUARES, SIDE)), 1)
-    square = tl.program_id(1) * SQUARES + tl.arange(0, SQUARES)
-    tl.store(flags_ptr + down.to(tl.int64) * width + square, hit.to(tl.int8), mask=square < width)
-
-
-@jit
-def _cam_pool_list_kernel(
-    flags_ptr,
-    list_ptr,
-    count_ptr,
-    lines,
-    line_stride,
-    square_stride,
-    width,
-    MERGED: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The work list of one tile: which steps along a line of squares hold a positive cell, in order.
-
-    Args:
-        flags_ptr: int8, squares; `lines` of them across, a line of squares each.
-        list_ptr: int32 [tiles, width]; count_ptr: int32 [tiles].
-        width: steps per line.
-        MERGED: lines that a tile spans; PARTS: steps that a square is cut into.
-    """
-    tile = tl.program_id(0)
-    number = 0
-    for start in range(0, width, BLOCK):
-        step = start + tl.arange(0, BLOCK)
-        hit = tl.zeros((BLOCK,), tl.int32)
-        for turn in tl.static_range(MERGED):
-            line = tile * MERGED + turn + tl.zeros_like(step)
-            place = flags_ptr + line * line_stride + (step // PARTS) * square_stride
-            hit = hit | tl.load(place, mask=(step < width) & (line < lines), other=0).to(tl.int32)
-        hit = (hit != 0).to(tl.int32)
-        tl.store(list_ptr + tile * width + number + tl.cumsum(hit, 0) - 1, step, mask=hit != 0)
-        number += tl.sum(hit, 0)
-    tl.store(count_ptr + tile, number)
-
-
-@jit
-def _cam_pool_dx_kernel(
-    off_ptr,
-    on_ptr,
-    bits_ptr,
-    weight_ptr,
-    mean_ptr,
-    scale_ptr,
-    list_ptr,
-    count_ptr,
-    out_ptr,
-    rows,
-    classes,
-    channels,
-    cells,
-    stride,
-    width,
-    SKIP_EMPTY: tl.constexpr,
-    EVEN: tl.constexpr,
-    SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One tile of the features' gradient (cells by channels), summed over all steps of classes, or the listed ones.
-
-    Args:
-        off_ptr, on_ptr, scale_ptr: from `_cam_pool_shares_kernel`.
-        bits_ptr: int32 [words, stride], 0 past the last class; weight_ptr: [classes, channels].
-        mean_ptr: [B, channels], with SKIP_EMPTY the mean part, the same for all cells of an image.
-        list_ptr: int32 [row tiles, width], with SKIP_EMPTY the steps of classes with a positive cell; count_ptr: int32
-            [row tiles], how many.
-        out_ptr: [rows, channels].
-        width: steps of all classes.
-    """
-    tiles_k = tl.cdiv(channels, BLOCK_K)
-    tile_r = tl.program_id(0) // tiles_k
-    k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    safe = tl.minimum(row, rows - 1)
-    image = (safe // cells).to(tl.int64)
-    g_lane = image[:, None] * stride
-    b_ptrs = bits_ptr + (safe // 32).to(tl.int64)[:, None] * stride
-    shift = (safe % 32)[:, None]
-    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    number = tl.load(count_ptr + tile_r) if SKIP_EMPTY else width
-    for turn in range(0, number):
-        step = tl.load(list_ptr + tile_r * width + turn) if SKIP_EMPTY else turn
-        cls = step * BLOCK_C + tl.arange(0, BLOCK_C)
-        bits = tl.load(b_ptrs + cls[None, :])
-        on = operand_jit(tl.load(on_ptr + g_lane + cls[None, :]), UPCAST)
-        w_ptrs = weight_ptr + tl.minimum(cls, classes - 1).to(tl.int64)[:, None] * channels + k[None, :]
-        w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=k[None, :] < channels, other=0.0)
-        if SKIP_EMPTY:
-            share = tl.where(((bits >> shift) & 1) != 0, on, 0.0).to(on.dtype)
-        else:
-            off = operand_jit(tl.load(off_ptr + g_lane + cls[None, :]), UPCAST)
-            share = tl.where(((bits >> shift) & 1) != 0, on, off)
-        acc = tl.dot(share, operand_jit(w, UPCAST), acc, input_precision=PRECISION)
-    if SCALED:
-        acc = acc * tl.load(scale_ptr)
-    inside = (row < rows)[:, None] & (k < channels)[None, :]
-    if SKIP_EMPTY:
-        mean = tl.load(mean_ptr + image[:, None] * channels + k[None, :], mask=inside, other=0.0)
-        acc += mean.to(tl.float32)
-    place = out_ptr + row.to(tl.int64)[:, None] * channels + k[None, :]
-    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@jit
-def _cam_pool_dw_kernel(
-    off_ptr,
-    on_ptr,
-    bits_ptr,
-    features_ptr,
-    pooled_ptr,
-    scale_ptr,
-    list_ptr,
-    count_ptr,
-    weight_ptr,
-    bias_ptr,
-    rows,
-    classes,
-    channels,
-    cells,
-    stride,
-    width,
-    splits,
-    part_stride,
-    SKIP_EMPTY: tl.constexpr,
-    EVEN: tl.constexpr,
-    SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One tile of the weights' gradient (classes by channels), over a part of all steps of cells, or the listed ones.
-
-    Args:
-        off_ptr, on_ptr, bits_ptr, scale_ptr: as for the features' gradient; features_ptr: [rows, channels].
-        pooled_ptr: [B, channels], with SKIP_EMPTY the mean features, whose product the first part begins with.
-        list_ptr: int32 [class tiles, width], with SKIP_EMPTY the steps of cells with a positive one; count_ptr: int32
-            [class tiles], how many.
-        weight_ptr: [classes, channels] of part 0, and bias_ptr: [classes]; those of the next part lie part_stride on.
-        width: steps of all cells.
-    """
-    tiles_k = tl.cdiv(channels, BLOCK_K)
-    tile_c = tl.program_id(0) // tiles_k
-    tile_k = tl.program_id(0) % tiles_k
-    part = tl.program_id(1)
-    cls = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    # The last tile of classes may be wider than the rows of signs and shares, which end at a multiple of 64.
-    known = cls[:, None] < stride
-    k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-    acc_bias = tl.zeros((BLOCK_C,), tl.float32)
-    if SKIP_EMPTY:
-        images = rows // cells
-        for first in range(0, tl.where(part == 0, images, 0), BLOCK_R):
-            image = first + tl.arange(0, BLOCK_R)
-            safe = tl.minimum(image, images - 1).to(tl.int64)
-            existing = known & (image < images)[None, :]
-            mean = tl.load(off_ptr + safe[None, :] * stride + cls[:, None], mask=existing, other=0.0)
-            x = tl.load(pooled_ptr + safe[:, None] * channels + k[None, :], mask=(k < channels)[None, :], other=0.0)
-            mean = operand_jit(mean, UPCAST)
-            acc = tl.dot(mean, operand_jit(x, UPCAST), acc, input_precision=PRECISION)
-            if tile_k == 0:
-                acc_bias += tl.sum(mean.to(tl.float32), 1)
-        # Shares are those of one cell, and mean features stand for all cells of an image.
-        acc = acc * cells
-        acc_bias = acc_bias * cells
-    number = tl.load(count_ptr + tile_c) if SKIP_EMPTY else width
-    each = tl.cdiv(number, splits)
-    for turn in range(part * each, tl.minimum(part * each + each, number)):
-        step = tl.load(list_ptr + tile_c * width + turn) if SKIP_EMPTY else turn
-        row = step * BLOCK_R + tl.arange(0, BLOCK_R)
-        safe = tl.minimum(row, rows - 1)
-        g_lane = (safe // cells).to(tl.int64)[None, :] * stride + cls[:, None]
-        on = operand_jit(tl.load(on_ptr + g_lane, mask=known, other=0.0), UPCAST)
-        bits = tl.load(bits_ptr + (safe // 32).to(tl.int64)[None, :] * stride + cls[:, None], mask=known, other=0)
-        positive = ((bits >> (safe % 32)[None, :]) & 1) != 0
-        x_ptrs = features_ptr + safe.to(tl.int64)[:, None] * channels + k[None, :]
-        x = tl.load(x_ptrs) if EVEN else tl.load(x_ptrs, mask=k[None, :] < channels, other=0.0)
-        if SKIP_EMPTY:
-            share = tl.where(positive & (row < rows)[None, :], on, 0.0).to(on.dtype)
-        else:
-            off = operand_jit(tl.load(off_ptr + g_lane, mask=known, other=0.0), UPCAST)
-            share = tl.where((row < rows)[None, :], tl.where(positive, on, off), 0.0).to(on.dtype)
-        acc = tl.dot(share, operand_jit(x, UPCAST), acc, input_precision=PRECISION)
-        if tile_k == 0:
-            acc_bias += tl.sum(share.to(tl.float32), 1)
-    if SCALED:
-        scale = tl.load(scale_ptr)
-        acc = acc * scale
-        acc_bias = acc_bias * scale
-    place = weight_ptr + part.to(tl.int64) * part_stride + cls.to(tl.int64)[:, None] * channels + k[None, :]
-    tl.store(place, acc.to(weight_ptr.dtype.element_ty), mask=(cls < classes)[:, None] & (k < channels)[None, :])
-    if tile_k == 0:
-        tl.store(bias_ptr + part.to(tl.int64) * part_stride + cls, acc_bias, mask=cls < classes)
-
-
-@jit
-def _cam_pool_sum_kernel(part_ptr, weight_ptr, bias_ptr, weights, classes, splits, part_stride, BLOCK: tl.constexpr):
-    """Gradients of weights and bias from their parts, part after part.
-
-    Args:
-        part_ptr: fp32 [splits, part_stride], of a part the weights' first, then the bias's.
-        weight_ptr: [weights], all of them; bias_ptr: fp32 [classes].
-    """
-    lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = lane < weights + classes
+    inside = (cls < classes)[None, :]
+    factor = share / tl.load(scale_ptr) if SCALED else share
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, splits):
-        total += tl.load(part_ptr + part * part_stride.to(tl.int64) + lane, mask=inside, other=0.0)
-    tl.store(weight_ptr + lane, total.to(weight_ptr.dtype.element_ty), mask=lane < weights)
-    tl.store(bias_ptr + (lane - weights), total, mask=inside & (lane >= weights))
+    for turn in range(0, LINES):
+        row = (line + turn) * 32 + tl.arange(0, 32)
+        known = (row < number)[:, None] & inside
+        # One word holds the signs of all 32 cells of a class.
+        word = (first // 32 + line + turn).to(tl.int64)
+        bits = tl.load(bits_ptr + word * stride + cls, mask=(cls < classes) & ((line + turn) * 32 < number), other=0)
+        positive = ((bits[None, :] >> tl.arange(0, 32)[:, None]) & 1) != 0
+        place = (tl.minimum(first + row, rows - 1) // cells).to(tl.int64)[:, None] * classes + cls[None, :]
+        mean = tl.load(mean_ptr + place, mask=known, other=0.0)
+        relu = tl.load(relu_ptr + place, mask=known, other=0.0)
+        grad = tl.where(positive, mean + relu, mean)
+        total += tl.sum(grad, 0)
+        place = out_ptr + row.to(tl.int64)[:, None] * out_stride + cls[None, :]
+        tl.store(place, (grad * factor).to(out_ptr.dtype.element_ty), mask=known)
+    part = (first // (LINES * 32) + tl.program_id(0)).to(tl.int64)
+    tl.store(part_ptr + part * classes + cls, total * share, mask=cls < classes)

@@ -1,4 +1,4 @@
-"""What the tiled products of cam_pool's forward and backward share."""
+"""Launch and constants of the tiled products of cam_pool."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spml_kernels.common.heuristics import CamPoolLaunch, CamPoolTiles, cam_pool_launch
-from spml_kernels.common.jit import INTERPRETED
+from spml_kernels.common.heuristics import CamPoolLaunch, CamPoolTiles, cam_pool_launch, cam_pool_way
+from spml_kernels.common.jit import INTERPRETED, VERSION
+
+# Of tensors without a card, which are interpreted or recorded.
+DEFAULT = (90, "tile")
 
 
 def launch_of(features: Tensor, classes: int) -> CamPoolLaunch:
-    """The block sizes for features [B, H, W, K]; the interpreter takes Hopper's."""
+    """The way and block sizes for features [B, H, W, K]."""
     batch, height, width, channels = features.shape
-    major, minor = torch.cuda.get_device_capability(features.device) if features.is_cuda else (9, 0)
+    capability, way = DEFAULT
+    if features.is_cuda:
+        major, minor = torch.cuda.get_device_capability(features.device)
+        capability = 10 * major + minor
+        way = cam_pool_way(capability, VERSION)
     half = features.dtype != torch.float32
-    return cam_pool_launch(batch, height * width, classes, channels, half, 10 * major + minor)
+    return cam_pool_launch(batch, height * width, classes, channels, half, capability, way)
 
 
 def constants(dtype: torch.dtype, tiles: CamPoolTiles) -> dict[str, Any]:

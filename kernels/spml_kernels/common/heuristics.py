@@ -115,8 +115,8 @@ class CamPoolTiles(NamedTuple):
 
     Attributes:
         rows: cells per tile.
-        classes: classes per tile, or a step where classes are summed over.
-        channels: channels a tile, or a step where channels are summed over.
+        classes: classes per tile.
+        channels: channels a step.
         warps, stages: of a program.
     """
 
@@ -128,47 +128,43 @@ class CamPoolTiles(NamedTuple):
 
 
 class CamPoolLaunch(NamedTuple):
-    """Launches of cam_pool.
+    """Launch of cam_pool's forward.
 
     Attributes:
-        forward: sums over channels.
-        slices: parts of a forward tile that are reduced one after the other.
-        d_features: sums over classes.
-        d_weight: sums over cells.
-        splits: parts of the cells with sums of their own in d_weight, so that enough programs run.
-        skip_empty_tiles: whether the backward makes the mean part by itself and skips squares without a positive cell.
+        way: `tile` (products and sums in one kernel) or `vendor` (products by PyTorch, a chunk of classes at a time).
+        tiles: of the map.
+        slices: parts of a tile that are reduced one after the other.
     """
 
-    forward: CamPoolTiles
+    way: str
+    tiles: CamPoolTiles
     slices: int
-    d_features: CamPoolTiles
-    d_weight: CamPoolTiles
-    splits: int
-    skip_empty_tiles: bool
 
 
-# Edge of the squares (cells by classes) that the backward passes over when no cell in them is positive.
-SKIP = 64
+# Classes of a row of signs are a multiple of this.
+LANES = 64
 
 
-# Operations per byte of a product in half precision from which the backward skips squares. By their data sheets an H200
-# balances the two at 210, an H100 at 300. Skipping takes four launches more and reads signs and weights once more.
-SKIP_FROM = 512
+def cam_pool_way(capability: int, version: tuple[int, ...]) -> str:
+    """Who multiplies in cam_pool's forward.
 
+    Args:
+        capability: the card's compute capability, times 10.
+        version: triton's.
 
-def skips_empty_tiles(rows: int, classes: int) -> bool:
-    """Whether the backward leaves out squares without a positive cell, and makes the mean part by itself for that.
-
-    It does where products of this many cells and classes take long beside reading their operands, whatever the number
-    of channels: 2 rows * classes operations for 2 (rows + classes) bytes of each.
+    Cards before Ampere have neither bf16 nor asynchronous copies: there the tile spills kilobytes a thread. On Hopper
+    triton before 3.7.1 leaves out the fence between a copy to shared memory and the matrix instruction that reads it,
+    which the instruction set asks for.
     """
-    return rows * classes >= SKIP_FROM * (rows + classes)
+    if capability < 80 or (capability == 90 and version < (3, 7, 1)):
+        return "vendor"
+    return "tile"
 
 
 def cam_pool_launch(
-    batch: int, cells: int, classes: int, channels: int, half: bool, capability: int = 90
+    batch: int, cells: int, classes: int, channels: int, half: bool, capability: int = 90, way: str = "tile"
 ) -> CamPoolLaunch:
-    """Block sizes of cam_pool.
+    """Block sizes of cam_pool's forward.
 
     Args:
         batch: B images.
@@ -177,28 +173,94 @@ def cam_pool_launch(
         channels: K.
         half: whether products run in half precision (else in three of tf32).
         capability: the card's compute capability, times 10.
+        way: from `cam_pool_way`.
 
-    Classes are the rows of the forward's tile, cells its columns: sums over cells then run along the accumulator's
-    rows, mostly within a thread. The wide tile halves what is read from the level-2 cache, but only on Hopper and with
-    few images in a tile does it compile without spills.
+    Classes are the rows of the tile, cells its columns: sums over cells then run along the accumulator's rows, mostly
+    within a thread. The wide tile halves what is read from the level-2 cache, but only on Hopper and with few images in
+    a tile does it compile without spills.
     """
     rows = batch * cells
     large = half and classes > 64 and rows * classes >= 128 * 128 * FULL_GPU
     step = 64 if half else 32
     if channels < step:
         step = max(16, next_power_of_two(channels))
+    if way == "vendor":
+        return CamPoolLaunch(way, CamPoolTiles(128, 64, step, 8, 1), 2)
     if large and capability == 90 and images_per_tile(256, cells) <= 4 and rows * classes >= 128 * 256 * FULL_GPU:
-        forward, slices = CamPoolTiles(256, 128, step, 8, 3), 4
-    elif large:
-        forward, slices = CamPoolTiles(128, 128, step, 8, 3), 2
-    else:
-        forward, slices = CamPoolTiles(128, 64, step, 8, 3 if half else 2), 2
-    across = min(128 if half else 64, max(16, next_power_of_two(channels)))
-    d_features = CamPoolTiles(128 if half else 64, SKIP if half else 32, across, 8 if half else 4, 2)
-    d_weight = CamPoolTiles(SKIP if half else 32, 128 if half and classes > 64 else 64, across, 8 if half else 4, 2)
-    programs = cdiv(classes, d_weight.classes) * cdiv(channels, across)
-    splits = max(1, min(cdiv(FULL_GPU, programs), cdiv(rows, d_weight.rows * 8)))
-    return CamPoolLaunch(forward, slices, d_features, d_weight, splits, skips_empty_tiles(rows, classes))
+        return CamPoolLaunch(way, CamPoolTiles(256, 128, step, 8, 3), 4)
+    if large:
+        return CamPoolLaunch(way, CamPoolTiles(128, 128, step, 8, 3), 2)
+    return CamPoolLaunch(way, CamPoolTiles(128, 64, step, 8, 3 if half else 2), 2)
+
+
+# Most cells and classes of one program that writes a chunk of the map's gradient; chunks begin at multiples of them.
+EXPAND_ROWS = 256
+EXPAND_CLASSES = 256
+
+# Scratch that stays in the level-2 cache between the kernel that writes it and the product that reads it (50 MB on an
+# H100, 40 on an A100), and scratch that is never worth avoiding.
+CHUNK_BYTES = 24 << 20
+SMALL_BYTES = 4 << 20
+
+
+def expand_rows(classes: int) -> int:
+    """Cells of one program that writes a chunk: fewer where few classes make few programs. Sums are kept for each."""
+    return EXPAND_ROWS if classes > EXPAND_CLASSES else 64
+
+
+class Chunk(NamedTuple):
+    """Cells whose gradient of the map is made together.
+
+    Attributes:
+        first: of them.
+        rows: how many.
+        own: whether the scratch is memory of its own; else it is the end of the features' gradient, not yet written.
+    """
+
+    first: int
+    rows: int
+    own: bool
+
+
+def scratch_bytes(rows: int, classes: int, size: int) -> int:
+    """Memory of its own that cam_pool may take for a chunk: with signs and sums at most a tenth of the map.
+
+    Args:
+        rows: cells of all images.
+        classes: C.
+        size: bytes of an element of the features.
+    """
+    # The signs' rows of classes are a little longer than C.
+    kept = rows * (classes + LANES) // 8 + 4 * classes * cdiv(rows, expand_rows(classes))
+    return min(CHUNK_BYTES, max(SMALL_BYTES, rows * classes * size // 10 - kept))
+
+
+def cam_pool_chunks(rows: int, classes: int, stride: int, channels: int, size: int, spare: bool) -> list[Chunk]:
+    """Chunks of cells for cam_pool's backward, from the first to the last.
+
+    Args:
+        rows: cells of all images.
+        classes: C.
+        stride: elements of a row of scratch.
+        channels: K.
+        size: bytes of an element.
+        spare: whether the features' gradient is made, so that its end can be lent.
+
+    Every chunk reads and writes the weights' gradient, so there should be few; a chunk that leaves the cache is read
+    from memory by both products.
+    """
+    own = scratch_bytes(rows, classes, size) // (stride * size)
+    most = CHUNK_BYTES // (stride * size)
+    chunks: list[Chunk] = []
+    first = 0
+    while first < rows:
+        left = rows - first
+        # The chunk's own gradient and its scratch fit into what is left, less what aligning the scratch takes.
+        lent = min(most, (left * channels - stride) // (stride + channels)) if spare else 0
+        number = max(own, lent, EXPAND_ROWS) // EXPAND_ROWS * EXPAND_ROWS
+        chunks.append(Chunk(first, min(number, left), number > lent))
+        first += number
+    return chunks
 
 
 def images_per_tile(rows: int, cells: int) -> int:

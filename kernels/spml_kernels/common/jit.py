@@ -11,6 +11,7 @@ that `tl.constexpr` is never looked up there.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 try:
@@ -29,6 +30,9 @@ HAVE_TRITON = triton is not None
 # Decided by TRITON_INTERPRET when triton is imported; later changes of the variable have no effect.
 INTERPRETED = HAVE_TRITON and bool(triton.knobs.runtime.interpret)
 
+# Numbers of triton's version, (3, 7, 1).
+VERSION = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3]) if HAVE_TRITON else ()
+
 # Triton's default for multiply-add contraction changes with its version; fixed here, so that no upgrade moves a number.
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -38,4 +42,4 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-__all__ = ["HAVE_TRITON", "INTERPRETED", "LAUNCH", "cdiv", "jit", "tl", "triton"]
+__all__ = ["HAVE_TRITON", "INTERPRETED", "LAUNCH", "VERSION", "cdiv", "jit", "tl", "triton"]

@@ -45,7 +45,7 @@ def log_terms_jit(z, guard):
 
 @jit
 def at_least_jit(x, least):
-    """max(x, least), NaN where x is NaN. A GPU's plain maximum gives the other operand there, the interpreter does not."""
+    """max(x, least), NaN where x is; a GPU's plain maximum gives the other operand there (the interpreter does not)."""
     return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
 
 

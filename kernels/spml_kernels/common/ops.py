@@ -1,7 +1,7 @@
 """How an op is registered with PyTorch: one function, so that no op forgets the device that its tensors are on.
 
-Triton launches on the current CUDA device, and a custom op does not change it: with cuda:0 current, a kernel for tensors
-on cuda:1 would run on the wrong card, where it reads foreign memory or crashes.
+Triton launches on the current CUDA device, and a custom op does not change it: with cuda:0 current, a kernel for
+tensors on cuda:1 would run on the wrong card, where it reads foreign memory or crashes.
 """
 
 from __future__ import annotations

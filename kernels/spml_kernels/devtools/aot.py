@@ -110,7 +110,7 @@ def _widths(sass: str, instruction: str) -> dict[int, int]:
 
 
 def compiled_code(case: Case, arch: int) -> Any:
-    """Triton's compiled kernel for sm_`arch`, made without a GPU; its `asm` holds every stage from `ttir` to `cubin`."""
+    """Triton's compiled kernel for sm_`arch`, made without a GPU; `asm` holds its stages, `ttir` to `cubin`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

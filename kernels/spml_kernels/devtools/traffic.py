@@ -68,7 +68,13 @@ def _values(tensor: Tensor) -> list[int] | None:
 @formula("_label_loss_kernel")
 def _label_loss(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     read = a["elements"] * (_width(a["logits_ptr"]) + 1)
-    return Moved(read, read, 4 * grid[0] + (a["elements"] * _width(a["grad_ptr"]) if a["GRAD"] else 0))
+    return Moved(read, read, 4 * grid[0])
+
+
+@formula("_label_loss_backward_kernel")
+def _label_loss_backward(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    read = a["elements"] * (_width(a["logits_ptr"]) + 1)
+    return Moved(read + 4, read + 4 * grid[0], a["elements"] * _width(a["grad_ptr"]))
 
 
 @formula("_label_rows_kernel")
@@ -146,15 +152,13 @@ def _cam_pool_forward(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
     tiles_r, tiles_c = cdiv(rows, a["BLOCK_R"]), cdiv(classes, a["BLOCK_C"])
     features, weight = rows * channels * _width(a["features_ptr"]), classes * channels * _width(a["weight_ptr"])
-    # Every tile of classes reads all features, and so do mean features; every tile of cells all weights and biases.
-    read = (tiles_c + a["POOL"]) * features + tiles_r * (weight + 4 * classes)
+    # Every tile of classes reads all features, every tile of cells all weights and biases.
+    read = tiles_c * features + tiles_r * (weight + 4 * classes)
     touched = [_tiles_touched(p, cells, a["BLOCK_R"]) for p in range(rows // cells)]
     # Two sums per class: in the place of the result for an image within one tile, in one slot a tile for the others.
     written = 8 * classes * sum(touched)
     if a["BITS"]:
         written += 4 * cdiv(rows, 32) * a["stride"]
-    if a["POOL"]:
-        written += len(touched) * channels * _width(a["pooled_ptr"])
     return Moved(features + weight + 4 * classes, read, written)
 
 
@@ -165,95 +169,33 @@ def _cam_pool_finish(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     return Moved(read, read, 8 * a["classes"] * sum(n > 1 for n in touched))
 
 
-@formula("_cam_pool_shares_kernel")
-def _cam_pool_shares(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
-    read, scale = 8 * grid[0] * a["classes"], 4 if a["SCALED"] else 0
-    return Moved(read + scale, read + scale * grid[0] * grid[1], 2 * grid[0] * a["stride"] * _width(a["on_ptr"]))
+def _span(start: int, length: int, unit: int) -> int:
+    """How many units of `unit` the numbers start .. start + length touch."""
+    return (start + length - 1) // unit - start // unit + 1
 
 
-@formula("_cam_pool_flags_kernel")
-def _cam_pool_flags(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
-    read = 4 * a["words"] * a["stride"]
-    return Moved(read, read, grid[0] * a["width"])
+@formula("_cam_pool_reduce_kernel")
+def _cam_pool_reduce(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    rows, cells, number = a["rows"], a["cells"], a["number"]
+    data = rows * number * _width(a["map_ptr"])
+    touched = sum(_tiles_touched(p, cells, a["BLOCK_R"]) for p in range(rows // cells))
+    lanes = min(cdiv(number, a["BLOCK_C"]) * a["BLOCK_C"], a["stride"] - a["first_cls"])
+    bits = 4 * cdiv(rows, 32) * lanes if a["BITS"] else 0
+    return Moved(data + 4 * number, data + 4 * number * cdiv(rows, a["BLOCK_R"]), 8 * number * touched + bits)
 
 
-@formula("_cam_pool_list_kernel")
-def _cam_pool_list(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
-    squares = a["width"] // a["PARTS"]
-    counts = _values(a["count_ptr"])
-    number = grid[0] * a["width"] if counts is None else sum(counts)
-    # A square that is cut into steps is read once for all of them in a block.
-    return Moved(a["lines"] * squares, a["lines"] * squares, 4 * (number + grid[0]))
-
-
-def _span(start: int, length: int, end: int, unit: int) -> int:
-    """How many units of `unit` the numbers start .. start + length touch; those past `end` repeat the last."""
-    last = min(start + length, end) - 1
-    return last // unit - min(start, end - 1) // unit + 1
-
-
-@formula("_cam_pool_dx_kernel")
-def _cam_pool_dx(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
-    rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
-    block_r, block_c, skip_empty = a["BLOCK_R"], a["BLOCK_C"], a["SKIP_EMPTY"]
-    tiles_r, tiles_k = cdiv(rows, block_r), cdiv(channels, a["BLOCK_K"])
-    weight, mean = _width(a["weight_ptr"]), _width(a["mean_ptr"]) if skip_empty else 0
-    # Of a class: shares, of cells that are not positive too where both parts are in one product.
-    share = _width(a["on_ptr"]) * (1 if skip_empty else 2)
+@formula("_cam_pool_expand_kernel")
+def _cam_pool_expand(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    first, number, classes, cells = a["first"], a["number"], a["classes"], a["cells"]
+    scale = 4 if a["SCALED"] else 0
+    bits = 4 * cdiv(number, 32) * classes
+    # Each word of 32 cells reads the gradients of the images that these lie in.
     read = 0
-    for tile in range(tiles_r):
-        listed = _listed(a, tile)
-        images, words = (_span(tile * block_r, block_r, rows, unit) for unit in (cells, 32))
-        reached = sum(_span(step * block_c, block_c, classes, 1) for step in listed)
-        # Of every step: its number, shares of images, words of signs, and the rows of weights.
-        read += tiles_k * len(listed) * block_c * (images * share + 4 * words) + reached * channels * weight
-        read += images * channels * mean + tiles_k * 4 * (1 + len(listed)) * skip_empty
-    scale = 4 if a["SCALED"] else 0
-    across = min(a["width"] * block_c, a["stride"])
-    unique = 4 * tiles_r * (1 + a["width"]) * skip_empty + rows // cells * (across * share + channels * mean) + scale
-    unique += 4 * cdiv(rows, 32) * across + classes * channels * weight
-    return Moved(min(unique, read), read + scale * grid[0], rows * channels * _width(a["out_ptr"]))
-
-
-def _listed(a: dict[str, Any], tile: int) -> list[int] | range:
-    """Steps of a tile of cam_pool's backward: those of its list, or all."""
-    if not a["SKIP_EMPTY"] or a["count_ptr"].is_meta:
-        return range(a["width"])
-    number = int(a["count_ptr"][tile])
-    listed: list[int] = a["list_ptr"].flatten()[tile * a["width"] :][:number].tolist()
-    return listed
-
-
-@formula("_cam_pool_dw_kernel")
-def _cam_pool_dw(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
-    rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]
-    block_r, block_c, skip_empty = a["BLOCK_R"], a["BLOCK_C"], a["SKIP_EMPTY"]
-    tiles_c, tiles_k, images = cdiv(classes, block_c), cdiv(channels, a["BLOCK_K"]), rows // cells
-    grad, features = _width(a["on_ptr"]), _width(a["features_ptr"])
-    share = grad * (1 if skip_empty else 2)
-    read = unique = 0
-    if skip_empty:
-        pooled = images * channels * _width(a["pooled_ptr"])
-        read += tiles_c * pooled + tiles_k * images * a["stride"] * grad
-        unique += pooled + images * a["stride"] * grad + 4 * tiles_c * (1 + a["width"])
-    for tile in range(tiles_c):
-        listed = _listed(a, tile)
-        lanes = min(block_c, a["stride"] - tile * block_c)
-        read += 4 * tiles_k * (a["splits"] + len(listed)) * skip_empty
-        for step in listed:
-            touched, words = (_span(step * block_r, block_r, rows, unit) for unit in (cells, 32))
-            read += tiles_k * lanes * (touched * share + 4 * words)
-            read += _span(step * block_r, block_r, rows, 1) * channels * features
-    scale = 4 if a["SCALED"] else 0
-    unique += images * a["stride"] * share + scale + 4 * cdiv(rows, 32) * a["stride"] + rows * channels * features
-    written = a["splits"] * classes * (channels * _width(a["weight_ptr"]) + 4)
-    return Moved(min(unique, read), read + scale * grid[0] * grid[1], written)
-
-
-@formula("_cam_pool_sum_kernel")
-def _cam_pool_sum(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
-    read = 4 * a["splits"] * (a["weights"] + a["classes"])
-    return Moved(read, read, a["weights"] * _width(a["weight_ptr"]) + 4 * a["classes"])
+    for line in range(first, first + number, 32):
+        read += 8 * classes * _span(line, min(32, first + number - line), cells)
+    unique = bits + 8 * classes * _span(first, number, cells) + scale
+    written = number * classes * _width(a["out_ptr"]) + 4 * grid[0] * classes
+    return Moved(unique, bits + read + scale * grid[0] * grid[1], written)
 
 
 @formula("_ignore_statistics_kernel")

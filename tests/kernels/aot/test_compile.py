@@ -97,7 +97,15 @@ def test_a_launch_takes_every_kernels_arguments(op):
 
 @pytest.mark.parametrize(
     "op",
-    ["cam_pool forward", "cam_pool dX", "cam_pool dW", "label_loss", "large_select", "cam_mask image"],
+    [
+        "cam_pool forward",
+        "cam_pool sums",
+        "cam_pool expand",
+        "label_loss",
+        "label_loss backward",
+        "large_select",
+        "cam_mask image",
+    ],
 )
 def test_offsets_are_64_bits_wide(op):
     """B * H * W * K and B * C pass 2^31: what is multiplied by a row length is int64 in the intermediate code."""
@@ -122,7 +130,8 @@ def test_every_method_has_a_point_function_that_compiles(name):
     example = next(e for e in point_examples() if e.point.name == name)
     if example.point.kernel is None:
         pytest.skip(f"method {example.method} has no kernel: its reference runs on every device")
-    assert compile_and_check(find("label_loss", f"{name} fp32 1229440", METHODS_ARCH)).loads.get(128, 0) > 0
+    for op in ("label_loss", "label_loss backward"):
+        assert compile_and_check(find(op, f"{name} fp32 1229440", METHODS_ARCH)).loads.get(128, 0) > 0
 
 
 @pytest.mark.parametrize("method", ["asl", "p_asl"])

@@ -1,4 +1,4 @@
-"""A training compiles each kernel once: what changes from epoch to epoch, or in a last short batch, is no new variant."""
+"""A training compiles each kernel once: what changes between epochs, or in a last short batch, is no new variant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ahead-of-time cases of cam_pool: the forward product and the two of the backward."""
+"""Ahead-of-time cases of cam_pool: the forward in both ways, and what writes the gradient of the map."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from typing import Any, NamedTuple
 import torch
 
 from spml_kernels.cam_pool.forward import GROUP
-from spml_kernels.cam_pool.kernels import _cam_pool_dw_kernel, _cam_pool_dx_kernel, _cam_pool_fwd_kernel
+from spml_kernels.cam_pool.kernels import _cam_pool_expand_kernel, _cam_pool_fwd_kernel, _cam_pool_reduce_kernel
 from spml_kernels.cam_pool.tiles import constants
-from spml_kernels.common.heuristics import SKIP, CamPoolLaunch, cam_pool_launch, images_per_tile, next_power_of_two
+from spml_kernels.common.heuristics import (
+    EXPAND_CLASSES,
+    LANES,
+    WORD,
+    CamPoolLaunch,
+    cam_pool_launch,
+    expand_rows,
+    images_per_tile,
+    next_power_of_two,
+)
 from spml_kernels.devtools.aot import Case
 
 
@@ -51,45 +60,54 @@ SHAPES = (
 )
 
 
-def _shapes(arch: int) -> Iterator[_Shape]:
+def _shapes(arch: int, way: str = "tile") -> Iterator[_Shape]:
     """All shapes in bf16, two in the other types."""
     for classes, channels, cells, batch in SHAPES:
         for word, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
             if kind != torch.bfloat16 and classes not in (80, 5000):
                 continue
-            launch = cam_pool_launch(batch, cells, classes, channels, kind != torch.float32, arch)
-            values = {"rows": batch * cells, "classes": classes, "channels": channels, "cells": cells, "stride": SKIP}
+            launch = cam_pool_launch(batch, cells, classes, channels, kind != torch.float32, arch, way)
+            values = {"rows": batch * cells, "classes": classes, "channels": channels, "cells": cells, "stride": LANES}
             aligned = tuple(name for name, value in values.items() if value % 16 == 0)
             name = f"{word} C {classes} K {channels} HW {cells} B {batch}"
             yield _Shape(name, kind, launch, channels, cells, dict.fromkeys(values, "i32"), aligned)
 
 
-def _forward_cases(arch: int) -> Iterator[Case]:
-    """The map's product."""
+def _sums(shape: _Shape) -> dict[str, Any]:
+    """Constants of the sums over a tile."""
+    tiles = shape.launch.tiles
+    return {
+        "IMAGES": next_power_of_two(images_per_tile(tiles.rows, shape.cells)),
+        "SLICES": shape.launch.slices,
+        "TOUCHED": images_per_tile(tiles.rows // shape.launch.slices, shape.cells),
+        "BITS": True,
+        "BLOCK_R": tiles.rows,
+        "BLOCK_C": tiles.classes,
+    }
+
+
+_RESULTS: dict[str, str | tuple[str, ...]] = {
+    "bias_ptr": "*fp32",
+    "mean_ptr": "*fp32",
+    "relu_ptr": "*fp32",
+    "part_ptr": "*fp32",
+    "bits_ptr": "*i32",
+}
+
+
+def _tile_cases(arch: int) -> Iterator[Case]:
+    """The map's product with its sums."""
     for shape in _shapes(arch):
-        tiles, data = shape.launch.forward, shape.pointer
-        pointers: dict[str, str | tuple[str, ...]] = {
-            "features_ptr": data,
-            "weight_ptr": data,
-            "bias_ptr": "*fp32",
-            "mean_ptr": "*fp32",
-            "relu_ptr": "*fp32",
-            "part_ptr": "*fp32",
-            "bits_ptr": "*i32",
-            "pooled_ptr": data,
-        }
+        tiles, data = shape.launch.tiles, shape.pointer
+        pointers: dict[str, str | tuple[str, ...]] = {"features_ptr": data, "weight_ptr": data, **_RESULTS}
         yield Case(
             "cam_pool forward",
             shape.name,
             _cam_pool_fwd_kernel,
             {**pointers, **shape.types, "scale": "fp32"},
             {
-                "IMAGES": next_power_of_two(images_per_tile(tiles.rows, shape.cells)),
-                "SLICES": shape.launch.slices,
-                "TOUCHED": images_per_tile(tiles.rows // shape.launch.slices, shape.cells),
+                **_sums(shape),
                 "EVEN": shape.channels % tiles.channels == 0,
-                "BITS": True,
-                "POOL": shape.launch.skip_empty_tiles,
                 "GROUP": GROUP,
                 **constants(shape.kind, tiles),
             },
@@ -100,60 +118,43 @@ def _forward_cases(arch: int) -> Iterator[Case]:
         )
 
 
-def _backward_cases(arch: int) -> Iterator[Case]:
-    """The gradients' two products."""
-    for shape in _shapes(arch):
-        launch, data = shape.launch, shape.pointer
-        common: dict[str, Any] = {"SKIP_EMPTY": launch.skip_empty_tiles, "SCALED": shape.kind == torch.float16}
-        shares: dict[str, str | tuple[str, ...]] = {"off_ptr": data, "on_ptr": data, "bits_ptr": "*i32"}
-        lists: dict[str, str | tuple[str, ...]] = {"scale_ptr": "*fp32", "list_ptr": "*i32", "count_ptr": "*i32"}
-        # fp16's mean part is made in fp32.
-        mean = "*fp32" if shape.kind == torch.float16 else data
+def _other_cases(arch: int) -> Iterator[Case]:
+    """The sums of products from elsewhere, and the gradient of the map."""
+    for shape in _shapes(arch, "vendor"):
+        data, numbers = shape.pointer, {name: kind for name, kind in shape.types.items() if name != "channels"}
+        aligned = tuple(name for name in shape.aligned if name != "channels")
+        maps: dict[str, str | tuple[str, ...]] = {"map_ptr": "*fp32", **_RESULTS}
+        chunk: dict[str, str | tuple[str, ...]] = {"first_cls": "i32", "number": "i32", "map_stride": "i32"}
         yield Case(
-            "cam_pool dX",
+            "cam_pool sums",
             shape.name,
-            _cam_pool_dx_kernel,
-            {**shares, "weight_ptr": data, "mean_ptr": mean, **lists, "out_ptr": data, **shape.types, "width": "i32"},
-            {
-                **common,
-                "EVEN": shape.channels % launch.d_features.channels == 0,
-                **constants(shape.kind, launch.d_features),
-            },
-            (*shares, "weight_ptr", "mean_ptr", "out_ptr", *shape.aligned),
-            launch.d_features.warps,
-            launch.d_features.stages,
-            tensor_cores=True,
+            _cam_pool_reduce_kernel,
+            {**maps, **numbers, **chunk, "scale": "fp32"},
+            _sums(shape),
+            (*maps, "map_stride", "number", *aligned),
+            shape.launch.tiles.warps,
         )
-        whole = data if launch.splits == 1 else "*fp32"
+        means = ("mean_ptr", "relu_ptr", "scale_ptr")
+        pointers = {**dict.fromkeys(means, "*fp32"), "bits_ptr": "*i32", "out_ptr": data, "part_ptr": "*fp32"}
+        more = {"first": "i32", "number": "i32", "out_stride": "i32", "share": "fp32"}
+        classes = int(shape.name.split()[2])
         yield Case(
-            "cam_pool dW",
+            "cam_pool expand",
             shape.name,
-            _cam_pool_dw_kernel,
+            _cam_pool_expand_kernel,
+            {**pointers, **numbers, **more},
             {
-                **shares,
-                "features_ptr": data,
-                "pooled_ptr": data,
-                **lists,
-                "weight_ptr": whole,
-                "bias_ptr": "*fp32",
-                **shape.types,
-                "width": "i32",
-                "splits": "i32",
-                "part_stride": "i32",
+                "SCALED": shape.kind == torch.float16,
+                "LINES": expand_rows(classes) // WORD,
+                "BLOCK": min(EXPAND_CLASSES, max(32, next_power_of_two(classes))),
             },
-            {
-                **common,
-                "EVEN": shape.channels % launch.d_weight.channels == 0,
-                **constants(shape.kind, launch.d_weight),
-            },
-            (*shares, "features_ptr", "pooled_ptr", "weight_ptr", "bias_ptr", "part_stride", *shape.aligned),
-            launch.d_weight.warps,
-            launch.d_weight.stages,
-            tensor_cores=True,
+            (*pointers, "out_stride", *aligned),
+            8,
+            streamed=False,
         )
 
 
 def aot_cases(arch: int) -> Iterator[Case]:
-    """The three products."""
-    yield from _forward_cases(arch)
-    yield from _backward_cases(arch)
+    """The product, the sums and the expansion of signs."""
+    yield from _tile_cases(arch)
+    yield from _other_cases(arch)

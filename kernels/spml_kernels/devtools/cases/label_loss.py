@@ -12,7 +12,7 @@ from spml_kernels.common.heuristics import point_launch
 from spml_kernels.common.jit import jit, tl
 from spml_kernels.common.math import sigmoid_jit, softplus_jit
 from spml_kernels.devtools.aot import Case
-from spml_kernels.label_loss.kernels import _label_loss_kernel
+from spml_kernels.label_loss.kernels import _label_loss_backward_kernel, _label_loss_kernel
 from spml_kernels.label_loss.op import PointLoss
 
 
@@ -41,20 +41,20 @@ def aot_cases(arch: int = 90, points: Sequence[tuple[PointLoss, int]] = ((AN, 0)
         for dtype in ("fp32", "bf16", "fp16"):
             for elements, aligned in ((128 * 80, True), (128 * 9605, True), (33 * 81, False)):
                 launch = point_launch(elements, point.elements_per_thread)
-                pointers = ("logits_ptr", "codes_ptr", "grad_ptr", "partial_ptr")
-                yield Case(
-                    "label_loss",
-                    f"{point.name} {dtype} {elements} entries",
-                    _label_loss_kernel,
-                    {
-                        "logits_ptr": f"*{dtype}",
-                        "codes_ptr": "*i8",
-                        "grad_ptr": f"*{dtype}",
-                        "partial_ptr": "*fp32",
-                        "numbers": ("fp32",) * numbers,
-                        "elements": "i32",
-                    },
-                    {"POINT": point.kernel, "GRAD": True, "BLOCK": launch.block},
-                    (*pointers, "elements") if aligned else pointers,
-                    launch.warps,
-                )
+                data: dict[str, str | tuple[str, ...]] = {"logits_ptr": f"*{dtype}", "codes_ptr": "*i8"}
+                count: dict[str, str | tuple[str, ...]] = {"numbers": ("fp32",) * numbers, "elements": "i32"}
+                forward = {**data, "partial_ptr": "*fp32"}
+                backward = {"upstream_ptr": "*fp32", **data, "grad_ptr": f"*{dtype}"}
+                for op, kernel, pointers in (
+                    ("label_loss", _label_loss_kernel, forward),
+                    ("label_loss backward", _label_loss_backward_kernel, backward),
+                ):
+                    yield Case(
+                        op,
+                        f"{point.name} {dtype} {elements} entries",
+                        kernel,
+                        {**pointers, **count},
+                        {"POINT": point.kernel, "BLOCK": launch.block},
+                        (*pointers, "elements") if aligned else tuple(pointers),
+                        launch.warps,
+                    )
