@@ -131,8 +131,10 @@ def test_tiling_of_cam_pool_and_no_map_in_memory(monkeypatch):
     """Every tile of classes reads the features once, every tile of cells the weights; no map is in memory at once."""
     monkeypatch.setattr(heuristics, "EXPAND_ROWS", 64)
     monkeypatch.setattr(heuristics, "SMALL_BYTES", 1)
-    monkeypatch.setattr(heuristics, "CHUNK_BYTES", 64 * 320 * 2)
-    work = cam_work(2, 16, 16, 320, torch.float16)
+    monkeypatch.setattr(heuristics, "CHUNK_BYTES", 64 * 320 * 4)
+    # Products whose result is wider than their operands are made of fp32 copies without a GPU; fp32 needs none.
+    work = cam_work(2, 16, 16, 320, torch.float32)
+    cam = 512 * 320 * 4
     inputs = [t.requires_grad_() for t in work.inputs("cpu")]
     features, weight, bias = (t.numel() * t.element_size() for t in inputs)
     outputs = []
@@ -144,10 +146,10 @@ def test_tiling_of_cam_pool_and_no_map_in_memory(monkeypatch):
     assert first.moved.unique_read == features + weight + bias
     backward = count(lambda: torch.autograd.grad(sum(o.sum() for o in outputs), inputs))
     gradients = 4 * (320 * 16 + 320)
-    assert total(forward).written < work.cam / 4
+    assert total(forward).written < cam / 4
     # A chunk of the map's gradient, an eighth of it, with its sums.
-    chunk = 64 * 320 * 2 + 4 * 320
-    assert all(m.moved.written <= max(features, gradients, chunk) < work.cam / 4 for m in backward if m.moved)
+    chunk = 64 * 320 * 4 + 4 * 320
+    assert all(m.moved.written <= max(features, gradients, chunk) < cam / 4 for m in backward if m.moved)
 
 
 @pytest.mark.parametrize(("threshold", "kept"), [(-1.0, True), (1.5, False)])

@@ -235,7 +235,8 @@ class _Memory:
     def _addresses(self, pointers: Any, mask: Any) -> tuple[Tensor, int]:
         """Addresses of the lanes that take part, int64, and bytes of an element."""
         width = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-        data = pointers.data if mask is None else pointers.data[mask.data]
+        # A condition on a number makes a mask of integers, which would choose lanes by their place.
+        data = pointers.data if mask is None else pointers.data[mask.data.astype(bool)]
         address = torch.from_numpy(data.reshape(-1).astype("int64"))
         if len(address):
             place = torch.searchsorted(self.starts, address, right=True) - 1
