@@ -199,7 +199,7 @@ EXPAND_CLASSES = 256
 
 # Scratch that stays in the level-2 cache between the kernel that writes it and the product that reads it (50 MB on an
 # H100, 40 on an A100), and scratch that is never worth avoiding.
-CHUNK_BYTES = 24 << 20
+CHUNK_BYTES = 32 << 20
 SMALL_BYTES = 4 << 20
 
 
