@@ -82,7 +82,7 @@ def cam_work(
     slotted = {"sums of images that lie in several tiles, written and read": 2.0 * slots}
     stride = cdiv(classes, ALIGNED) * ALIGNED
     chunks = cam_pool_chunks(rows, classes, stride, channels, dtype.itemsize, True)
-    beyond = {**slotted, IN_CACHE: 3.0 * rows * classes * dtype.itemsize}
+    beyond = {**slotted, IN_CACHE: rows * (stride + 2.0 * classes) * dtype.itemsize}
     beyond["sums of the bias's gradient, written and read"] = 8.0 * cdiv(rows, expand_rows(classes)) * classes
     # Every product reads all weights, and all but the first read the sum for the weights' gradient.
     beyond["weights, once for every chunk but the first"] = (len(chunks) - 1.0) * classes * channels * dtype.itemsize

@@ -250,7 +250,7 @@ def test_kernels_between_the_products_of_cam_pool_do_not_spill():
     between = [s for s in seen + few if s.kernel is not None and s.name != "_cam_pool_fwd_kernel"]
     for launch in between:
         report = compiler.report(launch)
-        assert report.spills == report.stack == 0 and report.registers <= 64, (launch.name, report)
+        assert report.spills == report.stack == 0 and report.registers <= 128, (launch.name, report)
     # One launch a chunk of cells, which is not compiled again for the next.
     assert [s.name for s in seen if s.kernel is not None].count("_cam_pool_expand_kernel") > 10
     assert [s.name for s in few if s.kernel is not None].count("_cam_pool_expand_kernel") == 1

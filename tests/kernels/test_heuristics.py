@@ -123,15 +123,15 @@ def test_who_multiplies():
 @pytest.mark.parametrize("spare", [True, False])
 def test_chunks_cover_all_cells_and_their_scratch_is_free(spare):
     for batch, cells, classes, channels in itertools.product(BATCHES, CELLS, CLASSES, CHANNELS):
-        rows, stride = batch * cells, -(-classes // 8) * 8
+        rows, stride = batch * cells, -(-classes // 16) * 16
         chunks = cam_pool_chunks(rows, classes, stride, channels, 2, spare)
         assert sum(c.rows for c in chunks) == rows
         place = 0
         for chunk in chunks:
             assert chunk.first == place and place % EXPAND_ROWS == 0 and chunk.rows > 0
             place += chunk.rows
-            # Aligned to 8 elements, the scratch ends where dX does and begins after what this chunk writes of it.
-            start = (rows * channels - chunk.rows * stride) // 8 * 8
+            # Aligned to 16 elements, the scratch ends where dX does and begins after what this chunk writes of it.
+            start = (rows * channels - chunk.rows * stride) // 16 * 16
             assert chunk.own or (spare and start >= place * channels)
         assert all(c.own for c in chunks if not spare)
 
@@ -146,8 +146,8 @@ def test_memory_of_cam_pool_beside_its_outputs():
     tiles = -(-rows // launch.tiles.rows)
     assert bits + tiles * 4 * classes * 4 <= cam / 10
     # In the backward the bits, the scratch of the last chunks, and sums for the bias; weights in fp32.
-    chunks = cam_pool_chunks(rows, classes, 5000, channels, 2, True)
-    own = max(c.rows for c in chunks if c.own) * 5000 * 2
+    chunks = cam_pool_chunks(rows, classes, 5008, channels, 2, True)
+    own = max(c.rows for c in chunks if c.own) * 5008 * 2
     sums = -(-rows // expand_rows(classes)) * classes * 4
     assert own <= scratch_bytes(rows, classes, 2) and bits + own + sums <= cam / 10
     assert len(chunks) <= 14 and max(c.rows for c in chunks) * 5000 * 2 <= CHUNK_BYTES
@@ -155,9 +155,9 @@ def test_memory_of_cam_pool_beside_its_outputs():
 
 def test_few_classes_are_one_chunk():
     for classes in (20, 80):
-        assert len(cam_pool_chunks(128 * 196, classes, -(-classes // 8) * 8, 2048, 2, True)) == 1
+        assert len(cam_pool_chunks(128 * 196, classes, -(-classes // 16) * 16, 2048, 2, True)) == 1
     assert len(cam_pool_chunks(128 * 196, 80, 80, 2048, 2, False)) == 1
-    assert len(cam_pool_chunks(128 * 196, 312, 312, 2048, 2, True)) == 2
+    assert len(cam_pool_chunks(128 * 196, 312, 320, 2048, 2, True)) == 2
 
 
 def test_next_power_of_two():

@@ -113,9 +113,9 @@ def test_chunks_of_cells(dtype, spare, device, monkeypatch):
     # Many chunks: first in the end of dX, then in memory of their own; without dX all in memory of their own.
     monkeypatch.setattr(heuristics, "SMALL_BYTES", 1)
     monkeypatch.setattr(heuristics, "EXPAND_ROWS", 64)
-    monkeypatch.setattr(heuristics, "CHUNK_BYTES", 128 * 72 * dtype.itemsize)
+    monkeypatch.setattr(heuristics, "CHUNK_BYTES", 128 * 80 * dtype.itemsize)
     batch, side, channels, classes = 9, 7, 40, 70
-    chunks = heuristics.cam_pool_chunks(batch * side * side, classes, 72, channels, dtype.itemsize, spare)
+    chunks = heuristics.cam_pool_chunks(batch * side * side, classes, 80, channels, dtype.itemsize, spare)
     assert len(chunks) > 4 and {c.own for c in chunks} == ({True, False} if spare else {True})
     inputs = draw((batch, side, side, channels, classes), dtype, device)
     if spare:

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from spml_kernels.cam_pool.kernels import _cam_pool_expand_kernel
 from spml_kernels.cam_pool.products import wide_product
-from spml_kernels.common.heuristics import EXPAND_CLASSES, WORD, Chunk, cam_pool_chunks, expand_rows
+from spml_kernels.common.heuristics import EXPAND_CLASSES, WORD, Chunk, cam_pool_chunks, expand_rows, images_per_tile
 from spml_kernels.common.jit import LAUNCH, cdiv
 from spml_kernels.common.ops import define
 
-# Elements that a row of scratch is a multiple of: 16 bytes in half precision, which products want of their operands.
-ALIGNED = 8
+# Elements that a row of scratch is a multiple of: what Triton looks for in a number to make wide stores.
+ALIGNED = 16
 
 
 @define("spml::cam_pool_backward")
@@ -113,6 +113,7 @@ def _expand(
         cam.shape[1],
         1.0 / cells,
         SCALED=scale is not None,
+        TOUCHED=images_per_tile(WORD, cells),
         LINES=each // WORD,
         BLOCK=block,
         num_warps=8,

@@ -330,6 +330,7 @@ def _cam_pool_expand_kernel(
     out_stride,
     share,
     SCALED: tl.constexpr,
+    TOUCHED: tl.constexpr,
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -339,30 +340,39 @@ def _cam_pool_expand_kernel(
         mean_ptr, relu_ptr: fp32 [B, classes], gradients of the two means.
         scale_ptr: fp32 [], what to divide by (with SCALED).
         bits_ptr: int32 [words, stride], the signs.
-        out_ptr: [number, out_stride], of the cells from `first` on; nothing is written past the last class.
+        out_ptr: [number, out_stride], of the cells from `first` on; 0 past the last class.
         part_ptr: fp32 [cdiv(rows, LINES * 32), classes], sums without the scale.
         first: a multiple of LINES * 32.
         number: cells of the chunk; rows: all of them.
         share: 1 / cells.
+        TOUCHED: most images that 32 consecutive cells lie in.
     """
     line = tl.program_id(0) * LINES
     cls = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (cls < classes)[None, :]
+    inside = cls < classes
     factor = share / tl.load(scale_ptr) if SCALED else share
+    images = rows // cells
     total = tl.zeros((BLOCK,), tl.float32)
     for turn in range(0, LINES):
         row = (line + turn) * 32 + tl.arange(0, 32)
-        known = (row < number)[:, None] & inside
+        known = row < number
         # One word holds the signs of all 32 cells of a class.
         word = (first // 32 + line + turn).to(tl.int64)
-        bits = tl.load(bits_ptr + word * stride + cls, mask=(cls < classes) & ((line + turn) * 32 < number), other=0)
+        bits = tl.load(bits_ptr + word * stride + cls, mask=inside & ((line + turn) * 32 < number), other=0)
         positive = ((bits[None, :] >> tl.arange(0, 32)[:, None]) & 1) != 0
-        place = (tl.minimum(first + row, rows - 1) // cells).to(tl.int64)[:, None] * classes + cls[None, :]
-        mean = tl.load(mean_ptr + place, mask=known, other=0.0)
-        relu = tl.load(relu_ptr + place, mask=known, other=0.0)
-        grad = tl.where(positive, mean + relu, mean)
+        begin = (first + (line + turn) * 32) // cells
+        grad = tl.zeros((32, BLOCK), tl.float32)
+        for step in tl.static_range(TOUCHED):
+            image = begin + step
+            place = image.to(tl.int64) * classes + cls
+            mean = tl.load(mean_ptr + place, mask=inside & (image < images), other=0.0)
+            both = mean + tl.load(relu_ptr + place, mask=inside & (image < images), other=0.0)
+            here = (known & ((first + row) // cells == image))[:, None]
+            grad = tl.where(here, tl.where(positive, both[None, :], mean[None, :]), grad)
         total += tl.sum(grad, 0)
+        # Rows of scratch are multiples of 16 elements, and written whole, so that stores are 128 bits wide.
         place = out_ptr + row.to(tl.int64)[:, None] * out_stride + cls[None, :]
-        tl.store(place, (grad * factor).to(out_ptr.dtype.element_ty), mask=known)
+        value = (grad * factor).to(out_ptr.dtype.element_ty)
+        tl.store(place, value, mask=known[:, None] & (cls < out_stride)[None, :])
     part = (first // (LINES * 32) + tl.program_id(0)).to(tl.int64)
-    tl.store(part_ptr + part * classes + cls, total * share, mask=cls < classes)
+    tl.store(part_ptr + part * classes + cls, total * share, mask=inside)

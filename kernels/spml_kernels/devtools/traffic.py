@@ -169,11 +169,6 @@ def _cam_pool_finish(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     return Moved(read, read, 8 * a["classes"] * sum(n > 1 for n in touched))
 
 
-def _span(start: int, length: int, unit: int) -> int:
-    """How many units of `unit` the numbers start .. start + length touch."""
-    return (start + length - 1) // unit - start // unit + 1
-
-
 @formula("_cam_pool_reduce_kernel")
 def _cam_pool_reduce(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, cells, number = a["rows"], a["cells"], a["number"]
@@ -189,13 +184,16 @@ def _cam_pool_expand(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     first, number, classes, cells = a["first"], a["number"], a["classes"], a["cells"]
     scale = 4 if a["SCALED"] else 0
     bits = 4 * cdiv(number, 32) * classes
-    # Each word of 32 cells reads the gradients of the images that these lie in.
+    # Each word of 32 cells, those past the end too, reads the gradients of as many images as it may lie in.
+    images = set()
     read = 0
-    for line in range(first, first + number, 32):
-        read += 8 * classes * _span(line, min(32, first + number - line), cells)
-    unique = bits + 8 * classes * _span(first, number, cells) + scale
-    written = number * classes * _width(a["out_ptr"]) + 4 * grid[0] * classes
-    return Moved(unique, bits + read + scale * grid[0] * grid[1], written)
+    for line in range(grid[0] * a["LINES"]):
+        begin = (first + 32 * line) // cells
+        seen = range(begin, min(begin + a["TOUCHED"], a["rows"] // cells))
+        images.update(seen)
+        read += 8 * classes * len(seen)
+    written = number * a["out_stride"] * _width(a["out_ptr"]) + 4 * grid[0] * classes
+    return Moved(bits + 8 * classes * len(images) + scale, bits + read + scale * grid[0] * grid[1], written)
 
 
 @formula("_ignore_statistics_kernel")

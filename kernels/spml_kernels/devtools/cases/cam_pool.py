@@ -145,6 +145,7 @@ def _other_cases(arch: int) -> Iterator[Case]:
             {**pointers, **numbers, **more},
             {
                 "SCALED": shape.kind == torch.float16,
+                "TOUCHED": images_per_tile(WORD, shape.cells),
                 "LINES": expand_rows(classes) // WORD,
                 "BLOCK": min(EXPAND_CLASSES, max(32, next_power_of_two(classes))),
             },
