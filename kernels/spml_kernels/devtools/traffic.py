@@ -185,7 +185,7 @@ def _cam_pool_expand(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     scale = 4 if a["SCALED"] else 0
     bits = 4 * cdiv(number, 32) * classes
     # Each word of 32 cells, those past the end too, reads the gradients of as many images as it may lie in.
-    images = set()
+    images: set[int] = set()
     read = 0
     for line in range(grid[0] * a["LINES"]):
         begin = (first + 32 * line) // cells
