@@ -1,8 +1,9 @@
 """The one place that imports triton, and that knows whether it can.
 
 Triton compiles a kernel anew for an integer that is 1 and for one that 16 divides. `do_not_specialize` names those that
-change in a training (the batch at an epoch's end, how many labels are rejected), or it would wait for a compiler in its
-middle; widths of rows keep it, for loads are as wide as their addresses are known to be aligned.
+change in a training (how many labels are rejected, how many parts there are), or it would wait for a compiler in its
+middle. Lengths of rows and of flat tensors keep it: loads and stores are as wide as their addresses and ends are known
+to be aligned.
 
 Where triton does not exist (it has wheels for Linux only), kernels stay plain Python functions that nobody calls, and
 every op runs its PyTorch reference. Annotations in kernel files are strings (`from __future__ import annotations`), so

@@ -87,7 +87,7 @@ def _log_slope(z, positive, guard, GUARDED: tl.constexpr):
     return tl.where(positive, -slope, slope)
 
 
-@jit(do_not_specialize=["elements"])
+@jit
 def _ignore_loss_kernel(
     logits_ptr,
     strong_ptr,
@@ -160,7 +160,7 @@ def _ignore_loss_kernel(
         tl.store(count_ptr + pid * 3 + 2, 0)
 
 
-@jit(do_not_specialize=["elements"])
+@jit
 def _ignore_backward_kernel(
     upstream_ptr,
     logits_ptr,

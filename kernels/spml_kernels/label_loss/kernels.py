@@ -18,7 +18,7 @@ def _points(logits_ptr, codes_ptr, offsets, numbers, mask, POINT: tl.constexpr):
     return POINT(z, code, *numbers)
 
 
-@jit(do_not_specialize=["elements"])
+@jit
 def _label_loss_kernel(
     logits_ptr,
     codes_ptr,
@@ -47,7 +47,7 @@ def _label_loss_kernel(
     tl.store(partial_ptr + tl.program_id(0), total)
 
 
-@jit(do_not_specialize=["elements"])
+@jit
 def _label_loss_backward_kernel(
     upstream_ptr,
     logits_ptr,

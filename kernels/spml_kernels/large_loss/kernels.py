@@ -89,7 +89,7 @@ def _advance(hist_ptr, state_ptr, k_ptr, k_max, LEVEL: tl.constexpr, BINS: tl.co
     return _find_bin_jit(counts, bits, left, mode, LEVEL)
 
 
-@jit(do_not_specialize=["elements", "rounds", "k_max"])
+@jit(do_not_specialize=["rounds", "k_max"])
 def _large_histogram_kernel(
     logits_ptr,
     codes_ptr,
@@ -135,7 +135,7 @@ def _large_histogram_kernel(
     tl.atomic_add(out_ptr + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
 
-@jit(do_not_specialize=["elements"])
+@jit
 def _large_threshold_kernel(
     logits_ptr,
     codes_ptr,
@@ -284,7 +284,7 @@ def _select_block_jit(
     return ties, tl.sum(selected.to(tl.int32), 0), total
 
 
-@jit(do_not_specialize=["elements", "length"])
+@jit(do_not_specialize=["length"])
 def _large_select_kernel(
     logits_ptr,
     codes_ptr,
@@ -389,7 +389,7 @@ def _find_kth_jit(key, k):
     return bits, k - above, tl.where(k <= 0, 1, tl.where(number < k, 2, 0))
 
 
-@jit(do_not_specialize=["elements", "length", "k_max"])
+@jit(do_not_specialize=["length", "k_max"])
 def _large_single_kernel(
     logits_ptr,
     codes_ptr,
