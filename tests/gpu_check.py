@@ -245,7 +245,8 @@ def small_calls(device: str) -> None:
     torch.manual_seed(0)
     shapes = (("tile", torch.float16, 3, 70), ("vendor", torch.bfloat16, 16, 70), ("tile", torch.float32, 3, 9))
     for way, dtype, batch, classes in shapes:
-        with mock.patch.object(tiles, "cam_pool_way", lambda *_, way=way: way):
+        patched = {"cam_pool_way": lambda *_, way=way: way, "DEFAULT": (90, way)}
+        with mock.patch.multiple(tiles, **patched):
             tensors = [torch.randn(batch, 5, 7, 40), torch.randn(classes, 40), torch.randn(classes)]
             leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
             mean, relu = cam_pool(leaves[0], leaves[1], leaves[2])

@@ -118,7 +118,7 @@ class TestTrainHelp:
     def test_says_a_type_once(self, capsys: pytest.CaptureFixture[str]) -> None:
         text = shown(capsys, "train", "--help")
         assert "type:" not in text and "Literal" not in text and "Optional" not in text
-        assert re.search(r"^  --train\.epochs INT\n", text, re.M)
+        assert re.search(r"^  --train\.batch_size INT\n", text, re.M)
         assert re.search(r"^  --train\.schedule \{constant,one_cycle,cosine\}\n", text, re.M)
         assert re.search(r"^  --train\.linear_lr NUMBER\|null\n", text, re.M)
 

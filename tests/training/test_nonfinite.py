@@ -94,6 +94,7 @@ def words(data: Path, run: Path, faulty: Path, **more: object) -> list[str]:
     recipe = options(data, run, **{**method, **given})
     del recipe[:2]
     base = {"data.image_size": 64, "model.backbone": "test_resnet", "model.pretrained": "false", "train.lr": 3e-3}
+    base["train.schedule"] = "constant"
     return ["--plugins", str(faulty), *(w for k, v in base.items() for w in (f"--{k}", str(v))), *recipe]
 
 
