@@ -365,8 +365,8 @@ class TestRuns:
         done = run_script("evaluate.py", "--run", run, "--json", out)
         assert done.returncode == 0, done.stderr[-3000:]
         found, wanted = (json.loads(path.read_text())["alpha"]["1"] for path in (out, run / "results.json"))
-        # One rank and two have other batches, and a transformer's products other last bits: a mean of probabilities shows
-        # them, where ranks and counts do not.
+        # One rank and two have other batches, and a transformer's products other last bits: a mean of probabilities
+        # shows them, where ranks and counts do not.
         for name in ("expected_calibration_error", "expected_calibration_error_uncalibrated"):
             assert found["decisions"].pop(name) == pytest.approx(wanted["decisions"].pop(name), rel=1e-6)
         assert found == wanted
