@@ -141,6 +141,11 @@ class _Preparation:
                 raise UserError(
                     "--observe draws labels, but the files say which are observed; leave it out, or the list"
                 )
+            if common.observed is not None and official is self.raw.splits[0]:
+                raise UserError(
+                    f"--observed {common.observed[0]} and the data set's own list both say which labels are observed; "
+                    "give one of them"
+                )
             self._read_from = "the data set's own list"
             return official.observed
         if common.observed is not None and official is self.raw.splits[0]:

@@ -106,9 +106,10 @@ def encode(data: bytes, max_pixels: int) -> tuple[bytes, str]:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height}; {limit_text(max_pixels)}")
         lossy, profile = image.format in _LOSSY, image.info.get("icc_profile")
-        orientation = image.getexif().get(_ORIENTATION, 1)
         image.seek(0)
         image.load()
+        # Asked for afterwards: of some formats (TIFF) Pillow turns the pixels when it loads them, and forgets the tag.
+        orientation = image.getexif().get(_ORIENTATION, 1)
         pixels = _plain(image, profile)
     exif = Image.Exif()
     exif[_ORIENTATION] = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.text import parse_json
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN
 from spml_fast.prepare.image_table import class_text, shown_value
 
@@ -45,11 +46,9 @@ def parse_field(value: Any, where: str) -> Field:
     if isinstance(value, str):
         text = value.strip()
         if text.startswith("["):
-            try:
-                # JSON's words for what Python calls otherwise.
-                value = ast.literal_eval(text.replace("true", "True").replace("false", "False").replace("null", "None"))
-            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-                raise UserError(f"{where} is not a list such as [0, 3], but {text[:60]!r}") from error
+            value = _list_of(text, where)
+        elif text == "-1":
+            return Field(where, None)
         else:
             return Field(where, [name for name in (part.strip() for part in text.split(";")) if name])
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value == -1):
@@ -59,6 +58,18 @@ def parse_field(value: Any, where: str) -> Field:
         if entry is not None and not isinstance(entry, (str, int, float)):
             raise UserError(f"{where} must be a list of names or numbers, not {shown_value(value)}")
     return Field(where, values)
+
+
+def _list_of(text: str, where: str) -> Any:
+    """A list as JSON or as Python writes it."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        # Pandas writes lists as Python does: ['a', 'b'].
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise UserError(f"{where} is not a list such as [0, 3], but {text[:60]!r}") from error
 
 
 def kind_of(fields: Sequence[Field], numbers_named: bool) -> Kind:
@@ -78,7 +89,9 @@ def kind_of(fields: Sequence[Field], numbers_named: bool) -> Kind:
     if texts is not None and others is not None:
         raise UserError(f"{texts.where} has texts, but {others.where} numbers; labels must be the one or the other")
     if texts is not None:
-        return "names"
+        # A field of CSV is a text: where all of them are numbers, and the file says what they mean, they are.
+        numbers = numbers_named and all(isinstance(v, str) and v.isascii() and v.isdigit() for _, v in entries)
+        return "numbers" if numbers else "names"
     if any(isinstance(v, (bool, float)) for _, v in entries):
         return "multihot"
     if numbers_named:

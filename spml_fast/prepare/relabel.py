@@ -74,25 +74,27 @@ def _split_changes(manifest: Manifest, split: Split, decisions: Sequence[Decisio
     rows = [places[decision.path] for decision in decisions]
     class_ids = [decision.class_id for decision in decisions]
     now = split.observed.codes_at(rows, class_ids).tolist()
+    # What is observed may be unknown to evaluation (labels of a machine); a decision is for both.
+    truth = now if split.hides_labels else split.known.codes_at(rows, class_ids).tolist()
     changes = Changes()
     # One image may be written in two ways, with and without `./`.
     first: dict[tuple[int, int], Decision] = {}
-    for decision, row, code in zip(decisions, rows, now, strict=True):
+    for decision, row, code, known in zip(decisions, rows, now, truth, strict=True):
         before = first.setdefault((row, decision.class_id), decision)
         if before is not decision:
             check_agree(before, decision, manifest.classes[decision.class_id])
             continue
-        if code == decision.label:
+        if code == known == decision.label:
             changes.confirmed += 1
             continue
         name = manifest.classes[decision.class_id]
-        if decision.known not in (None, code):
+        if code != decision.label and decision.known not in (None, code):
             raise UserError(
                 f"{decision.where}: {printable(decision.path)}, {printable(name)} is {NAMES[code]} in "
                 f"{manifest.folder}, and was {NAMES[decision.known or 0]} when it was suggested; give the Manifest "
                 "that the suggestions are about"
             )
-        kind = f"{NAMES[code]} -> {NAMES[decision.label]}"
+        kind = f"{NAMES[known if code == decision.label else code]} -> {NAMES[decision.label]}"
         changes.kinds[kind] += 1
         changes.by_class[decision.class_id][kind] += 1
         changes.rows.append(row)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.image_check import check_bytes
@@ -156,3 +156,17 @@ def test_images_outside_of_the_folder(tmp_path, path):
         *("csv", "--table", tmp_path / "t.csv", "--images", tmp_path / "photos", "--convert", "--out", tmp_path / "m")
     )
     assert Path(manifest.split("train").path(1)) == tmp_path / "m" / "converted" / "train" / "00000001.png"
+
+
+def test_a_turned_tiff_is_turned_once():
+    # Pillow turns the pixels of this format itself when it loads them.
+    image = Image.new("1", (40, 20))
+    image.paste(1, (0, 0, 10, 5))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    data = io.BytesIO()
+    image.save(data, "TIFF", exif=exif)
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(data.getvalue())))
+    copy = Image.open(io.BytesIO(encode(data.getvalue(), 10**6)[0]))
+    assert ImageOps.exif_transpose(copy).convert("1").tobytes() == shown.convert("1").tobytes()
+    assert shown.size == (20, 40)

@@ -101,6 +101,16 @@ def test_labels_json_with_boxes_and_paths(tmp_path):
     assert boxes is not None and np.allclose(boxes[1], [[0, 0.1, 0.2, 0.4, 0.6]])
 
 
+def test_two_files_of_one_key_are_named(tmp_path):
+    objects = [{"label": "cat", "bounding_box": [0.1, 0.2, 0.3, 0.4]}]
+    root = write(tmp_path / "pets", labels={"classes": None, "labels": dict.fromkeys("acde", objects)})
+    (root / "data" / "b.png").write_bytes((root / "data" / "b.jpg").read_bytes())
+    prepare("fiftyone", "--data", root, "--out", tmp_path / "m")
+    (root / "data" / "a.png").write_bytes((root / "data" / "a.jpg").read_bytes())
+    with pytest.raises(UserError, match=r"image 'a' may be data/a\.jpg or data/a\.png; rename or remove one"):
+        prepare("fiftyone", "--data", root, "--out", tmp_path / "n")
+
+
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [

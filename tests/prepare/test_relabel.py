@@ -183,3 +183,18 @@ def test_tables_and_folders_that_cannot_be_used(mine: Manifest, tmp_path: Path) 
     row = table(tmp_path / "row.csv", ["a,ant,positive,0,negative,train,r,accept,,"])
     call("--manifest", tmp_path / "bare", "--decisions", row, "--out", tmp_path / "bare-2")
     assert Manifest(tmp_path / "bare-2").meta["image_root"] == "."
+
+
+def test_a_decision_that_agrees_with_a_machine_becomes_known(tmp_path: Path) -> None:
+    """Observed labels may be unknown to evaluation; what a person confirms is not."""
+    writer = ManifestWriter(tmp_path / "machine", "machine", ["ant", "bee"], tmp_path / "images")
+    known, observed = (SparseLabels.from_dense(np.array(rows, np.int8)) for rows in ([[-1, 1]], [[1, 1]]))
+    writer.add_split(
+        "train", known=known, observed=observed, width=[1], height=[1], paths=["a.jpg"], hides_labels=False
+    )
+    manifest = writer.finish({"name": "machine", "splits": {"train": {"samples": 1}}})
+    assert not manifest.split("train").hides_labels
+    decisions = table(tmp_path / "d.csv", ["a.jpg,ant,positive,0.9,positive,train,r,accept,,"])
+    call("--manifest", manifest.folder, "--decisions", decisions, "--out", tmp_path / "new")
+    new = Manifest(tmp_path / "new").split("train")
+    assert new.known.rows([0]).tolist() == new.observed.rows([0]).tolist() == [[1, 1]]

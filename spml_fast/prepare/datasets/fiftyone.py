@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,19 +122,22 @@ def read_samples(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return samples
 
 
-def data_files(folder: Path) -> dict[str, str]:
-    """Image's key in labels.json -> its path: of data.json, else all files below data/ without their endings."""
+def data_files(folder: Path) -> dict[str, list[str]]:
+    """Image's key in labels.json -> its paths: of data.json, else of all files below data/ that are called so.
+
+    Keys have no ending, so two files may answer to one.
+    """
     if (folder / "data.json").is_file():
         listed = read_json(folder / "data.json", "paths of the images")
         if not isinstance(listed, dict) or not all(isinstance(p, str) and "\0" not in p for p in listed.values()):
             raise UserError(f"{folder / 'data.json'} is no list of paths by their keys")
-        return {key: relative_to(folder, folder / path) for key, path in listed.items()}
-    found: dict[str, str] = {}
+        return {key: [relative_to(folder, folder / path)] for key, path in listed.items()}
+    found: dict[str, list[str]] = {}
     for top, _, names in os.walk(folder / "data"):
         for name in sorted(names):
             path = os.path.join(top, name)
             key = os.path.splitext(os.path.relpath(path, folder / "data"))[0]
-            found[key] = relative_to(folder, Path(path))
+            found.setdefault(key, []).append(relative_to(folder, Path(path)))
     return found
 
 
@@ -217,15 +219,14 @@ class FiftyOne(Dataset):
         named = data.get("classes")
         classes = class_list(named, f"{path}: 'classes'") if named is not None else None
         files = data_files(folder)
-        for key, value in _sorted_items(labels):
+        for key, value in sorted(labels.items()):
             where = f"{path}, image {key[:80]!r}"
             if not os.path.isabs(key) and key not in files:
                 raise UserError(f"{where} is neither below {folder / 'data'} nor in data.json")
+            paths = files.get(key, [key])
+            if len(paths) > 1:
+                raise UserError(f"{where} may be {paths[0]} or {paths[1]}; rename or remove one of the files")
             names, boxes = _simple_labels(value, classes, where) if value is not None else ([], [])
-            row = ImageRow(files.get(key, key), where, dict.fromkeys(names, POSITIVE), value is not None, boxes)
+            row = ImageRow(paths[0], where, dict.fromkeys(names, POSITIVE), value is not None, boxes)
             table.add("train", row)
         return classes
-
-
-def _sorted_items(labels: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    return iter(sorted(labels.items(), key=lambda item: item[0]))
