@@ -94,7 +94,8 @@ def cam_work(
         beyond["sum of the weights' gradient in fp32, written and read"] = 8.0 * classes * channels
     if dtype == torch.float16:
         beyond["largest gradient"] = 4.0 * outputs
-        beyond["gradients scaled back"] = 2.0 * size(specs[:1]) + 8.0 * classes * channels
+        # The features' are products in fp32 first, written and read.
+        beyond["gradients scaled back"] = 8.0 * rows * channels + 8.0 * classes * channels
     return KernelWork(
         op="cam_pool",
         shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} C {classes} {'sparse' if sparse else 'dense'}",

@@ -142,6 +142,25 @@ def test_tiny_gradients_in_fp16(parts, device):
         assert_close("gradient", b * 1e9, a.double(), 1e-3)
 
 
+def test_products_beyond_fp16_before_they_are_scaled_back(device):
+    # Many classes with large weights: the sum over classes passes 65,504 while gradients are scaled to 1.
+    features, weight, bias = draw((1, 4, 4, 16, 4096), torch.float16, device)
+    leaves = [t.detach().requires_grad_() for t in (features, torch.full_like(weight, 20.0), bias)]
+    mean, _ = cam_pool(*leaves)
+    (found,) = torch.autograd.grad(mean.sum() * 1e-3, leaves[:1])
+    torch.testing.assert_close(found.cpu(), torch.full_like(found.cpu(), 4096 * 20 * 1e-3 / 16), rtol=2e-3, atol=0)
+
+
+def test_features_gradient_of_a_scale_below_fp16(device):
+    features, weight, bias = draw((3, 7, 7, 48, 20), torch.float16, device)
+    bits = cam_pool_op(features, weight, bias, True)[2]
+    grad = torch.full((3, 20), 1e-5, device=device)
+    weight = torch.full_like(weight, 50.0).float()
+    d_x = cam_pool_backward_op(grad, torch.zeros_like(grad), features, weight, bits, True, False)[0]
+    wanted = 20 * 50 * 1e-5 / 49
+    assert (d_x.double() / wanted - 1).abs().max() < 2e-3
+
+
 def test_fp32_weights_under_half_features(device, way):
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
     inputs = [features.half(), weight, bias]

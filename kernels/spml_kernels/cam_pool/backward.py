@@ -23,7 +23,15 @@ from torch import Tensor
 
 from spml_kernels.cam_pool.kernels import _cam_pool_expand_kernel
 from spml_kernels.cam_pool.products import wide_product
-from spml_kernels.common.heuristics import EXPAND_CLASSES, WORD, Chunk, cam_pool_chunks, expand_rows, images_per_tile
+from spml_kernels.common.heuristics import (
+    EXPAND_CLASSES,
+    SMALL_BYTES,
+    WORD,
+    Chunk,
+    cam_pool_chunks,
+    expand_rows,
+    images_per_tile,
+)
 from spml_kernels.common.jit import LAUNCH, cdiv
 from spml_kernels.common.ops import define
 
@@ -68,11 +76,21 @@ def cam_pool_backward_op(
         if want_w:
             weights.add(share, x[chunk.first : last])
         if want_x:
-            target = d_x.view(rows, channels)[chunk.first : last]
-            torch.mm(share, w, out=target)
-            if scale is not None:
-                target.mul_(scale)
+            _features_gradient(share, w, scale, d_x.view(rows, channels)[chunk.first : last])
     return d_x, weights.total(), parts.sum(0) if want_w else torch.empty(0, **make)
+
+
+def _features_gradient(share: Tensor, w: Tensor, scale: Tensor | None, target: Tensor) -> None:
+    """Write share w, times the scale if there is one, to `target` [rows of the chunk, K]."""
+    if scale is None:
+        torch.mm(share, w, out=target)
+        return
+    # fp16 may hold neither the product before it is scaled back nor the scale: both are fp32, a few rows at a time.
+    step = max(SMALL_BYTES // (4 * w.shape[1]), 1)
+    for part, out in zip(share.split(step), target.split(step), strict=True):
+        wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        wide_product(part, w, wide)
+        torch.mul(wide, scale, out=out)
 
 
 def _end_of(d_x: Tensor, used: int, needed: int) -> Tensor:
