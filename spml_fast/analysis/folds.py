@@ -119,9 +119,18 @@ def make_folds(run: Path, config: Config, manifest: Manifest, number: int, folde
         "split": split.name,
         "images": len(split),
         "labels_crc32": f"{_labels_crc32(split):08x}",
+        # The seed says which image is in which fold; other options would make other runs.
+        "seed": config.run.seed,
+        "options_crc32": f"{_options_crc32(config):08x}",
     }
     _check_plan(layout, plan)
     return Folds(layout, config, manifest, split, fold_of(len(split), number, config.run.seed), number)
+
+
+def _options_crc32(config: Config) -> int:
+    """Checksum of the options that folds are trained with; those of the run itself (`run`) are their own."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name != "run"}
+    return zlib.crc32(json.dumps(values, sort_keys=True, default=str).encode())
 
 
 def _labels_crc32(split: Split) -> int:

@@ -129,8 +129,9 @@ def calibrate(args: argparse.Namespace, options: DecisionOptions, device: torch.
         options: how to choose.
         device: this rank's.
     """
+    from spml_fast.core.io import file_record
     from spml_fast.evaluation.evaluate import check_alphas
-    from spml_fast.runs.decisions import make_decisions
+    from spml_fast.runs.decisions import make_decisions, score_known
     from spml_fast.runs.open import RunContext, make_eval_loader
     from spml_fast.training.console import print_columns, print_table
 
@@ -139,13 +140,16 @@ def calibrate(args: argparse.Namespace, options: DecisionOptions, device: torch.
     if name is None or (args.split is None and name not in run.manifest.splits):
         raise UserError(f"{args.run} has no validation split; name a split with --split, one that training did not see")
     split = run.split(name)
+    # Before the weights are read: a training may replace them while they are judged.
+    weights = file_record(run.layout.weights)
     alpha = run.classifier.alpha_eval if args.alpha is None else args.alpha
     check_alphas([alpha], run.classifier, run.config)
     config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, alpha_eval=alpha))
     if args.batch_size is not None:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=args.batch_size))
     loader = make_eval_loader(config, split, run.classifier, device)
-    saved = make_decisions(run.classifier, loader, split, run.layout, config, options, run.classes)
+    scores = score_known(run.classifier, loader, split, config)
+    saved = make_decisions(scores, split, run.layout, alpha, options, run.classes, weights)
     title = f"{split.name}, alpha {alpha:g}, {len(split)} images"
     print_columns(title, *table(saved.record))
     print_table(f"{run.layout.decisions}", summary_rows(saved.record))

@@ -128,6 +128,8 @@ def best_threshold(logit: FloatArray, positive: BoolArray, precision: float | No
         positive: bool [M].
         precision: the smallest one, a fraction, for the highest recall that it allows; None for the highest F1.
     """
+    # Beyond the limits logits are equal, as their thresholds would be: the rule judges them together.
+    logit = np.clip(logit, -LIMIT, LIMIT)
     order = np.argsort(-logit, kind="stable")
     ranked = logit[order]
     # Equal logits are predicted together: only the last of them can be the end of what is predicted.

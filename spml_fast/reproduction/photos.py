@@ -42,7 +42,9 @@ ENTRIES = (
 def half_of_the_gap(means: dict[tuple[str, str], float]) -> bool:
     """Whether one of LL-R + BoostLU, IGNORE and EM closes half of the gap between assumed negative and full labels."""
     names = [(name, alpha) for name in ("ll_r_boost", "ignore", "em") for alpha in ("1", "5")]
-    return max(means[name] for name in names) - means["an", "1"] >= (means["full", "1"] - means["an", "1"]) / 2
+    gap = means["full", "1"] - means["an", "1"]
+    # Without a gap there is nothing to close.
+    return gap > 0 and max(means[name] for name in names) - means["an", "1"] >= gap / 2
 
 
 PHOTOS = Preset(

@@ -12,13 +12,13 @@ from spml_fast import __version__
 from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import file_record, read_text, write_json
+from spml_fast.core.io import FileRecord, file_record, read_text, write_json
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.core.text import parse_json
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
 from spml_fast.evaluation.decisions import DecisionOptions, Decisions, choose_decisions, decisions_of
-from spml_fast.evaluation.evaluate import known_entries, score_split
+from spml_fast.evaluation.evaluate import Scores, known_entries, score_split
 from spml_fast.models.classifier import Classifier
 from spml_fast.runs.layout import RunLayout
 
@@ -43,35 +43,47 @@ class SavedDecisions:
     record: dict[str, Any]
 
 
-def make_decisions(
-    classifier: Classifier,
-    loader: EvalLoader,
-    split: Split,
-    layout: RunLayout,
-    config: Config,
-    options: DecisionOptions,
-    classes: Sequence[str],
-) -> SavedDecisions:
-    """Choose a run's decisions on a split and write them, on every rank (collective).
+def score_known(classifier: Classifier, loader: EvalLoader, split: Split, config: Config) -> Scores | None:
+    """Logits of a split at `model.alpha_eval`, on rank 0; None on others (collective).
 
     Args:
         classifier: with the run's weights; its mode is kept.
         loader: this rank's batches of the split.
         split: whose known labels are the truth.
-        layout: the run's.
-        config: the run's; `model.alpha_eval` is the factor of the logits.
-        options: how to choose.
-        classes: class names in class-id order.
-
-    Raises:
-        UserError: the known labels do not tell, a score is not a number, or the file cannot be written.
+        config: the run's.
     """
-    alpha = config.model.alpha_eval
-    dtype = autocast_dtype(config.train.precision, loader.device)
     was_training = classifier.training
     classifier.eval()
-    scores = score_split(classifier, loader, split.known, [alpha], dtype)
+    dtype = autocast_dtype(config.train.precision, loader.device)
+    scores = score_split(classifier, loader, split.known, [config.model.alpha_eval], dtype)
     classifier.train(was_training)
+    return scores
+
+
+def make_decisions(
+    scores: Scores | None,
+    split: Split,
+    layout: RunLayout,
+    alpha: float,
+    options: DecisionOptions,
+    classes: Sequence[str],
+    weights: FileRecord | None = None,
+) -> SavedDecisions:
+    """Choose a run's decisions and write them, on every rank (collective).
+
+    Args:
+        scores: from `score_known`.
+        split: that they are of.
+        layout: the run's.
+        alpha: the factor of the logits.
+        options: how to choose.
+        classes: class names in class-id order.
+        weights: the weights file before it was loaded, where another process may have replaced it since.
+
+    Raises:
+        UserError: the known labels do not tell, a score is not a number, the weights are others now, or the file cannot
+            be written. All ranks raise it.
+    """
 
     def choose() -> SavedDecisions:
         assert scores is not None
@@ -86,7 +98,10 @@ def make_decisions(
             "options": dataclasses.asdict(options),
         }
         try:
-            record["weights"] = dataclasses.asdict(file_record(layout.weights))
+            now = file_record(layout.weights)
+            if weights not in (None, now):
+                raise UserError(f"{layout.weights} was replaced in the meantime; run the command again")
+            record["weights"] = dataclasses.asdict(now)
             write_json(layout.decisions, record | figures)
         except OSError as error:
             raise UserError(f"{layout.decisions} cannot be written: {error.strerror}") from error

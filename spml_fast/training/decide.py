@@ -13,7 +13,7 @@ from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
 from spml_fast.evaluation.decisions import DecisionOptions, Decisions
 from spml_fast.models.classifier import Classifier
-from spml_fast.runs.decisions import load_decisions, make_decisions
+from spml_fast.runs.decisions import load_decisions, make_decisions, score_known
 from spml_fast.runs.layout import RunLayout
 
 
@@ -46,8 +46,10 @@ def decide(
     kept, options = distributed.from_main(lambda: _before(layout, classes))
     if kept is not None or split is None or loader is None:
         return kept
+    # What one rank alone cannot read ends all of them; only what all refuse together leaves 0.5 in place.
+    scores = score_known(classifier, loader, split, config)
     try:
-        saved = make_decisions(classifier, loader, split, layout, config, options, classes)
+        saved = make_decisions(scores, split, layout, config.model.alpha_eval, options, classes)
     except UserError as error:
         # The run has its weights and gets its test figures; 0.5 stands.
         say(f"no thresholds of classes were chosen on split {split.name}: {error}")

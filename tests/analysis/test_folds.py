@@ -124,6 +124,17 @@ def test_what_users_get_wrong(run: Path, small_digits: Path, tmp_path: Path) -> 
         command.main(["--run", str(run), "--folds-dir", "x"])
 
 
+@pytest.mark.parametrize("words", [["--run.seed", "7"], ["--train.epochs", "9"]])
+def test_folds_of_another_seed_or_of_other_options_are_refused(
+    run: Path, small_digits: Path, tmp_path: Path, words: list[str]
+) -> None:
+    manifest = Manifest(small_digits)
+    make_folds(run, config_of(small_digits), manifest, 3, tmp_path / "folds")
+    make_folds(run, config_of(small_digits, "--run.dir", "elsewhere"), manifest, 3, tmp_path / "folds")
+    with pytest.raises(UserError, match="has folds of something else"):
+        make_folds(run, config_of(small_digits, *words), manifest, 3, tmp_path / "folds")
+
+
 def test_what_it_costs(run: Path, small_digits: Path, tmp_path: Path) -> None:
     config, manifest = config_of(small_digits), Manifest(small_digits)
     folds = make_folds(run, config, manifest, 4, tmp_path / "folds")
@@ -136,7 +147,7 @@ def test_what_it_costs(run: Path, small_digits: Path, tmp_path: Path) -> None:
     (line,) = cost(folds, run)
     assert "1 of them are there; about 3 x 75% of its 20.0 minutes: 45.0 minutes; in" in line
     started = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=str(run)))
-    note = cost(make_folds(run, started, manifest, 4, tmp_path / "folds"), run)[1]
+    note = cost(make_folds(run, started, manifest, 4, tmp_path / "others"), run)[1]
     assert note.startswith(f"note: {run} started from {run}, and so do these runs: images that")
 
 

@@ -67,7 +67,8 @@ def test_equal_logits_are_predicted_together() -> None:
 
 def test_thresholds_keep_a_distance_from_one() -> None:
     edge = best_threshold(np.array([90.0, 80.0, 70.0]), np.array([True, True, False]))
-    assert edge == 25.0 and 1 / (1 + math.exp(-edge)) < 1
+    # All three are 25 there, and are predicted together.
+    assert 24.99 < edge < 25.0 and 1 / (1 + math.exp(-edge)) < 1
 
 
 def scores(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -194,3 +195,11 @@ def test_logits_of_thresholds() -> None:
     decisions = Decisions(1.0, np.array([0.5, 0.9]), Calibration("temperature", np.full(2, 0.5), np.zeros(2)))
     assert decisions.margins([[0.0, 4.0]])[0] == pytest.approx([0, 2 - math.log(9)])
     assert decisions.margins([4.0], [1]) == pytest.approx([2 - math.log(9)])
+
+
+def test_logits_beyond_the_limit_are_one_and_a_precision_is_kept():
+    logit, positive = np.array([300.0, 200, 150, 120, -5]), np.array([True, True, False, False, False])
+    # Four entries whose thresholds would be the same: two of them are right.
+    assert best_threshold(logit, positive, 0.9) == math.inf
+    edge = best_threshold(logit, positive, 0.5)
+    assert -5 < edge <= 25 and positive[logit >= edge].mean() == 0.5

@@ -21,7 +21,9 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
 from spml_fast.evaluation.evaluate import score_split
 from spml_fast.runs.decisions import load_decisions
+from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import load_run, make_eval_loader
+from spml_fast.training.decide import decide
 from tests.support import warm
 from tests.support.paths import ROOT
 
@@ -313,3 +315,15 @@ def test_what_users_get_wrong(trained: Path, tmp_path: Path) -> None:
     done = warm.run_script("calibrate.py", run)
     assert done.returncode == 1 and "has no validation split; name a split with --split" in done.stderr
     assert record(run) == record(trained)
+
+
+def test_what_one_rank_cannot_read_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One of several ranks may meet a missing image alone; swallowed, that would send it ahead of the others."""
+
+    def missing(*_: object) -> None:
+        raise UserError("photos/1.jpg is missing")
+
+    monkeypatch.setattr("spml_fast.training.decide.score_known", missing)
+    anything: Any = object()
+    with pytest.raises(UserError, match="is missing"):
+        decide(anything, anything, anything, RunLayout(tmp_path), anything, ["a"], print)
