@@ -10,12 +10,11 @@ from typing import Any
 import yaml
 
 from spml_fast.api.runs import Run
-from spml_fast.cli.parse import parse_words
+from spml_fast.cli.parse import default_recipe_for, parse_words
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.lock import release_all
 from spml_fast.runs.recipe import read_recipe, to_yaml
-from spml_fast.runs.recipes import default_recipe
 
 Source = Config | Mapping[str, Any] | str | os.PathLike[str] | None
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -25,7 +24,7 @@ def make_config(source: Source, overrides: Overrides = ()) -> Config:
     """The configuration that `spml_fast.train` runs; its arguments and errors are the same."""
     values, words = _split_overrides(overrides)
     if source is None:
-        source = default_recipe(_option(values, words, "data.dir") is not None, _random_weights(values, words))
+        source = default_recipe_for(_parse([], values, words))
     recipes: list[tuple[str, dict[str, Any]]] = []
     if isinstance(source, Config):
         recipes.append(("(the configuration)", yaml.safe_load(to_yaml(source))))
@@ -35,8 +34,12 @@ def make_config(source: Source, overrides: Overrides = ()) -> Config:
         words = [*named, *words]
     elif source is not None:
         recipes.append((os.fspath(source), read_recipe(os.fspath(source))))
-    if values:
-        recipes.append(("(the overrides)", values))
+    return _parse(recipes, values, words)
+
+
+def _parse(recipes: list[tuple[str, dict[str, Any]]], values: dict[str, Any], words: Sequence[str]) -> Config:
+    """Recipes, then overrides by section, then words of a command line."""
+    recipes = [*recipes, ("(the overrides)", values)] if values else recipes
     files = [word for name, _ in recipes for word in ("--config", name)]
     return parse_words([*files, *words], recipes, raises=True)
 
@@ -65,19 +68,6 @@ def _split_overrides(overrides: Overrides) -> tuple[dict[str, Any], list[str]]:
         if isinstance(sections.get(section), dict) and name in sections[section]:
             words.append(f"--{section}.{name}={sections[section].pop(name)}")
     return sections, words
-
-
-def _option(values: Mapping[str, Any], words: Sequence[str], name: str) -> Any:
-    """An option's value among the overrides, None where they do not have it; words give texts."""
-    given = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
-    section, _, option = name.partition(".")
-    within = values.get(section)
-    return given[-1] if given else within.get(option) if isinstance(within, Mapping) else None
-
-
-def _random_weights(values: Mapping[str, Any], words: Sequence[str]) -> bool:
-    pretrained = str(_option(values, words, "model.pretrained")).lower()
-    return pretrained in ("false", "no") and _option(values, words, "model.weights") is None
 
 
 def train_run(source: Source, overrides: Overrides) -> Run:

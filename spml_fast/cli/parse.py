@@ -35,6 +35,9 @@ def _option_values(argv: Sequence[str], *names: str) -> list[str]:
     return values
 
 
+HELP = {"-h", "--help"}
+
+
 def default_recipe_of(argv: Sequence[str]) -> str | None:
     """The packaged recipe that a command line of `train` without `--config` takes; None where it names its own.
 
@@ -43,14 +46,17 @@ def default_recipe_of(argv: Sequence[str]) -> str | None:
     argv = without_launcher_words(argv)
     if _option_values(argv, "--config"):
         return None
-    folders = _option_values(argv, "--data.dir", "--data")
-    own_data = bool(folders) and folders[-1] != "null"
-    pretrained, weights = _option_values(argv, "--model.pretrained"), _option_values(argv, "--model.weights")
-    random_weights = bool(pretrained) and pretrained[-1].lower() in ("false", "no") and not weights
-    run_dir = _option_values(argv, "--run.dir")
-    if own_data and run_dir and _begun_before_recipes(Path(run_dir[-1])):
+    if HELP.intersection(argv):
+        return default_recipe(False, False)
+    return default_recipe_for(parse_config(argv))
+
+
+def default_recipe_for(config: Config) -> str:
+    """The packaged recipe for options that were parsed without one: by their values, however they were written."""
+    own_data = config.data.dir is not None
+    if own_data and config.run.dir is not None and _begun_before_recipes(Path(config.run.dir)):
         return "published"
-    return default_recipe(own_data, random_weights)
+    return default_recipe(own_data, not config.model.pretrained and config.model.weights is None)
 
 
 def _begun_before_recipes(run: Path) -> bool:

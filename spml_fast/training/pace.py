@@ -29,6 +29,7 @@ class Pace:
         train: has the size of an update.
         val: what is validated; None where nothing is.
         device: waited for when the clock is read.
+        every: epochs from one validation to the next.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Pace:
         train: TrainConfig,
         val: Sized | None,
         device: torch.device,
+        every: int = 1,
     ) -> None:
         self.phases, self.updates_per_epoch = list(phases), updates_per_epoch
         self.update_size, self.device = train.batch_size, device
-        self.eval_images = 0 if val is None else len(val)
+        self.eval_images = 0.0 if val is None else len(val) / every
         self.rate: float | None = None
         self._phase: Phase | None = None
         self._updates, self._since = 0, 0.0
@@ -69,10 +71,15 @@ class Pace:
         self.rate = measured * self.update_size / max(self._now() - self._since, 1e-9)
         return self.line(epoch, done)
 
-    def end_epoch(self, rate: float) -> None:
-        """An epoch's own rate, in images/s, takes the place of what its first updates told."""
-        if self.rate is not None:
-            self.rate = rate
+    def end_epoch(self, epoch: int, rate: float) -> str | None:
+        """An epoch's own rate takes the place of what its first updates told; returns the line if it was too short.
+
+        Args:
+            epoch: the one that ended, from 1.
+            rate: of its updates alone, in images/s.
+        """
+        first, self.rate = self.rate is None, rate
+        return self.line(epoch + 1, 0) if first and self.seconds_left(epoch + 1, 0) else None
 
     def _now(self) -> float:
         if self.device.type == "cuda":

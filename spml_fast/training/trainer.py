@@ -95,8 +95,9 @@ class Trainer:
         if self.data.val is not None:
             self.val_loader = make_eval_loader(config, self.data.val, self.classifier, device)
         self.phases = make_phases(config)
-        self.total_updates = sum(p.epochs for p in self.phases) * self.loader.updates_per_epoch
-        self.pace = Pace(self.phases, self.loader.updates_per_epoch, config.train, self.data.val, device)
+        updates = self.loader.updates_per_epoch
+        self.total_updates = sum(p.epochs for p in self.phases) * updates
+        self.pace = Pace(self.phases, updates, config.train, self.data.val, device, config.eval.every)
         defines = defining_options(config, self.data.manifest, device)
         self.checkpoints = RunCheckpoints(self.layout, config.run.keep, defines)
         self.saves = SaveTimes(config.run, self.run_dir, self.checkpoints, program)
@@ -236,7 +237,8 @@ class Trainer:
         self.trained_samples += meter.samples
         self.trained_seconds += meter.seconds
         self.waited_seconds += meter.waited
-        self.pace.end_epoch(meter.rate)
+        if (cost := self.pace.end_epoch(epoch, meter.rate)) is not None:
+            self.log.say(cost)
         figures |= {
             "images_per_second": meter.rate,
             "data_wait": meter.wait_fraction,

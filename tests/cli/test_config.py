@@ -96,6 +96,14 @@ def test_default_recipe_only_without_recipe(recipe):
         (["--data.dir", "x", "--model.pretrained", "false", "--model.weights", "w.safetensors"], "finetune"),
         (["--config", "coco_boostlu", "--data.dir", "x"], None),
         (["--config=coco_boostlu"], None),
+        (["--data", '{"dir": "x"}'], "finetune"),
+        (["--data", '{"image_size": 64}'], "digits"),
+        (["--data.dir", "null"], "digits"),
+        (["--data.dir", "~"], "digits"),
+        (["--data.dir", "x", "--model.pretrained", "off"], "scratch"),
+        (["--data.dir", "x", "--model", '{"pretrained": false}'], "scratch"),
+        (["--data.dir", "x", "--model.weights", "null", "--model.pretrained", "false"], "scratch"),
+        (["--data.dir", "x", "--help"], "digits"),
     ],
 )
 def test_which_recipe_a_command_line_without_one_takes(argv, name):

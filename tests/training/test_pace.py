@@ -63,11 +63,35 @@ def test_validation_and_the_phase_to_come_are_part_of_it(now: list[float]):
     # 4 images/s of a forward alone: 400 s of training and 200 s of validation; then 1,200 and 200 s an epoch.
     assert run.rate == pytest.approx(4.0) and run.epoch_seconds == pytest.approx(600)
     assert run.seconds_left(2, 50) == pytest.approx(0.5 * 600 + 4 * 1400)
-    run.end_epoch(8.0)
+    assert run.end_epoch(1, 8.0) is None
     assert run.epoch_seconds == pytest.approx(300)
     run.begin(FINETUNE)
-    run.end_epoch(8.0)
     assert run.seconds_left(1, 0) is None, "a phase is measured anew"
+
+
+def test_an_epoch_that_is_too_short_to_measure_tells_at_its_end(now: list[float]):
+    run = make([Phase("finetune", 3)], eval_images=160)
+    run.begin(run.phases[0])
+    for done in range(1, 6):
+        now[0] += 1.0
+        assert run.update(1, done) is None
+    # 16 images/s of training: 100 s, and 160 images of validation at three times that rate.
+    line = run.end_epoch(1, 16.0)
+    assert line is not None and line.startswith("16 images/s: about 2 min an epoch; training ends in about 3 min")
+    # The time of the validation is no update's.
+    now[0] += 500.0
+    assert run.update(2, 1) is None and run.rate == 16.0
+    short = make([Phase("finetune", 1)])
+    short.begin(short.phases[0])
+    assert short.end_epoch(1, 16.0) is None, "nothing is left to be told"
+
+
+def test_validation_now_and_then_costs_its_share():
+    train = TrainConfig(batch_size=16)
+    run = Pace([FINETUNE], 100, train, range(4800), torch.device("cpu"), every=5)
+    run.begin(FINETUNE)
+    run.end_epoch(1, 16.0)
+    assert run.epoch_seconds == pytest.approx(100 + 960 / 48)
 
 
 @pytest.mark.parametrize(
