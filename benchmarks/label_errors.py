@@ -75,17 +75,21 @@ def main() -> None:
     parser.add_argument("--flipped", type=float, default=0.1)
     parser.add_argument("--image-size", type=int, default=64)
     args = parser.parse_args()
+    if not 0 < args.flipped <= 1:
+        parser.error("--flipped is a fraction greater than 0")
     sizes = {"train": args.images, "val": max(args.images // 5, 50), "test": 50}
-    clean = prepare_digits(args.out / "clean", sizes=sizes, observe="all")
-    data = args.out / "wrong"
+    clean = prepare_digits(args.out / f"clean_{args.images}", sizes=sizes, observe="all")
+    # What was made with other numbers is not taken for these.
+    out = args.out / f"{args.images}_{args.flipped}_{args.image_size}_{args.epochs}"
+    data = out / "wrong"
     if not data.exists():
         with_wrong_labels(clean, data, args.flipped)
-    run = args.out / "run"
+    run = out / "run"
     method = ["--method", "an", "--model.alpha_train", "1", "--model.alpha_eval", "1"]
     method += ["--train.epochs", str(args.epochs), "--data.image_size", str(args.image_size)]
     command("train", "--config", "digits", *method, "--data.dir", data, "--run.dir", run)
     for name, more in (("in fold", []), ("out of fold", ["--folds", args.folds])):
-        table = args.out / f"{name.replace(' ', '_')}.csv"
+        table = out / f"{name.replace(' ', '_')}.csv"
         command("suggest", "--run", run, "--csv", table, "--top", 100_000, "--min-probability", 0, *more)
         for kind, (right, wrong) in precision(table, Manifest(data)).items():
             print(f"{name}: wrong {kind}s: {right} of the first {wrong} suggestions ({right / wrong:.1%})", flush=True)

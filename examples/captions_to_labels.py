@@ -23,6 +23,8 @@ def read_words(path):
             listed = [re.escape(word.strip()) for word in words.split(",") if word.strip()]
             if line.strip() and not (colon and name.strip() and listed):
                 sys.exit(f"error: {path}, line {number}: write `class: word, word, ...`")
+            if name.strip() in classes:
+                sys.exit(f"error: {path}, line {number}: class {name.strip()} has a line already")
             if line.strip():
                 classes[name.strip()] = re.compile(rf"\b({'|'.join(listed)})\b", re.IGNORECASE)
     return classes

@@ -120,6 +120,7 @@ def draw_comparison(
     classes: Sequence[str],
     title: str,
     positive_only: bool = False,
+    signed: bool = True,
 ) -> int:
     """Draw the page and move it to its place when it is whole.
 
@@ -130,6 +131,7 @@ def draw_comparison(
         classes: class names in class-id order.
         title: first line of the page.
         positive_only: draw what speaks for a class alone.
+        signed: whether maps say what speaks against a class.
 
     Returns:
         How many class names no font of this machine can show; they stand as "class ID".
@@ -144,7 +146,7 @@ def draw_comparison(
     across = 1 + len(row_panels(columns, 0, 0, scale, positive_only))
     height = PANEL + CAPTION + GAP
     page = Page(2 * MARGIN + across * (PANEL + GAP) - GAP, 2 * MARGIN + HEADER + len(rows) * height, families)
-    draw_header(page, printable(title), scale, True, False)
+    draw_header(page, printable(title), scale, signed, False)
     with warnings.catch_warnings():
         # A path may have characters that no font has; boxes stand for them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

@@ -265,7 +265,9 @@ class Comparison(Drawing):
         first, *rest = self.others(self.places, images)
         own = Column(self.title_of_run, self.alpha, images, self.boosted and self.alpha != 1)
         columns = [first, own, *rest]
-        self.unprintable = draw_comparison(path, columns, images, self.classes, self.title, self.positive_only)
+        self.unprintable = draw_comparison(
+            path, columns, images, self.classes, self.title, self.positive_only, self.signed
+        )
 
 
 def page_title(run: Path, split: Split | None, image_size: int, alpha: float) -> str:
@@ -320,6 +322,11 @@ def make_drawing(
         return Drawing(out, one_page, args.overwrite, title, classes, alpha, signed, maps, args.positive_only)
     own, *titles = compare.run_titles([args.run, *args.against])
     runs = compare.load_compared(args.against, titles, run_classes(args.run, config), device)
+    for run, other in zip(args.against, runs, strict=True):
+        if other.classifier.head.supports_boostlu != signed:
+            raise UserError(
+                f"--against {run} has maps of another kind, attention or evidence; compare runs of one kind"
+            )
     batch_size = min(config.eval.batch_size, len(files))
     drawing = Comparison(out, True, args.overwrite, title, classes, alpha, signed, None, args.positive_only)
     drawing.title_of_run, drawing.boosted = own, args.boosted
@@ -335,6 +342,20 @@ def check_count(number: int, one_page: bool, what: str) -> None:
 
     if one_page and number > MAX_IMAGES:
         raise UserError(f"{what} {MAX_IMAGES} at most, and --out DIR makes a page each")
+
+
+def check_rows(args: argparse.Namespace, named: list[int] | None, images: int) -> None:
+    """Raise `UserError` for a comparison of more rows than a page can have: each class of each image is one."""
+    rows = images * (len(named) if named is not None else args.top or TOP)
+    if args.against is not None and rows > MOST_ROWS:
+        raise UserError(
+            f"a comparison of {images} images has {rows} rows, one for each class; a page holds {MOST_ROWS}: give "
+            "fewer images or classes"
+        )
+
+
+# A picture is at most 65,536 pixels high in the oldest matplotlib that is supported; a row has 290.
+MOST_ROWS = 200
 
 
 def draw_images(
@@ -388,6 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         files, aspects, missing = given_images(args, config.data.max_pixels)
         check_count(len(files), one_page, f"{len(files)} images are too many for one page, which holds")
+    check_rows(args, named, args.count if files is None else len(files))
     device = common.default_device()
     classifier, _ = load_classifier(args.run, config, len(classes), device)
     alpha = classifier.alpha_eval if args.alpha is None else args.alpha

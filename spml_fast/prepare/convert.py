@@ -98,13 +98,13 @@ def encode(data: bytes, max_pixels: int) -> tuple[bytes, str]:
         max_pixels: width x height of the largest one that is decoded.
 
     Raises:
-        ValueError: it is larger.
+        TooManyPixels: it is larger.
         Exception: whatever Pillow raises for damaged images.
     """
     with any_size(), warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
         warnings.simplefilter("ignore")
         if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width} x {image.height}; {limit_text(max_pixels)}")
+            raise TooManyPixels(f"{image.width} x {image.height}; {limit_text(max_pixels)}")
         lossy, profile = image.format in _LOSSY, image.info.get("icc_profile")
         image.seek(0)
         image.load()
@@ -119,6 +119,10 @@ def encode(data: bytes, max_pixels: int) -> tuple[bytes, str]:
         return out.getvalue(), ".jpg"
     pixels.save(out, "PNG", exif=exif)
     return out.getvalue(), ".png"
+
+
+class TooManyPixels(ValueError):
+    """An image is larger than what is decoded."""
 
 
 def _plain(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -146,7 +150,15 @@ def _convert_one(job: tuple[str, str], folder: Path, heic: bool, max_pixels: int
         _register_heic()
     try:
         with open_regular(source) as file:
-            data, ending = encode(file.read(), max_pixels)
+            content = file.read()
+    except OSError as error:
+        return Copy(CheckResult("unreadable file", error.strerror or str(error)), name)
+    try:
+        data, ending = encode(content, max_pixels)
+    except TooManyPixels as error:
+        return Copy(CheckResult("too many pixels", str(error)), name)
+    except MemoryError:
+        raise
     except Exception as error:
         # Decoders of hostile bytes raise anything.
         return Copy(CheckResult("damaged or truncated", f"{type(error).__name__}: {error}"), name)

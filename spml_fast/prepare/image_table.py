@@ -208,6 +208,9 @@ def _raw_split(name: str, images: Sequence[ImageRow], class_id: Mapping[str, int
     rows: list[int] = []
     ids: list[int] = []
     codes: list[int] = []
+    if not any(image.labelled for image in images):
+        # Hidden labels of a test split: nothing is listed, in place of everything as unknown.
+        unlisted = UNKNOWN
     for number, image in enumerate(images):
         listed = {class_id[class_name]: code for class_name, code in image.codes.items()}
         if not image.labelled and unlisted != UNKNOWN:

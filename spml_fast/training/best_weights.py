@@ -201,17 +201,18 @@ def repair(layout: RunLayout) -> str:
     Raises:
         UserError: the run trains now, there is no checkpoint with the weights, or the file cannot be written.
     """
-    newest = _newest(list_checkpoints(layout.checkpoints.folder))
-    if newest is None:
-        raise UserError(f"{layout.folder} has no checkpoint to write {layout.weights.name} from")
     backbone = load_run_config(layout.folder).model.backbone
     try:
         lock.acquire(layout.lock, f"run directory {layout.folder}")
     except OSError as error:
         raise UserError(f"run directory {layout.folder} cannot be written: {error.strerror}") from error
     try:
-        if damaged_best(layout, list_checkpoints(layout.checkpoints.folder)) is None:
+        listed = list_checkpoints(layout.checkpoints.folder)
+        newest = _newest(listed)
+        if newest is None:
+            raise UserError(f"{layout.folder} has no checkpoint to write {layout.weights.name} from")
+        if damaged_best(layout, listed) is None:
             return f"{layout.weights} is whole"
         return recover(layout, newest, backbone, None).note or f"{layout.weights} was put back"
     finally:
-        lock.release_all()
+        lock.release(layout.lock)

@@ -13,7 +13,7 @@ from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
 from spml_fast.evaluation.decisions import DecisionOptions, Decisions
 from spml_fast.models.classifier import Classifier
-from spml_fast.runs.decisions import load_decisions, make_decisions, score_known
+from spml_fast.runs.decisions import FORMAT, load_decisions, make_decisions, score_known
 from spml_fast.runs.layout import RunLayout
 
 
@@ -44,6 +44,9 @@ def decide(
         None without a validation split, or where its labels do not tell; `say` then has the reason.
     """
     kept, options = distributed.from_main(lambda: _before(layout, classes))
+    if options is None:
+        say(f"{layout.decisions} is of another version of this program; it is left as it is, and not used")
+        return None
     if kept is not None or split is None or loader is None:
         return kept
     # What one rank alone cannot read ends all of them; only what all refuse together leaves 0.5 in place.
@@ -60,8 +63,11 @@ def decide(
     return saved.decisions
 
 
-def _before(layout: RunLayout, classes: list[str]) -> tuple[Decisions | None, DecisionOptions]:
-    """The decisions that are there for the run's weights, and how those that are there were made."""
+def _before(layout: RunLayout, classes: list[str]) -> tuple[Decisions | None, DecisionOptions | None]:
+    """The decisions that are there for the run's weights, and how those that are there were made.
+
+    Without options where the file is of a format that this version does not know: that one is not replaced.
+    """
     try:
         saved = load_decisions(layout.folder, classes)
         if saved is not None:
@@ -69,7 +75,10 @@ def _before(layout: RunLayout, classes: list[str]) -> tuple[Decisions | None, De
     except UserError:
         # Weights have changed since, or the file is damaged: it is replaced.
         try:
-            return None, DecisionOptions(**parse_json(read_text(layout.decisions))["options"])
+            values = parse_json(read_text(layout.decisions))
+            if values["format"] != FORMAT:
+                return None, None
+            return None, DecisionOptions(**values["options"])
         except (UserError, ValueError, KeyError, TypeError):
             return None, DecisionOptions()
     return None, DecisionOptions()

@@ -47,11 +47,14 @@ class SaveTimes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and distributed.world_size() == 1:
-            # What was under way is from before the error. Of several ranks not all may come here.
-            with contextlib.suppress(UserError):
-                self._checkpoints.finish()
-        self._signals.__exit__(kind, error, trace)
+        try:
+            if error is not None and distributed.world_size() == 1:
+                # What was under way is from before the error. Of several ranks not all may come here.
+                with contextlib.suppress(UserError):
+                    self._checkpoints.finish()
+        finally:
+            # Whatever else goes wrong, a notebook gets its signals back.
+            self._signals.__exit__(kind, error, trace)
         if error is None or isinstance(error, Interrupted):
             # All ranks come here together.
             self._agreement.close()

@@ -430,6 +430,7 @@ def test_other_peoples_pictures_are_not_replaced(run: Path, image_path: Path, tm
         ("--run RUN --against RUN --maps TMP/m IMAGE", "--maps writes the maps of one run"),
         ("--run RUN --against RUN --out TMP/folder IMAGE", "folder must be named .png: a comparison is one page"),
         ("--run RUN --against TMP IMAGE", "is not a run directory"),
+        ("--run RUN --against RUN --count 90 --top 3", "a comparison of 90 images has 270 rows, one for each class"),
         ("--run RUN --split test IMAGE", "--split chooses among the run's own images"),
         ("--run RUN --out TMP/a.jpg IMAGE", "a.jpg must be a file named .png, or a folder"),
         ("--run RUN --out TMP/file/a.png IMAGE", "a.png cannot be written: "),

@@ -327,3 +327,13 @@ def test_what_one_rank_cannot_read_is_no_reason_to_go_on(monkeypatch: pytest.Mon
     anything: Any = object()
     with pytest.raises(UserError, match="is missing"):
         decide(anything, anything, anything, RunLayout(tmp_path), anything, ["a"], print)
+
+
+def test_a_file_of_another_format_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = RunLayout(tmp_path)
+    layout.decisions.write_text('{"format": 99}', encoding="utf-8")
+    layout.weights.write_bytes(b"")
+    anything: Any = object()
+    assert decide(anything, anything, anything, layout, anything, ["a"], print) is None
+    assert layout.decisions.read_text(encoding="utf-8") == '{"format": 99}'
+    assert "is of another version of this program; it is left as it is" in capsys.readouterr().out

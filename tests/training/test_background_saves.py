@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from spml_fast.core.io import file_record, partial_path
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.weights_check import check_weights
 from spml_fast.training.checkpoint import list_checkpoints
@@ -24,7 +25,8 @@ flush = io.flush_to_disk
 metrics = Path(__file__).with_name("run") / "metrics.jsonl"
 
 def hold(file):
-    if threading.current_thread().name != "checkpoint" or "finetune-e0002-u000000" not in str(file.name):
+    begun = any(metrics.parent.glob("checkpoints/finetune-e0002-u000000-w*"))
+    if threading.current_thread().name != "checkpoint" or not begun or "HELD" not in str(file.name):
         return flush(file)
     while True:
         entries = map(json.loads, metrics.read_text().splitlines())
@@ -34,6 +36,7 @@ def hold(file):
 
 io.flush_to_disk = hold
 """
+NO_VALIDATION = {"data__val_split": "null"}
 # Every file takes longer to reach the disk than several updates take.
 SLOW = """
 import time
@@ -60,18 +63,19 @@ def words(data: Path, run: Path, plugin: str | None = None, **more: object) -> l
 
 
 @pytest.mark.parametrize(
-    ("ranks", "more"),
+    ("ranks", "held", "more"),
     [
-        (1, {"method": "ll_cp", "method__delta_rel": 5, "train__ema_decay": 0.9}),
-        (2, {"method": "role", "method__expected_positives": 2.5}),
+        # Without validation every epoch is the best: the weights come last, and are held when all else is written.
+        (1, "model.safetensors", {"method": "ll_cp", "method__delta_rel": 5, "train__ema_decay": 0.9, **NO_VALIDATION}),
+        (2, "finetune-e0002-u000000", {"method": "role", "method__expected_positives": 2.5}),
     ],
 )
 def test_a_run_that_is_killed_while_an_epochs_end_is_written(
-    ranks: int, more: dict[str, object], small_digits: Path, run_script: Run, tmp_path: Path
+    ranks: int, held: str, more: dict[str, object], small_digits: Path, run_script: Run, tmp_path: Path
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     succeed(run_script("train.py", *words(small_digits, whole, **more), ranks=ranks))
-    done = run_script("train.py", *words(small_digits, run, KILL, **more), ranks=ranks)
+    done = run_script("train.py", *words(small_digits, run, KILL.replace("HELD", held), **more), ranks=ranks)
     assert done.returncode == -9, done.stdout + done.stderr
     layout = RunLayout(run)
     listed = {one.tag: one.checkpoint for one in list_checkpoints(layout.checkpoints.folder)}
@@ -79,7 +83,12 @@ def test_a_run_that_is_killed_while_an_epochs_end_is_written(
     assert listed.keys() == {before, cut} and listed[before] is not None and listed[cut] is None
     own = {f"method_rank_0000{rank}.pt" for rank in range(1, ranks)}
     assert {p.name for p in (layout.checkpoints.folder / cut).iterdir()} == {"mp_rank_00_model_states.pt", *own}
+    # The weights file is that of the epoch before, whole, as its mark says.
     check_weights(layout)
+    if held == "model.safetensors":
+        best = listed[before].best
+        assert partial_path(layout.weights).exists() and best is not None
+        assert best.record == file_record(layout.weights)
     # Now on a disk that is always behind, with saves between: each waits for the one before it.
     again = words(small_digits, run, SLOW, **more, run__save_updates=2)
     assert "resuming at epoch 2 (from" in succeed(run_script("train.py", *again, ranks=ranks))

@@ -24,11 +24,11 @@ from torch import Tensor
 from spml_kernels.cam_pool.kernels import _cam_pool_expand_kernel
 from spml_kernels.cam_pool.products import wide_product
 from spml_kernels.common.heuristics import (
-    EXPAND_CLASSES,
-    SMALL_BYTES,
+    CHUNK_BYTES,
     WORD,
     Chunk,
     cam_pool_chunks,
+    expand_classes,
     expand_rows,
     images_per_tile,
 )
@@ -85,8 +85,8 @@ def _features_gradient(share: Tensor, w: Tensor, scale: Tensor | None, target: T
     if scale is None:
         torch.mm(share, w, out=target)
         return
-    # fp16 may hold neither the product before it is scaled back nor the scale: both are fp32, a few rows at a time.
-    step = max(SMALL_BYTES // (4 * w.shape[1]), 1)
+    # fp16 may hold neither the product before it is scaled back nor the scale: both are fp32, not all rows at a time.
+    step = max(CHUNK_BYTES // (4 * w.shape[1]), 1)
     for part, out in zip(share.split(step), target.split(step), strict=True):
         wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
         wide_product(part, w, wide)
@@ -113,7 +113,7 @@ def _expand(
 ) -> None:
     """Write a chunk of the map's gradient to `cam` [rows of it, stride], and its sums to their rows of `parts`."""
     classes = grad_mean.shape[1]
-    block = min(EXPAND_CLASSES, max(LEAST_CLASSES, 1 << (classes - 1).bit_length()))
+    block = expand_classes(classes)
     each = expand_rows(classes)
     _cam_pool_expand_kernel[(cdiv(chunk.rows, each), cdiv(classes, block))](
         grad_mean,
@@ -137,10 +137,6 @@ def _expand(
         num_warps=8,
         **LAUNCH,
     )
-
-
-# Fewest classes of a program.
-LEAST_CLASSES = 32
 
 
 class _WeightSum:

@@ -208,6 +208,11 @@ def expand_rows(classes: int) -> int:
     return EXPAND_ROWS if classes > EXPAND_CLASSES else 64
 
 
+def expand_classes(classes: int) -> int:
+    """Classes of one program that writes a chunk."""
+    return min(EXPAND_CLASSES, max(32, next_power_of_two(classes)))
+
+
 class Chunk(NamedTuple):
     """Cells whose gradient of the map is made together.
 
@@ -223,7 +228,7 @@ class Chunk(NamedTuple):
 
 
 def scratch_bytes(rows: int, classes: int, size: int) -> int:
-    """Memory of its own that cam_pool may take for a chunk: with signs and sums at most a tenth of the map.
+    """Memory of its own that cam_pool may take for a chunk: in the backward, with signs and sums, a tenth of the map.
 
     Args:
         rows: cells of all images.

@@ -54,6 +54,9 @@ class CocoDetection(Dataset):
     def read(self, options: argparse.Namespace) -> RawDataset:
         """The annotation files."""
         files = {name: getattr(options, name) for name in SPLITS if getattr(options, name) is not None}
+        for name in SPLITS[1:]:
+            if name not in files and getattr(options, f"{name}_images") is not None:
+                raise UserError(f"--{name}-images needs --{name}")
         folders = {
             name: require_folder((name != "train" and getattr(options, f"{name}_images")) or options.images or p.parent)
             for name, p in files.items()

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import yaml
 
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import read_text
+from spml_fast.core.io import read_lines, read_text
 from spml_fast.data.image_files import CONVERTIBLE_SUFFIXES, image_suffixes, images_below
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.prepare.datasets.base import Dataset, register, require_folder
@@ -156,7 +156,7 @@ class _Places:
 
     def _listed(self, path: Path) -> list[str]:
         found = []
-        for number, line in enumerate(read_text(path).splitlines(), 1):
+        for number, line in enumerate(read_lines(path), 1):
             text = line.strip()
             if not text:
                 continue

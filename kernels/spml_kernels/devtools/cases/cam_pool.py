@@ -11,11 +11,11 @@ from spml_kernels.cam_pool.forward import GROUP
 from spml_kernels.cam_pool.kernels import _cam_pool_expand_kernel, _cam_pool_fwd_kernel, _cam_pool_reduce_kernel
 from spml_kernels.cam_pool.tiles import constants
 from spml_kernels.common.heuristics import (
-    EXPAND_CLASSES,
     LANES,
     WORD,
     CamPoolLaunch,
     cam_pool_launch,
+    expand_classes,
     expand_rows,
     images_per_tile,
     next_power_of_two,
@@ -29,13 +29,14 @@ class _Shape(NamedTuple):
     Attributes:
         name: in words; kind: of the operands.
         launch: block sizes.
-        channels, cells: as numbers.
+        classes, channels, cells: as numbers.
         types: of the numbers that all matrix kernels take; aligned: those that are multiples of 16.
     """
 
     name: str
     kind: torch.dtype
     launch: CamPoolLaunch
+    classes: int
     channels: int
     cells: int
     types: dict[str, str | tuple[str, ...]]
@@ -70,7 +71,7 @@ def _shapes(arch: int, way: str = "tile") -> Iterator[_Shape]:
             values = {"rows": batch * cells, "classes": classes, "channels": channels, "cells": cells, "stride": LANES}
             aligned = tuple(name for name, value in values.items() if value % 16 == 0)
             name = f"{word} C {classes} K {channels} HW {cells} B {batch}"
-            yield _Shape(name, kind, launch, channels, cells, dict.fromkeys(values, "i32"), aligned)
+            yield _Shape(name, kind, launch, classes, channels, cells, dict.fromkeys(values, "i32"), aligned)
 
 
 def _sums(shape: _Shape) -> dict[str, Any]:
@@ -131,13 +132,14 @@ def _other_cases(arch: int) -> Iterator[Case]:
             _cam_pool_reduce_kernel,
             {**maps, **numbers, **chunk, "scale": "fp32"},
             _sums(shape),
-            (*maps, "map_stride", "number", *aligned),
+            # A chunk's number of classes is a multiple of 16 where C is.
+            (*maps, "map_stride", *(("number",) if shape.classes % 16 == 0 else ()), *aligned),
             shape.launch.tiles.warps,
         )
         means = ("mean_ptr", "relu_ptr", "scale_ptr")
         pointers = {**dict.fromkeys(means, "*fp32"), "bits_ptr": "*i32", "out_ptr": data, "part_ptr": "*fp32"}
         more = {"first": "i32", "number": "i32", "out_stride": "i32", "share": "fp32"}
-        classes = int(shape.name.split()[2])
+        classes = shape.classes
         yield Case(
             "cam_pool expand",
             shape.name,
@@ -147,7 +149,7 @@ def _other_cases(arch: int) -> Iterator[Case]:
                 "SCALED": shape.kind == torch.float16,
                 "TOUCHED": images_per_tile(WORD, shape.cells),
                 "LINES": expand_rows(classes) // WORD,
-                "BLOCK": min(EXPAND_CLASSES, max(32, next_power_of_two(classes))),
+                "BLOCK": expand_classes(classes),
             },
             (*pointers, "out_stride", *aligned),
             8,
