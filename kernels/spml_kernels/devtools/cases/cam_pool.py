@@ -132,8 +132,13 @@ def _other_cases(arch: int) -> Iterator[Case]:
             _cam_pool_reduce_kernel,
             {**maps, **numbers, **chunk, "scale": "fp32"},
             _sums(shape),
-            # A chunk's number of classes is a multiple of 16 where C is.
-            (*maps, "map_stride", *(("number",) if shape.classes % 16 == 0 else ()), *aligned),
+            # All chunks but the last have a multiple of 64 classes; where there is one alone, it has C.
+            (
+                *maps,
+                "map_stride",
+                *(("number",) if shape.classes >= LANES or shape.classes % 16 == 0 else ()),
+                *aligned,
+            ),
             shape.launch.tiles.warps,
         )
         means = ("mean_ptr", "relu_ptr", "scale_ptr")
