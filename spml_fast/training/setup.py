@@ -205,6 +205,11 @@ def make_classifier(model: ModelConfig, num_classes: int, image_size: int, devic
     return classifier
 
 
+def without_initial_weights(model: ModelConfig) -> ModelConfig:
+    """The options of a classifier whose weights come from the run itself: nothing is downloaded or read for it."""
+    return dataclasses.replace(model, pretrained=False, weights=None)
+
+
 def load_best_classifier(
     config: Config, layout: RunLayout, num_classes: int, device: torch.device
 ) -> tuple[Classifier, dict[str, str]]:
@@ -222,7 +227,7 @@ def load_best_classifier(
         UserError: there are no weights that fit.
     """
     distributed.barrier()
-    model = dataclasses.replace(config.model, pretrained=False, weights=None)
+    model = without_initial_weights(config.model)
     classifier = make_classifier(model, num_classes, config.data.image_size, device)
     return classifier, load_weights(layout.weights, classifier)
 

@@ -58,6 +58,7 @@ from spml_fast.training.setup import (
     resolve_epochs,
     resolved_config,
     set_prior,
+    without_initial_weights,
 )
 from spml_fast.training.state import restore_state, run_state
 
@@ -84,7 +85,11 @@ class Trainer:
         self.layout = RunLayout(self.run_dir)
         torch.manual_seed(config.run.seed)
         classes, side = self.data.manifest.num_classes, config.data.image_size
-        self.classifier = make_classifier(config.model, classes, side, device)
+        folder = self.layout.checkpoints.folder
+        self.resume = distributed.from_main(lambda: find_resume(folder, config.run.resume))
+        # The weights that a run started from need not be there any more when it is resumed.
+        model = config.model if self.resume is None else without_initial_weights(config.model)
+        self.classifier = make_classifier(model, classes, side, device)
         self.store = LabelStore(self.data.labels, device)
         set_prior(self.classifier, config, self.store, len(self.data.train))
         self.truth = make_truth(config, self.data.train, device)
@@ -116,8 +121,7 @@ class Trainer:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        folder = self.layout.checkpoints.folder
-        resume = distributed.from_main(lambda: find_resume(folder, self.config.run.resume))
+        resume = self.resume
         notes = [] if resume is None else list(resume.notes)
         if resume is not None and (forced := check_same_run(resume, self.checkpoints.defines, self.run_dir)):
             notes.append(forced)

@@ -114,7 +114,7 @@ def other_classes(source: Manifest, folder: Path) -> Manifest:
 
 def test_a_run_starts_from_another(run_script, run: RunLayout, small_digits: Path, tmp_path: Path) -> None:
     """Classes in another order; a learning rate of nothing, so that the weights stay as they began; then resumed
-    without the run that it started from."""
+    by the same command when the run that it started from is gone."""
     first, second = run, RunLayout(tmp_path / "second")
     first.classes.write_text("".join(f"{c}\n" for c in range(10)), encoding="utf-8")
     save_weights(first.weights, Classifier(config_of().model, 10, 64), {"epoch": "1"})
@@ -136,7 +136,7 @@ def test_a_run_starts_from_another(run_script, run: RunLayout, small_digits: Pat
             assert torch.allclose(after[name], value, atol=1e-6), name
     shutil.rmtree(first.folder)
     words[words.index("--train.epochs") + 1] = "2"
-    done = run_script("train.py", *words)
+    done = run_script("train.py", *words, "--model.weights", first.weights)
     assert done.returncode == 0, done.stderr
     started = json.loads(second.results.read_text(encoding="utf-8"))["started_from"]
     assert (started["run"], started["weights_crc32"], started["classes_matched"]) == (str(first.folder), crc32, 9)
