@@ -250,6 +250,10 @@ class _Preparation:
         if part.orientation is not None:
             applied = np.where(listed, part.orientation, applied)
         differ = opened & (annotated_width > 0) & ((width != annotated_width) | (height != annotated_height))
+        # Tools that read sizes with OpenCV annotate the image as EXIF shows it: on its side, the size tells.
+        exif = checked.orientation[rows]
+        as_shown = differ & (exif >= 5) & (annotated_width == height) & (annotated_height == width)
+        differ &= ~as_shown
         if differ.any():
             notes.append(
                 f"{part.name}: another size than the annotation says: {int(differ.sum()):,} images "
@@ -258,12 +262,13 @@ class _Preparation:
         width, height = np.where(opened, width, annotated_width), np.where(opened, height, annotated_height)
         boxes = None
         if part.boxes is not None and part.boxes_as_shown:
-            boxes = part.boxes[0], _turned_fractions(part.boxes, checked.orientation[rows], applied)
+            boxes = part.boxes[0], _turned_fractions(part.boxes, exif, applied)
         elif part.boxes is not None:
             frame_width = np.where(annotated_width > 0, annotated_width, width)
             frame_height = np.where(annotated_height > 0, annotated_height, height)
             if (frame_width > 0).all() and (frame_height > 0).all():
-                boxes = part.boxes[0], _fractions(part.boxes, frame_width, frame_height, applied)
+                back = np.where(as_shown, _TURNED_BACK[exif], 1).astype(np.uint8)
+                boxes = part.boxes[0], _fractions(part.boxes, frame_width, frame_height, back, applied)
             else:
                 notes.append(f"{part.name}: boxes are left out, since the sizes of some images are unknown")
         turned = applied >= 5
@@ -328,15 +333,24 @@ def _fractions(
     boxes: tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]],
     width: npt.NDArray[np.int32],
     height: npt.NDArray[np.int32],
-    orientation: npt.NDArray[np.uint8],
+    back: npt.NDArray[np.uint8],
+    applied: npt.NDArray[np.uint8],
 ) -> npt.NDArray[np.float32]:
-    """Boxes [K, 5] in pixels of the stored image -> fractions of the image as shown, within 0..1."""
+    """Boxes [K, 5] in pixels -> fractions of the image as the loader turns it, within 0..1.
+
+    Args:
+        boxes: of N images.
+        width: [N] of the images that the boxes were drawn on, in pixels.
+        height: [N] of the same.
+        back: [N] EXIF orientation that leads from those images to the stored ones.
+        applied: [N] EXIF orientation that the loader applies to the stored ones.
+    """
     indptr, values = boxes
     row = np.repeat(np.arange(len(width)), np.diff(indptr))
     out = np.asarray(values, np.float64).copy()
     scale = np.stack([width, height, width, height], 1)[row]
     out[:, 1:] = np.clip(out[:, 1:] / scale, 0, 1)
-    return turn_boxes(out.astype(np.float32), orientation[row])
+    return turn_boxes(turn_boxes(out.astype(np.float32), back[row]), applied[row])
 
 
 def _turned_fractions(

@@ -129,18 +129,23 @@ def _plain(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Pixels of 8 bits, grey or RGB, with transparency where there is some, in sRGB."""
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     grey = image.mode in ("1", "L", "LA", "La")
-    if profile and image.mode in ("RGB", "CMYK", "L"):
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            target = ImageCms.createProfile("sRGB")
-            changed = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            # A damaged profile; the loader would not look at it either.
-            changed = None
-        if changed is not None:
-            return changed
     mode = ("LA" if grey else "RGBA") if transparent else ("L" if grey else "RGB")
-    return image if image.mode == mode else image.convert(mode)
+    plain = image if image.mode == mode else image.convert(mode)
+    if not profile:
+        return plain
+    # A profile speaks of the colours alone, of four of them in CMYK.
+    alpha = plain.getchannel("A") if transparent else None
+    colours = image if image.mode == "CMYK" else plain.convert("L" if grey else "RGB") if transparent else plain
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        changed = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        # A damaged profile; the loader would not look at it either.
+        return plain
+    assert changed is not None
+    if alpha is not None:
+        changed.putalpha(alpha)
+    return changed
 
 
 def _convert_one(job: tuple[str, str], folder: Path, heic: bool, max_pixels: int) -> Copy:

@@ -39,7 +39,8 @@ class RawSplit:
             own EXIF data say.
         width: annotated stored widths in pixels, int [N], 0 where unknown; None when the annotations have none.
         height: annotated stored heights.
-        boxes: (indptr int64 [N + 1], float [K, 5] of class, x0, y0, x1, y1 in pixels of the stored image).
+        boxes: (indptr int64 [N + 1], float [K, 5] of class, x0, y0, x1, y1 in pixels of the stored image; of the one
+            that EXIF shows, where `width` and `height` are that one's).
         boxes_as_shown: boxes are fractions, 0 to 1, of the image turned as its EXIF data say, which is what annotation
             tools show.
     """

@@ -40,6 +40,35 @@ def test_images_without_objects_are_kept(tmp_path):
     assert "train: 1 images without any object are kept" in notes and "val: 1 crowds (iscrowd)" in notes
 
 
+@pytest.mark.parametrize("frame", ["stored", "shown"])
+def test_boxes_of_images_on_their_side(tmp_path, frame):
+    """The size in the file says whether boxes are of the stored image or of the one that EXIF shows."""
+    train, _ = make.make_coco(tmp_path, "train", {1: [7], 2: [7], 3: [7]})
+    data = json.loads(train.read_text())
+    first = data["images"][0]
+    stored_size = (first["width"], first["height"])
+    (tmp_path / "train" / first["file_name"]).write_bytes(make.encoded(exif=make.exif(6)))
+    (box,) = (a for a in data["annotations"] if a["image_id"] == first["id"])
+    width, height = stored_size
+    # The left half of what is shown: orientation 6 turns clockwise, so it is the lower half as stored.
+    box["bbox"] = [0, height / 2, width, height / 2]
+    if frame == "shown":
+        first["width"], first["height"] = height, width
+        box["bbox"] = [0, 0, height / 2, width]
+    train.write_text(json.dumps(data))
+    words = ["coco-detection", "--train", train, "--images", tmp_path / "train"]
+    for orientation, expected in (("exif", [0, 0, 0.5, 1]), ("ignore", [0, 0.5, 1, 1])):
+        manifest = prepare(*words, "--orientation", orientation, "--out", tmp_path / orientation)
+        boxes = {
+            split.relative_path(row): split.boxes[1][split.boxes[0][row], 1:]
+            for split in manifest.splits.values()
+            for row in range(len(split))
+            if split.boxes is not None
+        }
+        assert np.allclose(boxes[first["file_name"]], expected)
+        assert "another size" not in notes_of(manifest)
+
+
 def test_the_real_format(tmp_path):
     folder = need_data("coco_mini")
     names = {

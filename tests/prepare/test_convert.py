@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.image_check import check_bytes
-from spml_fast.prepare.convert import encode
+from spml_fast.prepare.convert import _plain, encode
 from tests.support import data as make
 from tests.support.paths import ROOT
 from tests.support.prepare import prepare, report_of
@@ -122,17 +122,29 @@ def test_heic_needs_a_library(tmp_path, monkeypatch):
         assert copy.format == "JPEG" and np.abs(np.asarray(copy).astype(int) - make.pixels()).mean() < 6
 
 
-def test_profiles_become_srgb():
-    """A profile whose red is sRGB's green: red pixels come out green."""
+@pytest.mark.parametrize("transparent", [False, True])
+def test_profiles_become_srgb(transparent):
+    """A profile whose red is sRGB's green: red pixels come out green, and as transparent as they were."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     tags = {bytes(profile[i : i + 4]): i for i in range(132, 132 + 12 * struct.unpack(">I", profile[128:132])[0], 12)}
     red, green = tags[b"rXYZ"] + 4, tags[b"gXYZ"] + 4
     profile[red : red + 8], profile[green : green + 8] = profile[green : green + 8], profile[red : red + 8]
-    image = Image.new("RGB", (8, 8), (255, 0, 0))
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 100)) if transparent else Image.new("RGB", (8, 8), (255, 0, 0))
     data, ending = encode(make.encoded(image, "AVIF", icc_profile=bytes(profile), quality=100), 100)
     with Image.open(io.BytesIO(data)) as copy:
-        pixel = np.asarray(copy.convert("RGB"))[4, 4].astype(int)
-    assert ending == ".jpg" and pixel[1] > 220 and pixel[0] < 40
+        pixel = np.asarray(copy)[4, 4].astype(int)
+    assert ending == (".png" if transparent else ".jpg") and pixel[1] > 220 and pixel[0] < 40
+    assert pixel[3:].tolist() == ([100] if transparent else [])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBa", "CMYK"])
+def test_a_profile_of_other_colours_changes_nothing(mode):
+    """sRGB is what pixels become; a profile that says so, or that is of another kind of colours, leaves them."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = make.drawn_image().convert("RGBA" if mode == "RGBa" else "L" if mode == "LA" else "RGB").convert(mode)
+    plain, same = _plain(image, None), _plain(image, profile)
+    assert same.getbands() == plain.getbands()
+    assert np.abs(np.asarray(same).astype(int) - np.asarray(plain).astype(int)).max() <= 1
 
 
 def test_limits():
