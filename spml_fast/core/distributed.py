@@ -70,11 +70,16 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     return torch.cat([gathered[r, :n] for r, n in enumerate(counts)])
 
 
+def near_equal_part(size: int, parts: int, number: int) -> tuple[int, int]:
+    """First and one-past-last position of a near-equal contiguous part, as `np.array_split` cuts them."""
+    base, extra = divmod(size, parts)
+    start = number * base + min(number, extra)
+    return start, start + base + (number < extra)
+
+
 def part_of(total: int, rank: int) -> slice:
-    """A rank's rows of a global batch of `total`: near-equal consecutive parts, as the sampler cuts them."""
-    base, extra = divmod(total, world_size())
-    start = rank * base + min(rank, extra)
-    return slice(start, start + base + (rank < extra))
+    """A rank's rows of a global batch of `total`, as the sampler cuts it."""
+    return slice(*near_equal_part(total, world_size(), rank))
 
 
 def all_gather_parts(tensor: Tensor, total: int) -> Tensor:

@@ -14,16 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from spml_fast.core.distributed import near_equal_part
 from spml_fast.core.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
-
-
-def _part(size: int, parts: int, number: int) -> tuple[int, int]:
-    """First and one-past-last position of a near-equal contiguous part, as `np.array_split` cuts them."""
-    base, extra = divmod(size, parts)
-    start = number * base + min(number, extra)
-    return start, start + base + (number < extra)
 
 
 @dataclass(frozen=True)
@@ -153,7 +147,7 @@ class TrainSampler:
     def largest_micro_batch(self) -> int:
         """Samples of the largest micro-batch of this rank."""
         update = min(self.size, self.batch_size)
-        start, stop = _part(_part(update, self.accumulation, 0)[1], self.world_size, self.rank)
+        start, stop = near_equal_part(near_equal_part(update, self.accumulation, 0)[1], self.world_size, self.rank)
         return stop - start
 
     def _generator(self, epoch: int) -> np.random.Generator:
@@ -254,7 +248,7 @@ class TrainSampler:
             attempt: from 1 on.
         """
         start = self.samples_before(epoch, update)
-        row = start + _part(min(self.batch_size, self.size - start), self.accumulation, step)[0] + place
+        row = start + near_equal_part(min(self.batch_size, self.size - start), self.accumulation, step)[0] + place
         if self.size <= self.batch_size:
             return (row + attempt) % self.size
         while attempt:
@@ -270,8 +264,8 @@ class TrainSampler:
             rows = order[first_row : first_row + self.batch_size]
             micro = []
             for step in range(self.accumulation):
-                first, last = _part(len(rows), self.accumulation, step)
-                start, stop = _part(last - first, self.world_size, self.rank)
+                first, last = near_equal_part(len(rows), self.accumulation, step)
+                start, stop = near_equal_part(last - first, self.world_size, self.rank)
                 micro.append(MicroBatchIndex(rows[first + start : first + stop], last - first, len(rows), start))
             yield micro
 

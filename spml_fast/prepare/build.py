@@ -20,6 +20,7 @@ from spml_fast.data.image_check import CheckResults, Level, check_images, choose
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare import convert
+from spml_fast.prepare.boxes import TURNED_BACK, pixels_to_fractions, turn_fractions
 from spml_fast.prepare.label_encodings import observed_from_file
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.observed_labels import published_split
@@ -29,8 +30,6 @@ from spml_fast.prepare.raw import CommonOptions, RawDataset, RawSplit
 MAX_LISTED = 100_000
 # How many classes are named on screen.
 MAX_NAMED = 10
-# EXIF orientation -> the one that undoes it.
-_TURNED_BACK = np.array([1, 1, 2, 3, 4, 5, 8, 7, 6], np.uint8)
 
 
 def build(raw: RawDataset, common: CommonOptions) -> Manifest:
@@ -262,13 +261,13 @@ class _Preparation:
         width, height = np.where(opened, width, annotated_width), np.where(opened, height, annotated_height)
         boxes = None
         if part.boxes is not None and part.boxes_as_shown:
-            boxes = part.boxes[0], _turned_fractions(part.boxes, exif, applied)
+            boxes = part.boxes[0], turn_fractions(part.boxes, exif, applied)
         elif part.boxes is not None:
             frame_width = np.where(annotated_width > 0, annotated_width, width)
             frame_height = np.where(annotated_height > 0, annotated_height, height)
             if (frame_width > 0).all() and (frame_height > 0).all():
-                back = np.where(as_shown, _TURNED_BACK[exif], 1).astype(np.uint8)
-                boxes = part.boxes[0], _fractions(part.boxes, frame_width, frame_height, back, applied)
+                back = np.where(as_shown, TURNED_BACK[exif], 1).astype(np.uint8)
+                boxes = part.boxes[0], pixels_to_fractions(part.boxes, frame_width, frame_height, back, applied)
             else:
                 notes.append(f"{part.name}: boxes are left out, since the sizes of some images are unknown")
         turned = applied >= 5
@@ -327,63 +326,6 @@ def count_labels(labels: SparseLabels) -> dict[str, int]:
         counts[NEGATIVE] += total - len(labels.codes)
     known = counts[POSITIVE] + counts[NEGATIVE]
     return {"positive": counts[POSITIVE], "negative": counts[NEGATIVE], "unknown": total - known}
-
-
-def _fractions(
-    boxes: tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]],
-    width: npt.NDArray[np.int32],
-    height: npt.NDArray[np.int32],
-    back: npt.NDArray[np.uint8],
-    applied: npt.NDArray[np.uint8],
-) -> npt.NDArray[np.float32]:
-    """Boxes [K, 5] in pixels -> fractions of the image as the loader turns it, within 0..1.
-
-    Args:
-        boxes: of N images.
-        width: [N] of the images that the boxes were drawn on, in pixels.
-        height: [N] of the same.
-        back: [N] EXIF orientation that leads from those images to the stored ones.
-        applied: [N] EXIF orientation that the loader applies to the stored ones.
-    """
-    indptr, values = boxes
-    row = np.repeat(np.arange(len(width)), np.diff(indptr))
-    out = np.asarray(values, np.float64).copy()
-    scale = np.stack([width, height, width, height], 1)[row]
-    out[:, 1:] = np.clip(out[:, 1:] / scale, 0, 1)
-    return turn_boxes(turn_boxes(out.astype(np.float32), back[row]), applied[row])
-
-
-def _turned_fractions(
-    boxes: tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]],
-    exif: npt.NDArray[np.uint8],
-    applied: npt.NDArray[np.uint8],
-) -> npt.NDArray[np.float32]:
-    """Boxes [K, 5] as fractions of the image as EXIF shows it -> of the image as the loader turns it."""
-    indptr, values = boxes
-    row = np.repeat(np.arange(len(exif)), np.diff(indptr))
-    stored = turn_boxes(np.asarray(values, np.float32), _TURNED_BACK[exif][row])
-    return turn_boxes(stored, applied[row])
-
-
-def turn_boxes(boxes: npt.NDArray[np.float32], orientation: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Boxes [K, 5] as fractions of the stored image -> of the image that EXIF `orientation` [K] shows."""
-    out = boxes.copy()
-    x, y = boxes[:, [1, 3]], boxes[:, [2, 4]]
-    # Orientation o: the point as shown of a stored point (x, y); EXIF 2.3, tag 0x0112.
-    turned = {
-        2: (1 - x, y),
-        3: (1 - x, 1 - y),
-        4: (x, 1 - y),
-        5: (y, x),
-        6: (1 - y, x),
-        7: (1 - y, 1 - x),
-        8: (y, 1 - x),
-    }
-    for code, (new_x, new_y) in turned.items():
-        mask = orientation == code
-        out[mask, 1], out[mask, 3] = new_x[mask].min(1), new_x[mask].max(1)
-        out[mask, 2], out[mask, 4] = new_y[mask].min(1), new_y[mask].max(1)
-    return out
 
 
 def _without_positive(manifest: Manifest, split: str, number: int) -> str:

@@ -183,7 +183,9 @@ def _prepare_run_dir(path: Path) -> None:
         raise UserError(f"run directory {path} cannot be written: {error.strerror}") from error
 
 
-def make_classifier(model: ModelConfig, num_classes: int, image_size: int, device: torch.device) -> Classifier:
+def make_classifier(
+    model: ModelConfig, num_classes: int, image_size: int, device: torch.device, initial: bool = True
+) -> Classifier:
     """A classifier on the CPU, with what the run asks of it in training.
 
     Args:
@@ -191,11 +193,13 @@ def make_classifier(model: ModelConfig, num_classes: int, image_size: int, devic
         num_classes: C.
         image_size: side of the square input in pixels.
         device: where it will train.
+        initial: with the weights that the options name; without, nothing is downloaded or read for them.
 
     Raises:
         UserError: no such backbone, head or weights; `model.sync_bn` without a GPU.
     """
-    classifier = Classifier(without_source(model), num_classes, image_size)
+    model = without_source(model) if initial else dataclasses.replace(model, pretrained=False, weights=None)
+    classifier = Classifier(model, num_classes, image_size)
     if model.sync_bn:
         if device.type != "cuda":
             raise UserError("model.sync_bn needs GPUs; leave it off (statistics are averaged over ranks anyway)")
@@ -203,11 +207,6 @@ def make_classifier(model: ModelConfig, num_classes: int, image_size: int, devic
     if model.compile:
         classifier.backbone.compile()
     return classifier
-
-
-def without_initial_weights(model: ModelConfig) -> ModelConfig:
-    """The options of a classifier whose weights come from the run itself: nothing is downloaded or read for it."""
-    return dataclasses.replace(model, pretrained=False, weights=None)
 
 
 def load_best_classifier(
@@ -227,8 +226,7 @@ def load_best_classifier(
         UserError: there are no weights that fit.
     """
     distributed.barrier()
-    model = without_initial_weights(config.model)
-    classifier = make_classifier(model, num_classes, config.data.image_size, device)
+    classifier = make_classifier(config.model, num_classes, config.data.image_size, device, initial=False)
     return classifier, load_weights(layout.weights, classifier)
 
 

@@ -58,7 +58,6 @@ from spml_fast.training.setup import (
     resolve_epochs,
     resolved_config,
     set_prior,
-    without_initial_weights,
 )
 from spml_fast.training.state import restore_state, run_state
 
@@ -85,11 +84,10 @@ class Trainer:
         self.layout = RunLayout(self.run_dir)
         torch.manual_seed(config.run.seed)
         classes, side = self.data.manifest.num_classes, config.data.image_size
-        folder = self.layout.checkpoints.folder
-        self.resume = distributed.from_main(lambda: find_resume(folder, config.run.resume))
-        # The weights that a run started from need not be there any more when it is resumed.
-        model = config.model if self.resume is None else without_initial_weights(config.model)
-        self.classifier = make_classifier(model, classes, side, device)
+        checkpoints = self.layout.checkpoints.folder
+        self.resume = distributed.from_main(lambda: find_resume(checkpoints, config.run.resume))
+        # The weights that a run started from need not be there any more.
+        self.classifier = make_classifier(config.model, classes, side, device, initial=self.resume is None)
         self.store = LabelStore(self.data.labels, device)
         set_prior(self.classifier, config, self.store, len(self.data.train))
         self.truth = make_truth(config, self.data.train, device)
@@ -121,14 +119,13 @@ class Trainer:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        resume = self.resume
-        notes = [] if resume is None else list(resume.notes)
-        if resume is not None and (forced := check_same_run(resume, self.checkpoints.defines, self.run_dir)):
-            notes.append(forced)
+        resume, notes = self.resume, list[str]()
+        if resume is not None:
+            forced = check_same_run(resume, self.checkpoints.defines, self.run_dir)
+            notes = [*resume.notes, *([forced] if forced else [])]
         with RunLog(self.run_dir, self.total_updates) as self.log:
             self.log.say(console.opening_line(self.config, self.data, self.classifier, self.device, self.run_dir))
-            notes = [*opening_notes(self.config, self.data, self.classifier, self.total_updates), *notes]
-            for note in notes:
+            for note in [*opening_notes(self.config, self.data, self.classifier, self.total_updates), *notes]:
                 self.log.say(note)
             if resume is None:
                 self._start_from_run()
@@ -171,9 +168,7 @@ class Trainer:
         module = TrainingModule(self.classifier, self.method)
         self.engine = Engine(module, optimizer, scheduler, ds_config)
         self.classifier.to(self.device)
-        self.ema = None
-        if train.ema_decay:
-            self.ema = ModelEmaV3(self.classifier, decay=train.ema_decay, use_warmup=True)
+        self.ema = ModelEmaV3(self.classifier, train.ema_decay, use_warmup=True) if train.ema_decay else None
         self.guard = NonFiniteGuard(train, self.engine, self.classifier, self.loader, self.checkpoints)
         start_epoch, start_update = 1, 0
         if resume is not None:

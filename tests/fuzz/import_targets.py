@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spml_fast.prepare.build import _turned_fractions
+from spml_fast.prepare.boxes import turn_fractions
 from spml_fast.prepare.datasets import coco_detection, fiftyone, huggingface, labelstudio, yolo
 from spml_fast.prepare.datasets.base import Dataset
 from tests.support.paths import ROOT
@@ -27,7 +27,7 @@ def _read(dataset: type[Dataset], *words: object) -> None:
         split.select(np.arange(len(split)))
         if split.boxes is not None and split.boxes_as_shown:
             turned = np.full(len(split), 6, np.uint8)
-            boxes = _turned_fractions(split.boxes, turned, turned)
+            boxes = turn_fractions(split.boxes, turned, turned)
             assert ((boxes[:, 1:] >= 0) & (boxes[:, 1:] <= 1)).all() and (boxes[:, 1:3] < boxes[:, 3:]).all()
     if raw.make_images is not None and raw.image_root is None:
         folder = Path(words[1]).parent / "images" if words else Path()

@@ -28,7 +28,7 @@ from spml_fast.data.image_check import check_bytes
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import Manifest, Split
 from spml_fast.data.shards import ShardFile, Shards, check_shards
-from spml_fast.prepare import build
+from spml_fast.prepare.boxes import pixels_to_fractions
 from spml_fast.prepare.datasets import coco, csv_table, cub, id_lists, nuswide, voc
 from spml_fast.prepare.datasets.openimages import class_files, image_lists, label_files
 from spml_fast.prepare.manifest_writer import ManifestWriter
@@ -112,7 +112,8 @@ def _coco(folder: Path, data: bytes) -> None:
         assert split.boxes is not None and split.width is not None and split.height is not None
         width = np.maximum(np.asarray(split.width, np.int32), 1)
         height = np.maximum(np.asarray(split.height, np.int32), 1)
-        build._fractions(split.boxes, width, height, np.ones(len(split), np.uint8))
+        upright = np.ones(len(split), np.uint8)
+        pixels_to_fractions(split.boxes, width, height, upright, upright)
 
 
 def _boxes(folder: Path, data: bytes) -> None:

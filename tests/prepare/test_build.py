@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageOps
 
-from spml_fast.prepare import build
+from spml_fast.prepare.boxes import turn_boxes
 from tests.support import data as make
 from tests.support.prepare import prepare, report_of
 
@@ -22,7 +22,7 @@ def test_boxes_turn_with_the_image():
         rows, columns = np.nonzero(upright)
         height, width = upright.shape
         seen = [columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height]
-        turned = build.turn_boxes(box, np.array([orientation], np.uint8))
+        turned = turn_boxes(box, np.array([orientation], np.uint8))
         assert np.allclose(turned[0], [3, *seen]), orientation
 
 
