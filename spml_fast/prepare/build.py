@@ -238,19 +238,19 @@ class _Preparation:
         rows: npt.NDArray[np.int64],
     ) -> dict[str, Any]:
         """Write one final split, the rows `rows` of the official one, and return its entry in the report."""
-        notes = self._notes
-        size = len(part)
-        annotated_width = np.zeros(size, np.int32) if part.width is None else np.asarray(part.width, np.int32)
-        annotated_height = np.zeros(size, np.int32) if part.height is None else np.asarray(part.height, np.int32)
+        notes, size, exif = self._notes, len(part), checked.orientation[rows]
+        annotated_width, annotated_height = (
+            np.zeros(size, np.int32) if side is None else np.asarray(side, np.int32)
+            for side in (part.width, part.height)
+        )
         width, height = checked.width[rows], checked.height[rows]
         opened = width > 0
-        applied = checked.orientation[rows] if self.common.orientation == "exif" else np.ones(size, np.uint8)
+        applied = exif if self.common.orientation == "exif" else np.ones(size, np.uint8)
         listed = np.zeros(size, np.bool_) if part.orientation is None else part.orientation > 0
         if part.orientation is not None:
             applied = np.where(listed, part.orientation, applied)
         differ = opened & (annotated_width > 0) & ((width != annotated_width) | (height != annotated_height))
         # Tools that read sizes with OpenCV annotate the image as EXIF shows it: on its side, the size tells.
-        exif = checked.orientation[rows]
         as_shown = differ & (exif >= 5) & (annotated_width == height) & (annotated_height == width)
         differ &= ~as_shown
         if differ.any():
@@ -259,17 +259,12 @@ class _Preparation:
                 f"(first: {part.relative_path(int(np.argmax(differ)))}); the images' own sizes are kept"
             )
         width, height = np.where(opened, width, annotated_width), np.where(opened, height, annotated_height)
-        boxes = None
-        if part.boxes is not None and part.boxes_as_shown:
-            boxes = part.boxes[0], turn_fractions(part.boxes, exif, applied)
-        elif part.boxes is not None:
-            frame_width = np.where(annotated_width > 0, annotated_width, width)
-            frame_height = np.where(annotated_height > 0, annotated_height, height)
-            if (frame_width > 0).all() and (frame_height > 0).all():
-                back = np.where(as_shown, TURNED_BACK[exif], 1).astype(np.uint8)
-                boxes = part.boxes[0], pixels_to_fractions(part.boxes, frame_width, frame_height, back, applied)
-            else:
-                notes.append(f"{part.name}: boxes are left out, since the sizes of some images are unknown")
+        back = np.where(as_shown, TURNED_BACK[exif], 1).astype(np.uint8)
+        frame_width = np.where(annotated_width > 0, annotated_width, width)
+        frame_height = np.where(annotated_height > 0, annotated_height, height)
+        boxes = _placed_boxes(part, exif, back, applied, frame_width, frame_height)
+        if boxes is None and part.boxes is not None:
+            notes.append(f"{part.name}: boxes are left out, since the sizes of some images are unknown")
         turned = applied >= 5
         self.writer.add_split(
             part.name,
@@ -326,6 +321,24 @@ def count_labels(labels: SparseLabels) -> dict[str, int]:
         counts[NEGATIVE] += total - len(labels.codes)
     known = counts[POSITIVE] + counts[NEGATIVE]
     return {"positive": counts[POSITIVE], "negative": counts[NEGATIVE], "unknown": total - known}
+
+
+def _placed_boxes(
+    part: RawSplit,
+    exif: npt.NDArray[np.uint8],
+    back: npt.NDArray[np.uint8],
+    applied: npt.NDArray[np.uint8],
+    width: npt.NDArray[np.int32],
+    height: npt.NDArray[np.int32],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
+    """A split's boxes as fractions of its images as the loader turns them; None where it has none, or sizes lack."""
+    if part.boxes is None:
+        return None
+    if part.boxes_as_shown:
+        return part.boxes[0], turn_fractions(part.boxes, exif, applied)
+    if (width > 0).all() and (height > 0).all():
+        return part.boxes[0], pixels_to_fractions(part.boxes, width, height, back, applied)
+    return None
 
 
 def _without_positive(manifest: Manifest, split: str, number: int) -> str:
