@@ -48,16 +48,25 @@ class TestStep:
     """The whole forward: which views are made, from what, and how."""
 
     def test_three_views_in_one_forward(self):
-        rig = make_rig("ignore")
-        with torch.no_grad():
-            weak, strong, masked, batch = three_views(rig, range(8))
-        other = rig.copy()
+        rig, other = make_rig("ignore"), make_rig("ignore")
+        weak, strong, masked, batch = three_views(other, range(8))
         wanted = other.method.combine(weak, strong, masked, batch, at(5, 0))
+        wanted.loss.backward()
         calls = count_calls(rig.classifier)
         out = rig.method(rig.classifier, batch, at(5, 0))
+        out.loss.backward()
         assert torch.equal(calls[0], batch.views["weak"]) and torch.equal(calls[1], batch.views["strong"])
         assert len(calls) == 3 and not calls[2].requires_grad
         torch.testing.assert_close(out.loss, wanted.loss)
+        # Both views teach: what either of them alone gives is another gradient.
+        gradients = rig.gradients()
+        torch.testing.assert_close(gradients, other.gradients(), rtol=1e-4, atol=1e-7)
+        for part in (0, 1):
+            alone = make_rig("ignore")
+            views = list(three_views(alone, range(8))[:3])
+            views[part] = views[part].detach()
+            alone.method.combine(*views, batch, at(5, 0)).loss.backward()
+            assert (alone.gradients() - gradients).norm() > 0.05 * gradients.norm()
         assert out.metrics["selected_count"] == wanted.metrics["selected_count"] > 0
         hidden = (batch.labels == -1) & (batch.truth == 1)
         assert out.metrics["hidden_positive_count"] == hidden.sum()
@@ -134,6 +143,12 @@ class TestStep:
         calls = count_calls(rig.classifier)
         rig.step(rig.batch(range(4)), at(5, 0))
         assert [c.shape[-1] for c in calls] == [64, 64, 32]
+        whole = make_rig("ignore")
+        masked = count_calls(whole.classifier)
+        whole.step(whole.batch(range(4)), at(5, 0))
+        # The mask is made at full size; the masked picture is then made smaller as pictures are.
+        smaller = nn.functional.interpolate(masked[2], (32, 32), mode="bilinear", antialias=True)
+        torch.testing.assert_close(calls[2], smaller)
         rig = make_rig("ignore", masked_scale=0.001)
         calls = count_calls(rig.classifier)
         rig.step(rig.batch(range(4)), at(5, 0))
