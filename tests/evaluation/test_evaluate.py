@@ -19,11 +19,21 @@ from spml_fast.core.config import Config, DataConfig, EvalConfig, MethodOptions
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, POSITIVE, SparseLabels
 from spml_fast.data.manifest import Manifest
-from spml_fast.evaluation.evaluate import class_groups, class_rows, evaluate_split, score_split, table_rows, top_k_rows
+from spml_fast.evaluation.calibration import Calibration, reliability, uncalibrated
+from spml_fast.evaluation.decisions import Decisions
+from spml_fast.evaluation.evaluate import (
+    class_groups,
+    class_rows,
+    evaluate_split,
+    known_entries,
+    score_split,
+    table_rows,
+    top_k_rows,
+)
 from spml_fast.evaluation.metrics import evaluate_scores, groups_by_count
 from spml_fast.evaluation.thresholds import logit_threshold, top_k_mask
 from spml_fast.methods import get_method
-from spml_fast.models.classifier import ClassifierOutput
+from spml_fast.models.classifier import ClassifierOutput, boosted_logits
 from tests.support.data import some_labels
 
 CPU = torch.device("cpu")
@@ -208,6 +218,64 @@ def test_classes_without_negatives_alone_bring_their_conventions():
     # Nobody weighs where there is no negative at all.
     positives = dict(table_rows(evaluate_scores(scores, np.ones((3, 2), np.int8))))
     assert [name for name in positives if "weighted" in name] == []
+
+
+@pytest.mark.parametrize("default", [NEGATIVE, -1])
+def test_what_a_runs_decisions_reach(default):
+    """Thresholds and probabilities of the run at its alpha, over the known labels alone, against sums by hand."""
+    generator, rng = torch.Generator().manual_seed(1), np.random.default_rng(1)
+    mean = torch.randn(40, 5, generator=generator) * 2
+    relu = mean.clamp(min=0) + 0.3
+    scripted = Scripted(mean, relu, 16)
+    codes = rng.choice([1, 0] if default == NEGATIVE else [1, 0, -1], (40, 5))
+    known = SparseLabels.from_dense(codes, default)
+    scale, shift = rng.uniform(0.3, 2, 5), rng.normal(size=5)
+    boosted = boosted_logits(mean, relu, 3.0).double().numpy()
+    probability = 1 / (1 + np.exp(-(boosted * scale + shift)))
+    threshold = np.array([0.5, 0.2, 0.8, 1.0, 0.4])
+    # A threshold of 1 predicts nothing.
+    decisions = Decisions(3.0, threshold, Calibration("per-class", scale, shift))
+    predicted = probability >= threshold
+    hits = (predicted & (codes == 1)).sum(0)
+    claims, positives = (predicted & (codes != -1)).sum(0), (codes == 1).sum(0)
+    config = Config(method=get_method("an").Options(name="an"))
+    split, names = SimpleNamespace(known=known), list("abcde")
+    found = evaluate_split(scripted, scripted, split, [1.0, 3.0], config, names, None, decisions)
+    assert "decisions" not in found[1.0], "they are for another alpha"
+    figures = found[3.0]["decisions"]
+    op, orr = hits.sum() / claims.sum(), hits.sum() / positives.sum()
+    assert figures["OP"] == pytest.approx(100 * op) and figures["OR"] == pytest.approx(100 * orr)
+    assert figures["OF1"] == pytest.approx(100 * 2 * op * orr / (op + orr))
+    seen = codes != -1
+    column = np.broadcast_to(np.arange(5), codes.shape)[seen]
+    for name, values in (("", boosted[seen] * scale[column] + shift[column]), ("_uncalibrated", boosted[seen])):
+        error = reliability(values, codes[seen] == 1)["expected_calibration_error"]
+        assert figures[f"expected_calibration_error{name}"] == pytest.approx(error, rel=1e-5)
+    rows = dict(table_rows(found[3.0]))
+    assert rows["OF1 with the run's thresholds"] == f"{figures['OF1']:.2f}" != rows["OF1"]
+    assert rows["CF1 with the run's thresholds"] == f"{figures['CF1']:.2f}"
+    assert rows["expected calibration error"] == (
+        f"{figures['expected_calibration_error']:.2f} / uncalibrated "
+        f"{figures['expected_calibration_error_uncalibrated']:.2f}"
+    )
+    scores = score_split(scripted, scripted, known, [3.0], None)
+    entries = known_entries(scores, known, 3.0, names)
+    order = np.lexsort((entries.class_id, entries.logit))
+    wanted = np.lexsort((column, boosted[seen]))
+    assert np.allclose(entries.logit[order], boosted[seen][wanted])
+    assert np.array_equal(entries.class_id[order], column[wanted])
+    assert np.array_equal(entries.positive[order], (codes[seen] == 1)[wanted])
+
+
+def test_a_probability_that_is_the_threshold_is_predicted():
+    for default in (NEGATIVE, -1):
+        mean = torch.tensor([[0.0], [-1.0]])
+        known = SparseLabels.from_dense(np.array([[1], [0]]), default)
+        decisions = Decisions(1.0, np.array([0.5]), uncalibrated(1))
+        scripted = Scripted(mean, mean, 2)
+        config = Config(method=get_method("an").Options(name="an"))
+        found = evaluate_split(scripted, scripted, SimpleNamespace(known=known), [1.0], config, ["a"], None, decisions)
+        assert found[1.0]["decisions"]["OF1"] == 100
 
 
 @pytest.mark.parametrize(("probability", "logit"), [(0.5, 0.0), (0.75, logit_threshold(0.75)), (1e-9, -20.7232658)])

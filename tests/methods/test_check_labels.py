@@ -16,6 +16,7 @@ from tests.support.formulas import (
     make,
     some_codes,
 )
+from tests.support.methods import on_ranks
 
 
 def check(name: str, codes: np.ndarray, default: int = UNKNOWN, **options: Any) -> None:
@@ -82,3 +83,10 @@ def test_soft_labels_take_memory_for_every_unknown_label() -> None:
         cls.check_labels(labels, options)
         with pytest.raises(UserError, match=r"soft labels of 0\.5 of 20 x 10 entries needs"):
             cls.check_labels(labels, replace(options, memory_limit=1399 / 2**30))
+
+        def on_two_ranks(rank: int, labels: SparseLabels = labels, options: Any = options) -> None:
+            cls.check_labels(labels, replace(options, memory_limit=701 / 2**30))
+            with pytest.raises(UserError, match="needs"):
+                cls.check_labels(labels, replace(options, memory_limit=699 / 2**30))
+
+        on_ranks(2, on_two_ranks)

@@ -160,6 +160,29 @@ def test_apl_loss() -> None:
     assert picked == pytest.approx(formula(z[[3, 1]], z, codes[[3, 1]]), rel=1e-7)
 
 
+def test_a_single_soft_label_counts_and_ranks_without_samples_look_on() -> None:
+    """Three ranks and two samples: the third rank keeps nothing, and finds the soft label of another rank."""
+    codes = np.array([[U, P], [P, U]], np.int8)
+    logits = some_logits(2, 2)
+
+    def work(rank: int) -> tuple[Tensor, Tensor, int]:
+        method = make("em_apl", codes, alpha=0.3, beta=0.4, theta=1.0, warm_up=1)
+        method.add(torch.tensor([1]), torch.tensor([1]), torch.tensor([0.25]))
+        own = torch.arange(2)[rank : rank + 1]
+        batch = batch_of(codes, own.numpy(), size=2)
+        return method.soft_rows(torch.arange(2)), run(method, logits[own], batch)[0], len(method.soft)
+
+    results = on_ranks(3, work)
+    for soft, _, _ in results:
+        np.testing.assert_array_equal(soft.numpy(), [[np.nan, np.nan], [np.nan, 0.25]])
+    assert [kept for *_, kept in results] == [0, 1, 0]
+    p = np.vectorize(sigmoid)(logits.numpy())
+    entropy = -0.3 * (p[0, 0] * nl(p[0, 0]) + (1 - p[0, 0]) * nl(1 - p[0, 0]))
+    soft_term = 0.4 * (0.25 * nl(p[1, 1]) + 0.75 * nl(1 - p[1, 1]))
+    wanted = (entropy + nl(p[0, 1]) + nl(p[1, 0]) + soft_term) / 4
+    assert np.mean([loss.item() for _, loss, _ in results]) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_soft_labels_of_many_classes() -> None:
     """Class ids beyond 32,767 need 4 bytes, and merging keeps every entry."""
     soft = SoftLabels(3, 40_000, torch.device("cpu"))

@@ -10,7 +10,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from spml_fast.core.errors import UserError
-from spml_fast.methods import get_method, method_names
+from spml_fast.methods import Method, get_method, method_names
 from tests.support.large_loss import LARGE_LOSS
 from tests.support.methods import BLANK, CLASSES, IMAGES, Cases, Rig, at, on_ranks, rank_case, rank_main, share
 
@@ -40,6 +40,14 @@ def test_the_methods_are_registered():
     assert {"an", "full", "partial", *LARGE_LOSS} <= set(method_names())
     with pytest.raises(UserError, match="no method 'anx'; choose one of an, "):
         get_method("anx")
+
+
+@every_method
+def test_the_training_split_is_scored_for_those_who_look(name):
+    """A pass over the training split costs an evaluation: nobody has it made who throws the scores away."""
+    rig, looks = Rig(name), get_method(name).on_train_scores is not Method.on_train_scores
+    asked = [rig.method.needs_train_scores(at(epoch, 0)) for epoch in range(1, 11)]
+    assert any(asked) is looks
 
 
 @every_method

@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing
 
 from spml_fast.core.batch import Batch
+from spml_fast.core.distributed import near_equal_part
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
 from spml_fast.methods.large_loss import selection_size
@@ -146,6 +147,51 @@ def test_groups_of_the_paper_are_each_ranks_own():
     torch.testing.assert_close(torch.cat(on_ranks(2, work)) / 2, torch.cat(alone), rtol=1e-12, atol=1e-18)
 
 
+@pytest.mark.parametrize(("steps", "group"), [([24], 16), ([14, 10], 16), ([16, 8], 8)])
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", LARGE_LOSS)
+def test_groups_of_the_paper_are_of_the_global_batch(name, ranks, steps, group):
+    """Groups that lie on several ranks, and on several micro-steps of an exact accumulation."""
+    logits, codes = double_batch(rows=24, seed=6)
+    store, index = SparseLabels.from_dense(np.full((40, 9), -1, np.int8)), torch.arange(24) + 7
+    options = {"delta_rel": 5.0, "batch_semantics": "paper", "paper_batch": group}
+    whole = make(name, store, **options)
+    expected, slope = run(whole, logits, codes, at(3, 0), index)
+    whole.on_epoch_end(at(3, 0))
+
+    def work(rank):
+        method, slopes, rows, batches = make(name, store, **options), [], [], []
+        start = 0
+        for size in steps:
+            first, last = near_equal_part(size, ranks, rank)
+            rows.append(torch.arange(start + first, start + last))
+            batches.append(Batch({}, codes[rows[-1]], index[rows[-1]], size))
+            start += size
+        ahead = [None]
+        if len(steps) > 1:
+            ahead = method.update_statistics([logits[r].detach() for r in rows], batches, at(3, 0))
+        total, count = 0.0, 0
+        for own, batch, statistics in zip(rows, batches, ahead, strict=True):
+            z = logits[own].detach().requires_grad_()
+            out, gradient = run(method, z, batch.labels, at(3, 0), batch.index, statistics, batch.global_size)
+            part = batch.global_size / 24
+            total += out.loss.item() * part
+            slopes.append(gradient * part)
+            count += int(out.metrics["selected_count"])
+        method.on_epoch_end(at(3, 0))
+        corrected = [method.store.rows(torch.arange(40)), method.store.num_corrections]
+        return total, torch.cat(rows), torch.cat(slopes), count, corrected
+
+    losses, rows, slopes, counts, corrected = zip(*on_ranks(ranks, work), strict=True)
+    assert np.mean(losses) == pytest.approx(expected.loss.item(), rel=1e-12)
+    order = torch.argsort(torch.cat(rows))
+    torch.testing.assert_close(torch.cat(slopes)[order] / ranks, slope, rtol=1e-12, atol=1e-18)
+    assert sum(counts) == expected.metrics["selected_count"].item() > 0
+    for table, number in corrected:
+        assert torch.equal(table, whole.store.rows(torch.arange(40))) and number == whole.store.num_corrections
+    assert (whole.store.num_corrections > 0) is (name == "ll_cp")
+
+
 @pytest.mark.parametrize("semantics", ["global", "paper"])
 @pytest.mark.parametrize("name", LARGE_LOSS)
 def test_a_rank_without_images_has_a_loss_of_nothing(name, semantics):
@@ -247,10 +293,36 @@ def test_permanent_corrections_reach_the_right_labels_in_the_next_epoch():
 def test_temporary_corrections_leave_the_labels_alone():
     logits, codes = double_batch()
     for name in ("ll_r", "ll_ct"):
-        method = make(name, SparseLabels.from_dense(codes.numpy()), delta_rel=8.0)
-        run(method, logits, codes, at(2, 0))
-        assert method.on_epoch_end(at(2, 1)) == {}
-        assert method.store.commit() == 0
+        for semantics in ("global", "paper"):
+            options = {"delta_rel": 8.0, "batch_semantics": semantics, "paper_batch": 4}
+            method = make(name, SparseLabels.from_dense(codes.numpy()), **options)
+            run(method, logits, codes, at(2, 0))
+            index = torch.arange(len(codes))
+            (ahead,) = method.update_statistics([logits.detach()], [Batch({}, codes, index, len(codes))], at(2, 0))
+            out, _ = run(method, logits, codes, at(2, 0), statistics=ahead)
+            assert out.metrics["selected_count"] > 0
+            assert method.on_epoch_end(at(2, 1)) == {}
+            assert method.store.commit() == 0
+
+
+@pytest.mark.parametrize("semantics", ["global", "paper"])
+@pytest.mark.parametrize("name", LARGE_LOSS)
+def test_one_entry_and_ranks_without_images(name, semantics):
+    """A selection of a single entry, found by every rank, also by one that has no image of the batch."""
+    logits, codes = double_batch(rows=2, seed=4)
+    options = {"delta_rel": 4.0, "batch_semantics": semantics}
+    expected, slope = run(make(name, **options), logits, codes, at(2, 0))
+    assert expected.metrics["selected_count"] == 1
+
+    def work(rank):
+        own = slice(rank, rank + 1) if rank < 2 else slice(0, 0)
+        z = logits[own].detach().requires_grad_()
+        out, gradient = run(make(name, **options), z, codes[own], at(2, 0), torch.arange(2)[own], global_size=2)
+        return out.loss.item(), gradient
+
+    losses, slopes = zip(*on_ranks(3, work), strict=True)
+    assert np.mean(losses) == pytest.approx(expected.loss.item(), rel=1e-12)
+    torch.testing.assert_close(torch.cat(slopes) / 3, slope, rtol=1e-12, atol=1e-18)
 
 
 def test_selection_is_judged_against_the_truth():

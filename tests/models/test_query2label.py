@@ -167,6 +167,10 @@ class TestMaps:
         assert maps is None
         wanted = map_mask(head(x, classes=self.CLASSES_OF_ROWS)[2], self.CLASSES_OF_ROWS, images, 0.5)
         assert torch.equal(masked, wanted) and (masked == 0).any()
+        # Without a mask, or without images to mask, there are maps.
+        for given in ((images, None), (None, options)):
+            _, _, maps, masked_too = head(x, True, self.CLASSES_OF_ROWS, *given)
+            assert masked_too is None and maps.shape == (4, 2, *GRID)
         assert torch.equal(masked[2], images[2])
 
     def test_map_is_free_of_dropout_noise_unless_asked(self):
@@ -183,12 +187,14 @@ class TestMaps:
     def test_asking_for_maps_changes_neither_logits_nor_gradients(self):
         head, x = make().eval(), features().requires_grad_()
         leaves = [x, *head.parameters()]
-        plain_logits, logits = head(x)[0], head(x, classes=self.CLASSES_OF_ROWS)[0]
-        assert torch.equal(plain_logits, logits)
-        for ours, expected in zip(
-            *(torch.autograd.grad(z.cos().sum(), leaves) for z in (logits, plain_logits)), strict=True
-        ):
-            assert torch.equal(ours, expected)
+        images, options = torch.randn(4, 3, 24, 40, dtype=D), MaskOptions(0.5, "per_image", 16)
+        plain_logits = head(x)[0]
+        expected = torch.autograd.grad(plain_logits.cos().sum(), leaves)
+        for asked in ((), (images, options)):
+            logits = head(x, True, self.CLASSES_OF_ROWS, *asked)[0]
+            assert torch.equal(plain_logits, logits)
+            ours = torch.autograd.grad(logits.cos().sum(), leaves)
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 class TestHead:
@@ -249,8 +255,9 @@ class TestHead:
 
     def test_other_grid_than_configured(self):
         head = make().eval()
-        x = features(grid=(2, 2))
-        torch.testing.assert_close(head(x)[0], plain(head, x)[0], atol=1e-5, rtol=0)
+        for grid in ((2, 2), (2, 3)):
+            x = features(grid=grid)
+            torch.testing.assert_close(head(x)[0], plain(head, x)[0], atol=1e-5, rtol=0)
 
     def test_logits_are_fp32_under_autocast(self):
         head, x = make().float(), features().float()
