@@ -151,6 +151,8 @@ def _fork(request: dict[str, Any], rank: dict[str, str]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for standard, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), standard)
+    # What is frozen is never freed, of which nanobind's libraries (triton since 3.9) complain when a process ends.
+    atexit.register(gc.unfreeze)
     os.environ.clear()
     os.environ.update(rank)
     sys.argv = list(request["words"])
