@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +38,9 @@ class KernelWork:
         tolerance: of the comparison, largest relative error of root mean squares.
         value_tolerance: the same of values alone, where they are held to more than gradients; 0 for the same.
         cam: bytes of the map in bf16; 0 for ops without one.
+        variant: how the fused op is launched, where it is not as shipped; its rows have it in the provider's place.
+        around: context in which that is so.
+        only: modes to time, where not all are.
     """
 
     op: str
@@ -53,6 +58,9 @@ class KernelWork:
     tolerance: float = 1e-5
     value_tolerance: float = 0.0
     cam: float = 0.0
+    variant: str = ""
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    only: tuple[str, ...] = ()
 
     def inputs(self, device: str) -> list[Tensor]:
         """Inputs on `device`; on `meta` shapes alone."""
@@ -66,14 +74,30 @@ class KernelWork:
         """What there is to run: forward, backward, both."""
         return ("fwd", "bwd", "step") if self.leaves else ("fwd",)
 
+    @property
+    def main_mode(self) -> str:
+        """What a training does of it: forward and backward, or forward where there is no backward."""
+        return "step" if self.leaves else "fwd"
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """(provider, mode) of everything that is timed."""
+        return [
+            (name, mode)
+            for name, call in self.providers.items()
+            for mode in (self.only or self.modes)
+            # A graph that was captured with its forward cannot be replayed backward alone.
+            if not (mode == "bwd" and isinstance(call, Compiled) and call.mode == "reduce-overhead")
+        ]
+
     def differentiable(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The results that gradients flow from."""
         return results[: self.heads or len(results)]
 
     @property
     def name(self) -> str:
-        """Op and shape."""
-        return f"{self.op} {self.shape}"
+        """Op and shape, and the variant if there is one."""
+        return f"{self.op} {self.shape}{self.variant and ': '}{self.variant}"
 
 
 def make_call(work: KernelWork, provider: str, mode: str, inputs: list[Tensor]) -> Callable[[], Any]:
@@ -127,17 +151,33 @@ def upstreams(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     ]
 
 
-def compiled(function: Call) -> Call:
-    """torch.compile of a function, made when it is first called: loading the compiler takes seconds."""
-    made: list[Call] = []
+class Compiled:
+    """torch.compile of a function, made when it is first called: loading the compiler takes seconds.
 
-    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
-        if not made:
+    Args:
+        function: of tensors.
+        mode: of torch.compile.
+    """
+
+    def __init__(self, function: Call, mode: str = "default") -> None:
+        self.function, self.mode = function, mode
+        self._made: list[Call] = []
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if not self._made:
             # A graph break or too many shapes would time PyTorch under the compiler's name.
-            made.append(torch.compile(function, dynamic=False, fullgraph=True))
-        return made[0](*inputs)
+            self._made.append(torch.compile(self.function, dynamic=False, fullgraph=True, mode=self.mode))
+        if self.mode == "reduce-overhead":
+            # A network's logits lie where the graph expects them; copying them there would be the benchmark's doing.
+            for tensor in inputs:
+                torch._dynamo.mark_static_address(tensor)
+            torch.compiler.cudagraph_mark_step_begin()
+        return self._made[0](*inputs)
 
-    return call
+
+def compiled(function: Call, mode: str = "default") -> Compiled:
+    """torch.compile of a function, in one of its modes."""
+    return Compiled(function, mode)
 
 
 def size(specs: Specs) -> int:

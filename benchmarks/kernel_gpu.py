@@ -7,7 +7,6 @@ every event; when it dies, the parent records the work it died at and starts ano
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import itertools
 import json
@@ -21,103 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_base import KernelWork, make_call, upstreams
-from benchmarks.kernel_report import KEY, Row, merge_csv
+from benchmarks.kernel_base import KernelWork, make_call
+from benchmarks.kernel_card import Card, tensor_bytes
+from benchmarks.kernel_gate import gate
+from benchmarks.kernel_report import KERNEL_KEY, KEY, Row, kernel_table, merge_csv
 from benchmarks.kernel_works import works
 
-QUANTILES = [0.2, 0.5, 0.8]
-# Bytes of the tensor that is copied to find the copy rate, and edge of the product that finds the product rate.
-COPY_BYTES = 2**31
-PRODUCT_EDGE = 8192
 # Seconds that a worker may take beyond its time, to finish what it is at.
 PATIENCE = 60.0
-
-
-class Card:
-    """The GPU of this process: its clock, its memory, its ceilings."""
-
-    device = "cuda"
-
-    def __init__(self) -> None:
-        self.testing = importlib.import_module("triton.testing")
-
-    def synchronize(self) -> None:
-        """Wait for the card; raises what went wrong on it."""
-        torch.cuda.synchronize()
-
-    def times(self, function: Callable[[], Any]) -> dict[str, float]:
-        """p20, p50, p80 in ms, with launch gaps and a cold level-2 cache."""
-        return dict(zip(("p20", "p50", "p80"), self.testing.do_bench(function, quantiles=QUANTILES), strict=True))
-
-    def graph_times(self, function: Callable[[], Any]) -> dict[str, float]:
-        """The same as a CUDA graph: no launch gaps, a warm cache."""
-        times = self.testing.do_bench_cudagraph(function, quantiles=QUANTILES)
-        return dict(zip(("graph_p20", "graph_p50", "graph_p80"), times, strict=True))
-
-    def peak(self, function: Callable[[], Any]) -> tuple[float, float]:
-        """Megabytes allocated at most during a call, and those beyond what it returns."""
-        self.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        results = function()
-        self.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        return peak / 1e6, (peak - _size(results)) / 1e6
-
-    def free(self) -> None:
-        """Give cached memory back."""
-        torch.cuda.empty_cache()
-
-    def _copy_rate(self) -> float:
-        source = torch.empty(COPY_BYTES // 4, device=self.device).normal_()
-        target = torch.empty_like(source)
-        return 2 * COPY_BYTES / 1e6 / self.times(lambda: target.copy_(source))["p50"]
-
-    def ceilings(self) -> dict[str, float]:
-        """GB/s of a copy (bytes read and written) and TFLOP/s of large products, as this card does them now."""
-        rates = {"copy": self._copy_rate()}
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-            a, b = (torch.randn(PRODUCT_EDGE, PRODUCT_EDGE, device=self.device, dtype=dtype) for _ in range(2))
-            rates[name] = 2 * PRODUCT_EDGE**3 / 1e9 / self.times(functools.partial(torch.mm, a, b))["p50"]
-        torch.set_float32_matmul_precision(precision)
-        self.free()
-        return rates
-
-
-def _size(results: Any) -> int:
-    """Bytes of the tensors among nested results."""
-    if isinstance(results, Tensor):
-        return results.numel() * results.element_size()
-    return sum(_size(r) for r in results) if isinstance(results, (tuple, list)) else 0
-
-
-def gate(work: KernelWork, inputs: list[Tensor]) -> float:
-    """Largest relative error (root mean squares) of the fused op against fp64, values and gradients.
-
-    Raises:
-        AssertionError: it is larger than the work allows.
-    """
-    low = [t.detach().requires_grad_(i < work.leaves) for i, t in enumerate(inputs)]
-    high = [t.detach().double() if t.is_floating_point() else t for t in inputs]
-    high = [t.requires_grad_(i < work.leaves) for i, t in enumerate(high)]
-    values, exact = work.providers["fused"](*low), work.exact(*high)
-    results, wanted = list(values), list(exact)
-    if work.leaves:
-        heads, exact_heads = work.differentiable(values), work.differentiable(exact)
-        start = upstreams(heads)
-        results += torch.autograd.grad(heads, low[: work.leaves], start)
-        wanted += torch.autograd.grad(exact_heads, high[: work.leaves], [s.double() for s in start])
-    worst = 0.0
-    for place, (a, b) in enumerate(zip(results, wanted, strict=True)):
-        a, b = a.detach().double(), b.detach().double()
-        error = float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
-        allowed = (work.value_tolerance or work.tolerance) if place < len(values) else work.tolerance
-        if not error <= allowed:
-            raise AssertionError(f"result {place} is off by {error:.3g} (rms, relative), allowed {allowed:.3g}")
-        worst = max(worst, error)
-    return worst
 
 
 def measure(
@@ -128,14 +38,16 @@ def measure(
     for _ in range(3):
         function()
     card.synchronize()
+    card.spin()
     row: Row = {"op": work.op, "shape": work.shape, "provider": provider, "mode": mode, "status": "ok"}
     row |= card.times(function)
+    row["enqueue_us"] = card.enqueue(function)
     peak, extra = card.peak(function)
     if mode == "step" and provider != "matmul":
         # The values live until their gradients are made; they are outputs too. Made as by `fwd`, so that torch.compile
         # needs no third version of its function.
         with torch.no_grad():
-            extra -= _size(work.providers[provider](*inputs)) / 1e6
+            extra -= tensor_bytes(work.providers[provider](*inputs)) / 1e6
     row |= {"peak_mb": peak, "extra_mb": max(extra, 0.0), "cam_mb": work.cam / 1e6, "has_backward": bool(work.leaves)}
     bytes_ = work.floor["step"] - work.floor["fwd"] if mode == "bwd" else work.floor[mode]
     flops = work.flops.get(mode, 0.0)
@@ -146,19 +58,27 @@ def measure(
     return row
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an exception, for a row."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def _failed(work: KernelWork, provider: str, mode: str, reason: str) -> Row:
-    return {"op": work.op, "shape": work.shape, "provider": provider, "mode": mode, "status": f"FAILED {reason}"}
+    row = {"op": work.op, "shape": work.shape, "provider": work.variant or provider, "mode": mode}
+    return {**row, "status": f"FAILED {reason}"}
 
 
 def bench_work(card: Card, work: KernelWork, ceilings: dict[str, float], late: Callable[[], bool]) -> Iterator[Row]:
-    """Rows of one work, the gate's first; rows with graph times come a second time, to take the place of the first.
+    """Rows of one work, the gate's first; rows with more times come a second time, to take the place of the first.
 
-    What fails gives a row that says so; a broken card raises.
+    Rows that have `kernel` are the profiler's: one kernel of a provider's call. What fails gives a row that says so; a
+    broken card raises.
     """
+    with work.around():
+        yield from _bench_work(card, work, ceilings, late)
+
+
+def _bench_work(card: Card, work: KernelWork, ceilings: dict[str, float], late: Callable[[], bool]) -> Iterator[Row]:
     with contextlib.suppress(AttributeError):
         torch._dynamo.reset()
     inputs = work.inputs(card.device)
@@ -176,11 +96,11 @@ def bench_work(card: Card, work: KernelWork, ceilings: dict[str, float], late: C
         }
     except Exception as problem:
         passed = False
-        yield _failed(work, "fused", "gate", _first_line(problem))
+        yield _failed(work, "fused", "gate", first_line(problem))
         card.synchronize()
     card.free()
     rows = []
-    for provider, mode in itertools.product(work.providers, work.modes):
+    for provider, mode in work.rows:
         if provider == "fused" and not passed:
             continue
         if late():
@@ -191,29 +111,50 @@ def bench_work(card: Card, work: KernelWork, ceilings: dict[str, float], late: C
             rows.append(row)
             yield row
         except Exception as problem:
-            yield _failed(work, provider, mode, _first_line(problem))
+            yield _failed(work, provider, mode, first_line(problem))
+            card.synchronize()
+        card.free()
+    yield from _closer_looks(card, work, rows, inputs, late)
+
+
+def _closer_looks(
+    card: Card, work: KernelWork, rows: list[Row], inputs: list[Tensor], late: Callable[[], bool]
+) -> Iterator[Row]:
+    """Turns against the bare product, kernels one by one, CUDA graphs: `rows` again with what was found."""
+    for row in itertools.takewhile(lambda _: not late(), rows):
+        try:
+            if row["provider"] == "fused" and "matmul" in work.providers:
+                calls = [make_call(work, name, row["mode"], inputs) for name in ("fused", "matmul")]
+                row |= card.pair(*calls)
+                yield row
+            if row["mode"] in (work.main_mode, "fwd"):
+                for place, kernel in enumerate(card.kernels(make_call(work, row["provider"], row["mode"], inputs))):
+                    yield {k: row[k] for k in KEY} | {"kernel": place} | kernel._asdict()
+        except Exception as problem:
+            row["note"] = f"no closer look: {first_line(problem)}"
+            yield row
             card.synchronize()
         card.free()
     # Captures come last, since one that fails may leave the allocator in disorder. The backward alone runs on a graph
-    # that was recorded outside, which a capture cannot hold.
-    for row in (r for r in rows if r["mode"] != "bwd"):
+    # that was recorded outside, which a capture cannot hold; a CUDA graph of a CUDA graph there is not.
+    graphs = [r for r in rows if r["mode"] != "bwd" and not r["provider"].endswith("_graphs")]
+    for row in itertools.takewhile(lambda _: not late(), graphs):
         try:
             row |= card.graph_times(make_call(work, row["provider"], row["mode"], inputs))
         except Exception as problem:
-            row["note"] = f"no CUDA graph: {_first_line(problem)}"
+            row["note"] = f"no CUDA graph: {first_line(problem)}"
             card.synchronize()
         yield row
 
 
 def show(row: Row) -> None:
     """One line on the screen."""
-    text = f"{row['op']:<18}{row['shape']:<44}{row['provider']:<9}{row['mode']:<7}"
+    text = f"{row['op']:<18}{row['shape']:<44}{row['provider']:<15}{row['mode']:<7}"
     if row["status"] != "ok":
         print(text + row["status"], flush=True)
         return
-    text += (
-        f"{row['p50']:>9.4f} ms{row.get('graph_p50', float('nan')):>10.4f}{row['gb_s']:>7.0f} GB/s{row['copy']:>5.0%}"
-    )
+    text += f"{row['p50']:>9.4f} ms{row.get('graph_p50', float('nan')):>10.4f}{row['enqueue_us']:>7.0f} us"
+    text += f"{row['gb_s']:>7.0f} GB/s{row['copy']:>5.0%}"
     print(text + f"{row['tflop_s']:>6.0f} TF/s{row['matmul']:>5.0%}{row['extra_mb']:>9.1f} MB", flush=True)
 
 
@@ -226,7 +167,7 @@ def work_through(
     facts: dict[str, Any],
     seconds: float,
 ) -> None:
-    """The worker: gate and time `kernel_works[first:]`, a line of JSON per event, the table after every work."""
+    """The worker: gate and time `kernel_works[first:]`; a line of JSON per event, and the tables after every row."""
     # A backward that is run again must keep what it reads.
     config: Any = importlib.import_module("torch._functorch.config")
     config.donated_buffer = False
@@ -239,15 +180,23 @@ def work_through(
 
         for place in range(first, len(kernel_works)):
             say({"begun": place})
-            rows = []
+            shown: set[tuple[Any, ...]] = set()
             for row in bench_work(card, kernel_works[place], facts["ceilings"], lambda: time.monotonic() > stop):
-                row |= facts["machine"]
+                row = {**row, **facts["machine"]}
+                if kernel_works[place].variant:
+                    row["provider"] = kernel_works[place].variant
+                if "kernel" in row:
+                    merge_csv(kernel_table(table), [row], key=KERNEL_KEY)
+                    continue
                 say({"row": row})
-                rows.append(row)
+                merge_csv(table, [row])
                 # Once each, and the op itself again with its graph times.
-                if row["status"] != "passed" and (row["provider"] == "fused" or "graph_p50" not in row):
+                key = tuple(row[k] for k in KEY)
+                if row["status"] != "passed" and (
+                    key not in shown or (row["provider"] == "fused" and "graph_p50" in row)
+                ):
                     show(row)
-            merge_csv(table, rows)
+                shown.add(key)
             say({"done": place})
             card.free()
 
@@ -262,12 +211,18 @@ def _events(path: Path) -> list[dict[str, Any]]:
 
 
 def run(
-    ops: list[str], small: bool, table: Path, facts: dict[str, Any], seconds: float, worker: list[str]
+    ops: list[str],
+    small: bool,
+    table: Path,
+    facts: dict[str, Any],
+    seconds: float,
+    worker: list[str],
+    shapes: list[str] | None = None,
 ) -> list[Row]:
     """The parent: all rows of all ops, whatever their workers do.
 
     Args:
-        ops, small: as for `works`.
+        ops, small, shapes: as for `works`.
         table: CSV file.
         facts: `ceilings` and `machine` of the card.
         seconds: time for everything.
@@ -278,10 +233,10 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         for op in ops:
             try:
-                kernel_works, first = works([op], small), 0
+                kernel_works, first = works([op], small, shapes), 0
             except Exception as problem:
                 rows.append(
-                    {"op": op, "shape": "", "provider": "", "mode": "", "status": f"FAILED {_first_line(problem)}"}
+                    {"op": op, "shape": "", "provider": "", "mode": "", "status": f"FAILED {first_line(problem)}"}
                 )
                 continue
             while first < len(kernel_works):
@@ -308,8 +263,7 @@ def run(
                 lost = (
                     _failed(kernel_works[place], "fused", "worker", reason or "worker stopped early") | facts["machine"]
                 )
-                # What the worker had measured of this work is in its events, and not yet in the table.
-                merge_csv(table, [*(e["row"] for e in seen if "row" in e and e["row"]["shape"] == lost["shape"]), lost])
+                merge_csv(table, [lost])
                 rows.append(lost)
                 show(lost)
                 first = place + 1

@@ -18,7 +18,8 @@ from spml_kernels.large_loss.op import BINS
 from spml_kernels.large_loss.reference import large_loss_reference, list_selected_reference, select_large_reference
 from torch import Tensor
 
-from benchmarks.kernel_base import KernelWork, Spec, Specs, compiled, size
+from benchmarks.kernel_base import KernelWork, Spec, Specs, size
+from benchmarks.kernel_rivals import large_loss_lean, loss_rivals
 
 
 def _loss_specs(rows: int, classes: int) -> Specs:
@@ -48,11 +49,7 @@ def label_loss_work(rows: int, classes: int, point: PointLoss, params: tuple[flo
         specs=specs,
         draw=lambda device: loss_inputs(rows, classes, device),
         leaves=1,
-        providers={
-            "eager": reference,
-            "compile": compiled(reference),
-            "fused": lambda z, codes: (label_loss(z, codes, point, params),),
-        },
+        providers={**loss_rivals(reference), "fused": lambda z, codes: (label_loss(z, codes, point, params),)},
         exact=reference,
         # Both passes read the inputs, since nothing is known of the upstream factor in the first; the second writes.
         floor={"fwd": least, "step": 2 * least + logits},
@@ -60,7 +57,11 @@ def label_loss_work(rows: int, classes: int, point: PointLoss, params: tuple[flo
 
 
 def _tables(small: bool) -> list[tuple[int, int]]:
-    return [(128, 5000), (16, 80)] if small else [(128, 5000), (16, 20), (16, 80), (128, 81), (512, 312), (512, 9605)]
+    return (
+        [(512, 9605), (128, 80)]
+        if small
+        else [(128, 5000), (16, 20), (16, 80), (128, 80), (128, 81), (512, 312), (512, 9605)]
+    )
 
 
 def label_loss_works(small: bool) -> Iterator[KernelWork]:
@@ -71,8 +72,9 @@ def label_loss_works(small: bool) -> Iterator[KernelWork]:
     usual = {example.point.name: example for example in reversed(examples)}
     for table in _tables(small):
         yield label_loss_work(*table, usual["an"].point, usual["an"].params)
-    tables = [(128, 5000)] if small else [(128, 5000), (512, 9605)]
-    for table, name in itertools.product(tables, sorted(usual)):
+    # The longest functions where there is time for few.
+    names = ("asl", "gr") if small else sorted(usual)
+    for table, name in itertools.product([(512, 9605)] if small else [(128, 5000), (512, 9605)], names):
         if name != "an":
             yield label_loss_work(*table, usual[name].point, usual[name].params)
 
@@ -116,11 +118,7 @@ def large_loss_work(rows: int, classes: int, k: int, listed: bool = True) -> Ker
         specs=[*specs, ((), torch.int64)],
         draw=lambda device: [*loss_inputs(rows, classes, device), torch.tensor(k, device=device)],
         leaves=1,
-        providers={
-            "eager": plain,
-            "compile": compiled(plain),
-            "fused": fused,
-        },
+        providers={**loss_rivals(plain, large_loss_lean(k, listed)), "fused": fused},
         exact=plain,
         heads=1,
         floor={"fwd": least, "step": least + 3 * logits},
@@ -131,7 +129,7 @@ def large_loss_work(rows: int, classes: int, k: int, listed: bool = True) -> Ker
 def large_loss_works(small: bool) -> Iterator[KernelWork]:
     """One per cent of the entries; with the list as LL-Cp wants it, without as LL-R and LL-Ct."""
     for rows, classes in _tables(small):
-        for listed in (True, False):
+        for listed in (False,) if small else (True, False):
             yield large_loss_work(rows, classes, max(rows * classes // 100, 1), listed)
 
 
@@ -159,11 +157,7 @@ def ignore_statistics_work(rows: int, classes: int) -> KernelWork:
         specs=specs,
         draw=lambda device: _views(rows, classes, 2, device),
         leaves=0,
-        providers={
-            "eager": reference,
-            "compile": compiled(reference),
-            "fused": lambda *t: (ignore_statistics(*t),),
-        },
+        providers={**loss_rivals(reference), "fused": lambda *t: (ignore_statistics(*t),)},
         exact=reference,
         floor={"fwd": size(specs) + 4 * (classes + 3)},
         residuals={"fwd": {"sums of parts of the rows, written and read": 8.0 * parts * classes}},
@@ -196,11 +190,7 @@ def ignore_loss_work(rows: int, classes: int) -> KernelWork:
         specs=specs,
         draw=draw,
         leaves=2,
-        providers={
-            "eager": reference,
-            "compile": compiled(reference),
-            "fused": lambda *t: tuple(ignore_loss(*t)[:4]),
-        },
+        providers={**loss_rivals(reference), "fused": lambda *t: tuple(ignore_loss(*t)[:4])},
         exact=reference,
         heads=3,
         # The rejection is an output, one byte an entry. The backward reads two views, codes and rejection again.
@@ -249,8 +239,7 @@ def label_rows_work(rows: int, classes: int, samples: int = 100_000, listed: int
         draw=draw,
         leaves=0,
         providers={
-            "eager": reference,
-            "compile": compiled(reference),
+            **loss_rivals(reference),
             "fused": lambda *t: (label_rows(t[0], t[1], t[2], t[3], classes, -1, listed),),
         },
         exact=reference,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from spml_kernels import cam_mask, cam_pool
@@ -16,17 +16,25 @@ from spml_kernels.common.heuristics import LANES, WORD, cam_pool_chunks, cam_poo
 from spml_kernels.common.jit import cdiv
 from torch import Tensor
 
-from benchmarks.kernel_base import NAMES, Call, KernelWork, Specs, compiled, size
+from benchmarks.kernel_base import NAMES, Call, KernelWork, Specs, size
+from benchmarks.kernel_rivals import cam_plain, cam_rivals, loss_rivals
 
 # What the level-2 cache is expected to hold, though it counts as bytes moved.
 IN_CACHE = "gradient of the map, chunk by chunk, written and read by two products"
 
 
-def _cam_inputs(specs: Specs, sparse: bool, device: str) -> list[Tensor]:
+Signs = Literal["dense", "sparse", "zipf"]
+
+
+def _cam_inputs(specs: Specs, signs: Signs, device: str) -> list[Tensor]:
     """Features (positive where they matter), weights and bias.
 
-    Sparse: all but a few classes of an image are negative everywhere, and those are positive in half of their cells,
-    so that one cell in a hundred is positive. Dense: about half of them, in no order.
+    dense: about half of the cells are positive, in no order.
+    sparse: all but a few classes of an image are negative everywhere, and those are positive in half of their cells, so
+        that one cell in a hundred is positive. The positive classes of an image are every fiftieth, so that every tile
+        of classes has some: the worst case.
+    zipf: as many positive cells, but neighbouring classes are positive together and the first are in many images, the
+        last in none: a vocabulary in the order of its frequencies, of which group g is in a share of 1 / (g + 1).
     """
     (shape, dtype), ((classes, channels), _), (_, bias_dtype) = specs
     batch, side = shape[0], shape[1]
@@ -34,25 +42,22 @@ def _cam_inputs(specs: Specs, sparse: bool, device: str) -> list[Tensor]:
     features = torch.randn(shape, **draw)
     weight = torch.randn(classes, channels, **draw) / channels**0.5
     bias = torch.zeros(classes, device=device)
-    if sparse:
-        # One channel per group of classes switches them on in a fiftieth of the images.
+    if signs != "dense":
+        # One channel per group of classes switches them on in a fiftieth of the images, or as many as Zipf's law gives.
         bias -= 8.0
         groups = min(50, channels, classes)
+        # All shares together are those of `sparse`.
+        most = groups / 50 / sum(1 / (group + 1) for group in range(groups))
         for group in range(groups):
-            weight[group::groups, group] = 4.0
+            if signs == "sparse":
+                members, chosen = slice(group, None, groups), torch.arange(group % batch, batch, 50, device=device)
+            else:
+                members = slice(group * classes // groups, (group + 1) * classes // groups)
+                chosen = torch.randperm(batch, **draw)[: int(batch * most / (group + 1))]
+            weight[members, group] = 4.0
             features[..., group] = 0.0
-            chosen = torch.arange(group % batch, batch, 50, device=device)
             features[chosen, : max(side // 2, 1), :, group] = 4.0
     return [features.to(dtype), weight.to(dtype), bias.to(bias_dtype)]
-
-
-def _cam_plain(features: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Both means as one would write them: the product in the features' type, sums over cells in fp32."""
-    cells = features.flatten(1, 2)
-    pooled = cells.mean(1, dtype=torch.float32)
-    cam = torch.nn.functional.linear(cells, weight, bias.to(cells.dtype))
-    mean = torch.nn.functional.linear(pooled, weight.float(), bias.float())
-    return mean, cam.relu().mean(1, dtype=torch.float32)
 
 
 def _both(means: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
@@ -60,7 +65,7 @@ def _both(means: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def cam_work(
-    batch: int, side: int, channels: int, classes: int, dtype: torch.dtype, sparse: bool = False
+    batch: int, side: int, channels: int, classes: int, dtype: torch.dtype, signs: Signs = "dense"
 ) -> KernelWork:
     """cam_pool at one shape."""
     specs: Specs = [
@@ -71,11 +76,11 @@ def cam_work(
     rows, cells, half = batch * side * side, side * side, dtype != torch.float32
     flops = 2.0 * rows * classes * channels
     outputs = 2 * batch * classes * 4
-    signs = 4 * cdiv(rows, WORD) * cdiv(classes, LANES) * LANES
+    bits = 4 * cdiv(rows, WORD) * cdiv(classes, LANES) * LANES
     providers: dict[str, Call] = {"fused": lambda *t: _both(cam_pool(*t)), "chunked": cam_pool_chunked}
-    if not sparse:
+    if signs == "dense":
         # The others do not care about signs.
-        providers |= {"eager": _cam_plain, "compile": compiled(_cam_plain), "matmul": _cam_plain}
+        providers |= {**cam_rivals(), "matmul": cam_plain}
     launch = cam_pool_launch(batch, cells, classes, channels, half)
     touched = [(p * cells + cells - 1) // launch.tiles.rows - p * cells // launch.tiles.rows for p in range(batch)]
     slots = 8 * classes * sum(n + 1 for n in touched if n)
@@ -98,14 +103,14 @@ def cam_work(
         beyond["gradients scaled back"] = 8.0 * rows * channels + 8.0 * classes * channels
     return KernelWork(
         op="cam_pool",
-        shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} C {classes} {'sparse' if sparse else 'dense'}",
+        shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} C {classes} {signs}",
         specs=specs,
-        draw=lambda device: _cam_inputs(specs, sparse, device),
+        draw=lambda device: _cam_inputs(specs, signs, device),
         leaves=3,
         providers=providers,
         exact=lambda features, weight, bias: _both(cam_pool_reference(features, weight, bias, True)),
         # A step reads features and weights forward and backward, and the upstream gradients; it writes the gradients.
-        floor={"fwd": size(specs) + outputs, "step": 3 * size(specs) + 2 * outputs + 2 * signs},
+        floor={"fwd": size(specs) + outputs, "step": 3 * size(specs) + 2 * outputs + 2 * bits},
         residuals={
             "fwd": slotted,
             "step": beyond,
@@ -120,13 +125,13 @@ def cam_work(
 
 
 def cam_works(small: bool) -> Iterator[KernelWork]:
-    """Dense and sparse signs; the large vocabulary first, since it has the goals."""
+    """Dense, sparse and Zipf's signs; the large vocabulary first, since it has the goals."""
     shapes = [(128, 14, 2048, 5000), (128, 14, 2048, 80)]
     if not small:
         shapes += [(16, 14, 2048, 20), (64, 16, 768, 81), (128, 7, 1280, 312), (512, 7, 2048, 80)]
         shapes += [(32, 32, 512, 5000), (64, 14, 2048, 9605), (1, 14, 2048, 5000), (128, 8, 96, 10)]
-    for shape, sparse in itertools.product(shapes, (False, True)):
-        yield cam_work(*shape, torch.bfloat16, sparse)
+    for shape, signs in itertools.product(shapes, get_args(Signs)):
+        yield cam_work(*shape, torch.bfloat16, signs)
     if not small:
         yield cam_work(*shapes[1], torch.float32)
         for shape in shapes[:2]:
@@ -134,15 +139,29 @@ def cam_works(small: bool) -> Iterator[KernelWork]:
 
 
 def cam_mask_work(
-    batch: int, side: int, channels: int, classes: int, pixels: int, chosen: int, dtype: torch.dtype
+    batch: int,
+    side: int,
+    channels: int,
+    classes: int,
+    pixels: int,
+    chosen: int,
+    dtype: torch.dtype,
+    image_dtype: torch.dtype = torch.float32,
 ) -> KernelWork:
-    """Images of `pixels` x `pixels`, masked by the maps of `chosen` classes each."""
+    """Images of `pixels` x `pixels`, masked by the maps of `chosen` classes each.
+
+    Args:
+        batch, side, channels, classes: of features and weights.
+        pixels: a side of the images.
+        chosen: classes of an image.
+        dtype, image_dtype: of features and weights, of images.
+    """
     specs: Specs = [
         ((batch, side, side, channels), dtype),
         ((classes, channels), dtype),
         ((classes,), torch.float32),
         ((batch, chosen), torch.int64),
-        ((batch, 3, pixels, pixels), torch.float32),
+        ((batch, 3, pixels, pixels), image_dtype),
     ]
 
     def draw(device: str) -> list[Tensor]:
@@ -156,7 +175,7 @@ def cam_mask_work(
         weight = (direction + 0.1 * torch.randn(classes, channels, **draw)) / channels
         ids = (torch.randint(0, classes, (batch, 1), **draw) + torch.arange(chosen, device=device)) % classes
         images = torch.randn(batch, 3, pixels, pixels, **draw).to(memory_format=torch.channels_last)
-        return [features.to(dtype), weight.to(dtype), torch.zeros(classes, device=device), ids, images]
+        return [features.to(dtype), weight.to(dtype), torch.zeros(classes, device=device), ids, images.to(image_dtype)]
 
     def reference(features: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, images: Tensor) -> tuple[Tensor, ...]:
         return (cam_mask_reference(features, weight, bias, ids, images, 0.5, "per_image", 16),)
@@ -164,20 +183,17 @@ def cam_mask_work(
     def fused(features: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, images: Tensor) -> tuple[Tensor, ...]:
         return (cam_mask(features, weight, bias, ids, images, threshold=0.5),)
 
+    image = "" if image_dtype == torch.float32 else f" image {NAMES[image_dtype]}"
     maps = 4.0 * batch * chosen * side * side
     rows = min(classes, batch * chosen)
     head = size(specs[:1]) + rows * (channels * dtype.itemsize + 4) + 8 * batch * chosen
     return KernelWork(
         op="cam_mask",
-        shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} S {pixels} N {chosen}",
+        shape=f"{NAMES[dtype]} B {batch} HW {side}x{side} K {channels} S {pixels} N {chosen}{image}",
         specs=specs,
         draw=draw,
         leaves=0,
-        providers={
-            "eager": reference,
-            "compile": compiled(reference),
-            "fused": fused,
-        },
+        providers={**loss_rivals(reference), "fused": fused},
         exact=reference,
         # Every image read and written; kernels may do with less where nothing is kept.
         floor={"fwd": head + 2 * size(specs[4:])},
@@ -190,6 +206,7 @@ def cam_mask_work(
 def cam_mask_works(small: bool) -> Iterator[KernelWork]:
     """One observed positive, and six."""
     yield cam_mask_work(128, 14, 2048, 80, 448, 1, torch.bfloat16)
+    yield cam_mask_work(128, 14, 2048, 80, 448, 1, torch.bfloat16, torch.bfloat16)
     if not small:
         yield cam_mask_work(128, 14, 2048, 80, 448, 6, torch.bfloat16)
         yield cam_mask_work(16, 14, 2048, 20, 448, 1, torch.bfloat16)

@@ -1,82 +1,139 @@
-"""Other block sizes of cam_pool, timed on a GPU."""
+"""Ops with other launches than the shipped ones, to be timed on a GPU: ways, block sizes, chunks.
+
+Every try is a `KernelWork` whose fused op is launched differently; it passes the same gate and is timed in the same
+way. The ways are those that `heuristics` knows.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
-import os
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 from unittest import mock
 
 import torch
-from spml_kernels.cam_pool import forward
-from spml_kernels.cam_pool.tiles import launch_of
 from spml_kernels.common import heuristics
-from spml_kernels.common.heuristics import CamPoolLaunch, CamPoolTiles
 
-from benchmarks.kernel_base import make_call
-from benchmarks.kernel_gpu import Card
-from benchmarks.kernel_maps import cam_work
-from benchmarks.kernel_report import Row, file_name, machine, merge_csv
+from benchmarks.kernel_base import KernelWork
+from benchmarks.kernel_losses import large_loss_work
+from benchmarks.kernel_maps import cam_mask_work, cam_work
+from benchmarks.kernel_report import Row, by_place
+from benchmarks.kernel_ways import adapted, chosen, ways_of
+
+SHIPPED = "shipped"
+# The forward alone, as in inference, and with what a training adds to it.
+FORWARD, BACKWARD = ("fwd", "step"), ("bwd", "step")
+CHUNK_MEGABYTES = (4, 8, 16, 24, 32, 48, 96)
+SCRATCH_MEGABYTES = (8, 16, 24, 48)
+# Rows and columns of a tile of cam_mask's image, and warps.
+MASK_TILES = ((16, 64, 4), (16, 128, 4), (16, 256, 4), (32, 64, 4), (32, 128, 4), (32, 128, 8), (64, 64, 4))
+
+Context = Callable[[], AbstractContextManager[Any]]
 
 
-@contextlib.contextmanager
-def launched(launch: CamPoolLaunch) -> Iterator[None]:
-    """cam_pool with these block sizes, whatever the shape."""
-    with mock.patch.object(forward, "launch_of", lambda *_: launch):
-        yield
+def _try(work: KernelWork, variant: str, modes: tuple[str, ...], *contexts: Context) -> KernelWork:
+    """The fused op of a work under some contexts."""
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            yield
+
+    modes = tuple(mode for mode in modes if mode in work.modes)
+    fused = {"fused": work.providers["fused"]}
+    return dataclasses.replace(work, providers=fused, variant=variant, around=around, only=modes)
 
 
-def sweep(card: Card, results: Path, seconds: float, small: bool, known: str | None) -> int:
-    """Other ways, block sizes and chunks of cam_pool at two shapes, dense signs; the best are printed last.
+def _tiles() -> Iterator[tuple[int, int, int, int]]:
+    """Cells, classes, warps and stages of a tile; what cannot be held in registers is left out."""
+    for rows, wide, warps, stages in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4)):
+        if rows * wide < 128 * 256 or (rows * wide == 128 * 256 and warps == 8):
+            yield rows, wide, warps, stages
 
-    Nothing is compared with fp64 here: sizes that are taken over into `heuristics.py` meet the gate and the tests.
-    """
-    os.environ["SPML_KERNELS"] = "auto"
-    stop, facts = time.monotonic() + seconds, machine(torch.cuda.get_device_name(), known)
-    table = results / f"{file_name(facts['gpu'])}_sweep.csv"
-    rows: list[Row] = []
+
+def _with_tile(rows: int, wide: int, warps: int, stages: int) -> Context:
+    def change(launch: Any) -> Any:
+        tiles = launch.tiles._replace(rows=rows, classes=wide, warps=warps, stages=stages)
+        return launch._replace(tiles=tiles, slices=max(rows // 64, 1))
+
+    return lambda: adapted("cam_pool_launch", change)
+
+
+def _with_mask_tile(rows: int, columns: int, warps: int) -> Context:
+    return lambda: adapted("mask_launch", lambda launch: launch._replace(rows=rows, columns=columns, warps=warps))
+
+
+def _with_scratch(megabytes: int) -> Context:
+    """Scratch of the forward by PyTorch's products, which keeps it small on its own account."""
+    return lambda: adapted("scratch_bytes", lambda _: megabytes << 20)
+
+
+def _with_number(name: str, value: int) -> Context:
+    """A number of the heuristics."""
+    return lambda: mock.patch.object(heuristics, name, value)
+
+
+def cam_pool_sweep(small: bool) -> Iterator[KernelWork]:
+    """Every way of the forward with its own tiles and with others; chunks of the backward. Dense signs."""
     for classes in (5000,) if small else (5000, 80):
         work = cam_work(128, 14, 2048, classes, torch.bfloat16)
-        inputs = work.inputs(card.device)
-        shipped = launch_of(inputs[0], classes)
-        size = heuristics.CHUNK_BYTES
-        tries = [("shipped", "fwd", shipped, size)]
-        tries += [(f"chunks of {n} MB", "bwd", shipped, n << 20) for n in (4, 8, 16, 24, 32, 48, 96)]
-        vendor = heuristics.cam_pool_launch(128, 196, classes, 2048, True, way="vendor")
-        tries += [(f"vendor, scratch of {n} MB", "fwd", vendor, n << 20) for n in (8, 16, 24, 48)]
-        for rows_, wide, warps, stages in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4)):
-            if rows_ * wide > 128 * 256 or (rows_ * wide == 128 * 256 and warps == 4):
+        yield _try(work, SHIPPED, ("fwd", "bwd", "step"))
+        for way in ways_of("cam_pool"):
+            take = functools.partial(chosen, "cam_pool", way)
+            yield _try(work, f"way {way}", FORWARD, take)
+            if way == "vendor":
+                for size in SCRATCH_MEGABYTES:
+                    yield _try(work, f"way {way}, scratch of {size} MB", FORWARD, take, _with_scratch(size))
                 continue
-            tiles = CamPoolTiles(rows_, wide, shipped.tiles.channels, warps, stages)
-            tries.append((f"tile {tuple(tiles)}", "fwd", CamPoolLaunch("tile", tiles, rows_ // 64), size))
-        for name, mode, launch, bytes_ in tries:
-            row: Row = {"op": "cam_pool", "shape": work.shape, "provider": name, "mode": mode, **facts}
-            if time.monotonic() > stop:
-                row["status"] = "no time left"
-            else:
-                # The vendor's forward has its scratch from this function, which keeps it small on its own account.
-                scratch = (lambda *_, n=bytes_: n) if launch.way == "vendor" else heuristics.scratch_bytes
-                sizes = mock.patch.object(heuristics, "CHUNK_BYTES", bytes_)
-                with launched(launch), sizes, mock.patch.object(forward, "scratch_bytes", scratch):
-                    try:
-                        row |= {**card.times(make_call(work, "fused", mode, inputs)), "status": "ok"}
-                    except Exception as error:
-                        row["status"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-                        # Too much shared memory is a refusal; a broken card raises here, and ends the sweep.
-                        card.synchronize()
-            rows.append(row)
-            merge_csv(table, [row])
-            print(f"C {classes} {mode} {row.get('p50', float('nan')):8.4f} ms  {name}  {row['status']}", flush=True)
-    for key in dict.fromkeys((r["shape"], r["mode"]) for r in rows):
-        timed = sorted(
-            (r for r in rows if (r["shape"], r["mode"]) == key and r["status"] == "ok"), key=lambda r: r["p50"]
-        )
-        print(
-            f"best of {len(timed)} at {key[0]} {key[1]}: "
-            + ", ".join(f"{r['provider']} {r['p50']:.4f} ms" for r in timed[:3])
-        )
-    print(f"written to {table}")
-    return int(any(r["status"] == "no time left" for r in rows))
+            for tile in _tiles():
+                yield _try(work, f"way {way}, tile {tile}", FORWARD, take, _with_tile(*tile))
+        for size in CHUNK_MEGABYTES:
+            yield _try(work, f"chunks of {size} MB", BACKWARD, _with_number("CHUNK_BYTES", size << 20))
+
+
+def large_loss_sweep(small: bool) -> Iterator[KernelWork]:
+    """Every way of the selection where programs share the work; one program against several where one can do it."""
+    ways = ways_of("large_loss")
+    for rows, classes in ((512, 9605),) if small else ((512, 9605), (128, 5000)):
+        if len(ways) < 2:
+            break
+        work = large_loss_work(rows, classes, rows * classes // 100, listed=False)
+        yield _try(work, SHIPPED, FORWARD)
+        for way in ways:
+            yield _try(work, f"way {way}", FORWARD, functools.partial(chosen, "large_loss", way))
+    for rows, classes in ((128, 80),) if small else ((16, 80), (64, 80), (128, 80), (128, 128)):
+        work = large_loss_work(rows, classes, rows * classes // 100, listed=False)
+        yield _try(work, SHIPPED, FORWARD)
+        yield _try(work, "several programs", FORWARD, _with_number("SINGLE_LAUNCH_ENTRIES", 0))
+
+
+def cam_mask_sweep(small: bool) -> Iterator[KernelWork]:
+    """Tiles of the image in bf16, as training has it."""
+    work = cam_mask_work(128, 14, 2048, 80, 448, 1, torch.bfloat16, torch.bfloat16)
+    yield _try(work, SHIPPED, FORWARD)
+    for rows, columns, warps in MASK_TILES[: 4 if small else None]:
+        yield _try(work, f"tile {(rows, columns, warps)}", FORWARD, _with_mask_tile(rows, columns, warps))
+
+
+SWEEPS: dict[str, Callable[[bool], Iterator[KernelWork]]] = {
+    "sweep_cam_pool": cam_pool_sweep,
+    "sweep_large_loss": large_loss_sweep,
+    "sweep_cam_mask": cam_mask_sweep,
+}
+
+
+def best_tries(rows: list[Row]) -> list[str]:
+    """A sentence for every op, shape and mode: the three fastest tries that passed the gate, and the shipped launch."""
+    sentences = []
+    for (op, shape, mode), tries in by_place(rows).items():
+        fastest = sorted(tries.values(), key=lambda row: float(row["p50"]))
+        times = [f"{row['provider']} {float(row['p50']):.4f} ms" for row in fastest[:3]]
+        shipped = f"; shipped {float(tries[SHIPPED]['p50']):.4f} ms" if SHIPPED in tries else ""
+        sentences.append(f"{op} {shape} {mode}, best of {len(tries)}: {', '.join(times)}{shipped}")
+    return sentences

@@ -18,6 +18,7 @@ from benchmarks.kernel_losses import (
     large_loss_works,
 )
 from benchmarks.kernel_maps import cam_mask_works, cam_works
+from benchmarks.kernel_sweep import SWEEPS
 
 OPS: dict[str, Callable[[bool], Iterator[KernelWork]]] = {
     "cam_pool": cam_works,
@@ -30,6 +31,13 @@ OPS: dict[str, Callable[[bool], Iterator[KernelWork]]] = {
 }
 
 
-def works(ops: list[str], small: bool = False) -> list[KernelWork]:
-    """All works of these ops; `small` is a few shapes of each."""
-    return [work for op in ops for work in OPS[op](small)]
+def works(ops: list[str], small: bool = False, shapes: list[str] | None = None) -> list[KernelWork]:
+    """All works of these ops.
+
+    Args:
+        ops: names in `OPS`, or in `SWEEPS` for an op with other launches than the shipped ones.
+        small: a few shapes of each.
+        shapes: only those whose shape contains one of these texts.
+    """
+    found = [work for op in ops for work in {**OPS, **SWEEPS}[op](small)]
+    return found if shapes is None else [work for work in found if any(text in work.shape for text in shapes)]

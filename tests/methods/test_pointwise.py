@@ -70,13 +70,13 @@ def test_a_method_in_one_file_brings_its_examples(methods):
     assert examples_of("heir", "other_heir") == [("other_heir", (5.0,))]
     # Without a kernel there is nothing to compile and nothing to compare with PyTorch.
     assert not any("power" in case.shape for case in method_cases(90))
-    assert not any("power" in work.shape for work in label_loss_works(small=True))
+    assert not any("power" in work.shape for work in label_loss_works(small=False))
 
 
 def test_every_method_with_a_kernel_has_cases_and_rows():
     kernels = {e.point.name for e in point_examples() if e.point.kernel is not None}
     assert len(kernels) >= 12 and {case.shape.split()[0] for case in method_cases(90)} == kernels
-    assert {work.shape.split()[0] for work in label_loss_works(small=True)} == kernels
+    assert {work.shape.split()[0] for work in label_loss_works(small=False)} == kernels
 
 
 def test_names_of_examples_differ():
