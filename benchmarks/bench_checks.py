@@ -36,8 +36,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_input import images, machine
+from benchmarks.bench_input import images
 from benchmarks.bench_step import EPOCH, EPOCHS, Setup, Variant
+from benchmarks.machine import machine
 from spml_fast.core import distributed
 from spml_fast.core.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError, run_command
@@ -80,11 +81,11 @@ class Checked:
 
     def __init__(self, variant: Variant, checkpoints: RunCheckpoints) -> None:
         self.variant, self.setup = variant, variant.setup
-        assert variant.engine is not None
+        assert variant.engine is not None and variant.setup.split is not None
         self.engine = variant.engine
         setup = self.setup
         loader = TrainLoader(
-            setup.split,
+            variant.setup.split,
             setup.data,
             views=variant.method.views,
             batch_size=setup.train.batch_size,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.machine import machine
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError, run_command
 from spml_fast.core.outputs import add_json_option, json_output
@@ -41,27 +41,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MODES: dict[str, tuple[str, ...]] = {"eval": ("eval",), "weak": ("weak",), "weak+strong": ("weak", "strong")}
 # Largest mean distance in grey levels from Pillow's and torchvision's views.
 ALLOWED = {"eval": 1.0, "weak": 1.0, "strong": 1.5}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions that the results are of."""
-    import nvidia.dali
-    import PIL
-    import torchvision
-
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "dali": nvidia.dali.__version__,
-        "pillow": PIL.__version__,
-    }
 
 
 def images(folder: Path | None, count: int, scratch: Path) -> Split:

@@ -1,6 +1,7 @@
 """Whole training steps: images per second, where the time goes, and the same training written the usual way.
 
-    python benchmarks/bench_step.py [--methods an ll_r ignore] [--backbone resnet50] [--image-size 224] [--json OUT]
+    python benchmarks/bench_step.py [--methods an ll_r ignore] [--backbone resnet50] [--image-size 224]
+                                    [--input {files,memory}] [--loop {deepspeed,torch}] [--json OUT] [--results DIR]
 
 Ways to train, each with the same images, labels, weights, optimizer and threads:
     spml_fast   what launch/train.py does: DALI, DeepSpeed, channels_last, bf16 where it gains, kernels on a GPU
@@ -8,6 +9,10 @@ Ways to train, each with the same images, labels, weights, optimizer and threads
     plain       as the papers' released code trains: Pillow in a torch DataLoader with worker processes, contiguous
                 fp32, PyTorch's loop, the map of every class in memory, the loss read back after every step
 Before anything is timed, the losses of all of them must agree on the same images.
+
+`--input memory` draws images on the device once instead of loading them (needs no DALI), `--loop torch` makes the
+updates of the first two with PyTorch's own loop in the same precision (needs no DeepSpeed): what is left is the
+network, the method and the kernels. `--results` adds rows to a table of that folder, method after method.
 """
 
 from __future__ import annotations
@@ -32,15 +37,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_input import images, machine
+from benchmarks.kernel_report import Row, file_name, merge_csv
+from benchmarks.kernel_report import machine as table_facts
+from benchmarks.machine import installed, machine
 from spml_fast.core import env
 from spml_fast.core.batch import Batch
 from spml_fast.core.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError, run_command
 from spml_fast.core.outputs import add_json_option, json_output
-from spml_fast.core.precision import autocast_dtype, set_cudnn_policy
+from spml_fast.core.precision import autocast, autocast_dtype, set_cudnn_policy
 from spml_fast.data.labels import LabelStore, SparseLabels
-from spml_fast.data.loader import TrainLoader
 from spml_fast.data.manifest import Split
 from spml_fast.methods import Method, Progress, get_method, method_names
 from spml_fast.models.classifier import Classifier
@@ -76,12 +82,16 @@ class Variant:
         train = dataclasses.replace(setup.train, precision="fp32") if self.plain else setup.train
         self.dtype = autocast_dtype(train.precision, setup.device)
         module = TrainingModule(self.classifier, self.method)
+        own_loop = self.plain or setup.loop == "torch"
+        if own_loop:
+            layout = torch.contiguous_format if self.plain else torch.channels_last
+            module.to(setup.device).to(memory_format=layout)
         groups = parameter_groups(self.classifier, self.method, train, head_only=False)
         optimizer = make_optimizer(groups, train, fused=not self.plain and setup.device.type == "cuda")
         scheduler = make_schedule(optimizer, train, 10**6)
         self.engine: Engine | None = None
-        if self.plain:
-            self.module, self.optimizer = module.to(setup.device), optimizer
+        if own_loop:
+            self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         else:
             config = deepspeed_config(train, setup.engine, 1, setup.device, setup.scratch)
             self.engine = Engine(module, optimizer, scheduler, config)
@@ -90,6 +100,11 @@ class Variant:
     def batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Views and sample indices, without end."""
         views, setup = self.method.views, self.setup
+        if setup.split is None:
+            for drawn, index in itertools.cycle(setup.drawn()):
+                layout = torch.contiguous_format if self.plain else torch.channels_last
+                yield {v: drawn[v].contiguous(memory_format=layout) for v in views}, index
+            return
         if self.plain:
             loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
                 ReferenceViews(setup.split, setup.data, views, mean=MEAN, std=STD),
@@ -103,6 +118,8 @@ class Variant:
             for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
                 given = {v: batch[v].to(setup.device, non_blocking=True) for v in views}
                 yield given, batch["index"].to(setup.device)
+        from spml_fast.data.loader import TrainLoader
+
         ours = TrainLoader(
             setup.split,
             setup.data,
@@ -123,7 +140,11 @@ class Variant:
         batch = Batch(views, self.store.rows(index), index, len(index))
         progress = Progress(EPOCH, EPOCHS, (EPOCH - 1) * 100, 100, "finetune", self.setup.train.lr)
         with contextlib.nullcontext() if self.name == "spml_fast" else env.reference_kernels():
-            loss: Tensor = (self.engine or self.module)(batch, progress)[0]
+            if self.engine is not None:
+                loss: Tensor = self.engine(batch, progress)[0]
+                return loss
+            with autocast(self.setup.device, self.dtype):
+                loss = self.module(batch, progress)[0]
         return loss
 
     def step(self, views: dict[str, Tensor], index: Tensor, lap: Callable[[str], None]) -> None:
@@ -136,7 +157,10 @@ class Variant:
             lap("backward")
             self.optimizer.step()
             self.optimizer.zero_grad()
-            loss.item()
+            if self.plain:
+                loss.item()
+            else:
+                self.scheduler.step()
         else:
             self.engine.backward(loss)
             lap("backward")
@@ -154,11 +178,13 @@ class Setup:
     """What all variants have in common.
 
     Attributes:
-        classifier: weights that all of them start from.
+        split: images as files; None where they are drawn on the device.
         labels: one observed positive per image.
+        classifier: weights that all of them start from.
+        loop: what makes the updates of all but `plain`: `deepspeed` or `torch`.
     """
 
-    split: Split
+    split: Split | None
     labels: SparseLabels
     data: DataConfig
     train: TrainConfig
@@ -166,6 +192,20 @@ class Setup:
     classifier: Classifier
     device: torch.device
     scratch: Path
+    loop: str = "deepspeed"
+
+    def drawn(self) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """A few batches of normalised noise on the device, and the indices of their labels."""
+        size, batch = self.data.image_size, self.train.batch_size
+        generator = torch.Generator(device=self.device).manual_seed(0)
+        batches = []
+        for first in range(0, min(len(self.labels), 4 * batch) - batch + 1, batch):
+            views = {
+                name: torch.randn(batch, 3, size, size, generator=generator, device=self.device)
+                for name in ("weak", "strong")
+            }
+            batches.append((views, torch.arange(first, first + batch, device=self.device)))
+        return batches
 
 
 def check(variants: list[Variant]) -> float:
@@ -272,6 +312,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=method_names(), default=["an", "ll_r", "ignore"])
     parser.add_argument("--backbone", default="resnet50", help="a timm model, from random weights")
     parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--input", choices=["files", "memory"], default="files", help="load images, or draw them once")
+    parser.add_argument("--loop", choices=["deepspeed", "torch"], default="deepspeed", help="what makes the updates")
     parser.add_argument("--images", type=Path, help="folder of JPEG images (default: generated, 640 x 480)")
     parser.add_argument("--count", type=int, default=96, help="how many images")
     parser.add_argument("--image-size", type=int, default=224)
@@ -281,15 +323,48 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="loading threads or workers (default: all cores)")
     parser.add_argument("--steps", type=int, default=8, help="timed steps a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, metavar="DIR", help="folder of a table to add rows to")
+    parser.add_argument("--commit", help="commit to record where git is not at hand")
     add_json_option(parser)
     return parser.parse_args()
+
+
+def require(args: argparse.Namespace) -> None:
+    """Raise `UserError` where a library that the options ask for is not installed."""
+    if args.input == "files" and not installed("nvidia.dali"):
+        raise UserError("NVIDIA DALI, which loads the images, is not installed; give --input memory to time without")
+    if args.loop == "deepspeed" and not installed("deepspeed"):
+        raise UserError("DeepSpeed, which makes the updates, is not installed; give --loop torch to time without it")
+    if args.input == "memory" and args.images is not None:
+        raise UserError("--images has no use with --input memory, which draws them; leave one of the two out")
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """The device; with DeepSpeed, in a process group."""
+    if args.loop == "deepspeed":
+        return init_distributed()
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def table_rows(args: argparse.Namespace, device: torch.device, method: str, figures: dict[str, Any]) -> list[Row]:
+    """Rows of a method's variants for a table of benchmarks."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    shape = f"{method} {args.backbone} {args.image_size} px B {args.batch_size} C {args.classes}"
+    rows = []
+    for name, found in figures.items():
+        row: Row = {"op": "step", "shape": shape, "provider": name, "mode": f"{args.input} {args.loop}", "status": "ok"}
+        row |= {"images_per_second": found["images_per_second"], "ratio": found["ratio"]}
+        row |= {"memory_gib": found["memory_gib"], **{f"{part}_s": found["seconds"][part] for part in PARTS}}
+        rows.append(row | table_facts(gpu, args.commit))
+    return rows
 
 
 def main() -> int:
     """Check, time and print."""
     args = parse()
+    require(args)
     out_file = json_output(args, "bench_step")
-    device = init_distributed()
+    device = start(args)
     # For all variants: it is PyTorch's own, and one line in anybody's code.
     set_cudnn_policy(device, deterministic=False)
     torch.manual_seed(0)
@@ -303,10 +378,15 @@ def main() -> int:
         f"{args.batch_size}; images/s, and the parts of a step in ms"
     )
     with tempfile.TemporaryDirectory() as scratch:
-        split = images(args.images, args.count, Path(scratch))
-        if len(split) < args.batch_size:
-            raise UserError(f"{len(split)} images are too few for batches of {args.batch_size}; give more")
-        observed = np.random.default_rng(0).integers(args.classes, size=len(split))
+        split = None
+        if args.input == "files":
+            from benchmarks.bench_input import images
+
+            split = images(args.images, args.count, Path(scratch))
+        count = args.count if split is None else len(split)
+        if count < args.batch_size:
+            raise UserError(f"{count} images are too few for batches of {args.batch_size}; give more")
+        observed = np.random.default_rng(0).integers(args.classes, size=count)
         setup = Setup(
             split,
             SparseLabels.from_positives([[int(c)] for c in observed], args.classes, -1),
@@ -316,6 +396,7 @@ def main() -> int:
             Classifier(model, args.classes, args.image_size),
             device,
             Path(scratch),
+            args.loop,
         )
         names = ["spml_fast", "reference", "plain"] if device.type == "cuda" else ["spml_fast", "plain"]
         for method in args.methods:
@@ -324,7 +405,11 @@ def main() -> int:
             print(f"\n{method}: losses agree to {difference:.1e}")
             figures_of: dict[str, Any] = {"losses_apart": difference}
             result["methods"][method] = figures_of
-            for name, figures in time_all(variants, args.steps, args.rounds).items():
+            timed = time_all(variants, args.steps, args.rounds)
+            if args.results is not None:
+                rows = table_rows(args, device, method, timed)
+                merge_csv(args.results / f"{file_name(rows[0]['gpu'])}_steps.csv", rows)
+            for name, figures in timed.items():
                 figures_of[name] = figures
                 parts = "".join(f"{part} {1000 * figures['seconds'][part]:.0f}, " for part in PARTS)
                 memory = "" if figures["memory_gib"] is None else f"{figures['memory_gib']:.1f} GiB, "
@@ -332,7 +417,8 @@ def main() -> int:
                 print(f"{name:11s}{rate}", flush=True)
             for variant in variants:
                 variant.close()
-    shutdown_distributed()
+    if args.loop == "deepspeed":
+        shutdown_distributed()
     if out_file is not None:
         out_file.write_json(result)
     return 0

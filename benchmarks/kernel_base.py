@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -178,6 +179,13 @@ class Compiled:
 def compiled(function: Call, mode: str = "default") -> Compiled:
     """torch.compile of a function, in one of its modes."""
     return Compiled(function, mode)
+
+
+def forget_compiled() -> None:
+    """Let torch.compile forget what it has compiled in this process; its files stay."""
+    # Where nobody has compiled yet, its loading takes seconds.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def size(specs: Specs) -> int:

@@ -6,7 +6,6 @@ every event; when it dies, the parent records the work it died at and starts ano
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import itertools
 import json
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_base import KernelWork, make_call
+from benchmarks.kernel_base import KernelWork, forget_compiled, make_call
 from benchmarks.kernel_card import Card, tensor_bytes
 from benchmarks.kernel_gate import gate
 from benchmarks.kernel_report import KERNEL_KEY, KEY, Row, kernel_table, merge_csv
@@ -79,8 +78,7 @@ def bench_work(card: Card, work: KernelWork, ceilings: dict[str, float], late: C
 
 
 def _bench_work(card: Card, work: KernelWork, ceilings: dict[str, float], late: Callable[[], bool]) -> Iterator[Row]:
-    with contextlib.suppress(AttributeError):
-        torch._dynamo.reset()
+    forget_compiled()
     inputs = work.inputs(card.device)
     passed = True
     try:
@@ -158,6 +156,15 @@ def show(row: Row) -> None:
     print(text + f"{row['tflop_s']:>6.0f} TF/s{row['matmul']:>5.0%}{row['extra_mb']:>9.1f} MB", flush=True)
 
 
+def keep_buffers() -> None:
+    """Let compiled backwards keep what they read, since they are run again; for the whole process.
+
+    It is part of the key by which a compiled function is found again by another process.
+    """
+    config: Any = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False
+
+
 def work_through(
     card: Card,
     kernel_works: list[KernelWork],
@@ -168,9 +175,7 @@ def work_through(
     seconds: float,
 ) -> None:
     """The worker: gate and time `kernel_works[first:]`; a line of JSON per event, and the tables after every row."""
-    # A backward that is run again must keep what it reads.
-    config: Any = importlib.import_module("torch._functorch.config")
-    config.donated_buffer = False
+    keep_buffers()
     stop = time.monotonic() + seconds
     with events.open("a", encoding="utf-8") as file:
 

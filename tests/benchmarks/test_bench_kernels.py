@@ -13,57 +13,14 @@ from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
 
 from benchmarks import kernel_gpu
 from benchmarks.kernel_base import KernelWork, make_call
-from benchmarks.kernel_card import Card, KernelTime, tensor_bytes
+from benchmarks.kernel_card import Card
 from benchmarks.kernel_gate import gate
 from benchmarks.kernel_gpu import bench_work, run, work_through
 from benchmarks.kernel_losses import label_loss_work, large_loss_work
 from benchmarks.kernel_maps import cam_work
 from benchmarks.kernel_report import GOAL_SHAPE, judge, merge_csv, plot_times
 from spml_fast.methods.assume_negative import AssumeNegative
-
-
-class Cpu(Card):
-    """A card that is none: everything but the clock."""
-
-    device = "cpu"
-
-    def __init__(self) -> None:
-        self.broken = False
-
-    def synchronize(self) -> None:
-        if self.broken:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    def times(self, function):
-        function()
-        return {"p20": 1.0, "p50": 2.0, "p80": 3.0}
-
-    def graph_times(self, function):
-        raise RuntimeError("no graphs here")
-
-    def spin(self):
-        pass
-
-    def enqueue(self, function):
-        function()
-        return 7.0
-
-    def pair(self, one, other):
-        one(), other()
-        return {"pair_p50": 3.0, "pair_other_p50": 2.0, "pair_ratio": 1.5}
-
-    def kernels(self, function, calls=5):
-        function()
-        return [KernelTime("long", 1.0, 20.0), KernelTime("short", 2.0, 3.0)]
-
-    def peak(self, function):
-        return 1.0, 1.0 - tensor_bytes(function()) / 1e6
-
-    def free(self) -> None:
-        pass
-
-
-CEILINGS = {"copy": 1000.0, "bf16": 100.0, "fp16": 100.0, "fp32": 50.0}
+from tests.support.kernel_card import CEILINGS, Cpu
 
 
 @pytest.fixture(autouse=True)
