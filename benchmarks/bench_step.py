@@ -101,9 +101,9 @@ class Variant:
         """Views and sample indices, without end."""
         views, setup = self.method.views, self.setup
         if setup.split is None:
-            for drawn, index in itertools.cycle(setup.drawn()):
-                layout = torch.contiguous_format if self.plain else torch.channels_last
-                yield {v: drawn[v].contiguous(memory_format=layout) for v in views}, index
+            layout = torch.contiguous_format if self.plain else torch.channels_last
+            drawn = [({v: d[v].contiguous(memory_format=layout) for v in views}, i) for d, i in setup.drawn()]
+            yield from itertools.cycle(drawn)
             return
         if self.plain:
             loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(

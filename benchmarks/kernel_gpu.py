@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spml_kernels.common.jit import HAVE_TRITON, triton
 from torch import Tensor
 
 from benchmarks.kernel_base import KernelWork, forget_compiled, make_call
@@ -156,11 +158,17 @@ def show(row: Row) -> None:
     print(text + f"{row['tflop_s']:>6.0f} TF/s{row['matmul']:>5.0%}{row['extra_mb']:>9.1f} MB", flush=True)
 
 
-def keep_buffers() -> None:
-    """Let compiled backwards keep what they read, since they are run again; for the whole process.
+def prepare_process() -> None:
+    """What processes that compile and processes that time must have in common, or one would not find what another made.
 
-    It is part of the key by which a compiled function is found again by another process.
+    The environment chooses neither the reference nor a way of an op; Triton's files are in one place, although inductor
+    moves it once it is loaded; and compiled backwards keep what they read, since they are run again.
     """
+    os.environ["SPML_KERNELS"] = "auto"
+    for name in ("SPML_CAM_POOL", "SPML_LARGE_LOSS"):
+        os.environ.pop(name, None)
+    if HAVE_TRITON:
+        os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
     config: Any = importlib.import_module("torch._functorch.config")
     config.donated_buffer = False
 
@@ -175,7 +183,7 @@ def work_through(
     seconds: float,
 ) -> None:
     """The worker: gate and time `kernel_works[first:]`; a line of JSON per event, and the tables after every row."""
-    keep_buffers()
+    prepare_process()
     stop = time.monotonic() + seconds
     with events.open("a", encoding="utf-8") as file:
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.kernel_base import Compiled, KernelWork, forget_compiled, make_call  # noqa: E402
-from benchmarks.kernel_gpu import first_line, keep_buffers  # noqa: E402
+from benchmarks.kernel_gpu import first_line, prepare_process  # noqa: E402
 from benchmarks.kernel_report import RESULTS, Row, machine, merge_csv  # noqa: E402
 from benchmarks.session_plan import SELECTIONS  # noqa: E402
 
@@ -106,8 +106,7 @@ class Compilations:
 
 def work_off(device: str, orders: IO[str], answers: IO[str]) -> int:
     """A worker: a line of JSON for every order, until there are no more or the card is broken."""
-    os.environ["SPML_KERNELS"] = "auto"
-    keep_buffers()
+    prepare_process()
     compilations = Compilations(device)
     for order in orders:
         kind, name = json.loads(order)

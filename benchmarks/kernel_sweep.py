@@ -58,9 +58,12 @@ def _tiles() -> Iterator[tuple[int, int, int, int]]:
 
 
 def _with_tile(rows: int, wide: int, warps: int, stages: int) -> Context:
+    # A narrow tile is reduced whole; wider ones in parts, which fewer registers hold.
+    slices = 1 if rows * wide <= 128 * 64 else rows // 64
+
     def change(launch: Any) -> Any:
         tiles = launch.tiles._replace(rows=rows, classes=wide, warps=warps, stages=stages)
-        return launch._replace(tiles=tiles, slices=max(rows // 64, 1))
+        return launch._replace(tiles=tiles, slices=slices)
 
     return lambda: adapted("cam_pool_launch", change)
 

@@ -24,6 +24,7 @@ ASKED = {
     "elements": (1 << 10, 1 << 18, 1 << 23),
     "alone": (True, False),
     "half": (True, False),
+    "wide": (True, False),
     "batch": (1, 128),
     "cells": (49, 196),
     "rows": (49, 128 * 196),

@@ -52,7 +52,7 @@ SELECTIONS = {
     "sweep": Selection(tuple(SWEEPS), False),
     "losses": Selection(tuple(op for op in OPS if op != "cam_pool"), True),
     # What the losses' compiles leave of the calls that are repeated.
-    "repeat": Selection(("cam_pool", *SWEEPS), True, None, True),
+    "repeat": Selection(tuple(SWEEPS), False, None, True),
 }
 
 
@@ -210,7 +210,15 @@ STEPS = (
         _kernels("losses"),
         items=lambda: _rows("losses"),
     ),
-    Step("repeat", 2, 25, 12, "every op 200 times: all bits equal", _check("repeat"), items=lambda: _works_of_repeat()),
+    Step(
+        "repeat",
+        2,
+        30,
+        15,
+        "every op 200 times, on another stream and card: all bits equal",
+        _check("repeat", "devices"),
+        items=lambda: len(works(list(OPS), small=True)),
+    ),
     Step(
         "training steps",
         2,
@@ -240,10 +248,6 @@ STEPS = (
         items=lambda: 2,
     ),
 )
-
-
-def _works_of_repeat() -> int:
-    return len(works(list(OPS), small=True))
 
 
 def steps_of(part: int | None, has: Callable[[str], bool], known: Iterable[str] = ()) -> list[Step]:

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from tests.support.kernel_card import CEILINGS, Cpu
 @pytest.fixture(autouse=True)
 def plain_pytorch(monkeypatch):
     monkeypatch.setenv("SPML_KERNELS", "reference")
+    # Workers set it for themselves, which must not outlast a test.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
 
 def small_works() -> list[KernelWork]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import sys
 import threading
 import time
@@ -59,7 +60,7 @@ def test_a_worker_that_dies_or_breaks_is_followed_by_another(processes):
 
 def test_what_was_not_reached_is_said_and_nothing_runs_on():
     start = time.monotonic()
-    rows = pooled(["a", "hang", "b"], 1, 4)
+    rows = pooled(["a", "hang", "b"], 1, 2.5)
     assert rows == {"a": "ok", "hang": "FAILED no time left", "b": "FAILED no time left"}
     assert time.monotonic() - start < 30
 
@@ -77,7 +78,9 @@ class Few:
 def test_a_worker_calls_everything_of_an_item(monkeypatch):
     monkeypatch.setattr(kernel_precompile, "SELECTIONS", {"few": Few()})
     monkeypatch.setattr(gpu_ops, "PIECES", {"good": lambda: "fine", "bad": lambda: 1 // 0})
-    monkeypatch.setenv("SPML_KERNELS", "auto")
+    monkeypatch.setenv("SPML_KERNELS", "reference")
+    monkeypatch.setenv("SPML_CAM_POOL", "vendor")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
     config = __import__("torch._functorch.config", fromlist=["config"])
     monkeypatch.setattr(config, "donated_buffer", config.donated_buffer)
     found = items(["few", "checks"])
@@ -94,3 +97,6 @@ def test_a_worker_calls_everything_of_an_item(monkeypatch):
     assert by_name["bad"]["status"].startswith("FAILED ZeroDivisionError")
     assert {by_name[item.name]["status"] for item in found if item.kind == "few"} == {"ok"}
     assert not any(line["last"] for line in lines) and not config.donated_buffer
+    # The environment chooses neither reference nor way; where Triton's files are is the user's affair.
+    found = [os.environ.get(name) for name in ("SPML_KERNELS", "SPML_CAM_POOL", "TRITON_CACHE_DIR")]
+    assert found == ["auto", None, "somewhere"]

@@ -28,6 +28,7 @@ FACTS = {"gpu": "Some Card", "torch": "2.11.0", "triton": "3.6.0", "commit": "ab
 def folder(tmp_path, monkeypatch) -> Path:
     """Results as a session leaves them; nothing but the times is made up."""
     monkeypatch.setenv("SPML_KERNELS", "reference")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     works = [cam_work(2, 5, 8, 4, torch.float32), label_loss_work(5, 7, AssumeNegative.point, ())]
     for work in works:
         work.providers = {name: call for name, call in work.providers.items() if "compile" not in name}

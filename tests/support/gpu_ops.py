@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable
 from typing import get_args
 from unittest import mock
@@ -198,8 +199,9 @@ def small_calls(device: str) -> None:
     from spml_kernels.large_loss.op import _KEPT, Ties, large_loss_step
 
     torch.manual_seed(0)
-    shapes = (("tile", torch.float16, 3, 70), ("vendor", torch.bfloat16, 16, 70), ("tile", torch.float32, 3, 9))
-    for way, dtype, batch, classes in shapes:
+    shapes = ((torch.float16, 3, 70), (torch.bfloat16, 16, 70), (torch.float32, 3, 9))
+    for way, (dtype, batch, classes) in itertools.product(ways_of("cam_pool"), shapes):
+        # The way of a card, and that of tensors without one.
         with chosen("cam_pool", way), mock.patch.object(tiles, "DEFAULT", (90, way)):
             tensors = [torch.randn(batch, 5, 7, 40), torch.randn(classes, 40), torch.randn(classes)]
             leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
@@ -210,8 +212,9 @@ def small_calls(device: str) -> None:
     for rows, classes in ((3, 7), (28, 601)):
         logits = torch.randn(rows, classes, device=device, requires_grad=True)
         codes = torch.randint(-1, 2, (rows, classes), dtype=torch.int8, device=device)
-        for ties in get_args(Ties):
-            step = large_loss_step(logits, codes, torch.tensor(11, device=device), 13, "correct", ties)
+        for ties, way in itertools.product(get_args(Ties), ways_of("large_loss") or [""]):
+            with chosen("large_loss", way) if way else contextlib.nullcontext():
+                step = large_loss_step(logits, codes, torch.tensor(11, device=device), 13, "correct", ties)
             torch.autograd.grad(step.loss, logits)
         torch.autograd.grad(label_loss(logits, codes, _KEPT), logits)
         listed = codes.cpu() != -1
@@ -326,5 +329,4 @@ PIECES: dict[str, Callable[[], str]] = {
     **{f"ignore mask {case}": functools.partial(check_ignore, (case,), ()) for case in MASK_CASES},
     **{f"ignore {table}": functools.partial(check_ignore, (), (table,)) for table in IGNORE_TABLES},
     "sync": check_sync,
-    "devices": check_devices,
 }
