@@ -105,7 +105,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def run_step(step: Step, seconds: float, place: Place) -> str:
     """Run one command, its output on the screen and in the log; its status."""
     print(f"== {step.name}, {seconds:.0f} s: {step.what}", flush=True)
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PYTHONUNBUFFERED": "1"}
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     tee = 'exec > >(tee -a "$0") 2>&1; exec "$@"'
     words = ["bash", "-c", tee, str(place.out / LOG), *step.command(place, seconds)]
     process = subprocess.Popen(words, env=env, start_new_session=True, cwd=ROOT)

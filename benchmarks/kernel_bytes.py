@@ -117,8 +117,8 @@ def bytes_table(ops: list[str], small: bool, compiler: Compiler | None) -> list[
     titles = f"{'':<70}{'floor':>9}{'fused':>9}{'eager MB':>9}{'launches':>12}{'regs':>6}{'spills':>7}{'occ.':>6}"
     print(f"{titles}   bound us{cards}")
     rows = []
-    # Bytes do not depend on the signs.
-    for work in (w for w in works(ops, small) if not w.shape.endswith(" sparse")):
+    # Bytes do not depend on the signs, and what one would write in PyTorch is there once.
+    for work in (w for w in works(ops, small) if "eager" in w.providers):
         for mode in ("fwd", "step") if work.leaves else ("fwd",):
             row = traffic_row(work, mode, compiler)
             rows.append(row)

@@ -163,7 +163,7 @@ def _compiled(*sets: str) -> int:
 
 
 STEPS = (
-    Step("ceilings", 1, 15, 8, "copy rate and product rates", _ceilings, items=lambda: 4),
+    Step("ceilings", 1, 25, 10, "copy rate and product rates", _ceilings, items=lambda: 4),
     Step(
         "compile for part 1",
         1,
@@ -191,7 +191,7 @@ STEPS = (
         _kernels("sweep", "--sweep"),
         items=lambda: _rows("sweep"),
     ),
-    Step("ceilings again", 2, 15, 8, "as before, unless they are known", _ceilings, items=lambda: 4),
+    Step("ceilings again", 2, 20, 10, "as before, unless they are known", _ceilings, items=lambda: 4),
     Step(
         "compile for part 2",
         2,

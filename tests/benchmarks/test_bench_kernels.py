@@ -234,6 +234,21 @@ def test_rows_without_a_gpu(monkeypatch):
     assert 0 < loss["registers"] < 255 and loss["spills"] == 0 and 0 < loss["occupancy"] <= 1
 
 
+@pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="needs triton, not interpreting")
+def test_bytes_of_all_ops_at_few_shapes(capsys):
+    """Every op has its rows; cam_pool's once, whatever its signs are."""
+    from benchmarks.kernel_bytes import bytes_table
+    from benchmarks.kernel_works import OPS, works
+
+    rows = bytes_table(list(OPS), True, None)
+    assert {row["op"] for row in rows} == set(OPS)
+    shapes = [(row["op"], row["shape"], row["mode"]) for row in rows]
+    assert len(set(shapes)) == len(shapes) == capsys.readouterr().out.count("\n") - 2
+    signs = {work.shape.split()[-1] for work in works(["cam_pool"], True)}
+    assert signs == {"dense", "sparse", "zipf"}
+    assert all(row["shape"].endswith("dense") for row in rows if row["op"] == "cam_pool")
+
+
 @pytest.mark.slow
 @pytest.mark.aot
 @pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="needs triton, not interpreting")
