@@ -83,7 +83,7 @@ class Card:
     def enqueue(self, function: Callable[[], Any]) -> float:
         """Microseconds of the host for one call: what it takes to put a call's kernels into the card's queue."""
         taken = []
-        for _ in range(5):
+        for _ in range(3):
             self.synchronize()
             start = time.perf_counter()
             for _ in range(ENQUEUED):

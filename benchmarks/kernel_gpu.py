@@ -194,22 +194,28 @@ def work_through(
         for place in range(first, len(kernel_works)):
             say({"begun": place})
             shown: set[tuple[Any, ...]] = set()
+            kernels: list[Row] = []
             for row in bench_work(card, kernel_works[place], facts["ceilings"], lambda: time.monotonic() > stop):
                 row = {**row, **facts["machine"]}
                 if kernel_works[place].variant:
                     row["provider"] = kernel_works[place].variant
+                key = tuple(row[k] for k in KEY)
+                # Kernels of a call together, for a table is replaced whole.
+                if kernels and ("kernel" not in row or key != tuple(kernels[0][k] for k in KEY)):
+                    merge_csv(kernel_table(table), kernels, key=KERNEL_KEY)
+                    kernels = []
                 if "kernel" in row:
-                    merge_csv(kernel_table(table), [row], key=KERNEL_KEY)
+                    kernels.append(row)
                     continue
                 say({"row": row})
                 merge_csv(table, [row])
                 # Once each, and the op itself again with its graph times.
-                key = tuple(row[k] for k in KEY)
-                if row["status"] != "passed" and (
-                    key not in shown or (row["provider"] == "fused" and "graph_p50" in row)
-                ):
+                again = row["provider"] == "fused" and "graph_p50" in row
+                if row["status"] != "passed" and (key not in shown or again):
                     show(row)
                 shown.add(key)
+            if kernels:
+                merge_csv(kernel_table(table), kernels, key=KERNEL_KEY)
             say({"done": place})
             card.free()
 
