@@ -254,14 +254,14 @@ def run(
             try:
                 kernel_works, first = works([op], small, shapes), 0
             except Exception as problem:
-                rows.append(
-                    {"op": op, "shape": "", "provider": "", "mode": "", "status": f"FAILED {first_line(problem)}"}
-                )
+                row = {"op": op, "shape": "", "provider": "", "mode": "", "status": f"FAILED {first_line(problem)}"}
+                rows.append({**row, **facts["machine"]})
                 continue
             while first < len(kernel_works):
                 left = stop - time.monotonic()
                 if left <= 0:
-                    rows += [_failed(w, "fused", "worker", "no time left") for w in kernel_works[first:]]
+                    late = [_failed(w, "fused", "worker", "no time left") for w in kernel_works[first:]]
+                    rows += [{**row, **facts["machine"]} for row in late]
                     break
                 events = Path(folder) / f"{op}_{first}.jsonl"
                 events.touch()

@@ -4,7 +4,8 @@
 
 Triton and torch.compile keep what they compile on disk, where the benchmark finds it: a call of everything in many
 processes takes as long as the longest, while one process would let the card wait for the compiler. Nothing is timed
-here. `checks` are the ops against fp64, in pieces; the other sets are what `gpu_session.py` times under that name.
+here. `checks` are the ops against fp64, in pieces, `small` the calls that compute-sanitizer watches; the other sets are
+what `gpu_session.py` times under that name.
 Rows go to compile.csv, one by one. Exit status 1 when something failed or was not reached.
 """
 
@@ -33,7 +34,7 @@ from benchmarks.kernel_gpu import first_line, prepare_process  # noqa: E402
 from benchmarks.kernel_report import RESULTS, Row, machine, merge_csv  # noqa: E402
 from benchmarks.session_plan import SELECTIONS  # noqa: E402
 
-CHECKS = "checks"
+CHECKS, SMALL = "checks", "small"
 # Before a worker's answer, among whatever else is printed.
 MARK = "precompiled: "
 
@@ -63,10 +64,10 @@ def items(sets: Iterable[str]) -> list[Item]:
     """What there is to compile, the longest first. PyTorch's own kernels need no compiler."""
     found = []
     for kind in sets:
-        if kind == CHECKS:
-            from tests.support.gpu_ops import PIECES
+        if kind in (CHECKS, SMALL):
+            from tests.support.gpu_ops import PIECES, small_pieces
 
-            found += [Item(kind, name, 30) for name in PIECES]
+            found += [Item(kind, name, 30) for name in (PIECES if kind == CHECKS else small_pieces("meta"))]
             continue
         for work in SELECTIONS[kind].works():
             for provider in work.providers:
@@ -88,10 +89,10 @@ class Compilations:
 
     def run(self, kind: str, name: str) -> str:
         """Call everything of an item once; a note."""
-        if kind == CHECKS:
-            from tests.support.gpu_ops import PIECES
+        if kind in (CHECKS, SMALL):
+            from tests.support.gpu_ops import PIECES, small_pieces
 
-            return PIECES[name]()
+            return (PIECES[name] if kind == CHECKS else small_pieces(self.device)[name])() or ""
         if kind not in self.works:
             self.works[kind] = {work.name: work for work in SELECTIONS[kind].works()}
         label, provider = name.rsplit(" | ", 1)
@@ -218,7 +219,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--sets", nargs="+", choices=[CHECKS, *SELECTIONS], default=[CHECKS, *SELECTIONS])
+    parser.add_argument("--sets", nargs="+", choices=[CHECKS, SMALL, *SELECTIONS], default=[CHECKS, SMALL, *SELECTIONS])
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after this long")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")

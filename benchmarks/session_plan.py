@@ -195,11 +195,11 @@ STEPS = (
     Step(
         "compile for part 2",
         2,
-        50,
+        60,
         20,
         "everything of part 2 compiled side by side",
-        _compile("losses", "repeat"),
-        items=lambda: _compiled("losses", "repeat"),
+        _compile("losses", "repeat", "small"),
+        items=lambda: _compiled("losses", "repeat", "small"),
     ),
     Step(
         "losses",

@@ -64,8 +64,11 @@ def table(heads: list[str], rows: Iterable[list[Any]]) -> Iterator[str]:
 
 
 def microseconds(value: Any) -> str:
-    """A time in ms as microseconds with three digits."""
-    return "" if value is None else f"{1000 * float(value):.3g}"
+    """A time in ms as microseconds."""
+    if value is None:
+        return ""
+    us = 1000 * float(value)
+    return f"{us:.0f}" if us >= 100 else f"{us:.3g}"
 
 
 def facts_of(rows: list[Row]) -> str:

@@ -147,7 +147,7 @@ def test_a_worker_that_dies_is_recorded_and_followed_by_another(tmp_path, monkey
     ]
     assert "worker ended with status 9" in table.read_text()
     late = run(["some"], True, table, facts, 0, [sys.executable, "-c", WORKER])
-    assert [r["status"] for r in late] == ["FAILED no time left"] * 3
+    assert [(r["status"], r["gpu"]) for r in late] == [("FAILED no time left", "none")] * 3
 
 
 def test_a_worker_that_hangs_is_ended(tmp_path, monkeypatch):

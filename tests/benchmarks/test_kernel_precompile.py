@@ -78,12 +78,14 @@ class Few:
 def test_a_worker_calls_everything_of_an_item(monkeypatch):
     monkeypatch.setattr(kernel_precompile, "SELECTIONS", {"few": Few()})
     monkeypatch.setattr(gpu_ops, "PIECES", {"good": lambda: "fine", "bad": lambda: 1 // 0})
+    monkeypatch.setattr(gpu_ops, "small_pieces", lambda device: {"one": lambda: made.append(device)})
+    made: list[str] = []
     monkeypatch.setenv("SPML_KERNELS", "reference")
     monkeypatch.setenv("SPML_CAM_POOL", "vendor")
     monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
     config = __import__("torch._functorch.config", fromlist=["config"])
     monkeypatch.setattr(config, "donated_buffer", config.donated_buffer)
-    found = items(["few", "checks"])
+    found = items(["few", "checks", "small"])
     assert [item.name for item in found if item.kind == "few"] == [
         "cam_pool fp32 B 2 HW 5x5 K 8 C 4 dense | fused",
         "large_loss 5 x 7 k 3: a try | fused",
@@ -95,7 +97,8 @@ def test_a_worker_calls_everything_of_an_item(monkeypatch):
     by_name = {item.name: line for item, line in zip(found, lines, strict=True)}
     assert by_name["good"]["status"] == "ok" and by_name["good"]["note"] == "fine"
     assert by_name["bad"]["status"].startswith("FAILED ZeroDivisionError")
-    assert {by_name[item.name]["status"] for item in found if item.kind == "few"} == {"ok"}
+    assert {by_name[item.name]["status"] for item in found if item.kind in ("few", "small")} == {"ok"}
+    assert made == ["cpu"] and by_name["one"]["note"] == ""
     assert not any(line["last"] for line in lines) and not config.donated_buffer
     # The environment chooses neither reference nor way; where Triton's files are is the user's affair.
     found = [os.environ.get(name) for name in ("SPML_KERNELS", "SPML_CAM_POOL", "TRITON_CACHE_DIR")]

@@ -64,11 +64,11 @@ def test_a_report_has_everything_that_was_measured(folder):
     place = "cam_pool fp32 B 2 HW 5x5 K 8 C 4 dense, step"
     cam = next(line for line in text.splitlines() if line.startswith(f"| {place} |"))
     cells = [cell.strip() for cell in cam.split("|")[2:-1]]
-    assert cells[:3] == ["2e+03", "", "7"] and cells[5] == "2e+03 (eager)" and cells[-3:] == ["2e+03", "2e+03", "1.50"]
+    assert cells[:3] == ["2000", "", "7"] and cells[5] == "2000 (eager)" and cells[-3:] == ["2000", "2000", "1.50"]
     assert "| label_loss an 5 x 7, bwd |" in text
     assert f"| {place} | `long` | 1 | 20.0 |" in text
     assert "| ll_r resnet50 448 px B 32 C 80, memory torch | spml_fast | 812 | 10.0 | 20.0 | 9.5 |" in text
-    assert "- cam_pool fp32 B 2 HW 5x5 K 8 C 4 dense fwd: as shipped (2e+03 us), 2 tried" in text
+    assert "- cam_pool fp32 B 2 HW 5x5 K 8 C 4 dense fwd: as shipped (2000 us), 2 tried" in text
     assert "Not reached" not in text
 
 

@@ -191,16 +191,12 @@ def check_ignore(
     return f"masks differ at {worst:.1e} of the pixels, largest fp32 relative error of the losses {error:.1e}"
 
 
-def small_calls(device: str) -> None:
-    """Every op once or twice at small odd shapes, forward and backward, for a tool that watches what kernels access."""
-    from spml_kernels import cam_mask, cam_pool, ignore_loss, ignore_statistics, label_loss, label_rows
-    from spml_kernels.cam_mask.op import MapNorm
+def _small_cam_pool(device: str, way: str) -> None:
+    from spml_kernels import cam_pool
     from spml_kernels.cam_pool import tiles
-    from spml_kernels.large_loss.op import _KEPT, Ties, large_loss_step
 
     torch.manual_seed(0)
-    shapes = ((torch.float16, 3, 70), (torch.bfloat16, 16, 70), (torch.float32, 3, 9))
-    for way, (dtype, batch, classes) in itertools.product(ways_of("cam_pool"), shapes):
+    for dtype, batch, classes in ((torch.float16, 3, 70), (torch.bfloat16, 16, 70), (torch.float32, 3, 9)):
         # The way of a card, and that of tensors without one.
         with chosen("cam_pool", way), mock.patch.object(tiles, "DEFAULT", (90, way)):
             tensors = [torch.randn(batch, 5, 7, 40), torch.randn(classes, 40), torch.randn(classes)]
@@ -208,34 +204,63 @@ def small_calls(device: str) -> None:
             mean, relu = cam_pool(leaves[0], leaves[1], leaves[2])
             assert relu is not None
             torch.autograd.grad((mean * 0.7 + relu).sum(), leaves)
+
+
+def _small_losses(device: str, rows: int, classes: int) -> None:
+    from spml_kernels import ignore_loss, ignore_statistics, label_loss, label_rows
+    from spml_kernels.large_loss.op import _KEPT, Ties, large_loss_step
+
+    torch.manual_seed(0)
+    logits = torch.randn(rows, classes, device=device, requires_grad=True)
+    codes = torch.randint(-1, 2, (rows, classes), dtype=torch.int8, device=device)
+    for ties, way in itertools.product(get_args(Ties), ways_of("large_loss") or [""]):
+        with chosen("large_loss", way) if way else contextlib.nullcontext():
+            step = large_loss_step(logits, codes, torch.tensor(11, device=device), 13, "correct", ties)
+        torch.autograd.grad(step.loss, logits)
+    torch.autograd.grad(label_loss(logits, codes, _KEPT), logits)
+    listed = codes.cpu() != -1
+    entry = torch.nonzero(listed, as_tuple=True)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
+    arrays = (indptr.to(device), entry[1].to(device, torch.int16), codes.cpu()[entry].to(device))
+    index, most = torch.randperm(rows).to(device), int(listed.sum(1).max())
+    label_rows(arrays[0], arrays[1], arrays[2], index, classes, -1, most)
+    weak, strong = (torch.randn(rows, classes, device=device, requires_grad=True) for _ in range(2))
+    masked, average = torch.randn(rows, classes, device=device), torch.randn(classes, device=device)
+    gap = torch.tensor(1.0, device=device)
+    terms = ignore_loss(weak, strong, masked, codes, gap, average, "logits", truth=codes.abs())
+    torch.autograd.grad(terms.spbc + terms.ign - terms.reg, (weak, strong))
+    ignore_statistics(weak, masked, codes)
+
+
+def _small_masks(device: str, layout: torch.memory_format) -> None:
+    from spml_kernels import cam_mask
+    from spml_kernels.cam_mask.op import MapNorm
+
+    torch.manual_seed(0)
+    features, weight, bias = (t.to(device) for t in (torch.randn(3, 5, 5, 33), torch.randn(9, 33), torch.randn(9)))
+    ids = torch.tensor([[3, -1], [-1, -1], [0, 8]]).to(device)
+    images = torch.randn(3, 3, 37, 37).to(device).to(memory_format=layout)
+    for norm in get_args(MapNorm):
+        cam_mask(features, weight, bias, ids, images, 0.5, norm, 2)
+
+
+def small_pieces(device: str) -> dict[str, Callable[[], None]]:
+    """`small_calls` in parts, by name."""
+    pieces: dict[str, Callable[[], None]] = {}
+    for way in ways_of("cam_pool"):
+        pieces[f"small cam_pool {way}"] = functools.partial(_small_cam_pool, device, way)
     # One program holds the first of the two.
     for rows, classes in ((3, 7), (28, 601)):
-        logits = torch.randn(rows, classes, device=device, requires_grad=True)
-        codes = torch.randint(-1, 2, (rows, classes), dtype=torch.int8, device=device)
-        for ties, way in itertools.product(get_args(Ties), ways_of("large_loss") or [""]):
-            with chosen("large_loss", way) if way else contextlib.nullcontext():
-                step = large_loss_step(logits, codes, torch.tensor(11, device=device), 13, "correct", ties)
-            torch.autograd.grad(step.loss, logits)
-        torch.autograd.grad(label_loss(logits, codes, _KEPT), logits)
-        listed = codes.cpu() != -1
-        entry = torch.nonzero(listed, as_tuple=True)
-        indptr = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
-        arrays = (indptr.to(device), entry[1].to(device, torch.int16), codes.cpu()[entry].to(device))
-        index, most = torch.randperm(rows).to(device), int(listed.sum(1).max())
-        label_rows(arrays[0], arrays[1], arrays[2], index, classes, -1, most)
-        weak, strong = (torch.randn(rows, classes, device=device, requires_grad=True) for _ in range(2))
-        masked, average = torch.randn(rows, classes, device=device), torch.randn(classes, device=device)
-        gap = torch.tensor(1.0, device=device)
-        terms = ignore_loss(weak, strong, masked, codes, gap, average, "logits", truth=codes.abs())
-        torch.autograd.grad(terms.spbc + terms.ign - terms.reg, (weak, strong))
-        ignore_statistics(weak, masked, codes)
-    features, weight, bias = torch.randn(3, 5, 5, 33), torch.randn(9, 33), torch.randn(9)
-    ids = torch.tensor([[3, -1], [-1, -1], [0, 8]])
+        pieces[f"small losses {rows} x {classes}"] = functools.partial(_small_losses, device, rows, classes)
     for layout in (torch.channels_last, torch.contiguous_format):
-        images = torch.randn(3, 3, 37, 37).to(memory_format=layout)
-        for norm in get_args(MapNorm):
-            x, w, b, classes_of, pixels = (t.to(device) for t in (features, weight, bias, ids, images))
-            cam_mask(x, w, b, classes_of, pixels, 0.5, norm, 2)
+        pieces[f"small masks {layout}"] = functools.partial(_small_masks, device, layout)
+    return pieces
+
+
+def small_calls(device: str) -> None:
+    """Every op once or twice at small odd shapes, forward and backward, for a tool that watches what kernels access."""
+    for call in small_pieces(device).values():
+        call()
 
 
 def usual_works() -> list[KernelWork]:
