@@ -80,7 +80,7 @@ def cam_work(
     providers: dict[str, Call] = {"fused": lambda *t: _both(cam_pool(*t)), "chunked": cam_pool_chunked}
     if signs == "dense":
         # The others do not care about signs.
-        providers |= {**cam_rivals(), "matmul": cam_plain}
+        providers |= {**cam_rivals(flops), "matmul": cam_plain}
     launch = cam_pool_launch(batch, cells, classes, channels, half)
     touched = [(p * cells + cells - 1) // launch.tiles.rows - p * cells // launch.tiles.rows for p in range(batch)]
     slots = 8 * classes * sum(n + 1 for n in touched if n)

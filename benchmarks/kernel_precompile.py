@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -35,6 +36,7 @@ from benchmarks.kernel_report import RESULTS, Row, machine, merge_csv  # noqa: E
 from benchmarks.session_plan import SELECTIONS  # noqa: E402
 
 CHECKS, SMALL = "checks", "small"
+TUNING_THREADS = 8
 # Before a worker's answer, among whatever else is printed.
 MARK = "precompiled: "
 
@@ -98,6 +100,11 @@ class Compilations:
         label, provider = name.rsplit(" | ", 1)
         work = self.works[kind][label]
         forget_compiled()
+        call = work.providers[provider]
+        if isinstance(call, Compiled):
+            # Choosing among kernels compiles dozens of them; everything else has its other processes.
+            config: Any = importlib.import_module("torch._inductor.config")
+            config.compile_threads = TUNING_THREADS if call.mode.startswith("max-autotune") else 1
         with work.around():
             inputs = work.inputs(self.device)
             for mode in [mode for name, mode in work.rows if name == provider and mode != "bwd"]:

@@ -121,17 +121,27 @@ def cam_image_chunks(compile_chunks: bool) -> Call:
     return call
 
 
-def cam_rivals() -> dict[str, Call]:
-    """Rivals of cam_pool by the names that rows have."""
-    return {
+# Operations of a product from which on its own time is what counts, and choosing among kernels for it may help.
+LARGE_PRODUCT = 1e11
+
+
+def cam_rivals(flops: float) -> dict[str, Call]:
+    """Rivals of cam_pool by the names that rows have.
+
+    Args:
+        flops: of the product of all features and weights. Tuning takes the compiler a minute, so only large ones are.
+    """
+    rivals: dict[str, Call] = {
         "eager": cam_plain,
         "eager_pooled": cam_pooled,
         "eager_chunks": cam_image_chunks(False),
         "compile": compiled(cam_plain),
         "compile_pooled": compiled(cam_pooled),
         "compile_chunks": cam_image_chunks(True),
-        "compile_tuned": compiled(cam_plain, "max-autotune-no-cudagraphs"),
     }
+    if flops >= LARGE_PRODUCT:
+        rivals["compile_tuned"] = compiled(cam_plain, "max-autotune-no-cudagraphs")
+    return rivals
 
 
 def large_loss_lean(k: int, listed: bool) -> Call:

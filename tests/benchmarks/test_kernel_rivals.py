@@ -62,11 +62,15 @@ def test_every_op_has_eager_and_compiled_rivals():
     for work in WORKS:
         assert {"eager", "compile"} < set(work.providers)
         modes = {c.mode for c in work.providers.values() if isinstance(c, Compiled)}
-        assert modes == {"default", "max-autotune-no-cudagraphs" if work.op == "cam_pool" else "reduce-overhead"}
+        assert modes == ({"default"} if work.op == "cam_pool" else {"default", "reduce-overhead"})
         # Whose backward alone cannot be replayed.
         assert ("compile_graphs", "bwd") not in work.rows and ("compile", work.main_mode) in work.rows
     assert {"eager_pooled", "eager_chunks", "compile_pooled", "compile_chunks"} < set(WORKS[0].providers)
     assert {"eager_lean", "compile_lean"} < set(WORKS[4].providers)
+    large, small = (cam_work(128, 14, 2048, classes, torch.bfloat16).providers for classes in (5000, 80))
+    tuned = large["compile_tuned"]
+    assert isinstance(tuned, Compiled) and tuned.mode == "max-autotune-no-cudagraphs" and "compile_tuned" not in small
+    assert tuned.function is large["eager"]
 
 
 def test_a_rival_that_is_wrong_is_noticed():
