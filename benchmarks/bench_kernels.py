@@ -100,17 +100,19 @@ def facts_of_card(command: list[str], known: str | None, file: Path | None) -> d
     Args:
         command: starts a worker.
         known: commit to record.
-        file: where they are kept: read if it is there, else written.
+        file: where they are kept: read if it is there and of this machine and commit, else written.
     """
     if file is not None and file.exists():
-        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return facts
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        # Another card's rates, or another commit's, would be written to every row.
+        if kept["machine"] == machine(torch.cuda.get_device_name(), known):
+            return kept
     with tempfile.TemporaryDirectory() as folder:
         answer = file or Path(folder) / "facts.json"
         done = subprocess.run([*command, json.dumps({"op": "ceilings", "events": str(answer), "commit": known})])
         if done.returncode or not answer.exists():
             return None
-        facts = json.loads(answer.read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return facts
 
 
@@ -172,6 +174,9 @@ def main() -> int:
         return 2
     if options.worker:
         return worker(options.worker)
+    if options.shapes and not works(options.ops, options.quick, options.shapes):
+        print(f"no shape of {', '.join(options.ops)} contains {' or '.join(options.shapes)}", file=sys.stderr)
+        return 2
     if options.sweep and not torch.cuda.is_available():
         print("--sweep needs a GPU", file=sys.stderr)
         return 2
@@ -179,9 +184,9 @@ def main() -> int:
     if options.aot:
         rows = ahead_of_time(options.ops, options.quick)
     elif options.bytes or not torch.cuda.is_available():
-        rows = bytes_table(options.ops, options.quick, None if options.no_code else Compiler(90))
+        rows = bytes_table(options.ops, options.quick, None if options.no_code else Compiler(90), options.shapes)
         table = options.results / "no_gpu_kernels.csv"
-        everything = not options.quick and set(options.ops) == set(OPS)
+        everything = not options.quick and not options.shapes and set(options.ops) == set(OPS)
         merge_csv(table, [row | machine("none", options.commit) for row in rows], keep=not everything)
         plot_bytes(
             rows, table.with_suffix(".png"), "Bytes and launches of the fused ops (by formula, nothing is timed)"

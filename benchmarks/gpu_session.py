@@ -159,6 +159,8 @@ def main() -> int:
     minutes = MINUTES[options.part] if options.minutes is None else options.minutes
     if not minutes > 0:
         raise UserError(f"--minutes {minutes:g} leaves no time; give a positive number")
+    if options.processes < 1:
+        raise UserError(f"--processes {options.processes} compiles nothing; give a positive number")
     place = Place(options.out, options.commit or commit(), options.processes)
     known = {"ceilings", "ceilings again"} if (options.out / "ceilings.json").exists() else set()
     steps = steps_of(options.part, installed, known)

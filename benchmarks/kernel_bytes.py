@@ -110,15 +110,20 @@ def traffic_row(work: KernelWork, mode: str, compiler: Compiler | None) -> Row:
     return row | {f"{name}_us": bound_us(work, ours.least, mode, card) for name, card in CARDS.items()}
 
 
-def bytes_table(ops: list[str], small: bool, compiler: Compiler | None) -> list[Row]:
-    """All rows, printed as they come."""
+def bytes_table(ops: list[str], small: bool, compiler: Compiler | None, shapes: list[str] | None = None) -> list[Row]:
+    """All rows, printed as they come.
+
+    Args:
+        ops, small, shapes: as for `works`.
+        compiler: of machine code; None leaves it out.
+    """
     print("no times here: bytes and launches by formula, machine code for sm_90, and bounds by public peak numbers")
     cards = "".join(f"{name:>9}" for name in CARDS)
     titles = f"{'':<70}{'floor':>9}{'fused':>9}{'eager MB':>9}{'launches':>12}{'regs':>6}{'spills':>7}{'occ.':>6}"
     print(f"{titles}   bound us{cards}")
     rows = []
     # Bytes do not depend on the signs, and what one would write in PyTorch is there once.
-    for work in (w for w in works(ops, small) if "eager" in w.providers):
+    for work in (w for w in works(ops, small, shapes) if "eager" in w.providers):
         for mode in ("fwd", "step") if work.leaves else ("fwd",):
             row = traffic_row(work, mode, compiler)
             rows.append(row)

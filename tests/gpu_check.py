@@ -198,6 +198,9 @@ def main() -> int:
     commit = args.commit or checked_out()
     versions = " ".join(f"{p}={version(p)}" for p in ("torch", "triton", "timm", "deepspeed", "nvidia-dali-cuda130"))
     out = args.out or ROOT / "benchmarks" / "results" / f"gpu_check_{gpu.replace(' ', '_')}.csv"
+    if out.exists() and not out.read_text(encoding="utf-8").startswith("check,"):
+        print(f"--out {out} is no table of these checks; give another name", file=sys.stderr)
+        return 2
     failed = False
     for name in args.only or CHECKS:
         start = time.perf_counter()

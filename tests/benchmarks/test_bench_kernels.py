@@ -12,14 +12,15 @@ import pytest
 import torch
 from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
 
-from benchmarks import kernel_gpu
+from benchmarks import bench_kernels, kernel_gpu
+from benchmarks.bench_kernels import facts_of_card
 from benchmarks.kernel_base import KernelWork, make_call
 from benchmarks.kernel_card import Card
 from benchmarks.kernel_gate import gate
 from benchmarks.kernel_gpu import bench_work, run, work_through
 from benchmarks.kernel_losses import label_loss_work, large_loss_work
 from benchmarks.kernel_maps import cam_work
-from benchmarks.kernel_report import GOAL_SHAPE, judge, merge_csv, plot_times
+from benchmarks.kernel_report import GOAL_SHAPE, judge, machine, merge_csv, plot_times
 from spml_fast.methods.assume_negative import AssumeNegative
 from tests.support.kernel_card import CEILINGS, Cpu
 
@@ -148,6 +149,34 @@ def test_a_worker_that_dies_is_recorded_and_followed_by_another(tmp_path, monkey
     assert "worker ended with status 9" in table.read_text()
     late = run(["some"], True, table, facts, 0, [sys.executable, "-c", WORKER])
     assert [(r["status"], r["gpu"]) for r in late] == [("FAILED no time left", "none")] * 3
+
+
+# What stands in for the worker that measures a card.
+CEILINGS_WORKER = """
+import json, sys
+task = json.loads(sys.argv[-1])
+facts = {"ceilings": {"copy": 1.0}, "machine": {"gpu": "new"}}
+open(task["events"], "w").write(json.dumps(facts))
+"""
+
+
+def test_rates_are_measured_again_for_another_card_or_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Some Card")
+    command, file = [sys.executable, "-c", CEILINGS_WORKER], tmp_path / "ceilings.json"
+    assert facts_of_card(command, "abc", file)["machine"] == {"gpu": "new"}
+    kept = {"ceilings": {"copy": 2.0}, "machine": machine("Some Card", "abc")}
+    file.write_text(json.dumps(kept))
+    assert facts_of_card(command, "abc", file) == kept
+    assert facts_of_card(command, "other", file)["ceilings"] == {"copy": 1.0}
+    assert facts_of_card([sys.executable, "-c", "raise SystemExit(1)"], "abc", None) is None
+
+
+def test_shapes_that_do_not_exist_are_said(monkeypatch, capsys):
+    if not HAVE_TRITON or INTERPRETED:
+        pytest.skip("needs triton, not interpreting")
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--ops", "cam_pool", "--shapes", "C 4999", "K 7 "])
+    assert bench_kernels.main() == 2
+    assert capsys.readouterr().err == "no shape of cam_pool contains C 4999 or K 7 \n"
 
 
 def test_a_worker_that_hangs_is_ended(tmp_path, monkeypatch):

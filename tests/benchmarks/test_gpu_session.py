@@ -243,4 +243,7 @@ def test_without_a_gpu_a_session_says_so_and_writes_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--minutes", "0"])
     with pytest.raises(UserError, match="--minutes 0 leaves no time"):
         gpu_session.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-2], "--processes", "0"])
+    with pytest.raises(UserError, match="--processes 0 compiles nothing"):
+        gpu_session.main()
     assert session_plan.budget(list(STEPS), len(STEPS) - 1, 7.0) == 0.0
