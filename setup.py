@@ -36,6 +36,7 @@ setup(
     package_data={
         "spml_fast": ["py.typed"],
         "spml_fast.analysis.report": ["*.html"],
+        "spml_fast.analysis.review": ["*.html", "*.css", "*.js"],
         "spml_fast.runs.recipes": ["*.yaml"],
         "spml_kernels": ["py.typed"],
     },

@@ -113,6 +113,15 @@ def choose_classes(logits: Tensor, top: int, first: Sequence[Sequence[int]] | No
     return order[:, :top]
 
 
+def seen_pixels(views: Tensor, config: Config, classifier: Classifier) -> npt.NDArray[np.uint8]:
+    """Views [b, 3, S, S] as images, uint8 [b, S, S, 3]: what the network saw, normalisation undone."""
+    mean, std = (
+        torch.tensor(v, device=views.device)[:, None, None] * 255 for v in input_normalisation(config, classifier)
+    )
+    pixels = (views * std + mean).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
 @torch.no_grad()
 def explain(
     classifier: Classifier,
@@ -148,7 +157,6 @@ def explain(
         UserError: a logit is not a number, or the head has no maps.
     """
     dtype = autocast_dtype(config.train.precision, device)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] * 255 for v in input_normalisation(config, classifier))
     for start, views in load_images(classifier, config, files, device):
         if views is None:
             yield _refused(files.path(start))
@@ -164,7 +172,7 @@ def explain(
             maps = classifier.classify(features, classes=chosen).maps
         if maps is None:
             raise UserError(f"head {config.model.head} has no class maps; use a run with head cam")
-        pixels = (views * std + mean).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        pixels = seen_pixels(views, config, classifier)
         masked = None
         if mask is not None:
             with autocast(device, dtype):

@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": "the classes of new images",
     "explain": "images with the class activation maps of their classes",
     "suggest": "labels that are probably missing or wrong",
+    "review": "a page of suggestions on this machine, whose decisions are written to a file at once",
     "relabel": "a new version of a data set's labels, from decisions about suggestions",
     "diagnose": "what a run's class activation maps show, in figures",
     "export": "a trained run as ONNX, or as safetensors for timm",

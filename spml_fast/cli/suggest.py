@@ -22,20 +22,22 @@ if TYPE_CHECKING:
     from spml_fast.analysis.suggest import Suggestions
     from spml_fast.core.config import Config
     from spml_fast.core.outputs import OutputFile
-    from spml_fast.data.manifest import Split
+    from spml_fast.data.manifest import Manifest, Split
     from spml_fast.models.classifier import Classifier
 
-    # Lists (None on ranks other than 0), the split that they are about, class names.
-    Found = tuple[list[Suggestions] | None, Split, list[str]]
+    # Lists (None on ranks other than 0), the split that they are about, and its data set.
+    Found = tuple[list[Suggestions] | None, Split, Manifest]
 
 DESCRIPTION = """Rank the unknown pairs (image, class) of a split that the model is most sure are positive, and the
 observed labels that it contradicts most. Where the data set holds labels that training did not see, the precision of
 the suggestions is printed. With --folds K the training images are judged by K runs that have not seen them, which are
 trained as the run was; stopped and started again, finished ones are kept. Starts under `deepspeed` and `torchrun` as
-well; the lists do not depend on the number of ranks."""
+well; the lists do not depend on the number of ranks. --page makes a page on which somebody accepts and rejects the
+suggestions by keyboard, with pictures and maps; its decisions.csv is what `relabel` reads."""
 EXAMPLES = [
     ("--run RUN", "of the training split"),
     ("--run RUN --csv suggestions.csv", "a table to correct labels from"),
+    ("--run RUN --page review.html", "a page to decide on, in one file; a folder for many"),
     ("--run RUN --folds 5 --csv suggestions.csv", "judged by models that have not seen the images"),
     ("--run RUN --split val --per-class 20", "the surest 20 of each class"),
 ]
@@ -78,7 +80,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--csv",
         type=Path,
         metavar="OUT",
-        help=f"write {', '.join(SUGGESTION_COLUMNS)} to this file; the screen then shows {SHOWN} a list",
+        help=f"write {', '.join(SUGGESTION_COLUMNS)} to this file; with it or --page the screen shows {SHOWN} a list",
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        metavar="OUT",
+        help="write a page to review the suggestions on: a file named .html, or a folder for many, which "
+        "`spml-fast review` serves too",
     )
     common.add_overwrite(parser)
     common.add_batch_size(parser)
@@ -95,6 +104,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--folds-dir is for --folds K")
     if args.top is None and args.per_class is None:
         args.top = TOP
+    if args.page is not None:
+        from spml_fast.cli.suggest_page import check_page
+
+        check_page(args.page, args.top, args.overwrite)
 
 
 def show(found: Suggestions, split: Split, classes: Sequence[str], limit: int | None) -> None:
@@ -176,7 +189,7 @@ def by_run(args: argparse.Namespace, device: torch.device) -> Found:
     lists = judge(args, config, classifier, split, manifest.classes, "looking")
     if lists is not None:
         lists = [dataclasses.replace(found, runs=(str(args.run),)) for found in lists]
-    return lists, split, manifest.classes
+    return lists, split, manifest
 
 
 def by_folds(args: argparse.Namespace, device: torch.device) -> Found:
@@ -207,10 +220,10 @@ def by_folds(args: argparse.Namespace, device: torch.device) -> Found:
             train(folds.config_of(k), device)
         parts.append(_judge_fold(args, folds, k, device))
     if any(part is None for part in parts):
-        return None, folds.split, manifest.classes
+        return None, folds.split, manifest
     rows = [folds.rows(k) for k in range(folds.number)]
     found = merge_lists([part for part in parts if part is not None], rows, runs, args.top, args.per_class)
-    return found, folds.split, manifest.classes
+    return found, folds.split, manifest
 
 
 def train(config: Config, device: torch.device) -> None:
@@ -243,11 +256,17 @@ def main(argv: list[str] | None = None) -> int:
     # Told before the pass over the split, which may take hours.
     table = common.output_file(args, "csv", "csv", ",".join(SUGGESTION_COLUMNS))
     with common.ranks() as device:
-        return find(args, table, device)
+        status, found = find(args, table, device)
+    # Pictures are one process's work, which the others need not wait for.
+    if found is not None and found[0] is not None and args.page is not None:
+        from spml_fast.cli.suggest_page import make_page
+
+        make_page(args, found[0], found[1], found[2], device)
+    return status
 
 
-def find(args: argparse.Namespace, table: OutputFile | None, device: torch.device) -> int:
-    """The same on this rank; returns the exit status.
+def find(args: argparse.Namespace, table: OutputFile | None, device: torch.device) -> tuple[int, Found | None]:
+    """The same on this rank; returns the exit status, and what was found (None after a signal).
 
     Args:
         args: the command line, checked.
@@ -259,14 +278,15 @@ def find(args: argparse.Namespace, table: OutputFile | None, device: torch.devic
 
     common.print_any_text()
     try:
-        lists, split, classes = by_run(args, device) if args.folds is None else by_folds(args, device)
+        found = by_run(args, device) if args.folds is None else by_folds(args, device)
     except Interrupted as stop:
         if distributed.is_main():
             common.say(f"{stop} (exit status {stop.status}). Or start this command again: finished folds are kept.")
-        return stop.status
+        return stop.status, None
+    lists, split, manifest = found
     if lists is not None:
-        report(args, table, lists, split, classes)
-    return 0
+        report(args, table, lists, split, manifest.classes)
+    return 0, found
 
 
 def report(
@@ -289,7 +309,7 @@ def report(
     from spml_fast.runs.open import load_run_config
 
     for found in lists:
-        show(found, split, classes, None if table is None else SHOWN)
+        show(found, split, classes, None if table is None and args.page is None else SHOWN)
     if not any(len(found) for found in lists):
         print(f"no suggestion of probability {args.min_probability:g} or more; lower --min-probability to see more")
     if table is not None:

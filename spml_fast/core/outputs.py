@@ -33,6 +33,9 @@ PRODUCER = "spml_fast"
 PREDICTION_COLUMNS = ("path", "class", "probability", "rank")
 CALIBRATED_COLUMNS = (*PREDICTION_COLUMNS, "calibrated_probability")
 SUGGESTION_COLUMNS = ("path", "class", "known", "probability", "suggestion", "split", "run")
+DECISION_COLUMNS = (*SUGGESTION_COLUMNS, "decision", "who", "when")
+# What may stand in the column `decision`.
+ACCEPT, REJECT, SKIP = "accept", "reject", "skip"
 # Bytes from the beginning among which a mark must be.
 _START = 1 << 16
 # The header of a safetensors file lists all of its tensors, and its metadata all classes.

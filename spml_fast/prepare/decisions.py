@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.outputs import ACCEPT, REJECT, SKIP
 from spml_fast.core.text import formula_safe, printable
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN
 from spml_fast.prepare.table_files import Value, read_rows, row_word
 
 CODES = {"positive": POSITIVE, "negative": NEGATIVE, "unknown": UNKNOWN}
-ACCEPT, REJECT, SKIP = "accept", "reject", "skip"
 
 
 @dataclass(frozen=True)
