@@ -44,7 +44,8 @@
   const className = (row) => shown(data.classes[data.rows.class[row]]);
   const image = (row) => data.images[data.rows.image[row]];
   const known = (row) => data.rows.known[row];
-  const probability = (row) => Number(data.rows.probability[row]);
+  const probabilities = Float64Array.from(data.rows.probability, Number);
+  const probability = (row) => probabilities[row];
   const sure = (row) => Review.sureness(known(row), probability(row));
   const adds = (row) => Review.suggestionOf(known(row)) === "positive";
   const truth = (row) => (data.truth === null ? "?" : data.truth[row]);
@@ -323,7 +324,7 @@
     }
     if ($("details").open) mark($("details"), order[current]);
     showCounts();
-    showPrecision();
+    showAgreement();
   }
 
   function undo() {
@@ -351,21 +352,29 @@
     $("again").textContent = `Apply to ${number(sinceFilter)} decided since`;
   }
 
+  // Against the labels that training did not see: the list, when it changes, and the decisions, at every one.
+  let precision = "";
   function showPrecision() {
     if (data.truth === null) return;
     const ranked = [...order].sort((a, b) => sure(b) - sure(a) || a - b);
-    const depths = [10, 100, 1000, 10000, 100000].filter((depth) => depth < ranked.length);
+    const depths = new Set([10, 100, 1000, 10000, 100000, ranked.length]);
     const rows = [];
-    let [right, judged, text] = [0, 0, ""];
+    let [right, judged] = [0, 0];
+    precision = "";
     ranked.forEach((row, place) => {
       right += truth(row) === "1";
       judged += truth(row) !== "?";
-      if (depths.includes(place + 1) || place + 1 === ranked.length) {
-        text = judged ? `${((100 * right) / judged).toFixed(1)}%` : "no truth";
-        rows.push(element("tr", {}, element("th", { scope: "row" }, number(place + 1)), element("td", {}, `${number(right)} of ${number(judged)}`), element("td", {}, text)));
-      }
+      if (!depths.has(place + 1)) return;
+      precision = judged ? `${((100 * right) / judged).toFixed(1)}%` : "no truth";
+      const values = [number(place + 1), `${number(right)} of ${number(judged)}`, precision];
+      rows.push(element("tr", {}, ...values.map((value, k) => element(k ? "td" : "th", k ? {} : { scope: "row" }, value))));
     });
     $("precision").replaceChildren(...rows);
+    showAgreement();
+  }
+
+  function showAgreement() {
+    if (data.truth === null) return;
     let [agreed, decided] = [0, 0];
     for (const [row, [what]] of state.entries) {
       if (what === "skip" || truth(row) === "?") continue;
@@ -373,7 +382,7 @@
       agreed += (what === "accept") === (truth(row) === "1");
     }
     const yours = decided ? `, you ${number(agreed)} of ${number(decided)}` : "";
-    $("truth-line").textContent = ranked.length ? `model ${text}${yours}` : "";
+    $("truth-line").textContent = precision && `model ${precision}${yours}`;
   }
 
   function openDetails(place) {
