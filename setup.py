@@ -49,5 +49,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "onnx": ONNX,
         "heic": ["pillow-heif>=1.0"],
+        # Drives the browser of this machine in tests and benchmarks of the review page.
+        "browser": ["playwright>=1.50"],
     },
 )

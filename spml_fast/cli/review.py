@@ -77,7 +77,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def ending(manifest: str, out: Path, decided: int, rows: int) -> str:
-    """What is said at the end, with the next command."""
+    """What is said at the end, with the next command.
+
+    Args:
+        manifest: of the data set.
+        out: the table of decisions.
+        decided: suggestions that were decided.
+        rows: suggestions of the page.
+    """
     lines = [f"\n{decided} of {rows} decided in {printable(str(out))}"]
     if decided:
         folder, name = printable(manifest), printable(str(out))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.outputs import ACCEPT, REJECT, SKIP
-from spml_fast.core.text import formula_safe, printable
+from spml_fast.core.text import formula_safe, has_surrogates, printable
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN
 from spml_fast.prepare.table_files import Value, read_rows, row_word
 
@@ -77,7 +77,8 @@ def read_decisions(path: Path, classes: Sequence[str], split: str, accept_above:
         UserError: naming the file and line: an unreadable table, an unknown class, label or decision, or two decisions
             that contradict each other.
     """
-    columns, rows = read_rows(path)
+    # Names of images are bytes, which `suggest` writes as they are.
+    columns, rows = read_rows(path, errors="surrogateescape")
     # Columns of JSON lines are known at the end alone.
     content = list(rows)
     needed = ["path", "class", "suggestion", *(["decision"] if accept_above is None else ["probability"])]
@@ -117,13 +118,15 @@ def check_agree(first: Decision, second: Decision, name: str) -> None:
 
 
 def _texts(path: Path, rows: Sequence[tuple[int, Mapping[str, Value]]]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Place and fields of every row. Raises `UserError` for a field that is a list."""
+    """Place and fields of every row. Raises `UserError` for a field that is a list, or no text and no file name."""
     for number, values in rows:
         where = f"{path}, {row_word(path)} {number}"
         row: dict[str, str] = {}
         for name, value in values.items():
             if not isinstance(value, str):
                 raise UserError(f"{where}: {name} is a list; a decision is about one image and one class")
+            if name != "path" and has_surrogates(value):
+                raise UserError(f"{where}: {printable(name)} is not UTF-8 text; save the table as UTF-8")
             row[name] = value
         yield where, row
 

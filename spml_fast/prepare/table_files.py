@@ -35,7 +35,10 @@ def row_word(path: Path) -> str:
 
 
 def read_rows(
-    path: Path, convert: Callable[[Any, str], Any] | None = None, only: Sequence[str] | None = None
+    path: Path,
+    convert: Callable[[Any, str], Any] | None = None,
+    only: Sequence[str] | None = None,
+    errors: str = "strict",
 ) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
     """Columns and rows of a table; its name's ending says what it is, CSV where it says nothing else.
 
@@ -46,6 +49,7 @@ def read_rows(
         convert: makes a field's value of what JSON, Parquet or Arrow hold and the field's place in the file; None for
             texts and lists of texts alone.
         only: of Parquet and Arrow, read these columns and no others; `column.field` is a part of one.
+        errors: of text that is not UTF-8: `strict`, or `surrogateescape` for tables with file names of any bytes.
 
     Raises:
         UserError: naming file and line (or row); also while rows are read.
@@ -55,7 +59,7 @@ def read_rows(
         names, rows = (_parquet if suffix in PARQUET else _arrow)(path, only)
         return names, _converted(path, rows, convert)
     columns: list[str] = []
-    lines = _json_lines(path, columns, convert) if suffix in JSON_LINES else _csv(path, columns)
+    lines = _json_lines(path, columns, convert) if suffix in JSON_LINES else _csv(path, columns, errors)
     if suffix in JSON_LINES:
         return columns, lines
     # The header comes first, and tells what is missing before any row is read.
@@ -64,9 +68,9 @@ def read_rows(
 
 
 @contextmanager
-def _text(path: Path) -> Iterator[Any]:
+def _text(path: Path, errors: str = "strict") -> Iterator[Any]:
     try:
-        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors=errors, newline="") as file:
             yield file
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -74,11 +78,11 @@ def _text(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
-def _csv(path: Path, columns: list[str]) -> Iterator[TableRow]:
+def _csv(path: Path, columns: list[str], errors: str) -> Iterator[TableRow]:
     """The header into `columns` (yielding an empty row), then the rows."""
     # Ten thousand class names in a field are longer than the module's limit of 131,072 characters.
     csv.field_size_limit(sys.maxsize)
-    with _text(path) as file:
+    with _text(path, errors) as file:
         reader = csv.reader(file, strict=True)
         try:
             columns += [name.strip() for name in next(reader, [])]

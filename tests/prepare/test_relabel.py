@@ -97,6 +97,26 @@ def test_a_new_version(mine: Manifest, tmp_path: Path, capsys: pytest.CaptureFix
     assert "no label changed" in capsys.readouterr().out
 
 
+def test_names_of_files_are_bytes(tmp_path: Path) -> None:
+    """A file name that is no UTF-8, as `suggest` writes it; any other text must be."""
+    writer = ManifestWriter(tmp_path / "mine", "mine", ["ant"], tmp_path / "images")
+    known = SparseLabels.from_dense(np.array([[-1], [-1]], np.int8))
+    writer.add_split("train", known=known, width=[1, 1], height=[1, 1], paths=["\udcff.jpg", "\udcfe.jpg"])
+    writer.finish({})
+    decisions = tmp_path / "decisions.csv"
+    row = b"%s,%s,unknown,0.9,positive,train,r,accept,%s,\n"
+    header = (",".join(HEADER) + "\n").encode()
+    decisions.write_bytes(header + row % (b"\xff.jpg", b"ant", b"eva"))
+    call("--manifest", tmp_path / "mine", "--decisions", decisions, "--out", tmp_path / "new")
+    assert Manifest(tmp_path / "new").split("train").known.rows([0, 1]).tolist() == [[1], [-1]]
+    for cells, column in (((b"\xff.jpg", b"\xe4nt", b""), "class"), ((b"\xff.jpg", b"ant", b"\xfc"), "who")):
+        decisions.write_bytes(header + row % cells)
+        with pytest.raises(UserError, match=f"line 2: {column} is not UTF-8 text; save the table as UTF-8"):
+            call("--manifest", tmp_path / "mine", "--decisions", decisions, "--out", tmp_path / "other")
+    decisions.write_bytes(header.replace(b"when", b"wh\xe4n") + row % (b"\xff.jpg", b"ant", b"eva"))
+    call("--manifest", tmp_path / "mine", "--decisions", decisions, "--out", tmp_path / "another")
+
+
 def test_by_probability(mine: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """`--accept-above` takes what nobody has decided; the sureness is that of the suggestion."""
     rows = ["a.jpg,bee,unknown,0.95,positive", "a.jpg,ant,positive,0.1,negative", "b.jpg,ant,unknown,0.85,positive"]

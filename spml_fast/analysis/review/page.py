@@ -180,12 +180,10 @@ def check_target(out: Path, overwrite: bool) -> None:
     Raises:
         UserError: another program's file, a folder with other files in it, or a folder that does not exist.
     """
-    page_output(out, overwrite).check(parent=is_file(out))
-    if is_file(out):
-        return
-    if out.exists() and not out.is_dir():
+    if not is_file(out) and out.exists() and not out.is_dir():
         raise UserError(f"--page {printable(str(out))} must be a file named .html, or a folder")
-    if out.is_dir() and not (out / PAGE).exists() and any(out.iterdir()) and not overwrite:
+    page_output(out, overwrite).check(parent=is_file(out))
+    if not is_file(out) and out.is_dir() and not (out / PAGE).exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"--page {printable(str(out))} is a folder with other files; choose an empty or a new one")
 
 

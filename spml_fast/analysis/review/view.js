@@ -25,6 +25,10 @@
   let mounted = new Map();
   let sinceFilter = 0;
   let width = 0;
+  // While the list flies past, cards come without their pictures, which follow when it slows down.
+  let rushing = false;
+  let lastTop = 0;
+  let settled = 0;
 
   function storage() {
     try {
@@ -107,15 +111,24 @@
     return made;
   }
 
+  // The image, and again with the map over it.
+  function addPictures(views, row) {
+    const [plain, mapped] = views.children;
+    const canvas = element("canvas", { "aria-hidden": "true" });
+    drawMap(canvas, row);
+    plain.append(picture(row));
+    mapped.append(picture(row), canvas);
+  }
+
   function card(place) {
     const row = order[place];
     const found = image(row);
     const name = className(row);
     const verb = adds(row) ? "add" : "remove";
-    const canvas = element("canvas", { "aria-hidden": "true" });
-    drawMap(canvas, row);
-    const views = element("div", { class: "pair" }, element("figure", {}, picture(row)), element("figure", {}, picture(row), canvas));
+    const views = element("div", { class: "pair" }, element("figure"), element("figure"));
     if (!found.src) views.replaceChildren(element("p", { class: "muted" }, "the image cannot be read"));
+    else if (rushing) views.dataset.row = row;
+    else addPictures(views, row);
     const ratio = found.width / found.height;
     for (const figure of views.querySelectorAll("figure")) figure.style.aspectRatio = String(ratio);
     for (const figure of views.querySelectorAll("figure")) figure.classList.toggle("tall", ratio < 1);
@@ -279,6 +292,24 @@
       }
       made.dataset.line = k;
       space.insertBefore(made, after);
+    }
+  }
+
+  function onScroll() {
+    rushing = Math.abs(list.scrollTop - lastTop) > list.clientHeight / 2;
+    lastTop = list.scrollTop;
+    render();
+    if (rushing) {
+      clearTimeout(settled);
+      settled = setTimeout(fillPictures, 150);
+    }
+    rushing = false;
+  }
+
+  function fillPictures() {
+    for (const views of space.querySelectorAll(".pair[data-row]")) {
+      addPictures(views, Number(views.dataset.row));
+      delete views.dataset.row;
     }
   }
 
@@ -559,7 +590,7 @@
       asked = true;
       requestAnimationFrame(() => {
         asked = false;
-        render();
+        onScroll();
       });
     }, { passive: true });
     new ResizeObserver(() => {

@@ -137,10 +137,8 @@ def test_exported_decisions_relabel(tab: Page, tmp_path: Path) -> None:
     for key in "arararararar":
         tab.keyboard.press(key)
     table = save(tab, tmp_path / "decisions.csv")
-    # `relabel` reads UTF-8 alone, and one file name is none.
-    table.write_bytes(b"\n".join(line for line in table.read_bytes().split(b"\n") if b"\xff" not in line))
     rows = read_table(table)
-    assert len(rows) >= 10
+    assert len(rows) == 12
     relabel.main(["--manifest", str(made.manifest.folder), "--decisions", str(table), "--out", str(tmp_path / "new")])
     new = Manifest(tmp_path / "new").split("train")
     row_of = {formula_safe_path(new.relative_path(i)): i for i in range(len(new))}
@@ -273,7 +271,8 @@ def test_only_what_is_in_view_is_there(tab: Page, tmp_path: Path) -> None:
     tab.keyboard.press("a")
     assert "1 of 5,000 decided" in counts(tab)
     # Pictures of a folder are shown as well.
-    assert tab.evaluate("[...document.querySelectorAll('article img')].some(i => i.complete && i.naturalWidth > 0)")
+    expect(tab.locator("article img").first).to_have_js_property("complete", True)
+    assert tab.evaluate("[...document.querySelectorAll('article img')].some(i => i.naturalWidth > 0)")
 
 
 def test_narrow_and_by_touch(browser: Any, made: MadePage) -> None:
@@ -311,6 +310,7 @@ def test_served_with_autosave(tab: Page, tmp_path: Path) -> None:
             rows = read_table(made.path / "decisions.csv")
             assert sorted(row[7] for row in rows) == ["accept", "reject", "skip"] and rows[0][8] == "eva"
             # A picture comes over the same address.
+            expect(tab.locator("article img").first).to_have_js_property("complete", True)
             assert tab.evaluate("[...document.querySelectorAll('article img')].some(i => i.naturalWidth > 0)")
             server.send_signal(signal.SIGINT)
             assert server.wait(30) == 0 and "next: spml-fast relabel --manifest" in server.stdout.read()
