@@ -17,8 +17,8 @@ from spml_fast.core.io import open_regular, write_csv
 from spml_fast.core.outputs import ACCEPT, DECISION_COLUMNS, REJECT, SKIP, SUGGESTION_COLUMNS, OutputFile
 from spml_fast.core.text import formula_safe, has_surrogates, printable
 
-_DAY = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-_LONGEST_NAME = 100
+# Characters of the columns who and when.
+_LONGEST = 200
 
 # What was decided, when, and by whom.
 Entry = tuple[str, str, str]
@@ -184,8 +184,7 @@ def _entry(entry: Any) -> Entry:
     decision, when, who = entry
     if decision not in (ACCEPT, REJECT, SKIP):
         raise ValueError("a decision is accept, reject or skip")
-    if not _DAY.fullmatch(when):
-        raise ValueError("when is no date")
-    if len(who) > _LONGEST_NAME or has_surrogates(who) or any(ord(c) < 32 for c in who):
-        raise ValueError("who is no name")
+    for name, text in (("when", when), ("who", who)):
+        if len(text) > _LONGEST or has_surrogates(text) or any(ord(c) < 32 for c in text):
+            raise ValueError(f"{name} is no line of text")
     return decision, when, who

@@ -34,11 +34,15 @@ const Review = (() => {
     // Take a decision back with "" as `what`.
     decide(row, what) {
       if (what !== "" && !DECISIONS.includes(what)) throw new Error(`no decision: ${what}`);
-      const before = this.entries.get(row) || null;
-      if ((before ? before[0] : "") === what) return;
+      if (this.get(row) === what) return;
       const when = this.now().toISOString().slice(0, 19) + "Z";
-      this.history.push([row, before]);
-      this.set(row, what === "" ? null : [what, when, this.who]);
+      this.take(row, what === "" ? null : [what, when, this.who]);
+    }
+
+    // An entry as it is, which can be undone.
+    take(row, entry) {
+      this.history.push([row, this.entries.get(row) || null]);
+      this.set(row, entry);
     }
 
     set(row, entry) {

@@ -171,26 +171,27 @@
       element("span", { class: "muted" }, `${number(line.count)} suggested, ${number(done)} decided`));
   }
 
-  function passes(row) {
-    const kind = $("kind").value;
-    const wanted = $("decision").value;
-    const what = state.get(row);
-    const p = probability(row);
-    if ($("class").value !== "" && Number($("class").value) !== data.rows.class[row]) return false;
-    if (kind !== "" && (kind === "missing") !== (known(row) === 0)) return false;
-    if (wanted === "open" ? what !== "" : wanted === "decided" ? what === "" : wanted !== "" && what !== wanted) return false;
-    return p >= low && p <= high;
+  // Which rows the filters let pass; what they say is read once.
+  function passing() {
+    const bound = (id, fallback) => ($(id).value.trim() === "" || Number.isNaN(Number($(id).value)) ? fallback : Number($(id).value));
+    const [low, high] = [bound("low", 0), bound("high", 1)];
+    const [kind, wanted] = [$("kind").value, $("decision").value];
+    const only = $("class").value === "" ? -1 : Number($("class").value);
+    return (row) => {
+      const p = probability(row);
+      if (p < low || p > high || (only >= 0 && only !== data.rows.class[row])) return false;
+      if (kind !== "" && (kind === "missing") !== (known(row) === 0)) return false;
+      const what = state.get(row);
+      return wanted === "open" ? what === "" : wanted === "decided" ? what !== "" : wanted === "" || what === wanted;
+    };
   }
 
-  let low = 0;
-  let high = 1;
   function filter(keep) {
-    const bound = (id, fallback) => ($(id).value.trim() === "" || Number.isNaN(Number($(id).value)) ? fallback : Number($(id).value));
-    [low, high] = [bound("low", 0), bound("high", 1)];
     const kept = order[current];
     const sign = $("order").value === "unsure" ? -1 : 1;
     const grouped = $("order").value === "class";
     order = [];
+    const passes = passing();
     for (let row = 0; row < total; row += 1) if (passes(row)) order.push(row);
     order.sort((a, b) => (grouped ? data.rows.class[a] - data.rows.class[b] : 0) || sign * (sure(b) - sure(a)) || a - b);
     current = keep === true ? Math.max(0, order.indexOf(kept)) : 0;
@@ -464,7 +465,7 @@
   async function loadTable(file) {
     try {
       const { entries, other } = Review.fromCsv(await file.text(), data);
-      for (const [row, entry] of entries) state.set(row, entry);
+      for (const [row, entry] of entries) state.take(row, entry);
       filter(true);
       $("live").textContent = `${number(entries.size)} decisions loaded`;
       $("problem").hidden = other === 0 && store.problem === "";

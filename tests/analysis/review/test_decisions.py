@@ -139,10 +139,10 @@ def test_damaged_tables(made: MadePage, tmp_path: Path, content: str, message: s
         ({"changes": {"1": ["accept", DAY]}}, "an entry is three texts"),
         ({"changes": {"1": ["accept", DAY, 1]}}, "an entry is three texts"),
         ({"changes": {"1": ["maybe", DAY, ""]}}, "a decision is accept, reject or skip"),
-        ({"changes": {"1": ["accept", "today", ""]}}, "when is no date"),
-        ({"changes": {"1": ["accept", DAY, "x" * 101]}}, "who is no name"),
-        ({"changes": {"1": ["accept", DAY, "a\nb"]}}, "who is no name"),
-        ({"changes": {"1": ["accept", DAY, "\ud800"]}}, "who is no name"),
+        ({"changes": {"1": ["accept", "x\ty", ""]}}, "when is no line of text"),
+        ({"changes": {"1": ["accept", DAY, "x" * 201]}}, "who is no line of text"),
+        ({"changes": {"1": ["accept", DAY, "a\nb"]}}, "who is no line of text"),
+        ({"changes": {"1": ["accept", DAY, "\ud800"]}}, "who is no line of text"),
     ],
 )
 def test_changes_that_are_refused(values: object, message: str) -> None:

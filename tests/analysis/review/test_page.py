@@ -19,7 +19,7 @@ from spml_fast.analysis.review import page as review_page
 from spml_fast.analysis.review.decisions import suggestion_cells
 from spml_fast.analysis.review.files import KNOWN, MARK, PAGE
 from spml_fast.analysis.review.page import About, page_data, write_page
-from spml_fast.analysis.review.pictures import make_thumbnail, pairs_by_run
+from spml_fast.analysis.review.pictures import collect, make_thumbnail, pairs_by_run
 from spml_fast.analysis.suggest import KINDS, NAMES, Suggestions, suggestion_rows
 from spml_fast.cli import suggest as suggest_command
 from spml_fast.cli.parse import parse_config
@@ -267,3 +267,29 @@ def test_kinds_are_those_of_the_page() -> None:
     assert f"const KNOWN = {json.dumps(KNOWN)}" in review_page._part("state.js")
     assert f"const HEADER = {json.dumps(DECISION_COLUMNS)}" in review_page._part("state.js")
     assert len(set(HOSTILE_PATHS)) == len(HOSTILE_PATHS)
+
+
+def test_maps_are_of_the_run_that_judged(run: Path, small_digits: Path, tmp_path: Path) -> None:
+    """Two runs whose maps are each other's negatives."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text((run / "config.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    _, manifest, classifier, _ = load_run(run, torch.device("cpu"))
+    with torch.no_grad():
+        classifier.head.weight *= -1
+        classifier.head.bias *= -1
+    save_weights(other / "model.safetensors", classifier, {})
+    split = manifest.split("train")
+    index, class_id = np.array([3, 3, 5]), np.array([1, 4, 2])
+    runs = (str(run), str(other))
+    found = []
+    for run_of in (np.zeros(3, np.int64), np.ones(3, np.int64), np.array([0, 0, 1])):
+        lists = [Suggestions(UNKNOWN, index, class_id, np.ones(3), 3, runs, run_of)]
+        found.append(collect(lists, split, 10, torch.device("cpu"), 192))
+    first, second, mixed = found
+    assert set(first.thumbnails) == {3, 5} and set(first.maps) == {(3, 1), (3, 4), (5, 2)}
+    for pair, cells in first.maps.items():
+        assert np.abs(cells).max() > 0.01
+        np.testing.assert_allclose(cells.astype(float), -second.maps[pair].astype(float), atol=1e-3)
+        np.testing.assert_array_equal(mixed.maps[pair], (first if pair[0] == 3 else second).maps[pair])
+    assert first.thumbnails[3] == second.thumbnails[3] != first.thumbnails[5]
