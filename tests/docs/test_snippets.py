@@ -291,7 +291,7 @@ def test_the_tutorial_runs_as_written(photos):
     assert int((after.codes == 1).sum()) == int((before.codes == 1).sum()) + positives - doubted
     assert "starting from runs/first" in shown
     assert before.default == -1 and Manifest(photos / "data" / "photos").split("test").known.default == 0
-    for name in ("first.html", "mistakes.png", "first.json", "both.html", "classes.csv"):
+    for name in ("first.html", "mistakes.png", "first.json", "review.html", "both.html", "classes.csv"):
         assert (photos / name).stat().st_size > 0, name
     assert "runs/second/export.safetensors" in shown
     assert {"1", "2", "5"} == set(json.loads((photos / "first.json").read_text(encoding="utf-8"))["alpha"])

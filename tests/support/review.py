@@ -110,7 +110,9 @@ def make_pictures(lists: list[Suggestions], side: int, number: int = 40) -> Pict
     return pictures
 
 
-def make_review_page(path: Path, rows: int = 60, hides: bool = True, run: str = "runs/<b>first") -> MadePage:
+def make_review_page(
+    path: Path, rows: int = 60, hides: bool = True, run: str = "runs/<b>first", maps: bool = True
+) -> MadePage:
     """A page of hostile names, and its data set beside it.
 
     Args:
@@ -118,10 +120,13 @@ def make_review_page(path: Path, rows: int = 60, hides: bool = True, run: str = 
         rows: about how many suggestions.
         hides: whether the data set knows labels that training does not see.
         run: the run directory's name.
+        maps: whether the run's head has any.
     """
     manifest = make_manifest(path.with_name(f"{path.name}-data"), max(20, rows // 3), hides)
     lists = make_lists(manifest, rows, run)
     pictures = make_pictures(lists, SIDE if is_file(path) else FOLDER_SIDE)
+    if not maps:
+        pictures.maps.clear()
     data = page_data(About(run, manifest, manifest.split("train")), lists, pictures)
     samples = np.unique(np.concatenate([found.index for found in lists])).tolist()
     write_page(path, data, pictures, samples, overwrite=False)

@@ -114,9 +114,10 @@
   // The image, and again with the map over it.
   function addPictures(views, row) {
     const [plain, mapped] = views.children;
+    plain.append(picture(row));
+    if (!mapped) return;
     const canvas = element("canvas", { "aria-hidden": "true" });
     drawMap(canvas, row);
-    plain.append(picture(row));
     mapped.append(picture(row), canvas);
   }
 
@@ -125,7 +126,8 @@
     const found = image(row);
     const name = className(row);
     const verb = adds(row) ? "add" : "remove";
-    const views = element("div", { class: "pair" }, element("figure"), element("figure"));
+    const views = element("div", { class: "pair" }, element("figure"));
+    if (data.grid !== null) views.append(element("figure"));
     if (!found.src) views.replaceChildren(element("p", { class: "muted" }, "the image cannot be read"));
     else if (rushing) views.dataset.row = row;
     else addPictures(views, row);
@@ -616,7 +618,9 @@
 
   async function start() {
     fillClasses();
+    // Not every head has maps.
     $("map-choice").hidden = data.grid === null;
+    $("details").querySelector("canvas").parentElement.hidden = data.grid === null;
     if (!data.signed) $("map").querySelector('[value="both"]').remove();
     document.querySelector('[data-panel="truth"]').hidden = data.truth === null;
     showPanel("filters", wide.matches);

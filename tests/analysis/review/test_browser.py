@@ -231,9 +231,12 @@ def test_precision_against_hidden_labels(tab: Page, made: MadePage, tmp_path: Pa
     assert f"model {100 * right / judged:.1f}%" in tab.inner_text("#truth-line")
     tab.check("#reveal")
     assert {text for text in tab.locator(".truth").all_inner_texts()} <= {"suggestion right", "suggestion wrong"}
-    plain = make_review_page(tmp_path / "plain.html", hides=False)
+    # Nothing is hidden, and the head has no maps.
+    plain = make_review_page(tmp_path / "plain.html", hides=False, maps=False)
     open_page(tab, plain)
-    assert not tab.is_visible("[data-panel=truth]")
+    assert not tab.is_visible("[data-panel=truth]") and tab.locator("article canvas").count() == 0
+    tab.keyboard.press("Enter")
+    assert tab.locator("#details img:visible").count() == 1 and not tab.is_visible("#map")
 
 
 def test_hostile_names_are_text(tab: Page, made: MadePage) -> None:
