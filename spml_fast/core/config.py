@@ -177,6 +177,9 @@ class TrainConfig(Section):
             (docs/operations.md), which the run then shows and keeps.
         linear_epochs: epochs before that with a frozen backbone, training the head only (linear-init protocol); null
             as for epochs.
+        linear: how that head is trained. sgd trains it for linear_epochs epochs like everything else; solve takes one
+            pass over the images and solves for its optimum (docs/methods.md#a-head-that-is-solved-for), for methods and
+            heads that allow it; auto solves where that is possible and linear_epochs is null, and else trains.
         linear_lr: head learning rate of the linear phase; null takes lr times head_lr_multiplier.
         batch_size: samples of one optimizer update, over all ranks and accumulation steps.
         accumulation: forward and backward passes per update.
@@ -217,6 +220,7 @@ class TrainConfig(Section):
 
     epochs: int | None = positive(10)
     linear_epochs: int | None = not_negative(0)
+    linear: Literal["sgd", "solve", "auto"] = "sgd"
     linear_lr: float | None = positive(None)
     batch_size: int = positive(16)
     accumulation: int = positive(1)
@@ -242,6 +246,14 @@ class TrainConfig(Section):
     nonfinite_limit: int = positive(10)
     sampling: Literal["uniform", "repeat_factor"] = "uniform"
     repeat_threshold: float = 1e-3
+
+    def check(self) -> None:
+        """A head that is solved for takes one pass."""
+        if self.linear == "solve" and self.linear_epochs not in (None, 1):
+            raise UserError(
+                f"train.linear solve is one pass, and train.linear_epochs is {self.linear_epochs}; set it to null (or "
+                "train.linear to sgd)"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ two alphas, against 9.7 GB of the two dense means.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,17 +131,39 @@ def score_split(
     Returns:
         Scores on rank 0, None elsewhere.
     """
-    device, pairs = loader.device, labels.default == UNKNOWN
-    store = LabelStore(labels, device) if pairs else None
     boost = any(a != 1 for a in alphas)
-    parts: list[list[Tensor]] = []
-    for batch in loader:
-        with autocast(device, dtype), no_cudnn_benchmark():
-            output = classifier(batch.views["eval"], boost=boost)
-        if batch.real:
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        for batch in loader:
+            with autocast(loader.device, dtype), no_cudnn_benchmark():
+                output = classifier(batch.views["eval"], boost=boost)
             relu = None if output.mean_relu is None else output.mean_relu[: batch.real]
-            part = _columns(batch.index[: batch.real], output.mean[: batch.real], relu, store, alphas)
-            parts.append([t.cpu() for t in part])
+            yield batch.index[: batch.real], output.mean[: batch.real], relu
+
+    return gather_scores(outputs(), labels, alphas, loader.device)
+
+
+def gather_scores(
+    outputs: Iterable[tuple[Tensor, Tensor, Tensor | None]],
+    labels: SparseLabels,
+    alphas: Sequence[float],
+    device: torch.device,
+) -> Scores | None:
+    """The scores of a split from what each rank has of it (collective); kept as in `score_split`.
+
+    Args:
+        outputs: this rank's, some images at a time: samples int64 [n], mean(M) fp32 [n, C], and mean(relu M) of the
+            same shape where an alpha is not 1.
+        labels: known labels of the split.
+        alphas: BoostLU factors that will be asked for.
+        device: where the ranks exchange them.
+
+    Returns:
+        Scores on rank 0, None elsewhere.
+    """
+    pairs, boost = labels.default == UNKNOWN, any(a != 1 for a in alphas)
+    store = LabelStore(labels, device) if pairs else None
+    parts = [[t.cpu() for t in _columns(*output, store, alphas)] for output in outputs if len(output[0])]
     width = labels.num_classes
     shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((0,), torch.int32 if pairs else torch.int64)]
     shapes += [((0,) if pairs else (0, width), torch.float32)] * (2 if boost else 1)

@@ -71,6 +71,7 @@ class AssumeNegativeSmoothed(PointMethod):
     Options: ClassVar[type[MethodOptions]] = ANLSOptions
     options: ANLSOptions
     point: ClassVar[PointLoss] = PointLoss("an_ls", an_ls_point, an_ls_point_jit)
+    solvable: ClassVar[bool] = True
     examples: ClassVar[tuple[MethodOptions, ...]] = (ANLSOptions(), ANLSOptions(log_form="logits"))
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:

@@ -37,3 +37,4 @@ class AssumeNegative(PointMethod):
     """Binary cross-entropy with every unknown label as a negative, mean over B x C."""
 
     point: ClassVar[PointLoss] = PointLoss("an", an_point, an_point_jit)
+    solvable: ClassVar[bool] = True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
+from spml_kernels import PointLoss
 from torch import Tensor, nn
 
 from spml_fast.core import distributed
@@ -54,6 +55,18 @@ class LossOutput:
     metrics: dict[str, Tensor]
 
 
+class EntryLoss(NamedTuple):
+    """The loss of one (logit, code) pair.
+
+    Attributes:
+        point: the function.
+        params: its numbers.
+    """
+
+    point: PointLoss
+    params: tuple[float, ...] = ()
+
+
 Forward = TypeVar("Forward")
 Statistics = TypeVar("Statistics")
 
@@ -81,6 +94,9 @@ class Method(nn.Module, Generic[Forward, Statistics]):
             not tell it.
         corrects_labels: whether unknown labels that it selects are taken for positive rather than left out.
         counts_updates: whether its state is numbered by updates, so that the batch size cannot change on a resume.
+        solvable: whether logit and code alone tell the loss of an entry in the linear phase, or in its first epoch, by
+            a differentiable function that never changes there, so that `train.linear solve` can solve for the head;
+            `linear_loss` gives it. A subclass whose loss takes more says False.
         options: an instance of `Options`; a subclass with options of its own declares their type.
     """
 
@@ -93,6 +109,7 @@ class Method(nn.Module, Generic[Forward, Statistics]):
     needs_samples: ClassVar[bool] = False
     corrects_labels: ClassVar[bool] = False
     counts_updates: ClassVar[bool] = False
+    solvable: ClassVar[bool] = False
     options: MethodOptions
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:
@@ -157,6 +174,10 @@ class Method(nn.Module, Generic[Forward, Statistics]):
 
     def load_rank_state(self, rank_states: list[dict[str, Tensor]]) -> None:
         """Restore it from what every rank of the run that saved it gave, in rank order, on the CPU."""
+
+    def linear_loss(self) -> EntryLoss:
+        """The loss of an entry in the linear phase of a method that is `solvable`."""
+        raise NotImplementedError
 
     def on_epoch_start(self, progress: Progress) -> None:
         """Called on every rank before an epoch."""

@@ -81,6 +81,7 @@ class EntropyMaximisation(PointMethod):
     Options: ClassVar[type[MethodOptions]] = EMOptions
     options: EMOptions
     point: ClassVar[PointLoss] = PointLoss("em", em_point, em_point_jit)
+    solvable: ClassVar[bool] = True
     examples: ClassVar[tuple[MethodOptions, ...]] = (EMOptions(alpha=0.2), EMOptions(alpha=0.2, log_form="logits"))
 
     def __init__(self, options: MethodOptions, store: LabelStore) -> None:

@@ -59,6 +59,7 @@ class IgnoreUnknown(PointMethod):
     Options: ClassVar[type[MethodOptions]] = IUOptions
     options: IUOptions
     point: ClassVar[PointLoss] = PointLoss("iu", iu_point, iu_point_jit)
+    solvable: ClassVar[bool] = True
     examples: ClassVar[tuple[MethodOptions, ...]] = (IUOptions(), IUOptions(log_form="logits"))
 
     @classmethod

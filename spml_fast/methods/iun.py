@@ -37,6 +37,8 @@ class IgnoreUnobservedPositives(IgnoreUnknown):
 
     Options: ClassVar[type[MethodOptions]] = IUNOptions
     uses_truth: ClassVar[bool] = True
+    # The truth enters its loss beside the labels.
+    solvable: ClassVar[bool] = False
 
     def codes(self, logits: Tensor, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Observed positives, known negatives, and unknown for the rest."""

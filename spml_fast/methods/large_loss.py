@@ -33,7 +33,8 @@ from spml_fast.core import distributed
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import POSITIVE, UNKNOWN, LabelStore
-from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
+from spml_fast.methods.assume_negative import AssumeNegative
+from spml_fast.methods.base import EntryLoss, LossOutput, Method, MethodOptions, Progress, global_mean, register
 from spml_fast.methods.pointwise import hidden_positives
 
 
@@ -131,6 +132,7 @@ class LargeLoss(Method[Tensor, Selection]):
     Options: ClassVar[type[MethodOptions]] = LargeLossOptions
     options: LargeLossOptions
     batch_statistics: ClassVar[bool] = True
+    solvable: ClassVar[bool] = True
     scheme: ClassVar[Scheme]
     permanent: ClassVar[bool] = False
 
@@ -279,6 +281,10 @@ class LargeLoss(Method[Tensor, Selection]):
         else:
             total, selected = self._in_one_pass(logits, batch, progress)
         return LossOutput(global_mean(total, batch.global_size * logits.shape[1]), hidden_positives(selected, batch))
+
+    def linear_loss(self) -> EntryLoss:
+        """That of the first epoch, which selects nothing: assumed negative."""
+        return EntryLoss(AssumeNegative.point)
 
     def on_epoch_end(self, progress: Progress) -> dict[str, float]:
         """Permanent corrections of all ranks take effect."""

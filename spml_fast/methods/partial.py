@@ -50,6 +50,7 @@ class PartialBCE(PointMethod):
 
     batch_statistics: ClassVar[bool] = True
     point: ClassVar[PointLoss] = PointLoss("partial", partial_point, partial_point_jit)
+    solvable: ClassVar[bool] = True
 
     @classmethod
     def check_labels(cls, labels: SparseLabels, options: MethodOptions) -> None:

@@ -21,7 +21,16 @@ from torch.nn.functional import logsigmoid
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, UNKNOWN, LabelStore, SparseLabels
-from spml_fast.methods.base import METHODS, LossOutput, Method, MethodOptions, Progress, global_mean, global_sum
+from spml_fast.methods.base import (
+    METHODS,
+    EntryLoss,
+    LossOutput,
+    Method,
+    MethodOptions,
+    Progress,
+    global_mean,
+    global_sum,
+)
 
 LogForm = Literal["released", "logits"]
 Reduction = Literal["mean", "sum"]
@@ -88,6 +97,10 @@ class PointMethod(Method[Tensor, Tensor]):
     def params(self, progress: Progress) -> tuple[float, ...]:
         """Numbers handed to the point function."""
         return ()
+
+    def linear_loss(self) -> EntryLoss:
+        """The point function with its numbers in the linear phase."""
+        return EntryLoss(self.point, self.params(Progress(1, 1, 0, 1, phase="linear")))
 
     def codes(self, logits: Tensor, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes handed to the point function, and metrics."""

@@ -65,6 +65,7 @@ class WeakAssumeNegative(PointMethod):
     Options: ClassVar[type[MethodOptions]] = WANOptions
     options: WANOptions
     point: ClassVar[PointLoss] = PointLoss("wan", wan_point, wan_point_jit)
+    solvable: ClassVar[bool] = True
     examples: ClassVar[tuple[MethodOptions, ...]] = (
         WANOptions(gamma=1 / 80),
         WANOptions(gamma=1 / 80, log_form="logits"),

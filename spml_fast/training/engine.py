@@ -385,12 +385,16 @@ class Engine:
         restore_schedule_options(*self._schedule, updates)
 
     @contextlib.contextmanager
-    def gathered_parameters(self) -> Iterator[None]:
-        """Inside, every parameter of the module is whole on every rank (ZeRO stage 3 gathers them)."""
+    def gathered_parameters(self, change: bool = False) -> Iterator[None]:
+        """Inside, every parameter of the module is whole on every rank (ZeRO stage 3 gathers them).
+
+        Args:
+            change: every rank gives parameters new values, the same ones, which are kept.
+        """
         if self.stage < 3:
             yield
             return
-        with _deepspeed().zero.GatheredParameters(list(self.module.parameters())):
+        with _deepspeed().zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0 if change else None):
             yield
 
     def close(self) -> None:

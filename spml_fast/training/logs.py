@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from spml_fast.core import distributed
 from spml_fast.core.io import finite
 from spml_fast.core.text import without_controls
+from spml_fast.evaluation.metrics import selection_quality
 from spml_fast.runs.layout import RunLayout
 
 
@@ -45,6 +48,15 @@ class Meter:
         """Samples a second over all ranks."""
         return self.samples / max(self.seconds, 1e-9)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the time counts as waiting for data."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - before
+
     @property
     def wait_fraction(self) -> float:
         """Fraction of the time spent waiting for data on this rank, 0..1."""
@@ -57,6 +69,15 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     # Linux counts ru_maxrss in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def selection_figures(values: dict[str, float]) -> dict[str, float]:
+    """How right a method's selection of labels was, from an epoch's counts; nothing where the truth is not known."""
+    if "selected_true_count" not in values:
+        return {}
+    names = ("selected_true_count", "selected_count", "hidden_positive_count")
+    quality = selection_quality(*(int(values[name]) for name in names))
+    return {"selection_precision": quality["precision"], "selection_recall": quality["recall"]}
 
 
 def drop_half_line(path: Path) -> None:

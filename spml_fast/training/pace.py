@@ -71,6 +71,16 @@ class Pace:
         self.rate = measured * self.update_size / max(self._now() - self._since, 1e-9)
         return self.line(epoch, done)
 
+    def measured(self, rate: float, images: int) -> str:
+        """Take a rate of the present phase that was measured elsewhere; returns the line about the cost.
+
+        Args:
+            rate: in images/s.
+            images: of the phase's first epoch that are done.
+        """
+        self.rate = rate
+        return self.line(1, min(images // self.update_size, self.updates_per_epoch))
+
     def end_epoch(self, epoch: int, rate: float) -> str | None:
         """An epoch's own rate takes the place of what its first updates told; returns the line if it was too short.
 

@@ -89,6 +89,19 @@ class SaveTimes:
         """Whether all ranks end now, told at an epoch's end, where they have time to agree (collective)."""
         self.stopping = self.stopping or self._agreement.agree(self._wishes())[0]
 
+    def stop_between(self) -> None:
+        """End if that was asked for, where there is nothing to save (collective).
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        self.stopping = self.stopping or self._agreement.exchange(self._wishes())[0]
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.stopping:
+            raise Interrupted(self.stopping, f"stopped by {signal_name(self.stopping)}: {self._signals.kept}")
+
     def begun(self, place: str) -> None:
         """Note that a checkpoint is being written.
 
@@ -123,5 +136,4 @@ class SaveTimes:
         self._writing = ""
         if epoch_ends:
             self.agree()
-        if self.stopping:
-            raise Interrupted(self.stopping, f"stopped by {signal_name(self.stopping)}: {self._signals.kept}")
+        self._stop()

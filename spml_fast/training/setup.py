@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from spml_fast.data.sampler import TrainSampler
 from spml_fast.methods import get_method
 from spml_fast.models.batchnorm import synchronised
 from spml_fast.models.classifier import Classifier
+from spml_fast.models.heads import get_head
 from spml_fast.models.weights import load_weights
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import input_normalisation, open_data
@@ -37,10 +38,12 @@ class Phase:
     Attributes:
         name: `linear` trains the head on a frozen backbone, `finetune` everything.
         epochs: its length.
+        solved: its one epoch solves for the head (`train.linear solve`).
     """
 
     name: str
     epochs: int
+    solved: bool = False
 
 
 # What `train.epochs null` means at so many training images, and its limits.
@@ -56,24 +59,59 @@ def suitable_epochs(images: int) -> int:
     return min(max(round(EPOCHS * math.sqrt(EPOCHS_AT / images)), FEWEST_EPOCHS), MOST_EPOCHS)
 
 
-def resolve_epochs(config: Config, images: int) -> Config:
-    """The configuration with numbers in place of `null` epochs.
+def resolve_phases(config: Config, images: int) -> tuple[Config, list[str]]:
+    """The configuration with numbers in place of `null` epochs and a way in place of `train.linear auto`, and notes.
 
     Args:
         config: as it was given.
         images: of the training split.
+
+    Raises:
+        UserError: `train.linear solve` with something that it does not go with.
     """
     train, suitable = config.train, suitable_epochs(images)
+    way, notes = _linear_way(config)
     epochs = suitable if train.epochs is None else train.epochs
-    linear = suitable if train.linear_epochs is None else train.linear_epochs
-    return dataclasses.replace(config, train=dataclasses.replace(train, epochs=epochs, linear_epochs=linear))
+    linear = (1 if way == "solve" else suitable) if train.linear_epochs is None else train.linear_epochs
+    resolved = dataclasses.replace(train, epochs=epochs, linear=way, linear_epochs=linear)
+    return dataclasses.replace(config, train=resolved), notes
+
+
+def _linear_way(config: Config) -> tuple[Literal["sgd", "solve"], list[str]]:
+    """How the head of the linear phase is trained, and what to say of it where the run chooses."""
+    train, obstacle = config.train, obstacle_to_solving(config)
+    if train.linear == "solve" and obstacle is not None:
+        raise UserError(f"train.linear solve cannot be used here: {obstacle}; set train.linear to sgd")
+    if train.linear != "auto":
+        return train.linear, []
+    if train.linear_epochs == 0:
+        return "sgd", []
+    if train.linear_epochs is not None:
+        why = f"train.linear_epochs asks for {train.linear_epochs} epochs"
+    elif obstacle is not None:
+        why = obstacle
+    else:
+        return "solve", ["train.linear auto: the head of the linear phase is solved for, in one pass"]
+    return "sgd", [f"train.linear auto: the head of the linear phase is trained by steps, not solved for: {why}"]
+
+
+def obstacle_to_solving(config: Config) -> str | None:
+    """Why the head of the linear phase cannot be solved for; None where it can."""
+    method, head = config.method.name, config.model.head
+    if not get_method(method).solvable:
+        return f"the loss of method {method} depends on more than an image's own logits and labels"
+    if not get_head(head).affine_in_mean:
+        return f"head {head} reads more than the mean feature"
+    if config.train.sampling != "uniform":
+        return f"train.sampling {config.train.sampling} weighs images differently"
+    return None
 
 
 def make_phases(config: Config) -> list[Phase]:
-    """The phases of a run in order; their epochs are numbers (`resolve_epochs`)."""
+    """The phases of a run in order, of a configuration that `resolve_phases` gave."""
     train = config.train
     assert train.epochs is not None
-    linear = [Phase("linear", train.linear_epochs)] if train.linear_epochs else []
+    linear = [Phase("linear", train.linear_epochs, train.linear == "solve")] if train.linear_epochs else []
     return [*linear, Phase("finetune", train.epochs)]
 
 

@@ -40,6 +40,7 @@ def run_state(trainer: Trainer, epoch: int, update: int) -> dict[str, Any]:
         "best": trainer.score.state(),
         "trained": (trainer.trained_samples, trainer.trained_seconds, trainer.waited_seconds),
         "optimizer": train.optimizer,
+        "linear": train.linear,
         "updates_per_epoch": trainer.loader.updates_per_epoch,
         "started_from": trainer.started_from,
     }
@@ -65,6 +66,7 @@ def restore_state(trainer: Trainer, phase: Phase, resume: Resume) -> tuple[int, 
     _check_fit(trainer, phase, checkpoint)
     state = trainer.engine.load(checkpoint.folder, position.tag)["spml_fast"]
     _check_optimizer(trainer, checkpoint, state)
+    _check_linear(trainer, checkpoint, state)
     trainer.started_from = state.get("started_from")
     trainer.store.load_state_dict(state["labels"])
     if trainer.method.rank_state():
@@ -101,6 +103,8 @@ def _check_fit(trainer: Trainer, phase: Phase, checkpoint: Checkpoint) -> None:
             f"resume with the same, not with {trainer.world} ranks at stage {engine.stage} "
             "(stage 0 alone allows another number of ranks)"
         )
+    if phase.solved and (position.epoch > 1 or position.update):
+        raise UserError(_other_linear(checkpoint, "sgd", "solve"))
     if position.epoch > phase.epochs:
         option = "train.linear_epochs" if phase.name == "linear" else "train.epochs"
         raise UserError(
@@ -118,6 +122,21 @@ def _check_optimizer(trainer: Trainer, checkpoint: Checkpoint, state: dict[str, 
             f"train.optimizer cannot change from {before} to {now}: the checkpoint holds the state of {before}; resume "
             f"with {before}, or start a new run in another --run.dir"
         )
+
+
+def _check_linear(trainer: Trainer, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+    """A head that was trained by steps is no solution, and the other way round."""
+    # Versions before 0.2.0 could not solve.
+    before, now = state.get("linear", "sgd"), trainer.config.train.linear
+    if checkpoint.position.phase == "linear" and before != now:
+        raise UserError(_other_linear(checkpoint, before, now))
+
+
+def _other_linear(checkpoint: Checkpoint, before: str, now: str) -> str:
+    return (
+        f"train.linear cannot change from {before} to {now} within the linear phase, in which checkpoint "
+        f"{checkpoint.path} was saved; resume with {before}, or start a new run in another --run.dir"
+    )
 
 
 def _check_counting(trainer: Trainer, checkpoint: Checkpoint, state: dict[str, Any]) -> None:

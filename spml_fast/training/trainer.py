@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from spml_fast.data.labels import LabelStore
 from spml_fast.data.loader import EvalLoader
 from spml_fast.evaluation.decisions import Decisions
 from spml_fast.evaluation.evaluate import class_groups, evaluate_split
-from spml_fast.evaluation.metrics import selection_quality
 from spml_fast.methods import Method, Progress, get_method
 from spml_fast.models.batchnorm import bn_behaviour
 from spml_fast.models.classifier import Classifier
@@ -35,7 +33,7 @@ from spml_fast.training.batchnorm_state import average_statistics, own_statistic
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.decide import decide
 from spml_fast.training.engine import Engine, deepspeed_config
-from spml_fast.training.logs import Meter, RunLog, memory_gib
+from spml_fast.training.logs import Meter, RunLog, memory_gib, selection_figures
 from spml_fast.training.memory import explain_out_of_memory
 from spml_fast.training.module import TrainingModule
 from spml_fast.training.nonfinite import NonFiniteGuard
@@ -55,10 +53,11 @@ from spml_fast.training.setup import (
     make_train_loader,
     make_truth,
     phase_index,
-    resolve_epochs,
+    resolve_phases,
     resolved_config,
     set_prior,
 )
+from spml_fast.training.solved_phase import solve_phase
 from spml_fast.training.state import restore_state, run_state
 
 
@@ -79,7 +78,8 @@ class Trainer:
         self.world, self.rank = distributed.world_size(), distributed.rank()
         set_cudnn_policy(device, config.run.deterministic)
         self.data = load_data(config)
-        self.config = config = resolve_epochs(config, len(self.data.train))
+        config, self.notes = resolve_phases(config, len(self.data.train))
+        self.config = config
         self.run_dir = make_run_dir(config, self.data.manifest.name)
         self.layout = RunLayout(self.run_dir)
         torch.manual_seed(config.run.seed)
@@ -119,10 +119,10 @@ class Trainer:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        resume, notes = self.resume, list[str]()
+        resume, notes = self.resume, self.notes
         if resume is not None:
             forced = check_same_run(resume, self.checkpoints.defines, self.run_dir)
-            notes = [*resume.notes, *([forced] if forced else [])]
+            notes = [*notes, *resume.notes, *([forced] if forced else [])]
         with RunLog(self.run_dir, self.total_updates) as self.log:
             self.log.say(console.opening_line(self.config, self.data, self.classifier, self.device, self.run_dir))
             for note in [*opening_notes(self.config, self.data, self.classifier, self.total_updates), *notes]:
@@ -180,7 +180,7 @@ class Trainer:
             if (reason := self.score.stops(train.stop_after_drop, train.patience)) is not None:
                 self.log.say(f"stopped: {reason}")
                 break
-            self._train_epoch(phase, epoch, start_update)
+            self.figures = solve_phase(self, phase) if phase.solved else self._train_epoch(phase, epoch, start_update)
             start_update = 0
             validates = epoch == phase.epochs or epoch % config.eval.every == 0
             self._finish_epoch(phase, epoch, self._validate() if validates else None)
@@ -200,8 +200,8 @@ class Trainer:
         done = (epoch - 1) * per_epoch + update
         return Progress(epoch, phase.epochs, done, per_epoch, phase.name, self.engine.learning_rate)
 
-    def _train_epoch(self, phase: Phase, epoch: int, start_update: int) -> None:
-        """One epoch, from an update on."""
+    def _train_epoch(self, phase: Phase, epoch: int, start_update: int) -> dict[str, Any]:
+        """One epoch, from an update on; returns its figures."""
         config = self.config
         self.engine.train()
         self.method.on_epoch_start(self._progress(phase, epoch, start_update))
@@ -211,9 +211,8 @@ class Trainer:
         updates = self.loader.epoch(epoch, start_update)
         update = start_update
         while True:
-            before = time.perf_counter()
-            micro = next(updates, None)
-            meter.waited += time.perf_counter() - before
+            with meter.waiting():
+                micro = next(updates, None)
             if micro is None:
                 break
             peers.begin_update()
@@ -251,7 +250,7 @@ class Trainer:
         figures |= self.method.on_epoch_end(progress)
         if config.data.bad_images == "replace":
             figures["bad_images"] = list_bad_images(self.loader.bad_images, self.layout)
-        self.figures = figures
+        return figures
 
     def _live_line(self, phase: Phase, epoch: int, update: int, meter: Meter) -> str:
         name, left = console.epoch_name(phase, epoch), self.pace.seconds_left(epoch, update)
@@ -300,16 +299,20 @@ class Trainer:
         for batch, statistics in zip(batches, self.method.update_statistics(logits, batches, progress), strict=True):
             batch.update_statistics = statistics
 
+    def training_scorer(self) -> EvalLoader:
+        """The loader of the training split's evaluation views."""
+        if self.train_scorer is None:
+            bad = self.loader.bad_images
+            self.train_scorer = make_eval_loader(self.config, self.data.train, self.classifier, self.device, bad)
+        return self.train_scorer
+
     @torch.no_grad()
     def _score_training_split(self) -> None:
         """A pass over the training split in evaluation mode, for methods that ask for it (collective)."""
         average_statistics(self.classifier, self.ema)
-        if self.train_scorer is None:
-            bad = self.loader.bad_images
-            self.train_scorer = make_eval_loader(self.config, self.data.train, self.classifier, self.device, bad)
         dtype = autocast_dtype(self.config.train.precision, self.device)
         self.classifier.eval()
-        for batch in self.train_scorer:
+        for batch in self.training_scorer():
             with autocast(self.device, dtype):
                 logits = self.classifier(batch.views["eval"], alpha=self.classifier.alpha_train).logits
             if batch.real:
@@ -327,11 +330,7 @@ class Trainer:
         samples = values.pop("samples")
         values["loss"] /= max(samples, 1)
         self.last_loss = values["loss"]
-        if "selected_true_count" in values:
-            counts = (values["selected_true_count"], values["selected_count"], values["hidden_positive_count"])
-            quality = selection_quality(*(int(c) for c in counts))
-            values |= {"selection_precision": quality["precision"], "selection_recall": quality["recall"]}
-        return values
+        return values | selection_figures(values)
 
     def _log_update(self, phase: Phase, progress: Progress, meter: Meter, sums: dict[str, Tensor]) -> None:
         values = self._read(sums)
@@ -369,12 +368,9 @@ class Trainer:
             best = self.score.offer(score)
             if not math.isfinite(score):
                 self.log.say("validation mAP is not defined (no known labels in the split); these weights are kept")
-        figures = self.figures
-        position = {"phase": phase.name, "epoch": epoch}
-        self.log.record("epoch", position | figures | ({"val_map": score} if score is not None else {}))
+        figures = self.figures | ({"val_map": score} if score is not None else {})
+        self.log.record("epoch", {"phase": phase.name, "epoch": epoch} | figures)
         events = {f"epoch/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
-        if score is not None:
-            events["epoch/val_map"] = score
         self.engine.write_events(events, self._seen(phase, epoch * self.loader.updates_per_epoch))
         name = console.epoch_name(phase, epoch)
         self.log.say(console.epoch_line(name, figures, score, self.method.corrects_labels))

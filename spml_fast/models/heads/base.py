@@ -60,11 +60,14 @@ class Head(nn.Module):
             map.
         class_parameters: names of the parameters whose first dimension is the class, so that a run that starts from
             another one takes the rows of the classes that both have.
+        affine_in_mean: whether the logits at alpha 1 are an affine function of the mean feature, so that
+            `train.linear solve` can solve for the head; `set_affine` takes the solution.
         options: an instance of `Options`; a subclass with options of its own declares their type.
     """
 
     Options: ClassVar[type[HeadOptions]] = HeadOptions
     supports_boostlu: ClassVar[bool] = False
+    affine_in_mean: ClassVar[bool] = False
     class_parameters: ClassVar[tuple[str, ...]] = ()
     options: HeadOptions
 
@@ -90,6 +93,15 @@ class Head(nn.Module):
         Args:
             logits: fp32 [C].
             alpha: BoostLU's factor in training, which positive biases pass through; heads without a map ignore it.
+        """
+        raise NotImplementedError
+
+    def set_affine(self, weight: Tensor, bias: Tensor) -> None:
+        """Make the logits at alpha 1 `weight` times the mean feature plus `bias`, of a head that is `affine_in_mean`.
+
+        Args:
+            weight: fp32 [C, K].
+            bias: fp32 [C].
         """
         raise NotImplementedError
 

@@ -23,6 +23,7 @@ class CamHead(Head):
     """Class weights [C, K] and bias [C], both initialised uniformly in +-1/sqrt(K) as the released code's 1x1 conv."""
 
     supports_boostlu: ClassVar[bool] = True
+    affine_in_mean: ClassVar[bool] = True
     class_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def __init__(
@@ -43,6 +44,12 @@ class CamHead(Head):
     def set_bias(self, logits: Tensor, alpha: float) -> None:
         """The bias lies inside the map, so BoostLU multiplies it where it is positive."""
         self.bias.copy_(torch.where(logits > 0, logits / alpha, logits))
+
+    @torch.no_grad()
+    def set_affine(self, weight: Tensor, bias: Tensor) -> None:
+        """As `Head.set_affine`."""
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
 
     def forward(
         self,
