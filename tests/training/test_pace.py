@@ -86,6 +86,16 @@ def test_an_epoch_that_is_too_short_to_measure_tells_at_its_end(now: list[float]
     assert short.end_epoch(1, 16.0) is None, "nothing is left to be told"
 
 
+def test_a_rate_that_was_measured_elsewhere():
+    run = make([LINEAR, FINETUNE], eval_images=800)
+    run.begin(LINEAR)
+    line = run.measured(4.0, 320)
+    # As after the 20 updates that are as many images.
+    assert line.startswith("4 images/s: about 10 min an epoch of the head alone; ") and run.rate == 4.0
+    assert run.seconds_left(1, 20) == pytest.approx(1.8 * 600 + 4 * 1400)
+    assert line == run.line(1, 20)
+
+
 def test_validation_now_and_then_costs_its_share():
     train = TrainConfig(batch_size=16)
     run = Pace([FINETUNE], 100, train, range(4800), torch.device("cpu"), every=5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spml_fast.cli.parse import parse_config
-from spml_fast.core.config import Config
+from spml_fast.core.config import Config, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.runs.layout import RunLayout
 from spml_fast.training.setup import (
@@ -20,7 +20,7 @@ from spml_fast.training.setup import (
     make_phases,
     make_run_dir,
     make_truth,
-    resolve_epochs,
+    resolve_phases,
     resolved_config,
 )
 
@@ -96,12 +96,66 @@ def test_synchronised_statistics_need_gpus(small_digits: Path) -> None:
 )
 def test_epochs_by_the_number_of_images(small_digits: Path, images: int, epochs: int) -> None:
     config = configured(small_digits, "--train.epochs", "null", "--train.linear_epochs", "null")
-    found = resolve_epochs(config, images).train
+    found = resolve_phases(config, images)[0].train
     assert (found.epochs, found.linear_epochs) == (epochs, epochs)
 
 
 def test_epochs_that_were_given_stay(small_digits: Path) -> None:
     config = configured(small_digits, "--train.epochs", "5", "--train.linear_epochs", "0")
-    assert resolve_epochs(config, 2000) == config
-    mixed = resolve_epochs(configured(small_digits, "--train.epochs", "5", "--train.linear_epochs", "null"), 2000)
+    assert resolve_phases(config, 2000) == (config, [])
+    mixed, _ = resolve_phases(configured(small_digits, "--train.epochs", "5", "--train.linear_epochs", "null"), 2000)
     assert (mixed.train.epochs, mixed.train.linear_epochs) == (5, 8)
+
+
+NULL = ("--train.linear_epochs", "null")
+
+
+@pytest.mark.parametrize(
+    ("words", "way", "epochs", "note"),
+    [
+        (("--train.linear", "solve", *NULL), "solve", 1, None),
+        (("--train.linear", "solve", "--train.linear_epochs", "1"), "solve", 1, None),
+        (("--train.linear", "sgd", *NULL), "sgd", 8, None),
+        (("--train.linear", "auto", *NULL), "solve", 1, "is solved for, in one pass"),
+        (("--train.linear", "auto", "--train.linear_epochs", "0"), "sgd", 0, None),
+        (("--train.linear", "auto", "--train.linear_epochs", "4"), "sgd", 4, "train.linear_epochs asks for 4 epochs"),
+        (("--train.linear", "auto", *NULL, "--method", "ignore"), "sgd", 8, "the loss of method ignore depends on"),
+        (("--train.linear", "auto", *NULL, "--model.head", "query2label"), "sgd", 8, "head query2label reads more"),
+        (
+            ("--train.linear", "auto", *NULL, "--train.sampling", "repeat_factor"),
+            *("sgd", 8, "train.sampling repeat_factor weighs images"),
+        ),
+    ],
+)
+def test_how_the_linear_phase_is_trained(
+    small_digits: Path, words: tuple[str, ...], way: str, epochs: int, note: str | None
+) -> None:
+    config, notes = resolve_phases(configured(small_digits, *words), 2000)
+    assert (config.train.linear, config.train.linear_epochs) == (way, epochs)
+    assert len(notes) == (note is not None) and (note or "") in "".join(notes)
+    first = make_phases(config)[0]
+    assert first == (Phase("linear", epochs, solved=way == "solve") if epochs else Phase("finetune", 10))
+    # The resolved recipe repeats it.
+    assert resolve_phases(config, 99) == (config, [])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "gr"), "the loss of method gr depends on more than an image's own logits and labels"),
+        (("--model.head", "query2label"), "head query2label reads more than the mean feature"),
+        (("--train.sampling", "repeat_factor"), "train.sampling repeat_factor weighs images differently"),
+    ],
+)
+def test_what_cannot_be_solved_for_is_refused(small_digits: Path, words: tuple[str, ...], message: str) -> None:
+    config = configured(small_digits, "--train.linear", "solve", *NULL, *words)
+    with pytest.raises(UserError, match=f"train.linear solve cannot be used here: {message}; set train.linear to sgd"):
+        resolve_phases(config, 2000)
+
+
+@pytest.mark.parametrize("epochs", [0, 4])
+def test_one_pass_has_no_number_of_epochs(epochs: int) -> None:
+    with pytest.raises(
+        UserError, match=rf"train\.linear solve is one pass, and train\.linear_epochs is {epochs}; .*null"
+    ):
+        TrainConfig(linear="solve", linear_epochs=epochs)

@@ -342,7 +342,8 @@ class TestPhases:
         assert "recipe: finetune, since --config names none" in out
         assert "warning: method an with model.alpha_train 5" in out
         train = yaml.safe_load((run / "config.yaml").read_text())["train"]
-        assert (train["linear_epochs"], train["epochs"], train["best_of"]) == (26, 1, "run")
+        assert (train["linear"], train["linear_epochs"]) == ("solve", 1)
+        assert (train["epochs"], train["best_of"]) == (1, "run")
         epochs = {(e["phase"], e["epoch"]): e["val_map"] for e in read_metrics(run, "epoch")}
         results = json.loads((run / "results.json").read_text())
         best = (results["best_phase"], results["best_epoch"])
