@@ -8,7 +8,7 @@ from: the mean feature of every image. What is minimised over class weights w_c 
 x_i is the mean feature of image i without its mean over the training split, divided by the root mean square of what is
 left, one number for all channels, so that a penalty means the same for every network. `loss` is the method's own
 (`Method.linear_loss`); M counts the entries that it takes. Biases carry no penalty: they alone say how frequent a class
-is, and features that are not centred, with a penalty on the bias, cost 4 to 7 points of mAP on photographs.
+is. With features that are not centred and a penalty on the biases too, mAP was 7 points lower (docs/operations.md).
 
 L-BFGS over all images in fp64, from the strongest penalty to the weakest, each from the solution before it; nothing is
 drawn. For losses that are convex in the logit this is the optimum, for others the one that is found on that way.
@@ -16,7 +16,8 @@ drawn. For losses that are convex in the logit this is the optimum, for others t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +126,8 @@ class HeadObjective:
         for first in range(0, len(self.features), rows):
             yield self.features[first : first + rows].double(), self.codes[first : first + rows]
 
-    def _sum_over_blocks(self, part) -> Tensor:  # type: ignore[no-untyped-def]
+    def _sum_over_blocks(self, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """Sum of `part` (features fp64 [n, K]) over all blocks of all ranks."""
         parts = [part(x) for x, _ in self._blocks()]
         empty = part(self.features[:0].double())
         return distributed.all_reduce_sum(torch.stack([empty, *parts]).sum(0))
@@ -171,7 +173,7 @@ class HeadObjective:
         return weights.float(), (parameters[:, -1] - weights @ self.mean).float()
 
 
-def _lbfgs(function, start: Tensor) -> tuple[Tensor, int, float]:  # type: ignore[no-untyped-def]
+def _lbfgs(function: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> tuple[Tensor, int, float]:
     """Minimum of a function that gives (value, gradient); evaluations, and the largest entry of the gradient there."""
     parameters = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -206,6 +208,6 @@ def solve(objective: HeadObjective, penalties: Sequence[float] = PENALTIES) -> I
     """
     parameters = objective.start()
     for penalty in penalties:
-        parameters, evaluations, gradient = _lbfgs(lambda p, l2=penalty: objective(p, l2), parameters)
+        parameters, evaluations, gradient = _lbfgs(functools.partial(objective, penalty=penalty), parameters)
         loss = float(objective(parameters, 0.0)[0])
         yield Solution(parameters, penalty, loss, evaluations, gradient)

@@ -117,7 +117,7 @@ def _choose(
     trainer: Trainer, objective: HeadObjective, held_out: tuple[Tensor, Tensor] | None
 ) -> tuple[Solution, list[dict[str, float | int | None]]]:
     """The solution whose penalty suits the validation split best, and what is known of all that were tried."""
-    penalties = PENALTIES
+    penalties: tuple[float, ...] = PENALTIES
     if held_out is None:
         penalties = tuple(penalty for penalty in PENALTIES if penalty >= DEFAULT_PENALTY)
     tried: list[dict[str, float | int | None]] = []

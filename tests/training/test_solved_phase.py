@@ -89,12 +89,15 @@ def test_only_the_head_changed(finished: tuple[Path, str]) -> None:
     assert moved and float(solved["head.weight"].abs().max()) > 1
 
 
+@pytest.mark.parametrize("stage", [0, 3])
 def test_two_ranks_find_the_same_head(
-    finished: tuple[Path, str], small_digits: Path, run_script: Run, tmp_path: Path
+    finished: tuple[Path, str], small_digits: Path, run_script: Run, tmp_path: Path, stage: int
 ) -> None:
+    """Also where no rank has whole parameters (ZeRO stage 3)."""
     run, two = finished[0], tmp_path / "two"
-    succeed(run_script("train.py", *options(small_digits, two), ranks=2))
-    one, both = state(run, "linear-e0001-u000000-w1"), state(two, "linear-e0001-u000000-w2")
+    succeed(run_script("train.py", *options(small_digits, two, deepspeed__zero_stage=stage), ranks=2))
+    one, tag = state(run, "linear-e0001-u000000-w1"), "linear-e0001-u000000-w2"
+    both = state(two, tag) if stage == 0 else load_file(RunLayout(two).checkpoints.weights(tag))
     assert one.keys() == both.keys()
     for name, value in one.items():
         torch.testing.assert_close(both[name], value, rtol=1e-3, atol=1e-3)
