@@ -99,7 +99,7 @@ def obstacle_to_solving(config: Config) -> str | None:
     """Why the head of the linear phase cannot be solved for; None where it can."""
     method, head = config.method.name, config.model.head
     if not get_method(method).solvable:
-        return f"the loss of method {method} depends on more than an image's own logits and labels"
+        return f"method {method} has no loss that a head can be solved for"
     if not get_head(head).affine_in_mean:
         return f"head {head} reads more than the mean feature"
     if config.train.sampling != "uniform":
