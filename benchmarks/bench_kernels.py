@@ -30,8 +30,8 @@ judged. `enqueue_us` is the host's time for one call. `pair_ratio` is the op ove
 B. A card that has waited is kept busy until its clock is up. GB/s is the floor's bytes over p50, `copy` and `matmul`
 the shares of the copy and product rates measured on this card. `extra_mb` is peak memory beyond outputs and gradients.
 cam_pool runs with dense signs and with one positive cell in a hundred: half the cells of a fiftieth of an image's
-classes, scattered (sparse, the worst case) or neighbours with Zipf's frequencies (zipf). Every op runs in a process of
-its own, so that one that breaks the card's context costs its own rows. Rows go to benchmarks/results/<gpu>_kernels.csv
+classes, scattered (sparse, the worst case) or neighbours with Zipf's frequencies (zipf). A process that a kernel breaks
+costs the shape it was at, and is followed by another. Rows go to benchmarks/results/<gpu>_kernels.csv
 one by one, with GPU, torch, triton and commit, rows of the same key replaced; a plot lies beside it, and in
 <gpu>_kernels_profile.csv the kernels of every provider's call with their times. Goals met and missed are in the rows
 (`goal`) and at the end. --seconds stops in time and says what is missing; a shape may take a minute longer.
@@ -80,14 +80,14 @@ from spml_fast.core.outputs import add_json_option, json_output  # noqa: E402
 
 
 def worker(given: str) -> int:
-    """One worker process of `run`: one op, or the card's ceilings."""
+    """One worker process of `run`: some works, or the card's ceilings."""
     task = json.loads(given)
     card = Card()
-    if task["op"] == "ceilings":
+    if task["ops"] == "ceilings":
         facts = {"ceilings": card.ceilings(), "machine": machine(torch.cuda.get_device_name(), task["commit"])}
         Path(task["events"]).write_text(json.dumps(facts), encoding="utf-8")
         return 0
-    kernel_works = works([task["op"]], task["small"], task["shapes"])
+    kernel_works = works(task["ops"], task["small"], task["shapes"])
     facts = {"ceilings": task["ceilings"], "machine": task["machine"]}
     events, table = Path(task["events"]), Path(task["table"])
     work_through(card, kernel_works, task["first"], events, table, facts, task["seconds"])
@@ -109,7 +109,7 @@ def facts_of_card(command: list[str], known: str | None, file: Path | None) -> d
             return kept
     with tempfile.TemporaryDirectory() as folder:
         answer = file or Path(folder) / "facts.json"
-        done = subprocess.run([*command, json.dumps({"op": "ceilings", "events": str(answer), "commit": known})])
+        done = subprocess.run([*command, json.dumps({"ops": "ceilings", "events": str(answer), "commit": known})])
         if done.returncode or not answer.exists():
             return None
         facts: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))

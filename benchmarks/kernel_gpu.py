@@ -1,7 +1,7 @@
-"""Timing the ops on a GPU: one process an op, so that a kernel that breaks the card's context costs one row.
+"""Timing the ops on a GPU in processes of their own, so that a kernel that breaks the card's context costs one row.
 
-The parent (`run`) measures nothing. A worker gates and times the works of one op in turn and appends a line of JSON for
-every event; when it dies, the parent records the work it died at and starts another one behind it.
+The parent (`run`) measures nothing. A worker gates and times works in turn and appends a line of JSON for every event;
+when it dies, the parent records the work it died at and starts another one behind it.
 """
 
 from __future__ import annotations
@@ -245,46 +245,47 @@ def run(
         table: CSV file.
         facts: `ceilings` and `machine` of the card.
         seconds: time for everything.
-        worker: command line of a worker; its op, first work, event file, facts and seconds are added.
+        worker: command line of a worker; its ops, first work, event file, facts and seconds are added.
     """
     stop = time.monotonic() + seconds
     rows: list[Row] = []
+    kernel_works: list[KernelWork] = []
+    known = []
+    for op in ops:
+        try:
+            kernel_works += works([op], small, shapes)
+            known.append(op)
+        except Exception as problem:
+            row = {"op": op, "shape": "", "provider": "", "mode": "", "status": f"FAILED {first_line(problem)}"}
+            rows.append({**row, **facts["machine"]})
+    first = 0
     with tempfile.TemporaryDirectory() as folder:
-        for op in ops:
+        while first < len(kernel_works):
+            left = stop - time.monotonic()
+            if left <= 0:
+                late = [_failed(w, "fused", "worker", "no time left") for w in kernel_works[first:]]
+                rows += [{**row, **facts["machine"]} for row in late]
+                break
+            events = Path(folder) / f"{first}.jsonl"
+            events.touch()
+            given = json.dumps({"ops": known, "first": first, "events": str(events), "seconds": left, **facts})
+            reason = ""
             try:
-                kernel_works, first = works([op], small, shapes), 0
-            except Exception as problem:
-                row = {"op": op, "shape": "", "provider": "", "mode": "", "status": f"FAILED {first_line(problem)}"}
-                rows.append({**row, **facts["machine"]})
-                continue
-            while first < len(kernel_works):
-                left = stop - time.monotonic()
-                if left <= 0:
-                    late = [_failed(w, "fused", "worker", "no time left") for w in kernel_works[first:]]
-                    rows += [{**row, **facts["machine"]} for row in late]
-                    break
-                events = Path(folder) / f"{op}_{first}.jsonl"
-                events.touch()
-                given = json.dumps({"op": op, "first": first, "events": str(events), "seconds": left, **facts})
-                reason = ""
-                try:
-                    done = subprocess.run([*worker, given], timeout=left + PATIENCE)
-                    reason = f"worker ended with status {done.returncode}" if done.returncode else ""
-                except subprocess.TimeoutExpired:
-                    reason = "worker took too long"
-                seen = _events(events)
-                rows += [e["row"] for e in seen if "row" in e]
-                finished = [e["done"] for e in seen if "done" in e]
-                begun = [e["begun"] for e in seen if "begun" in e]
-                if not reason and len(finished) == len(kernel_works) - first:
-                    break
-                place = begun[-1] if begun else first
-                lost = (
-                    _failed(kernel_works[place], "fused", "worker", reason or "worker stopped early") | facts["machine"]
-                )
-                merge_csv(table, [lost])
-                rows.append(lost)
-                show(lost)
-                first = place + 1
+                done = subprocess.run([*worker, given], timeout=left + PATIENCE)
+                reason = f"worker ended with status {done.returncode}" if done.returncode else ""
+            except subprocess.TimeoutExpired:
+                reason = "worker took too long"
+            seen = _events(events)
+            rows += [e["row"] for e in seen if "row" in e]
+            finished = [e["done"] for e in seen if "done" in e]
+            begun = [e["begun"] for e in seen if "begun" in e]
+            if not reason and len(finished) == len(kernel_works) - first:
+                break
+            place = begun[-1] if begun else first
+            lost = _failed(kernel_works[place], "fused", "worker", reason or "worker stopped early") | facts["machine"]
+            merge_csv(table, [lost])
+            rows.append(lost)
+            show(lost)
+            first = place + 1
     # The last of equal ones has the graph times.
     return list({tuple(row[k] for k in KEY): row for row in rows}.values())

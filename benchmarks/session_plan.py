@@ -115,7 +115,7 @@ def _kernels(name: str, *options: str) -> Callable[[Place, float], list[str]]:
 
 
 def _ceilings(place: Place, seconds: float) -> list[str]:
-    task = {"op": "ceilings", "events": str(place.out / "ceilings.json"), "commit": place.commit}
+    task = {"ops": "ceilings", "events": str(place.out / "ceilings.json"), "commit": place.commit}
     return [str(FOLDER / "bench_kernels.py"), "--worker", json.dumps(task)]
 
 
@@ -204,7 +204,7 @@ STEPS = (
     Step(
         "losses",
         2,
-        95,
+        110,
         30,
         "losses, label rows and masked images with their rivals, as CUDA graphs too",
         _kernels("losses"),

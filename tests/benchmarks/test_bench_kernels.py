@@ -130,7 +130,8 @@ with open(task["events"], "a") as file:
             file.write('{"row": {"op": "hal')
             file.flush()
             sys.exit(9)
-        row = {"op": task["op"], "shape": str(place), "provider": "fused", "mode": "fwd", "status": "ok", "p50": 1.0}
+        row = {"op": task["ops"][0], "shape": str(place), "provider": "fused", "mode": "fwd"}
+        row |= {"status": "ok", "p50": 1.0}
         file.write(json.dumps({"row": row}) + "\\n" + json.dumps({"done": place}) + "\\n")
 """
 
@@ -177,6 +178,19 @@ def test_shapes_that_do_not_exist_are_said(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--ops", "cam_pool", "--shapes", "C 4999", "K 7 "])
     assert bench_kernels.main() == 2
     assert capsys.readouterr().err == "no shape of cam_pool contains C 4999 or K 7 \n"
+
+
+def test_an_op_that_cannot_be_made_costs_its_own_rows(tmp_path, monkeypatch):
+    def works(ops, small, shapes):
+        if ops == ["bad"]:
+            raise ImportError("no timm")
+        return small_works()
+
+    monkeypatch.setattr(kernel_gpu, "works", works)
+    facts = {"machine": {"gpu": "none"}, "number": 3}
+    rows = run(["bad", "some"], True, tmp_path / "t.csv", facts, 60, [sys.executable, "-c", WORKER])
+    assert (rows[0]["op"], rows[0]["status"]) == ("bad", "FAILED ImportError: no timm")
+    assert [(r["op"], r["status"]) for r in rows[1:] if r["status"] == "ok"] == [("some", "ok")] * 2
 
 
 def test_a_worker_that_hangs_is_ended(tmp_path, monkeypatch):

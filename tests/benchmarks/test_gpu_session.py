@@ -120,7 +120,7 @@ def test_commands_are_understood_by_what_they_call(monkeypatch, tmp_path):
             assert kernel_precompile.main() == 2
         elif "--worker" in words:
             task = json.loads(words[1])
-            assert task == {"op": "ceilings", "events": str(tmp_path / "ceilings.json"), "commit": "abc"}
+            assert task == {"ops": "ceilings", "events": str(tmp_path / "ceilings.json"), "commit": "abc"}
         else:
             told = {}
             monkeypatch.setattr("torch.cuda.is_available", lambda: True)
