@@ -30,7 +30,7 @@ FORWARD, BACKWARD = ("fwd", "step"), ("bwd", "step")
 CHUNK_MEGABYTES = (4, 8, 16, 24, 32, 48, 96)
 SCRATCH_MEGABYTES = (8, 16, 24, 48)
 # Rows and columns of a tile of cam_mask's image, and warps.
-MASK_TILES = ((16, 64, 4), (16, 128, 4), (16, 256, 4), (32, 64, 4), (32, 128, 4), (32, 128, 8), (64, 64, 4))
+MASK_TILES = ((8, 128, 4), (8, 256, 4), (16, 64, 4), (16, 256, 4), (8, 256, 8), (16, 128, 4), (32, 64, 4), (32, 128, 8))
 
 Context = Callable[[], AbstractContextManager[Any]]
 
