@@ -263,9 +263,9 @@ def reliability(logit: FloatArray, positive: BoolArray, bins: int = BINS) -> dic
     sums = (np.bincount(cell, weights, minlength=bins) for weights in (probability, positive))
     mean, fraction = (np.divide(s, count, out=np.zeros(bins), where=count > 0) for s in sums)
     filled = np.flatnonzero(count)
-    error = (count * np.abs(mean - fraction)).sum() / max(len(logit), 1)
+    distance = (count * np.abs(mean - fraction)).sum()
     return {
-        "expected_calibration_error": 100 * float(error) if len(logit) else None,
+        "expected_calibration_error": 100 * float(distance / len(logit)) if len(logit) else None,
         "log_loss": log_loss(logit, positive) if len(logit) else None,
         "curve": [
             {"entries": int(count[i]), "probability": float(mean[i]), "positive_fraction": float(fraction[i])}

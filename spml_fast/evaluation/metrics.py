@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,6 @@ from spml_fast.evaluation.entries import (
     IntArray,
     as_dense,
     as_groups,
-    check_choice,
     harmonic,
     per_cent,
     ratio,
@@ -143,7 +142,6 @@ def evaluate_scores(
         UserError: a NaN score, a code outside {1, 0, -1}, an unknown definition or convention.
         ValueError: wrong shape or dtype.
     """
-    check_choice("empty_classes", empty_classes, get_args(EmptyClasses))
     scores_a, codes_a = as_dense(scores, codes)
     result = average_precision(scores_a, codes_a, definition, class_names=class_names)
     plain, top = dense_threshold_counts(scores_a, codes_a, threshold, inclusive, [None, top_k], class_names)
@@ -186,7 +184,6 @@ def evaluate_pairs(
     Raises:
         UserError, ValueError: as `average_precision_pairs`.
     """
-    check_choice("empty_classes", empty_classes, get_args(EmptyClasses))
     pairs = (class_id, score, code, num_classes)
     result = average_precision_pairs(*pairs, definition, row=row, class_names=class_names)
     conditions = {"": None} if in_top_k is None else {"": None, f"_top{top_k}": in_top_k}

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spml_fast.core.errors import UserError
 from spml_fast.evaluation import average_precision as average_precision_module
 from spml_fast.evaluation import entries
 from spml_fast.evaluation.average_precision import average_precision, average_precision_pairs
@@ -191,3 +192,37 @@ def test_memory_stays_bounded(known, monkeypatch):
     finally:
         tracemalloc.stop()
     assert peak < scores.nbytes
+
+
+@pytest.mark.parametrize("definition", ["rank", "voc"])
+@pytest.mark.parametrize("largest", [2**30 - 1, 2**30])
+def test_keys_that_just_fit_and_just_do_not(definition, largest):
+    """Of 64 bits a class takes 1 here, a score 32, a label 1: 30 are left for the row."""
+    rng = np.random.default_rng(5)
+    scores = rng.integers(0, 4, (40, 2)).astype(np.float32)
+    codes = rng.integers(0, 2, scores.shape).astype(np.int8)
+    classes, score, code, row = pairs_of(scores, codes, rng)
+    far = np.where(row == 39, largest, row)
+    found = average_precision_pairs(classes, score, code, 2, definition, row=far)
+    np.testing.assert_array_equal(found.ap, average_precision(scores, codes, definition).ap)
+
+
+def test_pairs_without_a_label_leave_the_order_of_the_others():
+    """Rows order ties among what is known, and without rows the input does, wherever unknown pairs stand."""
+    score, codes = np.full(4, 0.5, np.float32), np.array([-1, 0, 1, 1], np.int8)
+    classes, rows = np.zeros(4, int), [0, 9, 1, 5]
+    by_row = average_precision_pairs(classes, score, codes, 1, "rank", row=rows)
+    assert by_row.ap.tolist() == [1.0] and by_row.negatives.tolist() == [1]
+    assert average_precision_pairs(classes, score, codes, 1, "rank").ap[0] == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+def test_definitions_and_conventions_that_do_not_exist_are_refused():
+    scores, codes = np.zeros((2, 1), np.float32), np.array([[1], [0]], np.int8)
+    for refused in (
+        lambda: average_precision(scores, codes, "mean"),
+        lambda: average_precision_pairs([0, 0], scores[:, 0], codes[:, 0], 1, "mean"),
+    ):
+        with pytest.raises(UserError, match="definition is 'mean'; choose one of sklearn, rank, voc"):
+            refused()
+    with pytest.raises(UserError, match="empty_classes is 'none'; choose one of zero, "):
+        average_precision(scores, codes).included("none")

@@ -17,6 +17,7 @@ from spml_fast.evaluation.calibration import (
     fit_temperature,
     log_loss,
     reliability,
+    uncalibrated,
 )
 
 
@@ -56,7 +57,7 @@ def test_few_labels_are_drawn_to_all_classes_and_none_gives_just_those() -> None
     entries = entries_of_scores(logits, codes)
     fitted = fit_calibration(entries, "per-class")
     pooled = fit_scale_and_shift(*entries.pooled())
-    assert (fitted.scale[2], fitted.shift[2]) == pytest.approx(pooled)
+    assert (fitted.scale[2], fitted.shift[2]) == pooled, "to the last bit"
     alone = fit_scale_and_shift(*entries.of_class(1))
     assert pooled[1] < fitted.shift[1] < pooled[1] + 3 < alone[1], "alone it would say that all are positive"
     assert abs(fitted.shift[0] - pooled[1]) < 0.1
@@ -111,6 +112,45 @@ def test_a_score_that_is_no_number_is_named() -> None:
     logits[2, 1] = np.nan
     with pytest.raises(UserError, match=r"score of class 1 \(dog\) in row 2 is NaN"):
         entries_of_scores(logits, codes, ["cat", "dog"])
+    with pytest.raises(UserError, match=r"score of class 1 \(dog\) in pair 2 is NaN"):
+        entries_of_pairs(np.array([0, 0, 1]), logits[:3, 1], codes[:3, 1], 2, ["cat", "dog"])
+
+
+def test_too_many_entries_are_taken_evenly_spaced() -> None:
+    entries = KnownEntries(np.arange(5.0), np.array([True, False, False, True, True]), np.array([0, 2, 5]))
+    for limit, places in ((2, [0, 3]), (3, [0, 2, 4]), (4, [0, 2, 4]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])):
+        logit, positive = entries.pooled(limit)
+        assert logit.tolist() == places and positive.tolist() == entries.positive[places].tolist()
+    nothing = KnownEntries(np.empty(0), np.empty(0, bool), np.zeros(3, int))
+    assert [len(column) for column in nothing.pooled()] == [0, 0]
+
+
+def test_no_calibration_is_a_scale_of_1_and_no_shift() -> None:
+    entries = entries_of_scores(*drawn(9, (50, 3), 0.4, 2.0))
+    for found in (uncalibrated(3), fit_calibration(entries, "none")):
+        assert found.scale.tolist() == [1.0] * 3 and found.shift.tolist() == [0.0] * 3
+
+
+def test_the_loss_is_minus_the_logarithm_of_the_label() -> None:
+    found = log_loss(np.array([0.0, math.log(3)]), np.array([True, False]))
+    assert found == pytest.approx((math.log(2) + math.log(4)) / 2)
+
+
+@pytest.mark.parametrize("deviations", [(0.25, 1.0), (0.1, 0.3), (np.inf, np.inf)])
+def test_the_drawn_fit_is_the_maximum(deviations: tuple[float, float]) -> None:
+    """Likelihood and both normal distributions together, against every point near the fit."""
+    z, y = np.array([3.0, 1.0, -0.5, -2.0, 0.5, 2.5]), np.array([True, True, True, False, False, False])
+    around = (2.0, -1.5)
+
+    def objective(log_scale: float, shift: float) -> float:
+        p = sigmoid(np.exp(log_scale) * z + shift)
+        away = (log_scale - math.log(around[0])) / deviations[0], (shift - around[1]) / deviations[1]
+        return float(-np.log(np.where(y, p, 1 - p)).sum() + (away[0] ** 2 + away[1] ** 2) / 2)
+
+    scale, shift = fit_scale_and_shift(z, y, around, deviations)
+    best = objective(math.log(scale), shift)
+    for a, b in ((1e-3, 0.0), (-1e-3, 0.0), (0.0, 1e-3), (0.0, -1e-3)):
+        assert objective(math.log(scale) + a, shift + b) > best
 
 
 def test_reliability_by_the_letter() -> None:
@@ -122,6 +162,9 @@ def test_reliability_by_the_letter() -> None:
     error = sum(n * abs(p - f) for n, p, f in parts) / 6
     assert found["expected_calibration_error"] == pytest.approx(100 * error)
     assert reliability(np.empty(0), np.empty(0, bool))["expected_calibration_error"] is None
+    # A probability of 1 is in the last part.
+    (cell,) = reliability(np.array([800.0]), np.array([True]), bins=10)["curve"]
+    assert cell == {"entries": 1, "probability": 1.0, "positive_fraction": 1.0}
 
 
 def test_calibration_takes_the_error_away() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spml_fast.core.errors import UserError
-from spml_fast.evaluation.calibration import Calibration, entries_of_scores
+from spml_fast.evaluation.calibration import Calibration, entries_of_scores, reliability
 from spml_fast.evaluation.decisions import (
     DecisionOptions,
     Decisions,
@@ -168,10 +168,39 @@ def test_options_without_meaning(options: dict[str, object], message: str) -> No
         DecisionOptions(**options)  # type: ignore[arg-type]
 
 
+def test_options_at_their_limits() -> None:
+    assert DecisionOptions("precision", 1.0).precision == 1 and DecisionOptions(min_labels=1).min_labels == 1
+
+
+def test_an_entry_at_the_threshold_is_predicted() -> None:
+    found = threshold_figures(np.array([0.0, 1.0, -1.0]), np.array([True, True, False]), 0.0)
+    assert found == {"f1": 100.0, "precision": 100.0, "recall": 100.0, "positives": 2, "negatives": 1}
+
+
+def test_just_enough_labels_are_enough() -> None:
+    """Class a has two known labels of each kind, class b two positives and one negative."""
+    logits = np.array([[2.0, 2.0], [1.0, 1.0], [-1.0, 0.0], [-2.0, -1.0]])
+    codes = np.array([[1, 1], [1, 1], [0, 0], [0, -1]])
+    figures = choose_decisions(entries_of_scores(logits, codes), 1.0, DecisionOptions(min_labels=2), NAMES[:2])[1]
+    assert [row["from"] for row in figures["classes"]] == ["class", "pooled"]
+    known = codes >= 0
+    assert figures["calibration"]["before"] == reliability(logits.T[known.T], codes.T[known.T] == 1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"threshold_probability": "[0.5]"},
+        {"threshold_probability": "[0.5, 0]"},
+        {"threshold_probability": "[0.5, 1]"},
+        {"threshold_probability": "[0.5]", "calibration": '{"kind": "temperature", "scale": [1], "shift": [0]}'},
+        {"calibration": '{"kind": "guess", "scale": [1, 1], "shift": [0, 0]}'},
+        {"calibration": '{"kind": "temperature", "scale": [1, 0], "shift": [0, 0]}'},
+        {"calibration": '{"kind": "temperature", "scale": [1, Infinity], "shift": [0, 0]}'},
+        {"calibration": '{"kind": "per-class", "scale": [1, 1], "shift": [0, Infinity]}'},
+        {"calibration": '{"kind": "per-class", "scale": [1, 1], "shift": [0, NaN]}'},
+        {"alpha": "0"},
+        {"alpha": "-5"},
         {"threshold_probability": "[0.5, 1.5]"},
         {"threshold_probability": "[0.5, NaN]"},
         {"calibration": '{"kind": "guess"}'},
@@ -187,6 +216,9 @@ def test_damaged_metadata(change: dict[str, str]) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
         decisions_of_metadata({**good, **change}, 2)
     assert decisions_of_metadata({"alpha": "5"}, 2) is None
+    assert found.calibration.scale.tolist() == [1.0, 1.0] and found.calibration.shift.tolist() == [0.0, 0.0]
+    plain = decisions_of_metadata({name: value for name, value in good.items() if name != "alpha"}, 2)
+    assert plain is not None and plain.alpha == 1, "where no factor is named it is 1"
 
 
 def test_logits_of_thresholds() -> None:

@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from spml_fast.core import distributed
 from spml_fast.core.batch import MicroBatch
-from spml_fast.core.config import Config, DataConfig, EvalConfig, MethodOptions
+from spml_fast.core.config import Config, DataConfig, EvalConfig, MethodOptions, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import NEGATIVE, POSITIVE, SparseLabels
 from spml_fast.data.manifest import Manifest
 from spml_fast.evaluation.calibration import Calibration, reliability, uncalibrated
 from spml_fast.evaluation.decisions import Decisions
 from spml_fast.evaluation.evaluate import (
+    check_alphas,
     class_groups,
     class_rows,
     evaluate_split,
@@ -145,6 +147,75 @@ def test_whole_rows_of_a_fully_annotated_split(alphas):
         assert found[alpha] == evaluate_scores(dense.numpy(), codes)
 
 
+class Batches:
+    """The batches of a scripted classifier, which cannot classify."""
+
+    def __init__(self, scripted: Scripted) -> None:
+        self.scripted, self.device = scripted, CPU
+
+    def __iter__(self) -> Any:
+        return iter(self.scripted)
+
+
+class NotesPrecision(Scripted):
+    """Notes the autocast dtype under which it runs."""
+
+    dtype: torch.dtype | None = None
+
+    def __call__(self, images: torch.Tensor, boost: bool) -> ClassifierOutput:
+        self.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return super().__call__(images, boost)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", None)])
+def test_the_network_runs_in_the_precision_of_training(precision, dtype):
+    mean = torch.tensor([[0.5], [-1.0]])
+    scripted = NotesPrecision(mean, mean, 2)
+    config = Config(method=get_method("an").Options(name="an"), train=TrainConfig(precision=precision))
+    split = SimpleNamespace(known=SparseLabels.from_dense(np.array([[1], [0]]), 0))
+    assert evaluate_split(scripted, Batches(scripted), split, [1.0], config, ["a"])[1.0]["map"] == 100
+    assert scripted.dtype is dtype
+
+
+@pytest.mark.parametrize("alphas", [[1.0], [1.0, 5.0]])
+@pytest.mark.parametrize("default", [0, -1])
+def test_a_rank_without_images_has_empty_columns_of_the_right_types(default, alphas):
+    """Ranks join what they have, so that one with nothing must have the columns and types of the others."""
+    mean = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
+    codes = np.array([[1, 0, 1]] * 4, np.int8)
+    some, none = (
+        score_split(scripted, scripted, SparseLabels.from_dense(codes[: len(scripted.mean)], default), alphas, None)
+        for scripted in (Scripted(mean, mean, 2), Scripted(mean[:0], mean[:0], 2))
+    )
+    assert len(some.index) in (4, 12)
+    for name in ("index", "mean", "mean_relu", "class_id", "code"):
+        full, empty = getattr(some, name), getattr(none, name)
+        assert (full is None) == (empty is None), name
+        if full is not None:
+            assert empty.dtype == full.dtype and empty.shape == (0, *full.shape[1:]), name
+    assert (some.mean_relu is None) == (alphas == [1.0]) and (some.top is None) == (default == 0)
+    for alpha in some.top or {}:
+        assert none.top[alpha].shape == (0,) and none.top[alpha].dtype == bool
+
+
+def test_only_rank_0_has_the_scores(monkeypatch):
+    mean = torch.zeros(2, 1)
+    scripted, known = Scripted(mean, mean, 2), SparseLabels.from_dense(np.array([[1], [0]]), 0)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    assert score_split(scripted, scripted, known, [1.0], None) is None
+
+
+def test_a_head_without_a_map_takes_alpha_1_alone(partly):
+    scripted = partly[0]
+    head = SimpleNamespace(supports_boostlu=False)
+    config = Config(method=get_method("an").Options(name="an"), model=ModelConfig(head="query2label"))
+    check_alphas([1.0], SimpleNamespace(head=head), config)
+    check_alphas([1.0, 0.5, 5.0], scripted, config)
+    for alpha in (0.5, 5.0):
+        with pytest.raises(UserError, match=f"alpha {alpha:g} has no meaning for head query2label"):
+            check_alphas([1.0, alpha], SimpleNamespace(head=head), config)
+
+
 @pytest.mark.parametrize("alpha", [0.0, -2.0, float("nan")])
 def test_an_alpha_that_is_not_positive_is_refused(partly, alpha):
     scripted, known = partly
@@ -166,6 +237,11 @@ def test_table_shows_conventions_and_groups(partly):
     # The rarest classes have no label in these images.
     assert shown.split(" / ")[0] == "not defined" and shown.split(" / ")[-1] == f"{found['groups'][-1]['map']:.2f}"
     assert rows["classes without a label"] == str(found["classes_without_label"])
+    assert (
+        rows["classes without a positive"] == str(found["classes_without_positive"]) != rows["classes without a label"]
+    )
+    uneven = evaluate_scores(np.zeros((2, 3), np.float32), np.array([[1, 1, 1], [0, 0, 0]]), groups=[0, 0, 1])
+    assert "mAP of 2 groups of about 2 classes, rarest in training first" in dict(table_rows(uneven))
 
 
 def test_figures_that_agree_are_shown_once():
@@ -314,6 +390,17 @@ def test_groups_by_training_labels(options, expected):
     known = SparseLabels.from_entries(rows, classes, codes, 7, 6)
     manifest = SimpleNamespace(splits={"train": None}, split=lambda name: SimpleNamespace(known=known), num_classes=6)
     groups = class_groups(manifest, Config(method=MethodOptions(), eval=EvalConfig(**options)))
+    assert (None if groups is None else groups.tolist()) == expected
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(4, None), (5, [0, 1, 2, 3, 4])])
+def test_five_classes_are_enough_for_five_groups(classes, expected):
+    codes = np.where(np.arange(classes) >= np.arange(9)[:, None], 1, -1)
+    known = SparseLabels.from_dense(codes)
+    manifest = SimpleNamespace(
+        splits={"train": None}, split=lambda _: SimpleNamespace(known=known), num_classes=classes
+    )
+    groups = class_groups(manifest, Config(method=MethodOptions()))
     assert (None if groups is None else groups.tolist()) == expected
 
 

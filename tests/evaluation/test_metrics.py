@@ -84,8 +84,36 @@ def test_group_means():
     assert [g["map"] for g in report["groups"]] == [100.0, 0.0, None]
     assert [g["map_zero"] for g in report["groups"]] == [100.0, 0.0, 0.0]
     assert [g["num_classes"] for g in report["groups"]] == [1, 1, 1]
+    assert len(group_means(result, [0, 0, 0, 0])) == 1 and len(group_means(result, [-1, -1, -1, -1])) == 0
+    assert len(evaluate_scores(np.zeros((1, 2), np.float32), np.ones((1, 2), int), groups=[0, 0])["groups"]) == 1
     with pytest.raises(ValueError, match="groups"):
         group_means(result, [0, 1])
+
+
+def test_no_classes_are_one_group():
+    assert groups_by_count(np.empty(0, int), 1).tolist() == []
+    with pytest.raises(UserError, match="0 classes cannot be cut into 2 groups"):
+        groups_by_count(np.empty(0, int), 2)
+
+
+def test_a_threshold_and_whether_it_counts_are_two_things():
+    """Of the scores 0, 1 and 2 the threshold 1 predicts one, or two where it counts itself."""
+    scores, codes = np.array([[0.0], [1.0], [2.0]], np.float32), np.array([[1], [1], [1]])
+    for inclusive, expected in ((False, 1 / 3), (True, 2 / 3)):
+        found = evaluate_scores(scores, codes, threshold=1.0, inclusive=inclusive)
+        assert found["OR"] == found["OR_top3"] == pytest.approx(100 * expected)
+        pairs = evaluate_pairs([0, 0, 0], scores[:, 0], codes[:, 0], 1, threshold=1.0, inclusive=inclusive)
+        assert pairs["OR"] == found["OR"]
+
+
+def test_a_convention_that_does_not_exist_is_refused():
+    scores, codes = np.zeros((2, 1), np.float32), np.array([[1], [0]])
+    for refused in (
+        lambda: evaluate_scores(scores, codes, empty_classes="none"),
+        lambda: evaluate_pairs([0, 0], scores[:, 0], codes[:, 0], 1, empty_classes="none"),
+    ):
+        with pytest.raises(UserError, match="empty_classes is 'none'; choose one of zero, "):
+            refused()
 
 
 def test_selection_quality():
