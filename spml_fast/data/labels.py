@@ -171,7 +171,8 @@ class SparseLabels:
 
     def row_counts(self, code: int) -> npt.NDArray[np.int64]:
         """Number of listed entries with `code` per row, int64 [N]."""
-        running = np.zeros(len(self.codes) + 1, np.int32 if len(self.codes) < 2**31 else np.int64)
+        # The narrowest type that holds their number.
+        running = np.zeros(len(self.codes) + 1, np.min_scalar_type(len(self.codes)))
         np.cumsum(self.codes == code, out=running[1:])
         ends = running[self.indptr]
         return np.diff(ends).astype(np.int64)

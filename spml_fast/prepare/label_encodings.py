@@ -113,7 +113,8 @@ def load_array(path: Path) -> npt.NDArray[Any]:
     """A .npy file, memory-mapped; never one that holds Python objects. Raises `UserError` naming it."""
     try:
         require_regular(path)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        # Reads .npy files alone: archives and pickles, which `np.load` takes too, are refused by their first bytes.
+        return np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except ARRAY_ERRORS as error:

@@ -121,3 +121,30 @@ def test_other_codes_of_some_pairs(codes, default, data):
     for name in ("indptr", "classes", "codes"):
         assert np.array_equal(getattr(changed, name), getattr(again, name))
         assert getattr(changed, name).dtype == getattr(labels, name).dtype
+
+
+def test_rows_counted_from_the_end_may_stand_first():
+    """Ascending places whose first is negative are not ascending rows."""
+    codes = np.array([[1, -1], [-1, 1], [1, 1]], np.int8)
+    labels = SparseLabels.from_dense(codes)
+    for index in ([-2, 2], [-1, 0, 1], [-3, -1]):
+        assert np.array_equal(labels.select(index).rows(range(len(index))), codes[index])
+
+
+@pytest.mark.parametrize("entries", [255, 256, 65_536])
+def test_counts_of_as_many_entries_as_a_type_just_holds(entries):
+    width = 5
+    codes = np.ones((-(-entries // width), width), np.int8)
+    codes.reshape(-1)[entries:] = -1
+    counts = SparseLabels.from_dense(codes).row_counts(1)
+    assert counts.dtype == np.int64 and np.array_equal(counts, (codes == 1).sum(1))
+
+
+def test_pairs_are_a_row_and_a_class_each():
+    with pytest.raises(ValueError, match="zip"):
+        SparseLabels.from_positives([[0], [1]], 2, 0).codes_at([0, 1], [0])
+
+
+def test_folders_above_are_made(tmp_path):
+    SparseLabels.from_positives([[0], [1]], 2, 0).save(tmp_path / "split" / "known")
+    assert SparseLabels.load(tmp_path / "split" / "known").rows([1]).tolist() == [[0, 1]]

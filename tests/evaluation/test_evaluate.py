@@ -37,6 +37,7 @@ from spml_fast.evaluation.thresholds import logit_threshold, top_k_mask
 from spml_fast.methods import get_method
 from spml_fast.models.classifier import ClassifierOutput, boosted_logits
 from tests.support.data import some_labels
+from tests.support.methods import on_ranks
 
 CPU = torch.device("cpu")
 
@@ -198,11 +199,29 @@ def test_a_rank_without_images_has_empty_columns_of_the_right_types(default, alp
         assert none.top[alpha].shape == (0,) and none.top[alpha].dtype == bool
 
 
-def test_only_rank_0_has_the_scores(monkeypatch):
-    mean = torch.zeros(2, 1)
-    scripted, known = Scripted(mean, mean, 2), SparseLabels.from_dense(np.array([[1], [0]]), 0)
-    monkeypatch.setattr(distributed, "is_main", lambda: False)
-    assert score_split(scripted, scripted, known, [1.0], None) is None
+@pytest.mark.parametrize("alphas", [[1.0], [1.0, 5.0]])
+@pytest.mark.parametrize("default", [0, -1])
+def test_ranks_without_images_add_nothing(default, alphas, monkeypatch):
+    """The first of two ranks has no batch; together they have what one has alone."""
+    generator = torch.Generator().manual_seed(2)
+    mean, relu = torch.randn(4, 3, generator=generator), torch.rand(4, 3, generator=generator)
+    known = SparseLabels.from_dense(np.array([[1, 0, 1]] * 4, np.int8), default)
+    whole, nothing = Scripted(mean, relu, 2), Scripted(mean[:0], relu[:0], 2)
+    alone = score_split(whole, whole, known, alphas, None)
+    # Threads send nothing to a single one.
+    monkeypatch.setattr(distributed, "gather_rows", distributed.all_gather_rows)
+
+    def work(rank: int) -> Any:
+        scripted = whole if rank == 1 else nothing
+        return score_split(scripted, scripted, known, alphas, None)
+
+    first, second = on_ranks(2, work)
+    assert second is None, "rank 0 alone has the scores"
+    for name in ("index", "mean", "mean_relu", "class_id", "code"):
+        found, expected = getattr(first, name), getattr(alone, name)
+        assert np.array_equal(found, expected), name
+    assert (first.top or {}).keys() == (alone.top or {}).keys()
+    assert all(np.array_equal(first.top[alpha], alone.top[alpha]) for alpha in first.top or {})
 
 
 def test_a_head_without_a_map_takes_alpha_1_alone(partly):

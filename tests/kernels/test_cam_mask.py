@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from spml_kernels import cam_map, cam_mask, map_mask, positive_classes
+from spml_kernels.cam_mask.reference import normalise_maps
 from torch.nn.functional import interpolate
 
 NORMS = ("per_image", "batch_rawmax", "batch_minmax")
@@ -206,3 +207,34 @@ class TestTensors:
         assert positive_classes(codes, 2).tolist() == [[1, 3], [-1, -1], [0, 1]]
         assert positive_classes(codes, 6).tolist() == [[1, 3, *[-1] * 4], [-1] * 6, [0, 1, 2, 3, -1, -1]]
         assert positive_classes(codes[:0], 2).shape == (0, 2)
+
+
+def test_normalised_maps_by_hand():
+    """Flat maps are above every threshold; where the scale is 0 nothing is, and a scale of 1 is one like any other."""
+    there = torch.ones(2, 1, dtype=torch.bool)
+    flat = torch.full((2, 1, 2, 2), -3.0)
+    assert normalise_maps(flat, there, "per_image", 1).unique().tolist() == [2.0]
+    column = torch.tensor([-1.0, 0.0]).view(2, 1, 1, 1)
+    assert normalise_maps(column, there, "batch_rawmax", 2).flatten().tolist() == [0, 0]
+    assert normalise_maps(column, there, "batch_minmax", 2).flatten().tolist() == [0, 1]
+    assert normalise_maps(2 * column + 3, there, "batch_rawmax", 2).flatten().tolist() == pytest.approx([0, 2 / 3])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_images_and_no_classes_change_nothing(norm):
+    images = torch.rand(2, 3, 8, 8)
+    nothing = map_mask(torch.zeros(0, 1, 4, 4), torch.zeros(0, 1, dtype=torch.int64), images[:0], 0.5, norm, 1)
+    assert nothing.shape == (0, 3, 8, 8)
+    whole = map_mask(torch.zeros(2, 0, 4, 4), torch.zeros(2, 0, dtype=torch.int64), images, 0.5, norm, 2)
+    assert torch.equal(whole, images)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maps_of_half_precision_are_normalised_in_fp32(norm, dtype):
+    generator = torch.Generator().manual_seed(7)
+    maps = torch.randn(4, 2, 5, 5, generator=generator).to(dtype)
+    images, classes = torch.ones(4, 3, 60, 60), torch.arange(2).expand(4, 2)
+    for threshold in (0.4, 0.5, 0.6):
+        found = map_mask(maps, classes, images, threshold, norm, 2)
+        assert torch.equal(found, map_mask(maps.float(), classes, images, threshold, norm, 2))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spml_kernels import large_loss, list_selected, select_large
+from spml_kernels.large_loss.reference import select_large_reference, unpack_entries
 
 from tests.support.kernels import on_ranks
 
@@ -212,3 +213,13 @@ def test_selection_as_a_list():
     assert list(zip(rows.tolist(), classes.tolist(), strict=True)) == [(0, 1), (1, 0)] and valid.all()
     assert [len(t) for t in list_selected(selected, 0)] == [0, 0, 0]
     assert not list_selected(torch.zeros(2, 3, dtype=torch.bool), 4)[2].any()
+
+
+def test_places_of_nothing_and_a_threshold_without_a_gradient():
+    rows, classes, valid = unpack_entries(torch.tensor([-1, 7, -1]), 3)
+    assert (rows.tolist(), classes.tolist(), valid.tolist()) == ([0, 2, 0], [0, 1, 0], [False, True, False])
+    assert [t.tolist() for t in unpack_entries(torch.tensor([-1]), 0)] == [[0], [0], [False]]
+    logits = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    codes, k = torch.full((1, 2), -1, dtype=torch.int8), torch.tensor(1)
+    selected, threshold = select_large_reference(logits, codes, k, 1, "exact", lambda t: t[None], 0)
+    assert selected.tolist() == [[False, True]] and threshold == 2 and not threshold.requires_grad

@@ -191,3 +191,13 @@ def test_soft_labels_of_many_classes() -> None:
     rows = soft.rows(torch.tensor([2, 1, 0]))
     assert rows[0, 39_999] == 0.5 and rows[0, 7] == 0.125 and rows[2, 5] == 0.25
     assert (~rows.isnan()).sum() == 3 and len(soft) == 3 and soft.max_row == 2
+
+
+def test_apl_counts_nothing_before_anything_is_frozen() -> None:
+    method = make("em_apl", CODES, warm_up=1)
+    logits = some_logits(*CODES.shape)
+    assert "soft_label_count" not in method.loss(logits, batch_of(CODES), EPOCH_3).metrics
+    # An epoch without scores freezes nothing.
+    assert method.on_epoch_end(Progress(1, 2, 0, 1))["soft_labels"] == 0
+    score(method, np.arange(5), logits.numpy(), Progress(1, 2, 0, 1))
+    assert method.loss(logits, batch_of(CODES), EPOCH_3).metrics["soft_label_count"] > 0

@@ -225,6 +225,33 @@ def test_an_update_with_one_positive_and_one_entry_kept():
     torch.testing.assert_close(torch.cat(slopes), gradient, rtol=1e-12, atol=0)
 
 
+def test_one_positive_moves_the_thresholds():
+    """Gap .4 of the one positive; the mean logits of two rows."""
+    method = method_for(CODES, ema_rescale=False, debias=False, gap_lambda=0.75, avg_lambda=0.5)
+    method.update_thresholds(torch.tensor([0.4, 1.0, 2.0, 2.0, 4.0, -6.0], dtype=D), 2)
+    gap, average = method.thresholds()
+    assert gap.item() == pytest.approx(0.1) and average.tolist() == pytest.approx([0.5, 1.0, -1.5])
+    assert method.ema_steps == 1
+
+
+def test_an_update_moves_the_averages_by_its_images():
+    """Four images of two micro-steps are two batches of three, one of them not full."""
+    codes = [[1, -1, 0], [1, 1, -1], [-1, -1, -1], [0, 1, -1]]
+    method = method_for(codes, ema_partial="whole", ema_rescale=True, ema_batch=3)
+    batches = [batch_of(codes[:2]), batch_of(codes[2:])]
+    forwards = [WeakAndMasked(torch.ones(2, 3, dtype=D), torch.zeros(2, 3, dtype=D)) for _ in batches]
+    method.update_statistics(forwards, batches, epoch(3))
+    assert method.ema_steps == 2
+
+
+def test_without_a_masked_view_the_positives_term_is_their_mean():
+    options = {"loss_form": "logits", "spbc": True, "spbc_weight": 1.0, "ign_weight": 0.0, "reg": False}
+    weak, strong = torch.tensor(Z, dtype=D), torch.tensor(STRONG, dtype=D)
+    loss = method_for(CODES, **options).combine(weak, strong, None, batch_of(CODES), epoch(4)).loss
+    # Positive are the logits 2 and 1.5.
+    assert loss.item() == pytest.approx((np.log1p(np.exp(-2)) + np.log1p(np.exp(-1.5))) / 2, rel=1e-12)
+
+
 class TestSwitches:
     """Every switch against the terms of the loss that it drops."""
 

@@ -338,3 +338,24 @@ def test_bad_options_are_named():
         make("ll_r", delta_rel=100.0)
     with pytest.raises(UserError, match="paper_batch is 0"):
         make("ll_r", paper_batch=0)
+
+
+@pytest.mark.parametrize("rule", ["accumulator", "rational"])
+@pytest.mark.parametrize("name", LARGE_LOSS)
+def test_an_update_takes_its_fraction_of_the_unobserved_entries(name, rule):
+    """What one micro-step selects, and a list with room for it where labels flip for good."""
+    logits, codes = double_batch(rows=8)
+    options = {"delta_rel": 5.0, "base": "unobserved", "k_rule": rule}
+    store = SparseLabels.from_dense(codes.numpy())
+    expected, gradient = run(make(name, store, **options), logits, codes, at(3, 0))
+    method = make(name, store, **options)
+    (ahead,) = method.update_statistics([logits.detach()], [Batch({}, codes, torch.arange(8), 8)], at(3, 0))
+    out, slope = run(method, logits, codes, at(3, 0), statistics=ahead)
+    count = expected.metrics["selected_count"].item()
+    assert torch.equal(slope, gradient) and out.metrics["selected_count"].item() == count > 0
+    # Two micro-steps, of which each may hold all that is selected.
+    batches = [Batch({}, codes[:5], torch.arange(5), 5), Batch({}, codes[5:], torch.arange(5, 8), 3)]
+    parts = method.update_statistics([logits[:5].detach(), logits[5:].detach()], batches, at(3, 0))
+    assert sum(int(part.selected.sum()) for part in parts) == count
+    for part in parts:
+        assert part.length == 0 if name != "ll_cp" else count <= part.length <= part.selected.numel()

@@ -195,3 +195,11 @@ def test_the_page_of_methods_says_how() -> None:
     block = text.split("## A loss alone")[1].split("```python\n")[1].split("```")[0]
     assert "Loss(" in block and "loss(" in block
     exec(compile(block, "docs/methods.md", "exec"), {})
+
+
+def test_ignore_wants_the_strong_view_for_either_of_its_terms() -> None:
+    logits, codes, _ = a_batch()
+    for options in ({"strong_aug": True, "reg": False}, {"strong_aug": False, "reg": True}):
+        with pytest.raises(UserError, match="needs the strong view's logits"):
+            Loss("ignore", CLASSES, **options)(logits, codes)
+    assert Loss("ignore", CLASSES, strong_aug=False, reg=False)(logits, codes).item() > 0

@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from spml_kernels import IGNORED
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
 from spml_fast.methods import get_method
+from spml_fast.methods.p_asl import check_prior_out
 from tests.support.formulas import (
     EPOCH_1,
+    EPOCH_3,
+    N,
+    P,
     U,
     batch_of,
     f_p_asl,
@@ -98,3 +103,47 @@ def test_p_asl_prior_before_the_first_step_is_nothing(tmp_path: Any) -> None:
     assert method.class_prior().tolist() == [0.0] * 5
     method.on_epoch_end(EPOCH_1)
     assert [float(line) for line in (tmp_path / "prior.txt").read_text().splitlines()] == [0.0] * 5
+
+
+def test_p_asl_takes_no_file_for_its_own_that_holds_something_else(tmp_path: Any) -> None:
+    """The file of priors is replaced after every epoch, so only what a run wrote may be in its place."""
+    path = tmp_path / "prior.txt"
+    check_prior_out(path)
+    for text in ("0.25\n1e-08\nnan\n", ""):
+        path.write_text(text)
+        check_prior_out(path)
+        assert make("p_asl", some_codes(6, 5), prior_out=str(path)).tracks
+    for text in ("0.25\ncat\n", "cat,0.25\n", "\n0.5\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"prior\.txt exists and does not hold priors alone; give another name"):
+            check_prior_out(path)
+        with pytest.raises(UserError, match=r"prior\.txt exists"):
+            make("p_asl", some_codes(6, 5), prior_out=str(path))
+        assert path.read_text() == text
+    with pytest.raises(UserError, match="exists and does not hold priors alone"):
+        check_prior_out(tmp_path)
+
+
+def test_p_asl_leaves_out_exactly_as_many_as_it_is_told() -> None:
+    """Of one image K unknown labels; none with K = 0; all of them, whatever K is, in the mode ignore."""
+    codes = np.array([[U, P, U, U, N]], np.int8)
+    logits = torch.tensor([[3.0, 5.0, -1.0, 4.0, 9.0]])
+    for options, expected in (
+        ({"top_k": 0}, []),
+        ({"top_k": 1}, [3]),
+        ({"top_k": 2}, [0, 3]),
+        ({"mode": "negative"}, []),
+        ({"mode": "ignore", "top_k": 1}, [0, 2, 3]),
+        ({"mode": "ignore_normalize_classes", "top_k": 0}, [0, 2, 3]),
+    ):
+        found, _ = make("p_asl", codes, **options).codes(logits, batch_of(codes), EPOCH_3)
+        assert torch.nonzero(found[0] == IGNORED).flatten().tolist() == expected, options
+        assert torch.equal(found[found != IGNORED], torch.from_numpy(codes)[found != IGNORED])
+
+
+def test_p_asl_a_prior_of_exactly_eta_leaves_nothing_out() -> None:
+    codes = np.array([[U, U, N]], np.int8)
+    method = make("p_asl", codes, top_k=0, eta=0.5)
+    method.given_prior = torch.tensor([0.5, 0.75, 0.75])
+    found, _ = method.codes(torch.zeros(1, 3), batch_of(codes), EPOCH_3)
+    assert found.tolist() == [[U, IGNORED, N]]

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from spml_kernels import PointLoss
 from torch import Tensor
 
 from benchmarks.kernel_losses import label_loss_works, method_cases
-from spml_fast.data.labels import LabelStore
+from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.methods import base
 from spml_fast.methods.base import MethodOptions, Progress, register
-from spml_fast.methods.pointwise import PointMethod, point_examples
+from spml_fast.methods.pointwise import PointMethod, has_negatives, point_examples
 
 
 def power_point(logits: Tensor, codes: Tensor, exponent: float) -> Tensor:
@@ -82,3 +83,25 @@ def test_every_method_with_a_kernel_has_cases_and_rows():
 def test_names_of_examples_differ():
     names = [example.name for example in point_examples()]
     assert len(set(names)) == len(names) and "wan-0.0125-1e-05" in names
+
+
+@pytest.mark.parametrize(
+    ("codes", "default", "expected"),
+    [
+        ([[1, 1], [1, 1]], 0, False),
+        ([[1, 1], [1, -1]], 0, False),
+        ([[1, 1], [1, 0]], 0, True),
+        ([[0, 1], [1, 1]], 0, True),
+        ([[1, 1], [1, -1]], -1, False),
+        ([[1, 0], [1, -1]], -1, True),
+    ],
+)
+def test_whether_any_label_is_a_known_negative(codes, default, expected):
+    """Listed, or not listed where what is not listed is negative."""
+    assert has_negatives(SparseLabels.from_dense(np.array(codes, np.int8), default)) is expected
+
+
+def test_a_negative_may_be_listed_where_nothing_is_left_out():
+    indptr, classes = np.array([0, 2, 4]), np.array([0, 1, 0, 1], np.int16)
+    for codes, expected in (([1, 1, 1, 0], True), ([1, -1, 1, 1], False)):
+        assert has_negatives(SparseLabels(indptr, classes, np.array(codes, np.int8), 2, 0)) is expected

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from spml_fast.core.errors import UserError
+from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.methods import Progress, get_method
+from spml_fast.methods.role import AdamTable, initial_table
 from tests.support.formulas import (
     CODES,
     N,
@@ -152,3 +155,80 @@ def test_statistics_of_an_update_of_one_micro_step_change_nothing() -> None:
         torch.testing.assert_close(loss_ahead, loss, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(gradient_ahead, gradient, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(ahead.table.value, alone.table.value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("first", "second", "ratio"), [(0.4, 0.09, 0.4 / 0.3), (1e-8, 1e-16, 0.5)])
+def test_missed_steps_are_made_up_for_over_the_whole_window(
+    first: float, second: float, ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many steps as the window is wide, by hand; Adam's 1e-8 keeps tiny moments from moving much."""
+    monkeypatch.setattr(AdamTable, "window", 3)
+    table = AdamTable(torch.zeros(2, 1))
+    assert table.get_extra_state()["done"] == 0
+    table.reserve(4)
+    table.first.fill_(first), table.second.fill_(second)
+    table.rates[1:4] = torch.tensor([0.1, 0.2, 0.4])
+    decay = 0.9 / 0.999**0.5
+    moved = ratio * (0.1 * decay + 0.2 * decay**2 + 0.4 * decay**3)
+    rows = table.read(torch.tensor([0, 1]), 3)
+    torch.testing.assert_close(rows.value, torch.full((2, 1), -moved), rtol=1e-5, atol=0)
+    torch.testing.assert_close(rows.first, torch.full((2, 1), first * 0.9**3), rtol=1e-5, atol=0)
+
+
+def test_a_gradient_as_small_as_adams_constant_moves_half_as_far() -> None:
+    table = AdamTable(torch.zeros(2, 1))
+    table.reserve(1)
+    index = torch.tensor([1])
+    table.write(index, table.read(index, 0), torch.tensor([[1e-8]]), 1, lr=0.2)
+    torch.testing.assert_close(table.value, torch.tensor([[0.0], [-0.1]]), rtol=1e-4, atol=0)
+
+
+def test_role_table_learns_from_its_half_of_the_loss() -> None:
+    """Adam hides a factor of the gradient, its first moment does not."""
+    logits = some_logits(*CODES.shape)
+    method = make("role", CODES, expected_positives=2.0)
+    table = method.table.value[:-1].double().requires_grad_()
+    role_by_the_letter(table, logits, torch.from_numpy(CODES), 2.0).backward()
+    run(method, logits, batch_of(CODES), Progress(1, 2, 0, 4, lr=0.1))
+    torch.testing.assert_close(method.table.first[:-1].double(), 0.1 * table.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_role_corrections_do_not_enter_the_table() -> None:
+    """Only what was annotated is known: nothing on the way to another start of the same run may change it."""
+    labels = SparseLabels.from_dense(np.array([[P, U], [U, N]], np.int8))
+    store = LabelStore(labels)
+    store.correct(torch.tensor([0]), torch.tensor([1]), P)
+    assert store.commit() == 1
+    assert torch.equal(initial_table(store), initial_table(LabelStore(labels)))
+
+
+def test_role_logarithms_are_guarded_as_released_only() -> None:
+    assert make("role", CODES, log_form="logits").guard == 0
+    assert make("role", CODES).guard == 1e-5
+
+
+def test_role_table_needs_three_floats_an_entry_and_a_number_a_row() -> None:
+    labels = SparseLabels.from_dense(np.full((4, 5), U, np.int8))
+    cls = get_method("role")
+    need = 4 * (3 * 4 * 5 + 4)
+    for size, fits in ((need, True), (need - 1, False)):
+        options = cls.Options(name="role", expected_positives=2.0, memory_limit=size / 2**30)
+        if fits:
+            cls.check_labels(labels, options)
+        else:
+            with pytest.raises(UserError, match="role's table of 4 samples x 5 classes needs"):
+                cls.check_labels(labels, options)
+
+
+def test_role_statistics_of_an_update_are_those_of_all_ranks() -> None:
+    logits, place = some_logits(*CODES.shape), Progress(1, 4, 0, 4, lr=0.05)
+    (expected,) = make("role", CODES).update_statistics([logits], [batch_of(CODES)], place)
+
+    def work(rank: int) -> list[float]:
+        part = range(3) if rank == 0 else range(3, 5)
+        batch = batch_of(CODES, index=part, size=5)
+        (found,) = make("role", CODES).update_statistics([logits[list(part)]], [batch], place)
+        return [float(value) for value in found]
+
+    for found in on_ranks(2, work):
+        assert found == pytest.approx([float(value) for value in expected], rel=1e-6)

@@ -32,3 +32,11 @@ def test_splc_corrects_from_the_second_epoch_on() -> None:
         assert out.metrics["hidden_positive_count"] == 1
     late = make("splc", codes, change_epoch=3)
     assert [late.corrects(Progress(t, 9, 0, 1)) for t in (1, 3, 4)] == [False, False, True]
+
+
+def test_splc_a_probability_of_exactly_tau_is_no_correction() -> None:
+    codes = np.array([[P, U, U]], np.int8)
+    logits = torch.tensor([[0.0, 0.0, 0.01]])
+    method, place = make("splc", codes, tau=0.5), Progress(2, 9, 0, 1)
+    assert method.loss(logits, batch_of(codes), place).metrics["selected_count"] == 1
+    assert torch.sign(run(method, logits, batch_of(codes), place)[1])[0].tolist() == [-1, 1, -1]

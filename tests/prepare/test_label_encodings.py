@@ -48,6 +48,8 @@ def test_bool_and_unsigned_arrays():
     array = np.array([[True, False]])
     assert import_labels(array, "spml").labels.rows([0]).tolist() == [[1, -1]]
     assert import_labels(array, "openimages").labels.rows([0]).tolist() == [[1, 0]]
+    soft = import_labels(array, "soft")
+    assert soft.labels.rows([0]).tolist() == [[1, -1]] and np.isnan(soft.soft).all()
     with pytest.raises(UserError, match="row 0, column 1 holds 255"):
         import_labels(np.array([[1, 255]], np.uint8), "spml")
 
@@ -144,7 +146,7 @@ def test_the_first_contradiction_is_named(chunk, tmp_path, monkeypatch):
     observed[[2, 4], [5, 3]], observed[3, 0] = (0, 1), 1
     np.save(tmp_path / "obs.npy", observed)
     number = (observed != -1).sum()
-    with pytest.raises(UserError, match=f"2 of {number} observed labels .* the first in row 2, column 5; "):
+    with pytest.raises(UserError, match=rf"obs\.npy: 2 of {number} observed labels .* the first in row 2, column 5; "):
         label_encodings.observed_from_file(tmp_path / "obs.npy", "openimages", labels)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import zlib
 
 import numpy as np
@@ -16,6 +17,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
 from spml_fast.prepare import label_encodings, observed_labels
 from spml_fast.prepare.observed_labels import ObservationScheme, draw_fraction, draw_published, published_split
+from tests.support.payload import Payload
 
 # Source: docs/sources.md#protocol. Rows, sum(train), sum(val), sha256 heads, first rows of both.
 SPLITS = {
@@ -263,6 +265,31 @@ def test_an_array_of_objects_is_never_loaded(tmp_path):
     np.save(tmp_path / "obs.npy", np.array([[print]], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="is not a NumPy array of text or numbers"):
         label_encodings.observed_from_file(tmp_path / "obs.npy", "spml", toy())
+
+
+def test_a_pickle_in_the_place_of_an_array_runs_nothing(tmp_path):
+    path = tmp_path / "obs.npy"
+    path.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    with pytest.raises(UserError, match=r"obs\.npy is not a NumPy array of text or numbers"):
+        label_encodings.observed_from_file(path, "spml", toy())
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "ran").exists(), "the payload works"
+
+
+def test_an_archive_in_the_place_of_an_array_is_refused(tmp_path):
+    """One array inside has the length of one row."""
+    np.savez(tmp_path / "obs.npz", toy().rows(range(6)))
+    (tmp_path / "obs.npz").rename(tmp_path / "obs.npy")
+    for known in (toy(), toy().select([0])):
+        with pytest.raises(UserError, match=r"obs\.npy is not a NumPy array of text or numbers"):
+            label_encodings.observed_from_file(tmp_path / "obs.npy", "openimages", known)
+
+
+def test_at_one_half_the_kept_labels_are_listed():
+    """The default tells whether a split is partly annotated, so it must not depend on chance."""
+    known = SparseLabels.from_dense(np.array([[1, 0], [0, 1]], np.int8), 0)
+    assert [draw_fraction(known, f, 0).default for f in (0.4, 0.5, 0.6)] == [-1, -1, 0]
 
 
 def test_a_pipe_in_the_place_of_an_array_is_refused_before_it_is_opened(tmp_path):
