@@ -125,7 +125,7 @@ def test_other_codes_of_some_pairs(codes, default, data):
 
 def test_rows_counted_from_the_end_may_stand_first():
     """Ascending places whose first is negative are not ascending rows."""
-    codes = np.array([[1, -1], [-1, 1], [1, 1]], np.int8)
+    codes = np.array([[-1, 1, -1], [1, -1, -1], [-1, 1, 0]], np.int8)
     labels = SparseLabels.from_dense(codes)
     for index in ([-2, 2], [-1, 0, 1], [-3, -1]):
         assert np.array_equal(labels.select(index).rows(range(len(index))), codes[index])

@@ -82,6 +82,14 @@ def test_labels_that_a_threshold_separates_give_finite_numbers() -> None:
     assert all(math.isfinite(v) for v in fit_scale_and_shift(np.array([1e30, -1e30]), np.array([False, True])))
 
 
+def test_the_scale_stays_between_a_twentieth_and_twenty() -> None:
+    """Labels that tiny logits separate ask for an infinite scale, the other way round for none."""
+    z, y = np.array([-0.01, -0.01, 0.01, 0.01]), np.array([False, False, True, True])
+    for logit, expected in ((z, 20.0), (-z, 0.05)):
+        assert 1 / fit_temperature(logit, y) == pytest.approx(expected, rel=1e-3)
+        assert fit_scale_and_shift(logit, y)[0] == pytest.approx(expected, rel=1e-3)
+
+
 def test_unknown_labels_say_nothing() -> None:
     logits, codes = drawn(5, (2000, 2), 1.0, 1.0)
     hidden = np.random.default_rng(0).random(codes.shape) < 0.5

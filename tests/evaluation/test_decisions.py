@@ -187,6 +187,14 @@ def test_just_enough_labels_are_enough() -> None:
     assert figures["calibration"]["before"] == reliability(logits.T[known.T], codes.T[known.T] == 1)
 
 
+@pytest.mark.parametrize(("labels", "source"), [(10, "class"), (9, "pooled")])
+def test_ten_labels_of_each_kind_are_enough_unless_something_else_is_asked_for(labels: int, source: str) -> None:
+    logits = np.linspace(-1, 1, 2 * labels)[:, None]
+    entries = entries_of_scores(logits, (logits > 0).astype(np.int8))
+    (row,) = choose_decisions(entries, 1.0, DecisionOptions(), NAMES[:1])[1]["classes"]
+    assert row["from"] == source
+
+
 @pytest.mark.parametrize(
     "change",
     [
