@@ -93,7 +93,7 @@ class SparseLabels:
         key = rows_a * num_classes + classes_a
         order = np.argsort(key, kind="stable")
         key = key[order]
-        if len(key) > 1 and (key[1:] == key[:-1]).any():
+        if (key[1:] == key[:-1]).any():
             raise ValueError("the same (row, class) is listed twice")
         indptr = np.zeros(num_rows + 1, dtype=np.int64)
         np.cumsum(np.bincount(rows_a, minlength=num_rows), out=indptr[1:])

@@ -58,6 +58,9 @@ def test_few_labels_are_drawn_to_all_classes_and_none_gives_just_those() -> None
     fitted = fit_calibration(entries, "per-class")
     pooled = fit_scale_and_shift(*entries.pooled())
     assert (fitted.scale[2], fitted.shift[2]) == pooled, "to the last bit"
+    # A standard deviation of a quarter for the logarithm of the scale, of 1 for the shift.
+    drawn_to = fit_scale_and_shift(*entries.of_class(1), pooled, (0.25, 1.0))
+    assert (fitted.scale[1], fitted.shift[1]) == pytest.approx(drawn_to)
     alone = fit_scale_and_shift(*entries.of_class(1))
     assert pooled[1] < fitted.shift[1] < pooled[1] + 3 < alone[1], "alone it would say that all are positive"
     assert abs(fitted.shift[0] - pooled[1]) < 0.1
@@ -88,6 +91,10 @@ def test_the_scale_stays_between_a_twentieth_and_twenty() -> None:
     for logit, expected in ((z, 20.0), (-z, 0.05)):
         assert 1 / fit_temperature(logit, y) == pytest.approx(expected, rel=1e-3)
         assert fit_scale_and_shift(logit, y)[0] == pytest.approx(expected, rel=1e-3)
+    # The shift within 20 of nothing, however far off the logits are.
+    for sign in (1, -1):
+        found = fit_scale_and_shift(np.full(3, -1000.0 * sign), np.full(3, sign == 1))
+        assert found == pytest.approx((0.05, 20.0 * sign))
 
 
 def test_unknown_labels_say_nothing() -> None:
@@ -170,6 +177,9 @@ def test_reliability_by_the_letter() -> None:
     error = sum(n * abs(p - f) for n, p, f in parts) / 6
     assert found["expected_calibration_error"] == pytest.approx(100 * error)
     assert reliability(np.empty(0), np.empty(0, bool))["expected_calibration_error"] is None
+    probability = (np.arange(150) + 0.5) / 150
+    curve = reliability(np.log(probability) - np.log1p(-probability), np.zeros(150, bool))["curve"]
+    assert [cell["entries"] for cell in curve] == [10] * 15
     # A probability of 1 is in the last part.
     (cell,) = reliability(np.array([800.0]), np.array([True]), bins=10)["curve"]
     assert cell == {"entries": 1, "probability": 1.0, "positive_fraction": 1.0}

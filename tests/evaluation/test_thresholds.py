@@ -108,3 +108,12 @@ def test_marks_of_the_top_k_are_bool_and_one_for_each_pair():
         with pytest.raises(ValueError, match="in_top_k must be bool"):
             count_at_threshold_pairs(*pairs, in_top_k=marks)
     assert count_at_threshold_pairs(*pairs, inclusive=True, in_top_k=[True, False]).predicted.tolist() == [1, 0]
+
+
+def test_three_places_and_a_strict_threshold_unless_something_else_is_asked_for():
+    scores = np.array([[3.0, 0.0, 1.0, 2.0]], np.float32)
+    assert top_k_mask(scores).tolist() == [[True, False, True, True]]
+    codes = np.ones((1, 4), np.int8)
+    assert count_at_threshold(scores, codes).predicted.tolist() == [1, 0, 1, 1]
+    pairs = count_at_threshold_pairs(np.arange(4), scores[0], codes[0], 4)
+    assert pairs.predicted.tolist() == [1, 0, 1, 1]
