@@ -359,3 +359,21 @@ def test_an_update_takes_its_fraction_of_the_unobserved_entries(name, rule):
     assert sum(int(part.selected.sum()) for part in parts) == count
     for part in parts:
         assert part.length == 0 if name != "ll_cp" else count <= part.length <= part.selected.numel()
+
+
+@pytest.mark.parametrize("name", ["ll_ct", "ll_cp"])
+def test_what_is_corrected_and_what_flips_differ_over_ranks_too(name):
+    """Four images share a threshold on two ranks: 5 and the tied 4s are taken, 5 alone flips, and only for good."""
+    logits = torch.tensor([[4.0, 0, 0, 4], [0, 4, 0, 0], [0, 5, 0, 0], [4, 0, 0, 0]], dtype=torch.float64)
+    codes = torch.full((4, 4), -1, dtype=torch.int8)
+    options = {"delta_rel": 25.0, "batch_semantics": "paper", "paper_batch": 4, "ties": "strict_flips"}
+
+    def work(rank):
+        rows = slice(2 * rank, 2 * rank + 2)
+        batch = Batch({}, codes[rows], torch.arange(4)[rows], 4)
+        return make(name, **options).update_statistics([logits[rows]], [batch], at(2, 0))[0]
+
+    for rank, found in enumerate(on_ranks(2, work)):
+        own = logits[2 * rank : 2 * rank + 2]
+        assert torch.equal(found.selected, own >= 4) and torch.equal(found.flips, own > 4)
+        assert found.length == (4 if name == "ll_cp" else 0)
