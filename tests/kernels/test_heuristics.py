@@ -10,6 +10,7 @@ from spml_kernels.common.heuristics import (
     CHUNK_BYTES,
     EXPAND_ROWS,
     LANES,
+    LARGE_LOSS_SELECTS,
     WORD,
     cam_pool_chunks,
     cam_pool_launch,
@@ -22,6 +23,7 @@ from spml_kernels.common.heuristics import (
     images_per_tile,
     label_rows_launch,
     large_loss_single_launch,
+    large_loss_way,
     next_power_of_two,
     normalise_launch,
     point_launch,
@@ -46,7 +48,19 @@ def test_flat_launches_cover_everything_once(elements):
         assert power_of_two(launch.block) and (launch.programs - 1) * launch.block < elements
         assert launch.programs * launch.block >= elements and launch.programs < 2**31
         assert launch.block // (32 * launch.warps) == each
-    assert 1 <= histogram_launch(elements).programs <= 128
+    for way, select in LARGE_LOSS_SELECTS.items():
+        launch = histogram_launch(elements, way)
+        assert 1 <= launch.programs <= (128 if way == "histogram" else 512)
+        # Every key is told from every other, and what a program adds up fits into 16 bits and a sign.
+        assert sum(select.widths) == 32 and 2 ** max(select.widths) <= select.bins
+        assert select.turns <= 15 and launch.block * select.turns < 2**15
+
+
+def test_who_counts():
+    large, small = 512 * 9605, 128 * 2048
+    assert large_loss_way(large, True, (3, 6, 0)) == "counts"
+    assert large_loss_way(small, True, (3, 6, 0)) == large_loss_way(large, False, (3, 6, 0)) == "histogram"
+    assert {large_loss_way(large, True, version) for version in ((3, 7, 0), (3, 8, 0), (4, 0, 0))} == {"histogram"}
 
 
 @pytest.mark.parametrize("elements", [0, 1, 320, 1025, 5120, 10240, 128 * 81, 16384])

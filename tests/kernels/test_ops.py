@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from spml_kernels.cam_pool.tiles import launch_of
 from spml_kernels.common import dispatch, ops
+from spml_kernels.common.heuristics import CAM_POOL_WAYS, LARGE_LOSS_SELECTS
+from spml_kernels.large_loss.op import way_of
 
 from tests.support.paths import ROOT
 
@@ -86,3 +89,33 @@ def test_rocm_takes_the_reference(monkeypatch):
     monkeypatch.setenv("SPML_KERNELS", "triton")
     with pytest.raises(RuntimeError, match="SPML_KERNELS=triton with PyTorch for ROCm"):
         dispatch.use_triton(tensor)
+
+
+@pytest.mark.parametrize(
+    ("variable", "override", "ways"),
+    [
+        ("SPML_CAM_POOL", dispatch.cam_pool_override, CAM_POOL_WAYS),
+        ("SPML_LARGE_LOSS", dispatch.large_loss_override, tuple(LARGE_LOSS_SELECTS)),
+    ],
+)
+def test_ways_can_be_named(variable, override, ways, monkeypatch):
+    monkeypatch.delenv(variable, raising=False)
+    assert override() is None
+    for word in ("auto", *ways):
+        monkeypatch.setenv(variable, word)
+        assert override() == (None if word == "auto" else word)
+    monkeypatch.setenv(variable, "fastest")
+    with pytest.raises(ValueError, match=f"{variable} is 'fastest'; it must be one of auto, {ways[0]}"):
+        override()
+
+
+@pytest.mark.parametrize("way", LARGE_LOSS_SELECTS)
+def test_the_named_way_is_taken(way, monkeypatch):
+    monkeypatch.setenv("SPML_LARGE_LOSS", way)
+    assert way_of(512 * 9605) == way_of(10, alone=False) == way
+
+
+@pytest.mark.parametrize("way", CAM_POOL_WAYS)
+def test_the_named_way_of_cam_pool_is_taken(way, monkeypatch):
+    monkeypatch.setenv("SPML_CAM_POOL", way)
+    assert launch_of(torch.empty(2, 14, 14, 2048, dtype=torch.bfloat16, device="meta"), 5000).way == way

@@ -103,6 +103,16 @@ TWO_FORMS = ("cam_pool", "large_loss")
 PASSES = [*["_large_histogram_kernel"] * 3, "_large_threshold_kernel", "_large_select_kernel"]
 
 
+def test_counts_of_four_bits_take_eight_passes(monkeypatch):
+    monkeypatch.setattr(heuristics, "SINGLE_LAUNCH_ENTRIES", 0)
+    monkeypatch.setenv("SPML_LARGE_LOSS", "counts")
+    work = large_loss_work(37, 81, 30)
+    seen = kernels(count(make_call(work, "fused", "fwd", work.inputs("cpu"))))
+    assert [launch.name for launch in seen] == ["_large_histogram_kernel"] * 5 + PASSES
+    for launch in seen:
+        assert launch.moved is not None and launch.moved._replace(atomic=0) == moved(launch), launch.name
+
+
 @pytest.mark.parametrize(
     ("work", "other"),
     [(work, other) for work in WORKS for other in ((False, True) if work.op in TWO_FORMS else (False,))],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from spml_kernels import large_loss, large_loss_step, list_selected, select_large
-from spml_kernels.large_loss.op import BINS, large_histogram_op, large_step_op, large_threshold_op
+from spml_kernels.common import heuristics
+from spml_kernels.large_loss.op import large_histogram_op, large_step_op, large_threshold_op
 from spml_kernels.large_loss.reference import large_loss_reference, list_selected_reference, select_large_reference
 
 from tests.support.kernels import (
@@ -23,11 +24,19 @@ pytestmark = pytest.mark.usefixtures("triton_on")
 INF = float("inf")
 
 
-@pytest.fixture(params=["one launch", "passes"])
+@pytest.fixture(params=["one launch", "histogram", "counts"])
 def form(request, monkeypatch):
-    """Both forms of the kernels at shapes that one program holds."""
-    if request.param == "passes":
+    """All forms of the kernels at shapes that one program holds."""
+    if request.param != "one launch":
         monkeypatch.setattr("spml_kernels.common.heuristics.SINGLE_LAUNCH_ENTRIES", -1)
+        monkeypatch.setenv("SPML_LARGE_LOSS", request.param)
+
+
+@pytest.fixture(params=["histogram", "counts"])
+def way(request, monkeypatch):
+    """Both ways to count."""
+    monkeypatch.setenv("SPML_LARGE_LOSS", request.param)
+    return request.param
 
 
 def reference(logits, codes, k, k_max, ties):
@@ -84,7 +93,7 @@ def test_infinities_and_extremes(device, form):
     values = [INF, -INF, 3e38, -3e38, tiny, -tiny, tiny / 1024, -tiny / 1024, 100, -100, 0, 1, INF, -INF]
     logits = torch.tensor([values], device=device)
     codes = torch.full((1, len(values)), -1, dtype=torch.int8, device=device)
-    for k in range(len(values) + 2):
+    for k in range(0, len(values) + 2, 3):
         for ties in ("exact", "inclusive"):
             check(logits, codes, k, ties)
     codes[0, :3] = 1
@@ -147,11 +156,11 @@ def in_turns(ranks, work):
 
 @pytest.mark.parametrize("ranks", [2, 5])
 @pytest.mark.parametrize("ties", ["exact", "inclusive"])
-def test_over_ranks(ranks, ties, device):
+def test_over_ranks(ranks, ties, device, way):
     logits, codes = draw_logits((11, 60), torch.bfloat16, device).float(), draw_codes((11, 60), device)
     logits[logits.abs() < 2] = 1.5
     parts = list(zip(logits.tensor_split(ranks), codes.tensor_split(ranks), strict=True))
-    for k in (0, 1, 60, 150, 600) if ranks == 2 else (0, 150):
+    for k in (0, 1, 60, 150, 600) if (ranks, way) == (2, "histogram") else (150,):
 
         def work(rank, gather, k=k):
             return select_large(*parts[rank], torch.tensor(k, device=device), 600, ties, gather, rank)
@@ -162,7 +171,7 @@ def test_over_ranks(ranks, ties, device):
         assert all(torch.equal(f[1].cpu(), level) for f in found)
 
 
-def test_a_step_over_ranks_lists_what_each_of_them_selects(device):
+def test_a_step_over_ranks_lists_what_each_of_them_selects(device, way):
     logits, codes = draw_logits((11, 60), torch.bfloat16, device).float(), draw_codes((11, 60), device)
     logits[logits.abs() < 2] = 1.5
     parts = list(zip(logits.tensor_split(3), codes.tensor_split(3), strict=True))
@@ -211,19 +220,53 @@ def test_one_step_equals_its_three_parts(k, length, ties, scheme, dtype, device,
     check_list((step.rows, step.classes, step.valid), expected, k if length is None else length)
 
 
-@pytest.mark.parametrize("ties", ["exact", "inclusive"])
-def test_both_forms_give_the_same_bits(ties, device, monkeypatch):
-    logits, codes = draw_logits((61, 83), torch.float16, device), draw_codes((61, 83), device)
-    steps, slopes = [], []
-    for limit in (logits.numel(), logits.numel() - 1):
+def forms(logits, codes, k, ties, monkeypatch):
+    """Step and gradient of the form that holds the batch in one program, with histograms, and with counts."""
+    for limit, way in ((logits.numel(), "auto"), (logits.numel() - 1, "histogram"), (logits.numel() - 1, "counts")):
         monkeypatch.setattr("spml_kernels.common.heuristics.SINGLE_LAUNCH_ENTRIES", limit)
+        monkeypatch.setenv("SPML_LARGE_LOSS", way)
         leaf = logits.clone().requires_grad_()
-        steps.append(large_loss_step(leaf, codes, torch.tensor(700, device=device), 700, "reject", ties, length=900))
-        slopes += torch.autograd.grad(steps[-1].loss, leaf)
-    assert torch.equal(*slopes)
-    assert all(torch.equal(*pair) for pair in zip(steps[0][1:], steps[1][1:], strict=True))
-    # Of the loss the order of the sum may differ.
-    assert_close("loss", steps[0].loss, steps[1].loss, 1e-6)
+        step = large_loss_step(leaf, codes, torch.tensor(k, device=logits.device), k, "reject", ties, length=900)
+        yield step, *torch.autograd.grad(step.loss, leaf)
+
+
+@pytest.mark.parametrize("ties", ["exact", "inclusive"])
+def test_all_forms_give_the_same_bits(ties, device, monkeypatch):
+    logits, codes = draw_logits((61, 83), torch.float16, device), draw_codes((61, 83), device)
+    (first, slope), *others = forms(logits, codes, 700, ties, monkeypatch)
+    for step, other in others:
+        assert torch.equal(slope, other)
+        assert all(torch.equal(*pair) for pair in zip(first[1:], step[1:], strict=True))
+        # Of the loss the order of the sum may differ.
+        assert_close("loss", first.loss, step.loss, 1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 5, 2000])
+def test_all_forms_treat_nan_alike(k, device, monkeypatch):
+    """A NaN with a positive sign is the largest of all, one with a negative sign the smallest; none is selected."""
+    logits = draw_logits((9, 133), torch.float32, device)
+    logits[0, :3], logits[4, 7] = torch.nan, INF
+    logits[2, :5] = torch.tensor(-1, dtype=torch.int32, device=device).view(torch.float32)
+    codes = torch.full((9, 133), -1, dtype=torch.int8, device=device)
+    found = [(step.selected, step.threshold) for step, _ in forms(logits, codes, k, "exact", monkeypatch)]
+    assert all(torch.equal(selected, found[0][0]) for selected, _ in found)
+    assert all(torch.allclose(threshold, found[0][1], equal_nan=True) for _, threshold in found)
+    assert not (found[0][0] & logits.isnan()).any() and found[0][1].isnan() == (k <= 3)
+
+
+@pytest.mark.parametrize("value", [0.0, -3.25, 1e-30])
+def test_more_blocks_than_a_thread_counts_at_a_time(value, device, way, monkeypatch):
+    """One program, 17 turns of equal entries and one other: packed numbers hold the counts of 15."""
+    monkeypatch.setattr(heuristics, "SINGLE_LAUNCH_ENTRIES", -1)
+    monkeypatch.setattr(heuristics, "HISTOGRAM_BLOCK", 128)
+    monkeypatch.setattr(heuristics, "HISTOGRAM_PROGRAMS", 1 if way == "histogram" else 0.25)
+    logits = torch.full((17, 128), value, device=device)
+    logits[9, 3] = 2
+    codes = torch.full((17, 128), -1, dtype=torch.int8, device=device)
+    launch = heuristics.histogram_launch(logits.numel(), way)
+    assert launch.programs == 1 and launch.block == 128
+    for k in (1, 2, 2175):
+        assert check(logits, codes, k).sum() == k
 
 
 def check_list(found, selected, k_max):
@@ -255,17 +298,18 @@ def test_layouts(device):
     assert total == large_loss(logits.contiguous(), codes.contiguous(), codes == -1, "reject")
 
 
-def test_ops_are_sound(device):
+def test_ops_are_sound(device, way):
     logits, codes = draw_logits((9, 33), torch.float32, device), draw_codes((9, 33), device)
     k = torch.tensor(5, device=device)
-    hist, state = large_histogram_op(logits, codes, k, k, k, 5, 0)
-    assert hist.shape == (BINS,) and hist.sum() == (codes == -1).sum()
-    assert_op_sound(torch.ops.spml.large_histogram.default, (logits, codes, k, hist, state, 5, 1))
-    for level in (1, 2):
-        hist, state = large_histogram_op(logits, codes, k, hist, state, 5, level)
+    select = heuristics.LARGE_LOSS_SELECTS[way]
+    hist, state = large_histogram_op(logits, codes, k, k, k, 5, 0, way)
+    assert hist.shape == (select.bins,) and hist.sum() == (codes == -1).sum()
+    assert_op_sound(torch.ops.spml.large_histogram.default, (logits, codes, k, hist, state, 5, 1, way))
+    for level in range(1, len(select.widths)):
+        hist, state = large_histogram_op(logits, codes, k, hist, state, 5, level, way)
     for flags in ((False, True), (True, False)):
-        assert_op_sound(torch.ops.spml.large_threshold.default, (logits, codes, hist, state, *flags))
-    found = large_threshold_op(logits, codes, hist, state, False, True)
+        assert_op_sound(torch.ops.spml.large_threshold.default, (logits, codes, hist, state, *flags, way))
+    found = large_threshold_op(logits, codes, hist, state, False, True, way)
     leaf = logits.clone().requires_grad_()
     assert_op_sound(torch.ops.spml.large_select.default, (leaf, codes, *found, False, True, True, True, 5))
     assert_op_sound(torch.ops.spml.large_select.default, (logits, codes, *found, True, False, False, False, 0))

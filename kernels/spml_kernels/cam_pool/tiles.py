@@ -1,4 +1,4 @@
-"""Launch and constants of the tiled products of cam_pool."""
+"""Which way cam_pool's forward goes, with what block sizes, and the constants of its products."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spml_kernels.common.dispatch import cam_pool_override
 from spml_kernels.common.heuristics import CamPoolLaunch, CamPoolTiles, cam_pool_launch, cam_pool_way
 from spml_kernels.common.jit import INTERPRETED, VERSION
 
@@ -15,13 +16,14 @@ DEFAULT = (90, "tile")
 
 
 def launch_of(features: Tensor, classes: int) -> CamPoolLaunch:
-    """The way and block sizes for features [B, H, W, K]."""
+    """The way and block sizes for features [B, H, W, K]; the way is what SPML_CAM_POOL says, else what is chosen."""
     batch, height, width, channels = features.shape
     capability, way = DEFAULT
     if features.is_cuda:
         major, minor = torch.cuda.get_device_capability(features.device)
         capability = 10 * major + minor
         way = cam_pool_way(capability, VERSION)
+    way = cam_pool_override() or way
     half = features.dtype != torch.float32
     return cam_pool_launch(batch, height * width, classes, channels, half, capability, way)
 

@@ -1,21 +1,58 @@
-"""Chooses between Triton and the plain PyTorch reference. The one place that reads `SPML_KERNELS`.
+"""Chooses between Triton and the plain PyTorch reference. The one place that reads the kernels' environment variables.
 
 SPML_KERNELS: `auto` (default) takes Triton for CUDA tensors where an op has a kernel and the reference otherwise (and
 with PyTorch for ROCm, whose devices are called cuda as well);
 `reference` always takes the reference; `triton` also takes Triton for CPU tensors, which needs Triton's interpreter
 (TRITON_INTERPRET=1 in the environment before Python starts). fp64 tensors always take the reference.
+
+SPML_CAM_POOL, SPML_LARGE_LOSS: `auto` (default) takes the way that `heuristics` chooses for shape, card and version of
+triton; another word takes that way, on every rank of a run the same.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from spml_kernels.common.heuristics import CAM_POOL_WAYS, LARGE_LOSS_SELECTS
 from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
 
 CHOICES = ("auto", "triton", "reference")
+
+
+def _choice(variable: str, choices: Iterable[str]) -> str:
+    """The variable's value, `auto` where it is not set.
+
+    Raises:
+        ValueError: it is none of the choices.
+    """
+    choice = os.environ.get(variable, "auto")
+    if choice not in choices:
+        raise ValueError(f"{variable} is {choice!r}; it must be one of {', '.join(choices)}")
+    return choice
+
+
+def cam_pool_override() -> str | None:
+    """SPML_CAM_POOL: the way of cam_pool's forward; None to choose it.
+
+    Raises:
+        ValueError: an unknown way.
+    """
+    choice = _choice("SPML_CAM_POOL", ("auto", *CAM_POOL_WAYS))
+    return None if choice == "auto" else choice
+
+
+def large_loss_override() -> str | None:
+    """SPML_LARGE_LOSS: how large_loss counts; None to choose it.
+
+    Raises:
+        ValueError: an unknown way.
+    """
+    choice = _choice("SPML_LARGE_LOSS", ("auto", *LARGE_LOSS_SELECTS))
+    return None if choice == "auto" else choice
 
 
 def use_triton(tensor: Tensor) -> bool:
@@ -25,9 +62,7 @@ def use_triton(tensor: Tensor) -> bool:
         ValueError: a bad SPML_KERNELS.
         RuntimeError: SPML_KERNELS=triton where no kernel can run.
     """
-    choice = os.environ.get("SPML_KERNELS", "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"SPML_KERNELS is {choice!r}; it must be one of {', '.join(CHOICES)}")
+    choice = _choice("SPML_KERNELS", CHOICES)
     if choice == "reference" or tensor.dtype == torch.float64:
         return False
     # Block sizes, tf32x3 and the launch options are NVIDIA's, and no AMD card has been tried.

@@ -43,10 +43,53 @@ def point_launch(elements: int, each: int = 8) -> FlatLaunch:
     return FlatLaunch(block, block // (32 * each), cdiv(elements, block))
 
 
-def histogram_launch(elements: int) -> FlatLaunch:
-    """Passes of the radix select: few programs, since each adds its histogram to the one in memory."""
-    block = 2048
-    return FlatLaunch(block, 8, max(1, min(cdiv(elements, block), 128)))
+class LargeLossSelect(NamedTuple):
+    """How large_loss finds its threshold where several programs share the work.
+
+    Attributes:
+        way: `histogram` or `counts`.
+        widths: bits of the 32-bit key that each pass counts by, from the highest on.
+        bins: counts of a pass, at least two to the power of each width.
+        turns: blocks that a program counts before it adds up what its threads hold; 0 for histograms.
+    """
+
+    way: str
+    widths: tuple[int, ...]
+    bins: int
+    turns: int
+
+
+# `tl.histogram`, and counts of 16 digits packed into one number a thread's entry (see `_packed_counts_jit`).
+LARGE_LOSS_SELECTS = {
+    "histogram": LargeLossSelect("histogram", (11, 11, 10), 2048, 0),
+    "counts": LargeLossSelect("counts", (4,) * 8, 16, 15),
+}
+# Programs of a pass with histograms, each of which adds 2048 counts to those in memory.
+HISTOGRAM_PROGRAMS = 128
+HISTOGRAM_BLOCK = 2048
+
+
+def large_loss_way(elements: int, alone: bool, version: tuple[int, ...]) -> str:
+    """How large_loss counts.
+
+    Args:
+        elements: B * C.
+        alone: whether no other rank takes part. Ranks must count alike, and may hold different numbers of entries.
+        version: triton's.
+
+    triton before 3.7 makes a histogram by votes over all bins, hundreds of instructions an entry; eight passes of
+    counts are five launches more, which is more than that costs up to one block a program. Over ranks they are five
+    exchanges more as well.
+    """
+    slow = version < (3, 7) and elements > HISTOGRAM_PROGRAMS * HISTOGRAM_BLOCK
+    return "counts" if alone and slow else "histogram"
+
+
+def histogram_launch(elements: int, way: str = "histogram") -> FlatLaunch:
+    """Passes of the radix select. Programs with histograms are few; counts are few, so that programs need not be."""
+    programs = HISTOGRAM_PROGRAMS * (1 if way == "histogram" else 4)
+    block = HISTOGRAM_BLOCK
+    return FlatLaunch(block, 8, max(1, min(cdiv(elements, block), programs)))
 
 
 class LargeLossSingleLaunch(NamedTuple):
@@ -143,6 +186,9 @@ class CamPoolLaunch(NamedTuple):
 
 # Classes of a row of signs are a multiple of this.
 LANES = 64
+
+
+CAM_POOL_WAYS = ("tile", "vendor")
 
 
 def cam_pool_way(capability: int, version: tuple[int, ...]) -> str:

@@ -98,8 +98,8 @@ def _label_rows(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
 def _large_histogram(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     data = a["elements"] * (_width(a["logits_ptr"]) + 1)
     # Counts of the pass before; pass 1 reads k beside them, later ones the state.
-    before = 0 if a["LEVEL"] == 0 else 4 * a["BINS"] + (8 if a["LEVEL"] == 1 else 12)
-    return Moved(data + before, data + before * grid[0], 12 if a["LEVEL"] else 0)
+    before = 0 if a["DONE"] == 0 else 4 * a["BINS"] + (8 if a["DONE"] == a["BEFORE"] else 12)
+    return Moved(data + before, data + before * grid[0], 12 if a["DONE"] else 0)
 
 
 @formula("_large_threshold_kernel")

@@ -22,25 +22,25 @@ def order_key_jit(z):
 
 
 @jit
-def _digit_jit(key, bits, LEVEL: tl.constexpr):
-    """The bits of a key that pass LEVEL counts by, and whether those before them are `bits`."""
-    if LEVEL == 0:
-        return (key >> 21) + 1024, key == key
-    elif LEVEL == 1:
-        return (key >> 10) & 2047, (key >> 21) + 1024 == bits
-    else:
-        return key & 1023, (key >> 10) + 2097152 == bits
+def _digit_jit(key, bits, DONE: tl.constexpr, WIDTH: tl.constexpr):
+    """The WIDTH bits of a key after its first DONE, and whether those first ones are `bits`."""
+    prefix = -2147483648 if DONE == 0 else -2147483648 ^ (bits << (32 - DONE))
+    # What differs from the first bits is left above the digit; the shift keeps the sign.
+    rest = (key ^ prefix) >> (32 - DONE - WIDTH)
+    agrees = key == key if DONE == 0 else rest >> WIDTH == 0
+    return rest & ((1 << WIDTH) - 1), agrees
 
 
 @jit
-def _find_bin_jit(counts, bits, left, mode, LEVEL: tl.constexpr):
-    """The state after pass LEVEL from its counts: the bin that holds the k-th largest is found, its bits are appended.
+def _find_bin_jit(counts, bits, left, mode, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """The state after a pass from its counts: the bin that holds the k-th largest is found, its bits are appended.
 
     Args:
         counts: int32 [BINS].
-        bits, mode: the state after the pass before; 0 for pass 0.
-        left: how many entries are to be taken from those counted, k for pass 0.
-        LEVEL: 0 to 2.
+        bits, mode: the state after the pass before; 0 for the first.
+        left: how many entries are to be taken from those counted, k for the first pass.
+        FIRST: whether it was the first pass.
+        WIDTH: bits that it counted by.
 
     Returns:
         The key's bits so far, how many entries are to be taken from the bin, the mode (0 ordinary, 1 for k = 0, 2 for
@@ -53,11 +53,11 @@ def _find_bin_jit(counts, bits, left, mode, LEVEL: tl.constexpr):
     digit = tl.sum(enough.to(tl.int32), 0) - 1
     taken = tl.max(tl.where(enough, 0, reach), 0)
     whole = tl.max((reach == left).to(tl.int32), 0)
-    if LEVEL == 0:
+    if FIRST:
         mode = tl.where(left <= 0, 1, tl.where(total < left, 2, 0))
         bits = digit
     else:
-        bits = (bits << (11 if LEVEL == 1 else 10)) | digit
+        bits = (bits << WIDTH) | digit
     return bits, left - taken, mode, (mode == 0) & (whole == 0)
 
 
@@ -75,10 +75,10 @@ def _threshold_jit(bits, left, mode):
 
 
 @jit
-def _advance(hist_ptr, state_ptr, k_ptr, k_max, LEVEL: tl.constexpr, BINS: tl.constexpr):
+def _advance(hist_ptr, state_ptr, k_ptr, k_max, FIRST: tl.constexpr, WIDTH: tl.constexpr, BINS: tl.constexpr):
     """`_find_bin_jit` of counts and state in memory."""
     counts = tl.load(hist_ptr + tl.arange(0, BINS)).to(tl.int32)
-    if LEVEL == 0:
+    if FIRST:
         bits = 0
         left = tl.minimum(tl.load(k_ptr), k_max).to(tl.int32)
         mode = 0
@@ -86,7 +86,46 @@ def _advance(hist_ptr, state_ptr, k_ptr, k_max, LEVEL: tl.constexpr, BINS: tl.co
         bits = tl.load(state_ptr)
         left = tl.load(state_ptr + 1)
         mode = tl.load(state_ptr + 2)
-    return _find_bin_jit(counts, bits, left, mode, LEVEL)
+    return _find_bin_jit(counts, bits, left, mode, FIRST, WIDTH)
+
+
+@jit
+def _load_digits(
+    logits_ptr, codes_ptr, bits, turn, elements, DONE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Digits of this program's block of a turn, and which of them count."""
+    pid = tl.program_id(0).to(tl.int64)
+    offsets = (pid + turn * tl.num_programs(0).to(tl.int64)) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < elements
+    z = tl.load(logits_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    candidate = tl.load(codes_ptr + offsets, mask=inside, other=0).to(tl.int32) == -1
+    digit, agrees = _digit_jit(order_key_jit(z), bits, DONE, WIDTH)
+    return digit, candidate & agrees
+
+
+@jit
+def _packed_counts_jit(
+    logits_ptr, codes_ptr, bits, elements, rounds, DONE: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr
+):
+    """How many of this program's entries have each digit of 4 bits, int32 [16], by plain additions.
+
+    Each lane counts its own entries in one 64-bit number, 4 bits a digit, for up to TURNS (15) turns. Four sums over
+    the lanes, of every fourth digit in 16 bits each, then give the counts: BLOCK * 15 fits into 15 bits. Nothing here
+    takes longer where many entries are alike.
+    """
+    lane = tl.arange(0, 16)
+    counts = tl.zeros((16,), tl.int32)
+    one = tl.full((BLOCK,), 1, tl.int64)
+    for first in range(0, rounds, TURNS):
+        packed = tl.zeros((BLOCK,), tl.int64)
+        for turn in range(first, tl.minimum(first + TURNS, rounds)):
+            digit, counted = _load_digits(logits_ptr, codes_ptr, bits, turn, elements, DONE, 4, BLOCK)
+            packed += tl.where(counted, one << (4 * digit).to(tl.int64), 0)
+        for part in tl.static_range(4):
+            total = tl.sum((packed >> (4 * part)) & 0x000F000F000F000F, 0)
+            fields = (total >> (16 * (lane // 4)).to(tl.int64)) & 0xFFFF
+            counts += tl.where(lane % 4 == part, fields.to(tl.int32), 0)
+    return counts
 
 
 @jit(do_not_specialize=["rounds", "k_max"])
@@ -101,8 +140,11 @@ def _large_histogram_kernel(
     elements,
     rounds,
     k_max,
-    LEVEL: tl.constexpr,
+    DONE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BEFORE: tl.constexpr,
     BINS: tl.constexpr,
+    TURNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Count candidates that agree with the key so far by the next bits of their key.
@@ -113,24 +155,24 @@ def _large_histogram_kernel(
         hist_ptr: counts of the pass before, summed over ranks; state_ptr: its state (from pass 2 on).
         out_ptr: int32 [BINS], zero.
         next_ptr: int32 [3], the state that belongs to these counts (from pass 1 on).
+        DONE: bits of the key that earlier passes have found; WIDTH: bits counted by here; BEFORE: in the pass before.
+        TURNS: 0 to count by `tl.histogram`, else turns of `_packed_counts_jit`.
     """
     pid = tl.program_id(0)
     bits = 0
-    if LEVEL > 0:
-        bits, left, mode, _ = _advance(hist_ptr, state_ptr, k_ptr, k_max, LEVEL - 1, BINS)
+    if DONE > 0:
+        bits, left, mode, _ = _advance(hist_ptr, state_ptr, k_ptr, k_max, DONE == BEFORE, BEFORE, BINS)
         if pid == 0:
             tl.store(next_ptr, bits)
             tl.store(next_ptr + 1, left)
             tl.store(next_ptr + 2, mode)
-    counts = tl.zeros((BINS,), tl.int32)
-    stride = tl.num_programs(0).to(tl.int64) * BLOCK
-    for turn in range(0, rounds):
-        offsets = pid.to(tl.int64) * BLOCK + turn * stride + tl.arange(0, BLOCK)
-        inside = offsets < elements
-        z = tl.load(logits_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        candidate = tl.load(codes_ptr + offsets, mask=inside, other=0).to(tl.int32) == -1
-        digit, agrees = _digit_jit(order_key_jit(z), bits, LEVEL)
-        counts += tl.histogram(digit, BINS, mask=candidate & agrees)
+    if TURNS == 0:
+        counts = tl.zeros((BINS,), tl.int32)
+        for turn in range(0, rounds):
+            digit, counted = _load_digits(logits_ptr, codes_ptr, bits, turn, elements, DONE, WIDTH, BLOCK)
+            counts += tl.histogram(digit, BINS, mask=counted)
+    else:
+        counts = _packed_counts_jit(logits_ptr, codes_ptr, bits, elements, rounds, DONE, BLOCK, TURNS)
     # Sums of integers are the same in every order.
     tl.atomic_add(out_ptr + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
@@ -147,6 +189,7 @@ def _large_threshold_kernel(
     elements,
     INCLUSIVE: tl.constexpr,
     LIST: tl.constexpr,
+    WIDTH: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -159,9 +202,10 @@ def _large_threshold_kernel(
         counts_ptr: int32 [2, programs].
         threshold_ptr: fp32; infinity for k = 0, minus infinity where all candidates are taken.
         room_ptr: int64, how many entries at the threshold are to be taken over all ranks.
+        WIDTH: bits that the last pass counted by.
     """
     pid = tl.program_id(0)
-    bits, left, mode, partly = _advance(hist_ptr, state_ptr, hist_ptr, 0, 2, BINS)
+    bits, left, mode, partly = _advance(hist_ptr, state_ptr, hist_ptr, 0, False, WIDTH, BINS)
     value, room = _threshold_jit(bits, left, mode)
     if pid == 0:
         tl.store(threshold_ptr, value)

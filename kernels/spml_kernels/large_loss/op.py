@@ -3,14 +3,16 @@
 Source: Large Loss Matters (CVPR 2022), docs/sources.md#large-loss.
 
 The kernels find the k-th largest logit without sorting and without the host. Order-preserving 32-bit keys are counted
-by their top 11 bits; the bin in which the k-th lies is known, only its entries are counted by the next 11 bits, then by
-the last 10. How many entries above and at the threshold lie before an entry gives its place in the order of positions;
-selection, loss, gradient and the list of selected entries are then written together.
+by their top bits; the bin in which the k-th lies is known, only its entries are counted by the next bits, and so on:
+three histograms of 11, 11 and 10 bits, or eight counts of 4 bits where the compiler's histogram is slow
+(`heuristics.large_loss_way`; the environment variable SPML_LARGE_LOSS takes one of them). How many entries above and at
+the threshold lie before an entry gives its place in the order of positions; selection, loss, gradient and the list of
+selected entries are then written together.
 
 A batch that one program can hold, on one rank, takes one launch: its keys stay in registers while the threshold's bits
-are found one by one. Others take five. The three histograms (8 kB each) are summed over ranks, so the threshold is
-exact over ranks; each pass finds the bin of the pass before in its first instructions. The fourth counts entries above
-and at the threshold per block, where somebody has to know, and the fifth writes.
+are found one by one. Others take five, or ten. The counts (8 kB or 64 bytes a pass) are summed over ranks, so the
+threshold is exact over ranks; each pass finds the bin of the pass before in its first instructions. The last but one
+counts entries above and at the threshold per block, where somebody has to know, and the last writes.
 
 All of that is `large_loss_step`; where the selection must be known before its loss can be (one threshold for several
 micro-steps), `select_large`, `large_loss` and `list_selected` do the parts.
@@ -26,9 +28,15 @@ from torch import Tensor
 
 from spml_kernels.common.autograd import register_computed_gradient
 from spml_kernels.common.codes import IGNORED
-from spml_kernels.common.dispatch import use_triton
-from spml_kernels.common.heuristics import flat_launch, histogram_launch, large_loss_single_launch
-from spml_kernels.common.jit import LAUNCH, cdiv
+from spml_kernels.common.dispatch import large_loss_override, use_triton
+from spml_kernels.common.heuristics import (
+    LARGE_LOSS_SELECTS,
+    flat_launch,
+    histogram_launch,
+    large_loss_single_launch,
+    large_loss_way,
+)
+from spml_kernels.common.jit import LAUNCH, VERSION, cdiv
 from spml_kernels.common.ops import define
 from spml_kernels.label_loss.op import PointLoss, label_loss
 from spml_kernels.large_loss.kernels import (
@@ -43,11 +51,15 @@ from spml_kernels.large_loss.reference import large_loss_reference, list_selecte
 Ties = Literal["exact", "inclusive"]
 Scheme = Literal["reject", "correct"]
 
-# Bins of one pass; keys have 32 bits: 11, 11 and 10 of them.
-BINS = 2048
-LEVELS = 3
+# Bins of one histogram; keys have 32 bits: 11, 11 and 10 of them.
+BINS = LARGE_LOSS_SELECTS["histogram"].bins
 # Words of the state that a pass hands on: bits of the key so far, how many are still to be found, mode.
 STATE = 3
+
+
+def way_of(elements: int, alone: bool = True) -> str:
+    """How to count: what SPML_LARGE_LOSS says, else what is chosen."""
+    return large_loss_override() or large_loss_way(elements, alone, VERSION)
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -181,11 +193,12 @@ def _select(
         return LargeLossStep(loss, selected, threshold, rows, classes, valid)
     # The threshold has no gradient. The first pass reads neither histogram nor state; any tensors do.
     plain, hist, state = logits.detach(), k, k
-    for level in range(LEVELS):
-        hist, state = large_histogram_op(plain, codes, k, hist, state, k_max, level)
+    way = way_of(logits.numel(), alone=False)
+    for level in range(len(LARGE_LOSS_SELECTS[way].widths)):
+        hist, state = large_histogram_op(plain, codes, k, hist, state, k_max, level, way)
         hist = gather(hist).sum(0)
     inclusive, listed = flags[0], flags[4] > 0
-    counts, threshold, room = large_threshold_op(plain, codes, hist, state, inclusive, listed)
+    counts, threshold, room = large_threshold_op(plain, codes, hist, state, inclusive, listed, way)
     if not inclusive:
         # Entries at the threshold are taken rank after rank. Where all of them are, counts may be 0 on every rank.
         room = room - gather(counts[1].sum())[:rank].sum()
@@ -225,8 +238,9 @@ def _launch_histogram(
     following: Tensor,
     k_max: int,
     level: int,
+    way: str,
 ) -> None:
-    launch = histogram_launch(logits.numel())
+    launch, select = histogram_launch(logits.numel(), way), LARGE_LOSS_SELECTS[way]
     _large_histogram_kernel[(launch.programs,)](
         logits,
         codes,
@@ -238,8 +252,11 @@ def _launch_histogram(
         logits.numel(),
         cdiv(logits.numel(), launch.programs * launch.block),
         k_max,
-        LEVEL=level,
-        BINS=BINS,
+        DONE=sum(select.widths[:level]),
+        WIDTH=select.widths[level],
+        BEFORE=select.widths[max(level - 1, 0)],
+        BINS=select.bins,
+        TURNS=select.turns,
         BLOCK=launch.block,
         num_warps=launch.warps,
         **LAUNCH,
@@ -258,7 +275,7 @@ def _new_counts(logits: Tensor, inclusive: bool, listed: bool) -> tuple[Tensor, 
 
 
 def _launch_threshold(
-    logits: Tensor, codes: Tensor, hist: Tensor, state: Tensor, inclusive: bool, listed: bool
+    logits: Tensor, codes: Tensor, hist: Tensor, state: Tensor, inclusive: bool, listed: bool, way: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     launch = flat_launch(max(logits.numel(), 1))
     counts, threshold, room = _new_counts(logits, inclusive, listed)
@@ -273,7 +290,8 @@ def _launch_threshold(
         logits.numel(),
         INCLUSIVE=inclusive,
         LIST=listed,
-        BINS=BINS,
+        WIDTH=LARGE_LOSS_SELECTS[way].widths[-1],
+        BINS=LARGE_LOSS_SELECTS[way].bins,
         BLOCK=launch.block,
         num_warps=launch.warps,
         **LAUNCH,
@@ -326,37 +344,37 @@ def _launch_select(
 
 @define("spml::large_histogram")
 def large_histogram_op(
-    logits: Tensor, codes: Tensor, k: Tensor, hist: Tensor, state: Tensor, k_max: int, level: int
+    logits: Tensor, codes: Tensor, k: Tensor, hist: Tensor, state: Tensor, k_max: int, level: int, way: str
 ) -> tuple[Tensor, Tensor]:
-    """Counts int32 [2048] of pass `level` from counts and state of the pass before, and their state int32 [3]."""
-    out = torch.zeros(BINS, dtype=torch.int32, device=logits.device)
+    """Counts int32 [bins] of pass `level` from counts and state of the pass before, and their state int32 [3]."""
+    out = torch.zeros(LARGE_LOSS_SELECTS[way].bins, dtype=torch.int32, device=logits.device)
     # Pass 0 has no state, and pass 1 reads none.
     following = torch.empty(STATE, dtype=torch.int32, device=logits.device)
-    _launch_histogram(logits.contiguous(), codes.contiguous(), k, hist, state, out, following, k_max, level)
+    _launch_histogram(logits.contiguous(), codes.contiguous(), k, hist, state, out, following, k_max, level, way)
     return out, following
 
 
 @large_histogram_op.register_fake
 def _(
-    logits: Tensor, codes: Tensor, k: Tensor, hist: Tensor, state: Tensor, k_max: int, level: int
+    logits: Tensor, codes: Tensor, k: Tensor, hist: Tensor, state: Tensor, k_max: int, level: int, way: str
 ) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(BINS, dtype=torch.int32), logits.new_empty(STATE, dtype=torch.int32)
+    return logits.new_empty(LARGE_LOSS_SELECTS[way].bins, dtype=torch.int32), logits.new_empty(STATE, dtype=torch.int32)
 
 
 @define("spml::large_threshold")
 def large_threshold_op(
-    logits: Tensor, codes: Tensor, hist: Tensor, state: Tensor, inclusive: bool, listed: bool
+    logits: Tensor, codes: Tensor, hist: Tensor, state: Tensor, inclusive: bool, listed: bool, way: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Counts int32 [2, blocks] above and at the threshold, the threshold fp32 [], room at the threshold int64 [].
 
     Counts are [2, 0] with inclusive ties and without a list, since nobody needs them there.
     """
-    return _launch_threshold(logits.contiguous(), codes.contiguous(), hist, state, inclusive, listed)
+    return _launch_threshold(logits.contiguous(), codes.contiguous(), hist, state, inclusive, listed, way)
 
 
 @large_threshold_op.register_fake
 def _(
-    logits: Tensor, codes: Tensor, hist: Tensor, state: Tensor, inclusive: bool, listed: bool
+    logits: Tensor, codes: Tensor, hist: Tensor, state: Tensor, inclusive: bool, listed: bool, way: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _new_counts(logits, inclusive, listed)
 
@@ -415,13 +433,15 @@ def large_step_op(
     launch = large_loss_single_launch(logits.numel())
     if launch is None:
         # Counts of all passes are cleared together; a pass keeps its state in the row of its number.
-        hist = torch.zeros(LEVELS, BINS, dtype=torch.int32, device=logits.device)
-        state = torch.empty(LEVELS, STATE, dtype=torch.int32, device=logits.device)
-        for level in range(LEVELS):
+        way = way_of(logits.numel())
+        levels = len(LARGE_LOSS_SELECTS[way].widths)
+        hist = torch.zeros(levels, LARGE_LOSS_SELECTS[way].bins, dtype=torch.int32, device=logits.device)
+        state = torch.empty(levels, STATE, dtype=torch.int32, device=logits.device)
+        for level in range(levels):
             # The first pass reads neither of the two.
-            before = max(level - 1, 0)
-            _launch_histogram(logits, codes, k, hist[before], state[before], hist[level], state[level], k_max, level)
-        counts, threshold, room = _launch_threshold(logits, codes, hist[-1], state[-1], inclusive, length > 0)
+            before = hist[max(level - 1, 0)], state[max(level - 1, 0)]
+            _launch_histogram(logits, codes, k, *before, hist[level], state[level], k_max, level, way)
+        counts, threshold, room = _launch_threshold(logits, codes, hist[-1], state[-1], inclusive, length > 0, way)
         flags = (inclusive, loss, correct, gradient, length)
         return *_launch_select(logits, codes, counts, threshold, room, *flags), threshold
     total, selected, grad, rows, classes, valid = _new_results(logits, loss, gradient, length)

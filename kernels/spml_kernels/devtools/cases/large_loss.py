@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from spml_kernels.common.heuristics import flat_launch, histogram_launch, large_loss_single_launch
+from spml_kernels.common.heuristics import (
+    LARGE_LOSS_SELECTS,
+    flat_launch,
+    histogram_launch,
+    large_loss_single_launch,
+)
 from spml_kernels.devtools.aot import Case
 from spml_kernels.large_loss.kernels import (
     _large_histogram_kernel,
@@ -12,7 +17,6 @@ from spml_kernels.large_loss.kernels import (
     _large_single_kernel,
     _large_threshold_kernel,
 )
-from spml_kernels.large_loss.op import BINS, LEVELS
 
 
 def aot_cases(arch: int = 90) -> Iterator[Case]:
@@ -56,42 +60,50 @@ def _single_case(rows: int, classes: int, dtype: str, listed: bool) -> Case:
 
 def _passes_cases(rows: int, classes: int, dtype: str) -> Iterator[Case]:
     elements, shape = rows * classes, f"{dtype} {rows} x {classes}"
-    flat, histogram = flat_launch(elements), histogram_launch(elements)
+    flat = flat_launch(elements)
     pointers: dict[str, str | tuple[str, ...]] = {"logits_ptr": f"*{dtype}", "codes_ptr": "*i8"}
     state: dict[str, str | tuple[str, ...]] = {"hist_ptr": "*i32", "state_ptr": "*i32"}
-    for level in range(LEVELS):
-        yield Case(
-            "large_histogram",
-            f"{shape} pass {level}",
-            _large_histogram_kernel,
-            {
-                **pointers,
-                "k_ptr": "*i64",
-                **state,
-                "out_ptr": "*i32",
-                "next_ptr": "*i32",
-                "elements": "i32",
-                "rounds": "i32",
-                "k_max": "i32",
-            },
-            {"LEVEL": level, "BINS": BINS, "BLOCK": histogram.block},
-            ("logits_ptr", "codes_ptr", "hist_ptr", "out_ptr", "elements"),
-            histogram.warps,
-        )
+    numbers: dict[str, str | tuple[str, ...]] = {"elements": "i32", "rounds": "i32", "k_max": "i32"}
     threshold: dict[str, str | tuple[str, ...]] = {
         "counts_ptr": "*i32",
         "threshold_ptr": "*fp32",
         "room_ptr": "*i64",
     }
-    yield Case(
-        "large_threshold",
-        shape,
-        _large_threshold_kernel,
-        {**pointers, **state, **threshold, "elements": "i32"},
-        {"INCLUSIVE": False, "LIST": False, "BINS": BINS, "BLOCK": flat.block},
-        ("logits_ptr", "codes_ptr", "hist_ptr", "counts_ptr", "elements"),
-        flat.warps,
-    )
+    for way, select in LARGE_LOSS_SELECTS.items():
+        launch = histogram_launch(elements, way)
+        # Further passes of four bits differ in one number.
+        for level in range(3):
+            yield Case(
+                f"large_{way}",
+                f"{shape} pass {level}",
+                _large_histogram_kernel,
+                {**pointers, "k_ptr": "*i64", **state, "out_ptr": "*i32", "next_ptr": "*i32", **numbers},
+                {
+                    "DONE": sum(select.widths[:level]),
+                    "WIDTH": select.widths[level],
+                    "BEFORE": select.widths[max(level - 1, 0)],
+                    "BINS": select.bins,
+                    "TURNS": select.turns,
+                    "BLOCK": launch.block,
+                },
+                ("logits_ptr", "codes_ptr", "hist_ptr", "out_ptr", "elements"),
+                launch.warps,
+            )
+        yield Case(
+            "large_threshold",
+            f"{shape} after {way}",
+            _large_threshold_kernel,
+            {**pointers, **state, **threshold, "elements": "i32"},
+            {
+                "INCLUSIVE": False,
+                "LIST": False,
+                "WIDTH": select.widths[-1],
+                "BINS": select.bins,
+                "BLOCK": flat.block,
+            },
+            ("logits_ptr", "codes_ptr", "hist_ptr", "counts_ptr", "elements"),
+            flat.warps,
+        )
     for listed in (True, False):
         yield Case(
             "large_select",
