@@ -7,6 +7,7 @@ import itertools
 import pytest
 from spml_kernels.cam_pool.chunked import chunk_size
 from spml_kernels.common.heuristics import (
+    CAM_POOL_WAYS,
     CHUNK_BYTES,
     EXPAND_ROWS,
     LANES,
@@ -15,6 +16,7 @@ from spml_kernels.common.heuristics import (
     cam_pool_chunks,
     cam_pool_launch,
     cam_pool_way,
+    cam_pool_wide,
     class_map_launch,
     columns_launch,
     expand_rows,
@@ -111,12 +113,14 @@ def test_images_per_tile_is_the_most_there_are(tile, cells):
 
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
-@pytest.mark.parametrize("way", ["tile", "vendor"])
+@pytest.mark.parametrize("way", CAM_POOL_WAYS)
 def test_cam_pool_launches_are_possible(half, capability, way):
     for batch, cells, classes, channels in itertools.product(BATCHES, CELLS, CLASSES, CHANNELS):
-        launch = cam_pool_launch(batch, cells, classes, channels, half, capability, way)
+        launch = cam_pool_launch(batch, cells, classes, channels, half, capability, way, 132)
         tiles = launch.tiles
-        assert launch.way == way
+        described = half and channels % 8 == 0 and capability >= 90
+        assert launch.way == ("tile" if way == "persistent" and not described else way)
+        assert launch.programs == (132 if launch.way == "persistent" else 0)
         assert all(power_of_two(n) and n >= 16 for n in (tiles.rows, tiles.classes, tiles.channels))
         size = 2 if half else 4
         assert (tiles.rows + tiles.classes) * tiles.channels * size * tiles.stages <= SHARED[capability]
@@ -132,6 +136,12 @@ def test_who_multiplies():
     assert cam_pool_way(90, (3, 6, 0)) == cam_pool_way(90, (3, 7, 0)) == cam_pool_way(75, (3, 9, 0)) == "vendor"
     assert cam_pool_way(90, (3, 7, 1)) == cam_pool_way(90, (3, 8, 0)) == "tile"
     assert {cam_pool_way(c, (3, 6, 0)) for c in (80, 86, 89, 100, 103, 120, 121)} == {"tile"}
+    # Wide tiles are Hopper's.
+    large = (128, 196, 5000, True)
+    assert cam_pool_way(90, (3, 7, 1), *large) == "persistent" and cam_pool_way(90, (3, 6, 0), *large) == "vendor"
+    assert {cam_pool_way(c, (3, 9, 0), *large) for c in (80, 86, 89, 100, 103, 120, 121)} == {"tile"}
+    assert cam_pool_wide(128, 196, 5000, True) and not cam_pool_wide(128, 196, 5000, False)
+    assert not cam_pool_wide(128, 196, 80, True) and not cam_pool_wide(128, 49, 5000, True)
 
 
 @pytest.mark.parametrize("spare", [True, False])

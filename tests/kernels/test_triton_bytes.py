@@ -137,6 +137,18 @@ def test_formulas_give_what_is_counted(work: KernelWork, other: bool, monkeypatc
             assert launch.moved._replace(atomic=0) == expected, launch.name
 
 
+def test_persistent_programs_move_what_tiles_do(monkeypatch):
+    work = cam_work(3, 14, 64, 130, torch.float16)
+    monkeypatch.setattr(tiles, "FULL_GPU", 2)
+    found = {}
+    for way in ("tile", "persistent"):
+        monkeypatch.setenv("SPML_CAM_POOL", way)
+        found[way] = kernels(count(make_call(work, "fused", "fwd", work.inputs("cpu"))))[0]
+        assert found[way].moved == moved(found[way])
+    assert found["persistent"].name == "_cam_pool_persistent_kernel" and found["persistent"].grid == (2,)
+    assert found["tile"].grid[0] > 2 and found["tile"].moved == found["persistent"].moved
+
+
 def test_tiling_of_cam_pool_and_no_map_in_memory(monkeypatch):
     """Every tile of classes reads the features once, every tile of cells the weights; no map is in memory at once."""
     monkeypatch.setattr(heuristics, "EXPAND_ROWS", 64)

@@ -8,13 +8,13 @@ import importlib
 import pytest
 import torch
 from spml_kernels import cam_pool
-from spml_kernels.cam_pool import tiles
+from spml_kernels.cam_pool import forward, tiles
 from spml_kernels.cam_pool.backward import cam_pool_backward_op
 from spml_kernels.cam_pool.chunked import cam_pool_chunked
 from spml_kernels.cam_pool.forward import cam_pool_op
 from spml_kernels.cam_pool.reference import cam_pool_reference
 from spml_kernels.common import heuristics
-from spml_kernels.common.heuristics import cam_pool_launch
+from spml_kernels.common.heuristics import CAM_POOL_WAYS, cam_pool_launch
 
 from benchmarks.kernel_sweep import launched
 from tests.support.kernels import TOLERANCE, assert_close, assert_op_sound
@@ -33,9 +33,9 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["tile", "vendor"])
+@pytest.fixture(params=CAM_POOL_WAYS)
 def way(request, device):
-    """Both ways of the forward, whatever the card; the vendor's in several chunks of classes, where there are several.
+    """All ways of the forward, whatever the card; the vendor's in several chunks of classes, where there are several.
 
     The backward goes through the cells in one chunk or in many, the first of them in the end of dX.
     """
@@ -44,8 +44,9 @@ def way(request, device):
         if small:
             patch.setattr(heuristics, "SMALL_BYTES", 1)
             patch.setattr(heuristics, "CHUNK_BYTES", 64 << 10)
-        patch.setattr(tiles, "cam_pool_way", lambda *_: request.param)
-        patch.setattr(tiles, "DEFAULT", (90, request.param))
+        patch.setenv("SPML_CAM_POOL", request.param)
+        # Two programs, so that each takes several tiles where there are more.
+        patch.setattr(tiles, "FULL_GPU", 2)
         yield request.param
 
 
@@ -93,16 +94,20 @@ def test_equals_the_reference(shape, dtype, device, way):
     check(draw(shape, dtype, device))
 
 
+@pytest.mark.parametrize("name", ["tile", "persistent"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 10, 15, 64, 129), (3, 10, 10, 33, 70), (5, 8, 8, 32, 65)], ids=str)
-def test_launch_of_large_inputs(shape, dtype, device, monkeypatch):
+@pytest.mark.parametrize("shape", [(2, 10, 15, 64, 129), (3, 10, 10, 40, 270), (5, 8, 8, 32, 65)], ids=str)
+def test_launch_of_large_inputs(shape, dtype, name, device, monkeypatch):
     monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", 0.01)
     batch, height, width, channels, classes = shape
-    cards = [(90, dtype == torch.float16 and height * width >= 64)]
+    half = dtype != torch.float32
+    cards = [(90, half and height * width >= 64)]
     cards += [(80, False)]
     for capability, wide in cards:
-        launch = cam_pool_launch(batch, height * width, classes, channels, dtype != torch.float32, capability)
-        assert launch.tiles.rows == (256 if wide else 128)
+        launch = cam_pool_launch(batch, height * width, classes, channels, half, capability, name, 2)
+        assert launch.tiles.rows == (256 if wide else 128) and launch.way == (
+            name if half and capability == 90 else "tile"
+        )
         with launched(launch) if device == "cpu" else contextlib.nullcontext():
             check(draw(shape, dtype, device))
 
@@ -214,6 +219,22 @@ def test_signs_are_one_bit_a_cell(device, way):
     assert not found[147:].any() and not found[:, 21:].any()
     assert torch.equal(found[:147, :21], cam.cpu() > 0)
     assert cam_pool_op(features, weight, bias, False)[2].numel() == 0
+
+
+@pytest.mark.parametrize(("channels", "shift", "wanted"), [(40, 0, "persistent"), (40, 1, "tile"), (44, 0, "tile")])
+def test_operands_that_descriptors_cannot_describe_go_the_other_way(channels, shift, wanted, device, monkeypatch):
+    """Weights that begin 2 bytes after an aligned address; rows of 88 bytes."""
+    monkeypatch.setenv("SPML_CAM_POOL", "persistent")
+    features, weight, bias = draw((3, 7, 7, channels, 20), torch.float16, device)
+    room = torch.empty(weight.numel() + shift, dtype=weight.dtype, device=device)
+    seen = []
+
+    def noted(name, way):
+        return lambda *arguments: seen.append(name) or way(*arguments)
+
+    monkeypatch.setattr(forward, "_WAYS", {name: noted(name, way) for name, way in forward._WAYS.items()})
+    check([features, room[shift:].view_as(weight).copy_(weight), bias])
+    assert seen == [wanted]
 
 
 def test_without_boost_there_is_no_map(device):

@@ -7,8 +7,9 @@ Forward: a tiled matrix product whose tile of the map is summed over the cells o
 Cells of one image follow those of another, so a tile holds the end of one image, whole ones, and the start of one
 more. Sums of whole images are final; the two others go to a buffer of two slots per tile, which a second kernel adds up
 in a fixed order.
-Where the card or the compiler does not suit that kernel (`heuristics.cam_pool_way`), PyTorch makes the products of a
-chunk of classes, and a kernel sums them in the same way.
+On Hopper large maps take a persistent form of that kernel: operands are copied by tensor descriptors, also during the
+sums. Where card or compiler suit neither, PyTorch makes the products of a chunk of classes, and a kernel sums them in
+the same way. `heuristics.cam_pool_way` chooses, the variable SPML_CAM_POOL takes one of the three.
 What is kept is one bit per cell, the sign, 32 cells of one class to a word: making the map again instead would be a
 fourth product beside the three that forward and backward need anyway, a bit costs 1/16 of a bf16 map.
 The gradients are in `backward`, all kernels in `kernels`.
@@ -23,10 +24,15 @@ from torch import Tensor
 
 from spml_kernels.cam_pool import backward
 from spml_kernels.cam_pool.chunked import cam_pool_chunked
-from spml_kernels.cam_pool.kernels import _cam_pool_finish_kernel, _cam_pool_fwd_kernel, _cam_pool_reduce_kernel
+from spml_kernels.cam_pool.kernels import (
+    _cam_pool_finish_kernel,
+    _cam_pool_fwd_kernel,
+    _cam_pool_persistent_kernel,
+    _cam_pool_reduce_kernel,
+)
 from spml_kernels.cam_pool.products import wide_product
 from spml_kernels.cam_pool.reference import cam_map_reference, cam_pool_reference
-from spml_kernels.cam_pool.tiles import constants, launch_of
+from spml_kernels.cam_pool.tiles import constants, descriptor, launch_of, precision
 from spml_kernels.common.autograd import without_gradient
 from spml_kernels.common.dispatch import use_triton
 from spml_kernels.common.heuristics import (
@@ -112,11 +118,14 @@ def _fill(x: Tensor, w: Tensor, bias: Tensor, mean: Tensor, relu: Tensor, bits: 
     batch, height, width, _ = x.shape
     cells, classes = height * width, len(w)
     launch = launch_of(x, classes)
+    if launch.way == "persistent" and (x.data_ptr() | w.data_ptr()) % 16 != 0:
+        # A view that begins in the middle of an allocation.
+        launch = launch_of(x, classes, "tile")
     tiles = launch.tiles
     split = tiles.rows % cells != 0
     part_shape = (cdiv(batch * cells, tiles.rows), 2, 2, classes) if split else (0,)
     part = torch.empty(part_shape, dtype=torch.float32, device=x.device)
-    (_tile if launch.way == "tile" else _vendor)(launch, x, w, bias, mean, relu, part, bits)
+    _WAYS[launch.way](launch, x, w, bias, mean, relu, part, bits)
     if split:
         _cam_pool_finish_kernel[(batch, cdiv(classes, 256))](
             mean, relu, part, classes, cells, 1.0 / cells, BLOCK_R=tiles.rows, BLOCK_C=256, num_warps=2, **LAUNCH
@@ -129,7 +138,6 @@ def _sums(launch: CamPoolLaunch, cells: int, bits: Tensor) -> dict[str, Any]:
     return {
         "IMAGES": next_power_of_two(images_per_tile(tiles.rows, cells)),
         "SLICES": launch.slices,
-        "TOUCHED": images_per_tile(tiles.rows // launch.slices, cells),
         "BITS": len(bits) > 0,
         "num_warps": tiles.warps,
     }
@@ -157,6 +165,38 @@ def _tile(
         bits.shape[1],
         1.0 / cells,
         EVEN=channels % tiles.channels == 0,
+        PRECISION=precision(x.dtype),
+        GROUP=GROUP,
+        num_stages=tiles.stages,
+        **_sums(launch, cells, bits),
+        **constants(x.dtype, tiles),
+        **LAUNCH,
+    )
+
+
+def _persistent(
+    launch: CamPoolLaunch, x: Tensor, w: Tensor, bias: Tensor, mean: Tensor, relu: Tensor, part: Tensor, bits: Tensor
+) -> None:
+    """Products and sums in one kernel, with tensor descriptors, as many programs as run at a time."""
+    batch, height, width, channels = x.shape
+    cells, classes, tiles = height * width, len(w), launch.tiles
+    rows = batch * cells
+    number = cdiv(rows, tiles.rows) * cdiv(classes, tiles.classes)
+    _cam_pool_persistent_kernel[(min(number, launch.programs),)](
+        descriptor(x.view(rows, channels), [tiles.rows, tiles.channels]),
+        descriptor(w, [tiles.classes, tiles.channels]),
+        bias,
+        mean,
+        relu,
+        part,
+        bits,
+        rows,
+        classes,
+        channels,
+        cells,
+        bits.shape[1],
+        1.0 / cells,
+        TOUCHED=images_per_tile(tiles.rows // launch.slices, cells),
         GROUP=GROUP,
         num_stages=tiles.stages,
         **_sums(launch, cells, bits),
@@ -201,6 +241,9 @@ def _vendor(
             **_sums(launch, cells, bits),
             **LAUNCH,
         )
+
+
+_WAYS = {"tile": _tile, "persistent": _persistent, "vendor": _vendor}
 
 
 @cam_pool_op.register_fake

@@ -1,7 +1,8 @@
 """The kernels of cam_pool.
 
-Forward: a tiled product whose tiles are summed over images, the same sums of a map that a product elsewhere has made,
-and the sums across tiles. Backward: the gradient of the map, a chunk at a time, for two products elsewhere.
+Forward: a tiled product whose tiles are summed over images, once with a program a tile and once with programs that take
+tile after tile; the same sums of a map that a product elsewhere has made; and the sums across tiles. Backward: the
+gradient of the map, a chunk at a time, for two products elsewhere.
 """
 
 from __future__ import annotations
@@ -35,6 +36,19 @@ def _slice(values, SLICES: tl.constexpr):
 
 
 @jit
+def _add_image(cam, sums, sums_relu, image, corner, left, first, cells, WIDTH: tl.constexpr, IMAGES: tl.constexpr):
+    """Add those of the `left` cells from `corner` on that belong to this image."""
+    place = tl.arange(0, WIDTH)
+    begin = image * cells - corner
+    inside = ((place >= begin) & (place < tl.minimum(begin + cells, left)))[None, :]
+    same_image = (tl.arange(0, IMAGES) == image - first)[None, :]
+    here = tl.where(inside, cam, 0.0)
+    sums += tl.where(same_image, tl.sum(here, 1)[:, None], 0.0)
+    sums_relu += tl.where(same_image, tl.sum(at_least_jit(here, 0.0), 1)[:, None], 0.0)
+    return sums, sums_relu
+
+
+@jit
 def _reduce_cells(
     cam,
     sums,
@@ -53,21 +67,32 @@ def _reduce_cells(
     WIDTH: tl.constexpr,
     IMAGES: tl.constexpr,
 ):
-    """Add WIDTH cells of the map, from cell `corner` on, to the sums of their images; store their signs."""
-    row = corner + tl.arange(0, WIDTH)
+    """Add WIDTH cells of the map, from cell `corner` on, to the sums of their images; store their signs.
+
+    TOUCHED: most images among these cells, 0 to find out; nothing is done for images that are not there.
+    """
+    place = tl.arange(0, WIDTH)
+    left = tl.minimum(rows - corner, WIDTH)
     if BITS:
-        positive = ((cam > 0) & (row < rows)[None, :] & (cls < classes)[:, None]).to(tl.int32)
-        lanes = tl.reshape(positive, (BLOCK_C, WIDTH // 32, 32)) << tl.arange(0, 32)[None, None, :]
-        word = corner // 32 + tl.arange(0, WIDTH // 32)
-        target = bits_ptr + word.to(tl.int64)[None, :] * stride + cls[:, None]
-        tl.store(target, tl.sum(lanes, 2), mask=(cls < stride)[:, None] & (word < tl.cdiv(rows, 32))[None, :])
-    slot = tl.arange(0, IMAGES)
-    for turn in range(0, TOUCHED):
-        image = corner // cells + turn
-        inside = ((row >= image * cells) & (row < tl.minimum(image * cells + cells, rows)))[None, :]
-        same_image = (slot == image - first)[None, :]
-        sums += tl.where(same_image, tl.sum(tl.where(inside, cam, 0.0), 1)[:, None], 0.0)
-        sums_relu += tl.where(same_image, tl.sum(tl.where(inside, at_least_jit(cam, 0.0), 0.0), 1)[:, None], 0.0)
+        # What lies past the last cell or class is cut off word by word: a test for every cell costs more.
+        lanes = tl.reshape(tl.where(cam > 0, (1 << (place & 31))[None, :], 0), (BLOCK_C, WIDTH // 32, 32))
+        word = tl.arange(0, WIDTH // 32)
+        number = left - 32 * word
+        known = tl.where(number >= 32, -1, (1 << tl.maximum(tl.minimum(number, 31), 0)) - 1)
+        signs = tl.sum(lanes, 2) & tl.where((cls < classes)[:, None], known[None, :], 0)
+        target = bits_ptr + (corner // 32 + word).to(tl.int64)[None, :] * stride + cls[:, None]
+        tl.store(target, signs, mask=(cls < stride)[:, None] & (number > 0)[None, :])
+    image = corner // cells
+    turns = tl.cdiv(corner + left, cells) - image
+    if TOUCHED == 0:
+        for turn in range(0, turns):
+            sums, sums_relu = _add_image(cam, sums, sums_relu, image + turn, corner, left, first, cells, WIDTH, IMAGES)
+    else:
+        for turn in tl.static_range(TOUCHED):
+            if turn < turns:
+                sums, sums_relu = _add_image(
+                    cam, sums, sums_relu, image + turn, corner, left, first, cells, WIDTH, IMAGES
+                )
     return sums, sums_relu
 
 
@@ -140,6 +165,17 @@ def _end_tile(
     tl.store(part_ptr + place + classes, sums_relu, mask=seen & (whole == 0))
 
 
+@jit
+def _place_jit(number, tiles_r, tiles_c, GROUP: tl.constexpr):
+    """Which tile of cells and which of classes has this number.
+
+    A few row tiles meet all class tiles before the next few, so that operands are found in the level-2 cache.
+    """
+    first_r = number // (GROUP * tiles_c) * GROUP
+    width = tl.minimum(tiles_r - first_r, GROUP)
+    return first_r + number % (GROUP * tiles_c) % width, number % (GROUP * tiles_c) // width
+
+
 @jit(do_not_specialize=["rows"])
 def _cam_pool_fwd_kernel(
     features_ptr,
@@ -157,7 +193,6 @@ def _cam_pool_fwd_kernel(
     scale,
     IMAGES: tl.constexpr,
     SLICES: tl.constexpr,
-    TOUCHED: tl.constexpr,
     EVEN: tl.constexpr,
     BITS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -178,15 +213,7 @@ def _cam_pool_fwd_kernel(
         scale: 1 / cells.
         SLICES: parts of the tile that are reduced one after the other, to hold fewer values at a time.
     """
-    columns = tl.cdiv(classes, BLOCK_C)
-    tiles_r = tl.cdiv(rows, BLOCK_R)
-    # A few row tiles meet all class tiles before the next few, so that operands are found in the level-2 cache.
-    pid = tl.program_id(0)
-    first_r = pid // (GROUP * columns) * GROUP
-    width = tl.minimum(tiles_r - first_r, GROUP)
-    tile_r = first_r + pid % (GROUP * columns) % width
-    tile_c = pid % (GROUP * columns) // width
-
+    tile_r, tile_c = _place_jit(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.cdiv(classes, BLOCK_C), GROUP)
     start = tile_r * BLOCK_R
     first_cls = tile_c * BLOCK_C
     k = tl.arange(0, BLOCK_K)
@@ -224,11 +251,78 @@ def _cam_pool_fwd_kernel(
         scale,
         IMAGES,
         SLICES,
-        TOUCHED,
+        0,
         BITS,
         BLOCK_R,
         BLOCK_C,
     )
+
+
+@jit(do_not_specialize=["rows"])
+def _cam_pool_persistent_kernel(
+    features_tiles,
+    weight_tiles,
+    bias_ptr,
+    mean_ptr,
+    relu_ptr,
+    part_ptr,
+    bits_ptr,
+    rows,
+    classes,
+    channels,
+    cells,
+    stride,
+    scale,
+    IMAGES: tl.constexpr,
+    SLICES: tl.constexpr,
+    TOUCHED: tl.constexpr,
+    BITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """As `_cam_pool_fwd_kernel`, with operands copied by the tensor copy engine, several tiles a program.
+
+    Args:
+        features_tiles, weight_tiles: descriptors of [rows, channels] in tiles [BLOCK_R, BLOCK_K], and of
+            [classes, channels] in tiles [BLOCK_C, BLOCK_K]. What lies beyond the end is read as 0.
+        TOUCHED: most images that a slice touches. Both loops become one, so that the next tile's operands are copied
+            during a tile's sums, and that can hold no third loop.
+    """
+    # Without this the compiler makes all of it a second time, for no channels.
+    tl.assume(channels > 0)
+    tiles_r = tl.cdiv(rows, BLOCK_R)
+    tiles_c = tl.cdiv(classes, BLOCK_C)
+    for number in tl.range(tl.program_id(0), tiles_r * tiles_c, tl.num_programs(0), flatten=True):
+        tile_r, tile_c = _place_jit(number, tiles_r, tiles_c, GROUP)
+        acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+        for k0 in range(0, channels, BLOCK_K):
+            x = features_tiles.load([tile_r * BLOCK_R, k0])
+            w = weight_tiles.load([tile_c * BLOCK_C, k0])
+            acc = tl.dot(operand_jit(w, UPCAST), operand_jit(x, UPCAST).T, acc)
+        _end_tile(
+            acc,
+            bias_ptr,
+            mean_ptr,
+            relu_ptr,
+            part_ptr,
+            bits_ptr,
+            tile_r,
+            tile_c * BLOCK_C,
+            rows,
+            classes,
+            cells,
+            stride,
+            scale,
+            IMAGES,
+            SLICES,
+            TOUCHED,
+            BITS,
+            BLOCK_R,
+            BLOCK_C,
+        )
 
 
 @jit
@@ -272,7 +366,6 @@ def _cam_pool_reduce_kernel(
     scale,
     IMAGES: tl.constexpr,
     SLICES: tl.constexpr,
-    TOUCHED: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -306,7 +399,7 @@ def _cam_pool_reduce_kernel(
         scale,
         IMAGES,
         SLICES,
-        TOUCHED,
+        0,
         BITS,
         BLOCK_R,
         BLOCK_C,

@@ -174,41 +174,70 @@ class CamPoolLaunch(NamedTuple):
     """Launch of cam_pool's forward.
 
     Attributes:
-        way: `tile` (products and sums in one kernel) or `vendor` (products by PyTorch, a chunk of classes at a time).
+        way: one of `CAM_POOL_WAYS`.
         tiles: of the map.
         slices: parts of a tile that are reduced one after the other.
+        programs: at most, each of which takes tile after tile; 0 for a program a tile.
     """
 
     way: str
     tiles: CamPoolTiles
     slices: int
+    programs: int = 0
 
 
 # Classes of a row of signs are a multiple of this.
 LANES = 64
 
 
-CAM_POOL_WAYS = ("tile", "vendor")
+# Products and sums in one kernel, a program a tile; the same with tensor descriptors and programs that take tile after
+# tile; products by PyTorch, a chunk of classes at a time, and a kernel for the sums.
+CAM_POOL_WAYS = ("tile", "persistent", "vendor")
 
 
-def cam_pool_way(capability: int, version: tuple[int, ...]) -> str:
+def cam_pool_way(
+    capability: int,
+    version: tuple[int, ...],
+    batch: int = 1,
+    cells: int = 1,
+    classes: int = 1,
+    half: bool = True,
+) -> str:
     """Who multiplies in cam_pool's forward.
 
     Args:
         capability: the card's compute capability, times 10.
         version: triton's.
+        batch: B images.
+        cells: H * W of the feature map.
+        classes: C.
+        half: whether products run in half precision.
 
     Cards before Ampere have neither bf16 nor asynchronous copies: there the tile spills kilobytes a thread. On Hopper
     triton before 3.7.1 leaves out the fence between a copy to shared memory and the matrix instruction that reads it,
-    which the instruction set asks for.
+    which the instruction set asks for. Wide tiles leave room for one program a multiprocessor, which then waits alone
+    for its first operands and for its sums; the persistent kernel copies the next tile's operands meanwhile.
     """
     if capability < 80 or (capability == 90 and version < (3, 7, 1)):
         return "vendor"
-    return "tile"
+    return "persistent" if capability == 90 and cam_pool_wide(batch, cells, classes, half) else "tile"
+
+
+def cam_pool_wide(batch: int, cells: int, classes: int, half: bool) -> bool:
+    """Whether tiles of 256 cells by 128 classes compile without spills on Hopper, and there are enough of them."""
+    large = classes > 64 and batch * cells * classes >= 128 * 256 * FULL_GPU
+    return half and large and images_per_tile(256, cells) <= 4
 
 
 def cam_pool_launch(
-    batch: int, cells: int, classes: int, channels: int, half: bool, capability: int = 90, way: str = "tile"
+    batch: int,
+    cells: int,
+    classes: int,
+    channels: int,
+    half: bool,
+    capability: int = 90,
+    way: str = "tile",
+    sms: int = FULL_GPU,
 ) -> CamPoolLaunch:
     """Block sizes of cam_pool's forward.
 
@@ -219,24 +248,31 @@ def cam_pool_launch(
         channels: K.
         half: whether products run in half precision (else in three of tf32).
         capability: the card's compute capability, times 10.
-        way: from `cam_pool_way`.
+        way: from `cam_pool_way`; operands that descriptors cannot describe take `tile` for `persistent`.
+        sms: multiprocessors of the card, for the persistent kernel.
 
     Classes are the rows of the tile, cells its columns: sums over cells then run along the accumulator's rows, mostly
     within a thread. The wide tile halves what is read from the level-2 cache, but only on Hopper and with few images in
-    a tile does it compile without spills.
+    a tile does it compile without spills. Narrow tiles are reduced whole: cutting them makes the compiler spread a
+    row over more threads, which doubles the instructions.
     """
-    rows = batch * cells
-    large = half and classes > 64 and rows * classes >= 128 * 128 * FULL_GPU
+    large = half and classes > 64 and batch * cells * classes >= 128 * 128 * FULL_GPU
     step = 64 if half else 32
     if channels < step:
         step = max(16, next_power_of_two(channels))
     if way == "vendor":
-        return CamPoolLaunch(way, CamPoolTiles(128, 64, step, 8, 1), 2)
-    if large and capability == 90 and images_per_tile(256, cells) <= 4 and rows * classes >= 128 * 256 * FULL_GPU:
-        return CamPoolLaunch(way, CamPoolTiles(256, 128, step, 8, 3), 4)
+        return CamPoolLaunch(way, CamPoolTiles(128, 64, step, 8, 1), 1)
+    programs = 0
+    # Rows of operands begin at multiples of 16 bytes, and cards before Hopper have no engine for copies of tiles.
+    if way == "persistent" and half and channels % 8 == 0 and capability >= 90:
+        programs = sms
+    else:
+        way = "tile"
+    if capability == 90 and cam_pool_wide(batch, cells, classes, half):
+        return CamPoolLaunch(way, CamPoolTiles(256, 128, step, 8, 4 if programs else 3), 4, programs)
     if large:
-        return CamPoolLaunch(way, CamPoolTiles(128, 128, step, 8, 3), 2)
-    return CamPoolLaunch(way, CamPoolTiles(128, 64, step, 8, 3 if half else 2), 2)
+        return CamPoolLaunch(way, CamPoolTiles(128, 128, step, 8, 3), 2, programs)
+    return CamPoolLaunch(way, CamPoolTiles(128, 64, step, 8, 3 if half else 2), 1, programs)
 
 
 # Most cells and classes of one program that writes a chunk of the map's gradient; chunks begin at multiples of them.

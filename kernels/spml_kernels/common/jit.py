@@ -19,8 +19,9 @@ try:
     import triton
     import triton.language as tl
     from triton import jit
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
     def jit(function: Any = None, **options: Any) -> Any:
         """Stand-in for `triton.jit`, with or without options: the function itself."""
@@ -43,4 +44,4 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-__all__ = ["HAVE_TRITON", "INTERPRETED", "LAUNCH", "VERSION", "cdiv", "jit", "tl", "triton"]
+__all__ = ["HAVE_TRITON", "INTERPRETED", "LAUNCH", "VERSION", "TensorDescriptor", "cdiv", "jit", "tl", "triton"]

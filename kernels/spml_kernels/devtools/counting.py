@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from spml_kernels.common.jit import INTERPRETED, triton
+from spml_kernels.common.jit import INTERPRETED, TensorDescriptor, triton
 
 
 class Moved(NamedTuple):
@@ -127,6 +127,8 @@ def _tensors(values: Any) -> list[Tensor]:
     """All tensors among arguments or results."""
     if isinstance(values, Tensor):
         return [values]
+    if TensorDescriptor is not None and isinstance(values, TensorDescriptor):
+        return [values.base]
     if isinstance(values, dict):
         values = values.values()
     if isinstance(values, (list, tuple, type({}.values()))):
@@ -235,8 +237,11 @@ class _Memory:
     def _addresses(self, pointers: Any, mask: Any) -> tuple[Tensor, int]:
         """Addresses of the lanes that take part, int64, and bytes of an element."""
         width = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-        # A condition on a number makes a mask of integers, which would choose lanes by their place.
-        data = pointers.data if mask is None else pointers.data[mask.data.astype(bool)]
+        data = pointers.data
+        if mask is not None:
+            # Copies by descriptors come with a plain array. A condition on a number makes a mask of integers, which
+            # would choose lanes by their place.
+            data = data[(mask if hasattr(mask, "astype") else mask.data).astype(bool)]
         address = torch.from_numpy(data.reshape(-1).astype("int64"))
         if len(address):
             place = torch.searchsorted(self.starts, address, right=True) - 1

@@ -147,6 +147,13 @@ def _tiles_touched(image: int, cells: int, block: int) -> int:
     return (image * cells + cells - 1) // block - image * cells // block + 1
 
 
+@formula("_cam_pool_persistent_kernel")
+def _cam_pool_persistent(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    # The same tiles, whoever makes them.
+    operands = {"features_ptr": a["features_tiles"].base, "weight_ptr": a["weight_tiles"].base}
+    return _cam_pool_forward({**a, **operands}, grid)
+
+
 @formula("_cam_pool_fwd_kernel")
 def _cam_pool_forward(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, classes, channels, cells = a["rows"], a["classes"], a["channels"], a["cells"]

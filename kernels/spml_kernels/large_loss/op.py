@@ -5,7 +5,7 @@ Source: Large Loss Matters (CVPR 2022), docs/sources.md#large-loss.
 The kernels find the k-th largest logit without sorting and without the host. Order-preserving 32-bit keys are counted
 by their top bits; the bin in which the k-th lies is known, only its entries are counted by the next bits, and so on:
 three histograms of 11, 11 and 10 bits, or eight counts of 4 bits where the compiler's histogram is slow
-(`heuristics.large_loss_way`; the environment variable SPML_LARGE_LOSS takes one of them). How many entries above and at
+(`heuristics.large_loss_way`; the variable SPML_LARGE_LOSS takes one of them). How many entries above and at
 the threshold lie before an entry gives its place in the order of positions; selection, loss, gradient and the list of
 selected entries are then written together.
 

@@ -40,6 +40,8 @@ CHOSEN = [
     ("cam_pool forward", "bf16 C 20 K 2048", (90,)),
     ("cam_pool forward", "bf16 C 312 K 1280 HW 49", (90,)),
     ("cam_pool forward", "fp32 C 80 K 2048", (90,)),
+    ("cam_pool persistent", "bf16 C 5000 K 2048 HW 196 B 128", (90, 100)),
+    ("cam_pool persistent", "bf16 C 5000 K 512 HW 1024", (90,)),
     ("cam_pool sums", "bf16 C 5000 K 2048 HW 196 B 128", (80, 90)),
     ("cam_pool expand", "bf16 C 5000 K 2048 HW 196 B 128", (80, 90, 100)),
     ("cam_pool expand", "fp16 C 80 K 2048", (90,)),

@@ -73,6 +73,7 @@ def test_every_op_has_cases_and_every_case_is_complete():
 def test_a_launch_takes_every_kernels_arguments(op):
     """Triton binds arguments by code that it makes from their names; nothing else here runs it."""
     import torch
+    from spml_kernels.cam_pool.tiles import descriptor
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -87,6 +88,8 @@ def test_a_launch_takes_every_kernels_arguments(op):
                 given[parameter.name] = 1
             elif parameter.name.endswith("_ptr"):
                 given[parameter.name] = torch.empty(1)
+            elif parameter.name.endswith("_tiles"):
+                given[parameter.name] = descriptor(torch.empty(64, 64, dtype=torch.float16), [64, 64])
             else:
                 given[parameter.name] = (0.5,) if parameter.name == "numbers" else 160
         bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
@@ -99,6 +102,7 @@ def test_a_launch_takes_every_kernels_arguments(op):
     "op",
     [
         "cam_pool forward",
+        "cam_pool persistent",
         "cam_pool sums",
         "cam_pool expand",
         "label_loss",

@@ -1,4 +1,4 @@
-"""Ahead-of-time cases of cam_pool: the forward in both ways, and what writes the gradient of the map."""
+"""Ahead-of-time cases of cam_pool: the forward in its three ways, and what writes the gradient of the map."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 from spml_kernels.cam_pool.forward import GROUP
-from spml_kernels.cam_pool.kernels import _cam_pool_expand_kernel, _cam_pool_fwd_kernel, _cam_pool_reduce_kernel
-from spml_kernels.cam_pool.tiles import constants
+from spml_kernels.cam_pool.kernels import (
+    _cam_pool_expand_kernel,
+    _cam_pool_fwd_kernel,
+    _cam_pool_persistent_kernel,
+    _cam_pool_reduce_kernel,
+)
+from spml_kernels.cam_pool.tiles import constants, precision
 from spml_kernels.common.heuristics import (
     LANES,
     WORD,
@@ -80,7 +85,6 @@ def _sums(shape: _Shape) -> dict[str, Any]:
     return {
         "IMAGES": next_power_of_two(images_per_tile(tiles.rows, shape.cells)),
         "SLICES": shape.launch.slices,
-        "TOUCHED": images_per_tile(tiles.rows // shape.launch.slices, shape.cells),
         "BITS": True,
         "BLOCK_R": tiles.rows,
         "BLOCK_C": tiles.classes,
@@ -97,7 +101,7 @@ _RESULTS: dict[str, str | tuple[str, ...]] = {
 
 
 def _tile_cases(arch: int) -> Iterator[Case]:
-    """The map's product with its sums."""
+    """The map's product with its sums, a program a tile."""
     for shape in _shapes(arch):
         tiles, data = shape.launch.tiles, shape.pointer
         pointers: dict[str, str | tuple[str, ...]] = {"features_ptr": data, "weight_ptr": data, **_RESULTS}
@@ -108,11 +112,40 @@ def _tile_cases(arch: int) -> Iterator[Case]:
             {**pointers, **shape.types, "scale": "fp32"},
             {
                 **_sums(shape),
-                "EVEN": shape.channels % tiles.channels == 0,
-                "GROUP": GROUP,
                 **constants(shape.kind, tiles),
+                "EVEN": shape.channels % tiles.channels == 0,
+                "PRECISION": precision(shape.kind),
+                "GROUP": GROUP,
             },
             (*pointers, *shape.aligned),
+            tiles.warps,
+            tiles.stages,
+            tensor_cores=True,
+        )
+
+
+def _persistent_cases(arch: int) -> Iterator[Case]:
+    """The same with programs that take tile after tile, for the maps that are chosen for it on Hopper."""
+    for shape in _shapes(arch, "persistent"):
+        tiles, words = shape.launch.tiles, shape.pointer.removeprefix("*")
+        if shape.launch.way != "persistent" or tiles.classes < 128:
+            continue
+        copies: dict[str, str | tuple[str, ...]] = {
+            "features_tiles": f"tensordesc<{words}[{tiles.rows}, {tiles.channels}]>",
+            "weight_tiles": f"tensordesc<{words}[{tiles.classes}, {tiles.channels}]>",
+        }
+        yield Case(
+            "cam_pool persistent",
+            shape.name,
+            _cam_pool_persistent_kernel,
+            {**copies, **_RESULTS, **shape.types, "scale": "fp32"},
+            {
+                **_sums(shape),
+                **constants(shape.kind, tiles),
+                "TOUCHED": images_per_tile(tiles.rows // shape.launch.slices, shape.cells),
+                "GROUP": GROUP,
+            },
+            (*_RESULTS, *shape.aligned),
             tiles.warps,
             tiles.stages,
             tensor_cores=True,
@@ -163,6 +196,7 @@ def _other_cases(arch: int) -> Iterator[Case]:
 
 
 def aot_cases(arch: int) -> Iterator[Case]:
-    """The product, the sums and the expansion of signs."""
+    """The product in both forms, the sums and the expansion of signs."""
     yield from _tile_cases(arch)
+    yield from _persistent_cases(arch)
     yield from _other_cases(arch)
