@@ -26,6 +26,7 @@ from spml_kernels.common.heuristics import (
     label_rows_launch,
     large_loss_single_launch,
     large_loss_way,
+    mask_launch,
     next_power_of_two,
     normalise_launch,
     point_launch,
@@ -102,6 +103,16 @@ def test_launches_of_masks_hold_their_sums_in_registers(channels):
     for cells in (1, *CELLS, 65536):
         launch = normalise_launch(cells)
         assert all(power_of_two(n) for n in launch) and launch.image <= 1024
+
+
+@pytest.mark.parametrize(("row", "step"), [(448 * 3, 3), (448, 1), (64 * 3, 3), (1, 1), (225 * 3, 3)])
+def test_launches_of_masked_images(row, step):
+    launch = mask_launch(row, step)
+    assert all(power_of_two(n) for n in launch) and launch.columns <= max(64, 2 * row)
+    assert launch.rows * launch.columns <= 16 * 32 * launch.warps
+    if row == 448 * 3:
+        # Bytes in flight of a bf16 image, where 64 registers a thread let 8 programs run: see docs/performance.md.
+        assert 8 * launch.rows * launch.columns * 2 == 32 << 10
 
 
 @pytest.mark.parametrize("tile", [64, 128, 256])

@@ -191,11 +191,10 @@ def _mask_kernel(
     window += tl.minimum(left + tl.arange(0, CELLS_X), right)[None, :]
     y = first_y + tl.arange(0, BLOCK_Y)
     q = first_x + tl.arange(0, BLOCK_X)
-    y0, y1, weight_y = _source_jit(y, ratio_y, down)
-    source_x = tl.minimum(tl.maximum((q // STEP + 0.5) * ratio_x - 0.5, 0.0), across - 1.0)
 
     classes = 0
     whole = 0
+    partly = 0
     best = tl.full((BLOCK_Y, BLOCK_X), float("-inf"), tl.float32)
     for n in range(0, chosen):
         if tl.load(ids_ptr + image * chosen + n) >= 0:
@@ -206,7 +205,10 @@ def _mask_kernel(
             if tl.min(tl.min(values, 1), 0) > threshold + margin:
                 whole = 1
             if (tl.max(tl.max(values, 1), 0) > threshold - margin) & (whole == 0):
+                partly = 1
                 # Column by column of cells: each is interpolated along y and given its share of every pixel along x.
+                y0, y1, weight_y = _source_jit(y, ratio_y, down)
+                source_x = tl.minimum(tl.maximum((q // STEP + 0.5) * ratio_x - 0.5, 0.0), across - 1.0)
                 large = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
                 for column in range(left, right + 1):
                     upper = tl.load(map_ptr + y0 * across + column)
@@ -214,15 +216,16 @@ def _mask_kernel(
                     share = tl.maximum(1.0 - tl.abs(source_x - column), 0.0)
                     large += (upper * (1.0 - weight_y) + lower * weight_y)[:, None] * share[None, :]
                 best = tl.maximum(best, large)
-    kept = (best > threshold) | (whole != 0) | (classes == 0)
     inside = (y < height)[:, None] & (q < row)[None, :]
-    needed = tl.max(tl.max((kept & inside).to(tl.int32), 1), 0)
     start = image * PLANES * height * row + first_y.to(tl.int64) * row + first_x
     lane = tl.arange(0, BLOCK_Y)[:, None] * row + tl.arange(0, BLOCK_X)[None, :]
+    everything = (whole != 0) | (classes == 0)
     for _ in tl.static_range(PLANES):
-        if needed != 0:
+        if everything:
+            tl.store(out_ptr + start + lane, tl.load(images_ptr + start + lane, mask=inside, other=0), mask=inside)
+        elif partly != 0:
             value = tl.load(images_ptr + start + lane, mask=inside, other=0)
-            tl.store(out_ptr + start + lane, tl.where(kept, value, 0), mask=inside)
+            tl.store(out_ptr + start + lane, tl.where(best > threshold, value, 0), mask=inside)
         else:
             tl.store(out_ptr + start + lane, tl.zeros((BLOCK_Y, BLOCK_X), out_ptr.dtype.element_ty), mask=inside)
         start += height * row

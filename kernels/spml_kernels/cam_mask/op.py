@@ -167,7 +167,7 @@ def _apply(normal: Tensor, classes: Tensor, images: Tensor, threshold: float) ->
     inner = _interleaved(images)
     step, planes = (channels, 1) if inner else (1, channels)
     down, across = normal.shape[2:]
-    launch = mask_launch()
+    launch = mask_launch(width * step, step)
     bits = BITS[images.element_size()]
     _mask_kernel[(batch * cdiv(height, launch.rows) * cdiv(width * step, launch.columns),)](
         normal,

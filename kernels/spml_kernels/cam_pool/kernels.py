@@ -451,15 +451,17 @@ def _cam_pool_expand_kernel(
         known = row < number
         # One word holds the signs of all 32 cells of a class.
         word = (first // 32 + line + turn).to(tl.int64)
-        bits = tl.load(bits_ptr + word * stride + cls, mask=inside & ((line + turn) * 32 < number), other=0)
+        there = cls < tl.where((line + turn) * 32 < number, classes, 0)
+        bits = tl.load(bits_ptr + word * stride + cls, mask=there, other=0)
         positive = ((bits[None, :] >> tl.arange(0, 32)[:, None]) & 1) != 0
         begin = (first + (line + turn) * 32) // cells
         grad = tl.zeros((32, BLOCK), tl.float32)
         for step in tl.static_range(TOUCHED):
             image = begin + step
             place = image.to(tl.int64) * classes + cls
-            mean = tl.load(mean_ptr + place, mask=inside & (image < images), other=0.0)
-            both = mean + tl.load(relu_ptr + place, mask=inside & (image < images), other=0.0)
+            there = cls < tl.where(image < images, classes, 0)
+            mean = tl.load(mean_ptr + place, mask=there, other=0.0)
+            both = mean + tl.load(relu_ptr + place, mask=there, other=0.0)
             here = (known & ((first + row) // cells == image))[:, None]
             grad = tl.where(here, tl.where(positive, both[None, :], mean[None, :]), grad)
         total += tl.sum(grad, 0)

@@ -417,9 +417,17 @@ class MaskLaunch(NamedTuple):
     warps: int
 
 
-def mask_launch() -> MaskLaunch:
-    """Small tiles, for then most lie wholly inside or outside; rows of 128 bytes or more; half of a GPU's threads."""
-    return MaskLaunch(16, 64, 4)
+def mask_launch(row: int, step: int) -> MaskLaunch:
+    """Tiles that hide three waits in a row (class ids, cells, image) and still lie mostly inside or outside of a mask.
+
+    Args:
+        row: elements of a row of memory.
+        step: of these, elements of a pixel: the channels where they are innermost, else 1.
+
+    16 elements a thread in 64 registers: 8 programs a multiprocessor, 4 kB of a bf16 image each. Where planes are
+    apart, three loads follow one decision, so that half of the columns do.
+    """
+    return MaskLaunch(8, min(256 if step > 1 else 128, max(64, next_power_of_two(row))), 4)
 
 
 class NormaliseLaunch(NamedTuple):

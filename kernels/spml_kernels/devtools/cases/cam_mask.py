@@ -50,9 +50,9 @@ def aot_cases(arch: int = 90) -> Iterator[Case]:
                 (*pointers, "channels"),
                 launch.warps,
             )
-        tile = mask_launch()
         for bits, inner in (("i16", True), ("i16", False), ("i32", True), ("i32", False)):
             step = 3 if inner else 1
+            tile = mask_launch(side * step, step)
             yield Case(
                 "cam_mask image",
                 f"{bits} {side}x{side} map {cells}x{cells} N {chosen} {'channels_last' if inner else 'contiguous'}",
