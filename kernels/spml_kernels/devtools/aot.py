@@ -17,9 +17,22 @@ from typing import Any
 from spml_kernels.common.jit import INTERPRETED, LAUNCH, triton
 
 ARCHITECTURES = (80, 90, 100)
+# Their smaller and later relatives, for which fewer cases are compiled.
+MORE_ARCHITECTURES = (86, 89, 103, 120, 121)
 
-# Registers of one multiprocessor, threads it can hold, shared memory of one block in bytes.
-LIMITS = {80: (65536, 2048, 163 * 1024), 90: (65536, 2048, 227 * 1024), 100: (65536, 2048, 227 * 1024)}
+# Registers of one multiprocessor, threads it can hold, shared memory of one block in bytes. On sm_75 cam_pool's
+# products are PyTorch's, since the tile spills there.
+LIMITS = {
+    75: (65536, 1024, 64 * 1024),
+    80: (65536, 2048, 163 * 1024),
+    86: (65536, 1536, 99 * 1024),
+    89: (65536, 1536, 99 * 1024),
+    90: (65536, 2048, 227 * 1024),
+    100: (65536, 2048, 227 * 1024),
+    103: (65536, 2048, 227 * 1024),
+    120: (65536, 1536, 99 * 1024),
+    121: (65536, 1536, 99 * 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Report:
         stores: the same of store instructions.
         spills: number of instructions that write to the stack.
         matrix: kinds of matrix instructions found.
+        read: whether triton's disassembler knows the card; without it there are no loads, stores, spills and matrix.
     """
 
     registers: int
@@ -75,6 +89,7 @@ class Report:
     stores: dict[int, int]
     spills: int
     matrix: tuple[str, ...]
+    read: bool = True
 
     def occupancy(self, arch: int) -> float:
         """Share of a multiprocessor's threads that can be resident, by registers and shared memory."""
@@ -88,8 +103,8 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _disassemble(flag: str, file: str) -> str:
-    return subprocess.run([_tool("cuobjdump"), flag, file], check=True, capture_output=True, text=True).stdout
+def _disassemble(flag: str, file: str, check: bool = True) -> str:
+    return subprocess.run([_tool("cuobjdump"), flag, file], check=check, capture_output=True, text=True).stdout
 
 
 def _widths(sass: str, instruction: str) -> dict[int, int]:
@@ -131,7 +146,9 @@ def compile_case(case: Case, arch: int) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (_disassemble(flag, file.name) for flag in ("-res-usage", "-sass"))
+        usage = _disassemble("-res-usage", file.name)
+        # A compiler may know a card that came after its disassembler: 3.6.0 does of sm_103 and sm_121.
+        sass = _disassemble("-sass", file.name, check=False)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     loads = _widths(sass, "LDG")
     for width, count in _widths(sass, "LDGSTS").items():
@@ -148,4 +165,25 @@ def compile_case(case: Case, arch: int) -> Report:
         stores=_widths(sass, "STG"),
         spills=len(re.findall(r"\bSTL\b", sass)),
         matrix=tuple(k for k in kinds if re.search(rf"\b{k}\b", sass)),
+        read="EXIT" in sass,
     )
+
+
+def unfenced_products(ptx: str) -> int:
+    """How many groups of Hopper's matrix instructions read what asynchronous copies wrote without a fence in between.
+
+    Those copies (`cp.async`) write shared memory by one way, and `wgmma` reads it by another; what a wait has made
+    visible to the first becomes visible to the second by `fence.proxy.async`. Copies of tiles need none.
+
+    Args:
+        ptx: of a kernel.
+    """
+    found, waited = 0, False
+    for line in ptx.splitlines():
+        if "cp.async.wait" in line:
+            waited = True
+        elif "fence.proxy.async" in line:
+            waited = False
+        elif "wgmma.mma_async" in line and waited:
+            found, waited = found + 1, False
+    return found

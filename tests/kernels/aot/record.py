@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from spml_kernels.common.jit import triton
-from spml_kernels.devtools.aot import Case, Report, compile_case
+from spml_kernels.devtools.aot import MORE_ARCHITECTURES, Case, Report, compile_case
 from spml_kernels.devtools.cases import cases
 
 from benchmarks.kernel_losses import method_cases
@@ -26,30 +26,30 @@ RECORD = Path(__file__).parent / "record.json"
 
 # (op, how the shape begins, architectures).
 CHOSEN = [
-    ("label_loss", "an fp32 1229440", (80, 90, 100)),
+    ("label_loss", "an fp32 1229440", (75, 80, 90, 100, *MORE_ARCHITECTURES)),
     ("label_loss", "an bf16 2673", (90,)),
     ("label_loss backward", "an fp32 1229440", (80, 90, 100)),
     ("large_histogram", "fp32 128 x 5000 pass 2", (80, 90, 100)),
     ("large_counts", "fp32 128 x 5000 pass 2", (80, 90, 100)),
     ("large_threshold", "fp32 128 x 5000 after histogram", (90,)),
-    ("large_select", "fp32 128 x 5000 with loss and list", (80, 90, 100)),
+    ("large_select", "fp32 128 x 5000 with loss and list", (80, 86, 90, 100, 121)),
     ("large_single", "fp32 128 x 81 with list", (80, 90, 100)),
     ("large_single", "bf16 16 x 20 without list", (90,)),
     ("label_rows", "9605 classes", (90,)),
-    ("cam_pool forward", "bf16 C 5000 K 2048 HW 196 B 128", (80, 90, 100)),
+    ("cam_pool forward", "bf16 C 5000 K 2048 HW 196 B 128", (80, 90, 100, *MORE_ARCHITECTURES)),
     ("cam_pool forward", "bf16 C 20 K 2048", (90,)),
     ("cam_pool forward", "bf16 C 312 K 1280 HW 49", (90,)),
-    ("cam_pool forward", "fp32 C 80 K 2048", (90,)),
+    ("cam_pool forward", "fp32 C 80 K 2048", (86, 90, 120)),
     ("cam_pool persistent", "bf16 C 5000 K 2048 HW 196 B 128", (90, 100)),
     ("cam_pool persistent", "bf16 C 5000 K 512 HW 1024", (90,)),
-    ("cam_pool sums", "bf16 C 5000 K 2048 HW 196 B 128", (80, 90)),
+    ("cam_pool sums", "bf16 C 5000 K 2048 HW 196 B 128", (75, 80, 90)),
     ("cam_pool expand", "bf16 C 5000 K 2048 HW 196 B 128", (80, 90, 100)),
     ("cam_pool expand", "fp16 C 80 K 2048", (90,)),
     ("cam_mask maps", "bf16 K 2048 HW 14x14 N 1", (90,)),
     ("cam_mask maps", "fp32 K 2048 HW 14x14 N 6", (80,)),
     ("cam_mask per_image", "14x14", (90,)),
     ("cam_mask batch", "14x14", (90,)),
-    ("cam_mask image", "i16 448x448 map 14x14 N 1 channels_last", (80, 90, 100)),
+    ("cam_mask image", "i16 448x448 map 14x14 N 1 channels_last", (80, 89, 90, 100)),
     ("cam_mask image", "i32 448x448 map 14x14 N 6 contiguous", (90,)),
     ("ignore_statistics", "bf16 128 x 5000", (90,)),
     ("ignore_statistics end", "fp32 128 x 81", (90,)),

@@ -14,7 +14,17 @@ from spml_kernels.common.jit import HAVE_TRITON, triton
 if not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton, not interpreting", allow_module_level=True)
 
-from spml_kernels.devtools.aot import ARCHITECTURES, Report, compile_case, compiled_code
+from spml_kernels.common.heuristics import cam_pool_way
+from spml_kernels.common.jit import VERSION
+from spml_kernels.devtools.aot import (
+    ARCHITECTURES,
+    LIMITS,
+    MORE_ARCHITECTURES,
+    Report,
+    compile_case,
+    compiled_code,
+    unfenced_products,
+)
 from spml_kernels.devtools.cases import cases
 
 from spml_fast.methods.pointwise import point_examples
@@ -29,12 +39,18 @@ MODULES = (
     "cam_mask.kernels",
     "ignore_loss.kernels",
 )
-MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+MATRIX = {90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA"}
 
 
 def compile_and_check(chosen: Chosen) -> Report:
     """The machine code, compared with the record; registers and spills only bind versions that are on it."""
-    report = compile_case(chosen.case, chosen.arch)
+    try:
+        report = compile_case(chosen.case, chosen.arch)
+    except Exception as error:
+        if triton.__version__ in read_record():
+            raise
+        # A version that is not on record may have dropped a card, or know a new one only in part.
+        pytest.skip(f"triton {triton.__version__} does not compile {chosen.name}: {type(error).__name__}: {error}")
     print(chosen.name, report)
     difference = check(chosen.name, fact(report), read_record(), triton.__version__)
     if difference:
@@ -50,11 +66,52 @@ def compile_and_check(chosen: Chosen) -> Report:
 def test_machine_code(op, words, arch):
     chosen = find(op, words, arch)
     report = compile_and_check(chosen)
-    assert 0 < report.occupancy(arch) <= 1
-    if chosen.case.streamed:
+    assert 0 < report.occupancy(arch) <= 1 and report.shared <= LIMITS[arch][2]
+    assert report.read or arch in MORE_ARCHITECTURES
+    if chosen.case.streamed and report.read:
         assert report.loads.get(128, 0) + report.loads.get(1024, 0) > 0
-    if chosen.case.tensor_cores:
-        assert MATRIX[arch] in report.matrix
+    if chosen.case.tensor_cores and report.read:
+        assert MATRIX.get(arch, "HMMA") in report.matrix
+
+
+def test_all_cards_are_compiled_for():
+    """Every card that a way of cam_pool is chosen for has a case, and takes what it can hold."""
+    seen = {arch for op, _, archs in CHOSEN for arch in archs if op == "cam_pool forward"}
+    assert seen == {*ARCHITECTURES, *MORE_ARCHITECTURES} and set(LIMITS) == {75, *seen}
+    assert all(cam_pool_way(arch, (3, 8, 0)) == ("tile" if arch in seen else "vendor") for arch in LIMITS)
+
+
+# Groups of matrix instructions of Hopper that lack a fence, in the kernel whose operands are copied element by element.
+UNFENCED = {"3.6.0": 1, "3.8.0": 0, "3.9.0": 0}
+
+
+@pytest.mark.parametrize("op", ["cam_pool forward", "cam_pool persistent"])
+@pytest.mark.parametrize("words", ["bf16 C 5000 K 2048 HW 196 B 128", "bf16 C 80 K 2048"])
+def test_matrix_instructions_wait_for_what_copies_wrote(op, words):
+    """By version; where a fence is missing, PyTorch multiplies. Copies of tiles need none."""
+    if op == "cam_pool persistent" and "C 80" in words:
+        pytest.skip("few classes have no wide tiles")
+    text = compiled_code(find(op, words, 90).case, 90).asm["ptx"]
+    assert text.count("wgmma.mma_async") > 0
+    assert ("cp.async.wait" in text) == (op == "cam_pool forward")
+    missing = unfenced_products(text)
+    if triton.__version__ not in UNFENCED:
+        print(f"triton {triton.__version__}: {op} {words}: {missing} without a fence")
+        return
+    assert missing == (UNFENCED[triton.__version__] if op == "cam_pool forward" else 0)
+    large = (128, 196, 5000, True)
+    assert (cam_pool_way(90, VERSION, *large) == "vendor") == (UNFENCED[triton.__version__] > 0)
+
+
+def test_missing_fences_are_found():
+    wait, fence, product = "cp.async.wait_group 2;", "fence.proxy.async.shared::cta;", "wgmma.mma_async.sync.aligned x;"
+    for lines, missing in (
+        ((wait, product, product), 1),
+        ((wait, fence, product), 0),
+        ((wait, fence, product, wait, product, fence), 1),
+        ((product, "cp.async.bulk.tensor"), 0),
+    ):
+        assert unfenced_products("\n".join(lines)) == missing
 
 
 def test_every_op_has_cases_and_every_case_is_complete():
