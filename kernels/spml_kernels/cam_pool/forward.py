@@ -32,17 +32,10 @@ from spml_kernels.cam_pool.kernels import (
 )
 from spml_kernels.cam_pool.products import wide_product
 from spml_kernels.cam_pool.reference import cam_map_reference, cam_pool_reference
-from spml_kernels.cam_pool.tiles import constants, descriptor, launch_of, precision
+from spml_kernels.cam_pool.tiles import constants, descriptor, launch_of, most_images, precision, sums
 from spml_kernels.common.autograd import without_gradient
 from spml_kernels.common.dispatch import use_triton
-from spml_kernels.common.heuristics import (
-    LANES,
-    WORD,
-    CamPoolLaunch,
-    images_per_tile,
-    next_power_of_two,
-    scratch_bytes,
-)
+from spml_kernels.common.heuristics import LANES, WORD, CamPoolLaunch, scratch_bytes
 from spml_kernels.common.jit import LAUNCH, cdiv
 from spml_kernels.common.ops import define
 
@@ -132,17 +125,6 @@ def _fill(x: Tensor, w: Tensor, bias: Tensor, mean: Tensor, relu: Tensor, bits: 
         )
 
 
-def _sums(launch: CamPoolLaunch, cells: int, bits: Tensor) -> dict[str, Any]:
-    """Constants of the sums over a tile."""
-    tiles = launch.tiles
-    return {
-        "IMAGES": next_power_of_two(images_per_tile(tiles.rows, cells)),
-        "SLICES": launch.slices,
-        "BITS": len(bits) > 0,
-        "num_warps": tiles.warps,
-    }
-
-
 def _tile(
     launch: CamPoolLaunch, x: Tensor, w: Tensor, bias: Tensor, mean: Tensor, relu: Tensor, part: Tensor, bits: Tensor
 ) -> None:
@@ -168,7 +150,8 @@ def _tile(
         PRECISION=precision(x.dtype),
         GROUP=GROUP,
         num_stages=tiles.stages,
-        **_sums(launch, cells, bits),
+        num_warps=tiles.warps,
+        **sums(launch, cells, len(bits) > 0),
         **constants(x.dtype, tiles),
         **LAUNCH,
     )
@@ -196,10 +179,11 @@ def _persistent(
         cells,
         bits.shape[1],
         1.0 / cells,
-        TOUCHED=images_per_tile(tiles.rows // launch.slices, cells),
+        TOUCHED=most_images(launch, cells),
         GROUP=GROUP,
         num_stages=tiles.stages,
-        **_sums(launch, cells, bits),
+        num_warps=tiles.warps,
+        **sums(launch, cells, len(bits) > 0),
         **constants(x.dtype, tiles),
         **LAUNCH,
     )
@@ -238,7 +222,8 @@ def _vendor(
             1.0 / cells,
             BLOCK_R=tiles.rows,
             BLOCK_C=tiles.classes,
-            **_sums(launch, cells, bits),
+            num_warps=tiles.warps,
+            **sums(launch, cells, len(bits) > 0),
             **LAUNCH,
         )
 

@@ -14,6 +14,8 @@ from spml_kernels.common.heuristics import (
     CamPoolTiles,
     cam_pool_launch,
     cam_pool_way,
+    images_per_tile,
+    next_power_of_two,
 )
 from spml_kernels.common.jit import INTERPRETED, VERSION, TensorDescriptor
 
@@ -49,6 +51,26 @@ def constants(dtype: torch.dtype, tiles: CamPoolTiles) -> dict[str, Any]:
         "BLOCK_C": tiles.classes,
         "BLOCK_K": tiles.channels,
     }
+
+
+def sums(launch: CamPoolLaunch, cells: int, bits: bool) -> dict[str, Any]:
+    """Constants of the sums over a tile.
+
+    Args:
+        launch: of the kernel.
+        cells: of an image.
+        bits: whether signs are kept.
+    """
+    return {
+        "IMAGES": next_power_of_two(images_per_tile(launch.tiles.rows, cells)),
+        "SLICES": launch.slices,
+        "BITS": bits,
+    }
+
+
+def most_images(launch: CamPoolLaunch, cells: int) -> int:
+    """Images that a slice of a tile touches at most, TOUCHED of the persistent kernel."""
+    return images_per_tile(launch.tiles.rows // launch.slices, cells)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -1,8 +1,8 @@
 """Bytes that each kernel moves, by formula from the arguments of its launch, at any size.
 
 `moved` takes what `counting.count` recorded. Where tensors hold values, formulas of kernels whose work depends on them
-use the values and are exact, save for those in `BOUNDS`; on meta tensors they take the most: every list full, every
-square with a positive cell, every pixel kept. Tests compare each formula with what the interpreter counts. Atomics are
+use the values and are exact, save for those in `BOUNDS`; on meta tensors they take the most: entries at a threshold
+counted, every pixel kept. Tests compare each formula with what the interpreter counts. Atomics are
 left out: they stay within 8 kB of cache.
 """
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spml_kernels.common.dispatch import use_triton
-from spml_kernels.common.heuristics import point_launch
+from spml_kernels.common.heuristics import FlatLaunch, point_launch
 from spml_kernels.common.jit import LAUNCH
 from spml_kernels.common.ops import define
 from spml_kernels.label_loss.kernels import _label_loss_backward_kernel, _label_loss_kernel
@@ -70,19 +70,12 @@ def label_loss(logits: Tensor, codes: Tensor, point: PointLoss, params: tuple[fl
     return label_loss_op(logits, codes, point.key, [float(p) for p in params])
 
 
-@define("spml::label_loss")
-def label_loss_op(logits: Tensor, codes: Tensor, point: str, params: list[float]) -> Tensor:
-    """0-d loss, fp32."""
-    logits, codes = logits.contiguous(), codes.contiguous()
-    elements = logits.numel()
-    if elements == 0:
-        return torch.zeros((), dtype=torch.float32, device=logits.device)
-    launch = point_launch(elements, _POINTS[point].elements_per_thread)
-    partial = torch.empty(launch.programs, dtype=torch.float32, device=logits.device)
-    _label_loss_kernel[(launch.programs,)](
-        logits,
-        codes,
-        partial,
+def _run(
+    kernel: Any, launch: FlatLaunch, tensors: tuple[Tensor, ...], elements: int, point: str, params: list[float]
+) -> None:
+    """Launch one of the two kernels over all entries, with the point function of this name and its numbers."""
+    kernel[(launch.programs,)](
+        *tensors,
         tuple(params),
         elements,
         POINT=_POINTS[point].kernel,
@@ -90,6 +83,18 @@ def label_loss_op(logits: Tensor, codes: Tensor, point: str, params: list[float]
         num_warps=launch.warps,
         **LAUNCH,
     )
+
+
+@define("spml::label_loss")
+def label_loss_op(logits: Tensor, codes: Tensor, point: str, params: list[float]) -> Tensor:
+    """0-d loss, fp32."""
+    elements = logits.numel()
+    if elements == 0:
+        return torch.zeros((), dtype=torch.float32, device=logits.device)
+    launch = point_launch(elements, _POINTS[point].elements_per_thread)
+    partial = torch.empty(launch.programs, dtype=torch.float32, device=logits.device)
+    tensors = (logits.contiguous(), codes.contiguous(), partial)
+    _run(_label_loss_kernel, launch, tensors, elements, point, params)
     return partial.sum()
 
 
@@ -101,24 +106,12 @@ def _(logits: Tensor, codes: Tensor, point: str, params: list[float]) -> Tensor:
 @define("spml::label_loss_backward")
 def label_loss_backward_op(upstream: Tensor, logits: Tensor, codes: Tensor, point: str, params: list[float]) -> Tensor:
     """Gradient of the loss in the logits, [B, C] in their dtype, times the 0-d upstream gradient."""
-    logits, codes = logits.contiguous(), codes.contiguous()
-    grad = torch.empty_like(logits)
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     elements = logits.numel()
-    if elements == 0:
-        return grad
-    launch = point_launch(elements, _POINTS[point].elements_per_thread)
-    _label_loss_backward_kernel[(launch.programs,)](
-        upstream.float(),
-        logits,
-        codes,
-        grad,
-        tuple(params),
-        elements,
-        POINT=_POINTS[point].kernel,
-        BLOCK=launch.block,
-        num_warps=launch.warps,
-        **LAUNCH,
-    )
+    if elements > 0:
+        launch = point_launch(elements, _POINTS[point].elements_per_thread)
+        tensors = (upstream.float(), logits.contiguous(), codes.contiguous(), grad)
+        _run(_label_loss_backward_kernel, launch, tensors, elements, point, params)
     return grad
 
 

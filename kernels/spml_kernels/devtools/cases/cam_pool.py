@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from spml_kernels.cam_pool.kernels import (
     _cam_pool_persistent_kernel,
     _cam_pool_reduce_kernel,
 )
-from spml_kernels.cam_pool.tiles import constants, precision
+from spml_kernels.cam_pool.tiles import constants, most_images, precision, sums
 from spml_kernels.common.heuristics import (
     LANES,
     WORD,
@@ -23,7 +23,6 @@ from spml_kernels.common.heuristics import (
     expand_classes,
     expand_rows,
     images_per_tile,
-    next_power_of_two,
 )
 from spml_kernels.devtools.aot import Case
 
@@ -79,18 +78,6 @@ def _shapes(arch: int, way: str = "tile") -> Iterator[_Shape]:
             yield _Shape(name, kind, launch, classes, channels, cells, dict.fromkeys(values, "i32"), aligned)
 
 
-def _sums(shape: _Shape) -> dict[str, Any]:
-    """Constants of the sums over a tile."""
-    tiles = shape.launch.tiles
-    return {
-        "IMAGES": next_power_of_two(images_per_tile(tiles.rows, shape.cells)),
-        "SLICES": shape.launch.slices,
-        "BITS": True,
-        "BLOCK_R": tiles.rows,
-        "BLOCK_C": tiles.classes,
-    }
-
-
 _RESULTS: dict[str, str | tuple[str, ...]] = {
     "bias_ptr": "*fp32",
     "mean_ptr": "*fp32",
@@ -111,7 +98,7 @@ def _tile_cases(arch: int) -> Iterator[Case]:
             _cam_pool_fwd_kernel,
             {**pointers, **shape.types, "scale": "fp32"},
             {
-                **_sums(shape),
+                **sums(shape.launch, shape.cells, True),
                 **constants(shape.kind, tiles),
                 "EVEN": shape.channels % tiles.channels == 0,
                 "PRECISION": precision(shape.kind),
@@ -140,9 +127,9 @@ def _persistent_cases(arch: int) -> Iterator[Case]:
             _cam_pool_persistent_kernel,
             {**copies, **_RESULTS, **shape.types, "scale": "fp32"},
             {
-                **_sums(shape),
+                **sums(shape.launch, shape.cells, True),
                 **constants(shape.kind, tiles),
-                "TOUCHED": images_per_tile(tiles.rows // shape.launch.slices, shape.cells),
+                "TOUCHED": most_images(shape.launch, shape.cells),
                 "GROUP": GROUP,
             },
             (*_RESULTS, *shape.aligned),
@@ -164,7 +151,11 @@ def _other_cases(arch: int) -> Iterator[Case]:
             shape.name,
             _cam_pool_reduce_kernel,
             {**maps, **numbers, **chunk, "scale": "fp32"},
-            _sums(shape),
+            {
+                **sums(shape.launch, shape.cells, True),
+                "BLOCK_R": shape.launch.tiles.rows,
+                "BLOCK_C": shape.launch.tiles.classes,
+            },
             # All chunks but the last have a multiple of 64 classes; where there is one alone, it has C.
             (
                 *maps,
