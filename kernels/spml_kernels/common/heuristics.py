@@ -224,7 +224,14 @@ def cam_pool_way(
 
 
 def cam_pool_wide(batch: int, cells: int, classes: int, half: bool) -> bool:
-    """Whether tiles of 256 cells by 128 classes compile without spills on Hopper, and there are enough of them."""
+    """Whether tiles of 256 cells by 128 classes compile without spills on Hopper, and there are enough of them.
+
+    Args:
+        batch: B images.
+        cells: H * W of the feature map.
+        classes: C.
+        half: whether products run in half precision.
+    """
     large = classes > 64 and batch * cells * classes >= 128 * 256 * FULL_GPU
     return half and large and images_per_tile(256, cells) <= 4
 

@@ -103,6 +103,16 @@ def test_matrix_instructions_wait_for_what_copies_wrote(op, words):
     assert (cam_pool_way(90, VERSION, *large) == "vendor") == (UNFENCED[triton.__version__] > 0)
 
 
+def test_the_persistent_kernel_is_one_loop():
+    """Or the next tile's operands would not be copied during a tile's sums; products wait for each other by one."""
+    text = compiled_code(find("cam_pool persistent", "bf16 C 5000 K 2048", 90).case, 90).asm["ttgir"]
+    loops, asynchronous = text.count("scf.for "), "pendings = 1" in text
+    if triton.__version__ not in read_record():
+        print(f"triton {triton.__version__}: {loops} loops, {'' if asynchronous else 'not '}asynchronous")
+        return
+    assert loops == 1 and asynchronous
+
+
 def test_missing_fences_are_found():
     wait, fence, product = "cp.async.wait_group 2;", "fence.proxy.async.shared::cta;", "wgmma.mma_async.sync.aligned x;"
     for lines, missing in (
