@@ -33,8 +33,8 @@ from spml_fast.data.manifest import Manifest, Split
 
 # Pixels of a thumbnail's longer side: in the page itself, and in a folder, whose files are read when they are seen.
 SIDE, FOLDER_SIDE = 192, 384
-# Suggestions of one file: some hundred MB, which a browser still opens.
-MOST_IN_FILE = 20_000
+# Suggestions a list of one file: of photographs 180 MB by estimate; browsers hold half a GB as one text.
+MOST_IN_FILE = 5_000
 # Cells of a map beyond the scale's end are as strong as it.
 _LARGEST = 127
 

@@ -272,10 +272,11 @@
     for (let k = first; k <= last; k += 1) wanted.add(k);
     for (const [k, made] of mounted) {
       // What has the focus stays, or the keyboard would lose it.
-      if (!wanted.has(k)) {
-        made.remove();
-        mounted.delete(k);
-      }
+      if (wanted.has(k)) continue;
+      // What nobody waits for any more is not loaded.
+      for (const img of made.querySelectorAll("img")) if (!img.complete) img.removeAttribute("src");
+      made.remove();
+      mounted.delete(k);
     }
     for (const k of [...wanted].sort((a, b) => a - b)) {
       if (mounted.has(k)) continue;

@@ -251,10 +251,8 @@ def test_what_users_get_wrong(run: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             suggest_command.main(["--run", str(missing), "--page", str(tmp_path / out)])
-    with pytest.raises(
-        UserError, match=r"is one file, which holds 20,000 suggestions a list; for 20,001 give a folder"
-    ):
-        suggest_command.main(["--run", str(missing), "--page", str(tmp_path / "r.html"), "--top", "20001"])
+    with pytest.raises(UserError, match=r"is one file, which holds 5,000 suggestions a list; for 5,001 give a folder"):
+        suggest_command.main(["--run", str(missing), "--page", str(tmp_path / "r.html"), "--top", "5001"])
     assert (tmp_path / "mine.html").read_text() == "<p>mine</p>" and not (tmp_path / "r.html").exists()
     # Nothing to show: no page, and no error.
     suggest_command.main(["--run", str(run), "--page", str(tmp_path / "r.html"), "--min-probability", "0.9999999999"])
