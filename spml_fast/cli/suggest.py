@@ -105,7 +105,7 @@ def check(args: argparse.Namespace) -> None:
     if args.top is None and args.per_class is None:
         args.top = TOP
     if args.page is not None:
-        from spml_fast.cli.suggest_page import check_page
+        from spml_fast.analysis.review.make import check_page
 
         check_page(args.page, args.top, args.overwrite)
 
@@ -258,11 +258,18 @@ def main(argv: list[str] | None = None) -> int:
     with common.ranks() as device:
         status, found = find(args, table, device)
     # Pictures are one process's work, which the others need not wait for.
-    if found is not None and found[0] is not None and args.page is not None:
-        from spml_fast.cli.suggest_page import make_page
-
-        make_page(args, found[0], found[1], found[2], device)
+    if found is not None and args.page is not None:
+        _draw(args, found, device)
     return status
+
+
+def _draw(args: argparse.Namespace, found: Found, device: torch.device) -> None:
+    from spml_fast.analysis.review.make import make_page
+
+    lists, split, manifest = found
+    if lists is not None:
+        for line in make_page(args.page, args.run, lists, split, manifest, device, args.batch_size, args.overwrite):
+            print(line)
 
 
 def find(args: argparse.Namespace, table: OutputFile | None, device: torch.device) -> tuple[int, Found | None]:
