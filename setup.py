@@ -24,6 +24,7 @@ def requirement(name: str, oldest: str) -> str:
 
 
 EXTRAS = {name: requirement(name, entry["oldest"]) for name, entry in STACKS["extras"].items()}
+OPTIONAL = {entry["extra"]: [requirement(name, entry["oldest"])] for name, entry in STACKS["optional"].items()}
 ONNX = [line for name, line in EXTRAS.items() if name.startswith("onnx")]
 
 setup(
@@ -51,5 +52,7 @@ setup(
         "heic": ["pillow-heif>=1.0"],
         # Drives the browser of this machine in tests and benchmarks of the review page.
         "browser": ["playwright>=1.50"],
+        # hub, and one for each tracker that needs a package.
+        **OPTIONAL,
     },
 )

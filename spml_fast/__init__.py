@@ -27,8 +27,9 @@ def load(run_or_export: str | os.PathLike[str], device: str | None = None, decis
     """A trained classifier, ready for new images.
 
     Args:
-        run_or_export: a run directory, whose best weights are taken, or a file that `spml-fast export` wrote: `.onnx`
-            (needs onnxruntime) or `.safetensors`.
+        run_or_export: a run directory, whose best weights are taken, or what `spml-fast export` wrote: an `.onnx`
+            (needs onnxruntime) or `.safetensors` file, or a folder; or `hf-hub:OWNER/NAME[@REVISION]`, a model that
+            `spml-fast push` sent to the Hugging Face Hub (needs huggingface_hub).
         device: such as `cpu` or `cuda:1`; None takes the first GPU, or the CPU where there is none. ONNX models run on
             the CPU.
         decisions: take the thresholds and the calibration that the run or the export has (`spml-fast calibrate`).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import runpy
@@ -14,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import spml_fast.training.trackers  # noqa: F401 (registers them)
+from spml_fast.training.trackers.base import TRACKERS
 from tests.support.paths import ROOT
 
 STACKS = tomllib.loads((ROOT / "stacks.toml").read_text(encoding="utf-8"))
@@ -49,6 +52,20 @@ def test_what_is_installed_is_not_older(name):
     entry = {**STACKS["packages"], **STACKS["extras"]}[name]
     assert Version(entry["oldest"]) <= Version(importlib.metadata.version(name))
     assert Version(entry["oldest"]) <= Version(entry["newest"])
+
+
+@pytest.mark.parametrize("name", STACKS["optional"])
+def test_what_is_optional_has_an_extra(name):
+    entry = STACKS["optional"][name]
+    (words,) = setup_arguments()["extras_require"][entry["extra"]]
+    assert words == f"{name}>={entry['oldest']}" and Version(entry["oldest"]) <= Version(entry["newest"])
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        assert Version(entry["oldest"]) <= Version(importlib.metadata.version(name))
+
+
+def test_trackers_name_their_extras():
+    trackers = {t.package: t.extra for _, t in TRACKERS.items() if t.package}
+    assert trackers == {n: STACKS["optional"][n]["extra"] for n in ("wandb", "mlflow", "trackio")}
 
 
 def test_python():

@@ -284,14 +284,22 @@ def timm_options(config: Config) -> dict[str, Any]:
     return options
 
 
-def as_timm_model(classifier: Classifier, config: Config, num_classes: int) -> nn.Module | None:
+def as_timm_model(
+    classifier: Classifier, config: Config, num_classes: int, options: dict[str, Any]
+) -> nn.Module | None:
     """timm's model of the backbone's name with the run's weights, classifier included; None where it has other parts.
 
     Whether it gives the same logits is for the caller to see.
+
+    Args:
+        classifier: on the CPU.
+        config: the run's.
+        num_classes: C.
+        options: of `timm.create_model`, such as `timm_options`.
     """
     if config.model.head != "cam":
         return None
-    model: nn.Module = create_whole_model(config.model.backbone, num_classes, timm_options(config))
+    model: nn.Module = create_whole_model(config.model.backbone, num_classes, options)
     # timm's models have more than nn.Module promises.
     layer: Any = getattr(model, "get_classifier", lambda: None)()
     head = classifier.head
@@ -336,7 +344,7 @@ def export_safetensors(
         views = (images - mean) / std
         expected = classifier(views).logits
         check_finite(expected)
-        model = as_timm_model(classifier, config, len(classes))
+        model = as_timm_model(classifier, config, len(classes), timm_options(config))
         if model is not None:
             bias = classifier.head.bias
             assert isinstance(bias, Tensor)

@@ -72,6 +72,9 @@ class Folds:
         """What trains a fold's run: the run's own options, without a test."""
         data = dataclasses.replace(self.config.data, dir=str(self.layout.data(k)), image_root=None, test_split=None)
         run = dataclasses.replace(self.config.run, dir=str(self.layout.run(k).folder), resume="auto")
+        # What others look at is the run itself.
+        local = [name for name in run.trackers if name == "tensorboard"]
+        run = dataclasses.replace(run, trackers=local, tracker_options={})
         return dataclasses.replace(self.config, data=data, run=run)
 
     def write_data(self, k: int) -> None:

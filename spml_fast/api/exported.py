@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,15 @@ from torch import Tensor, nn
 
 from spml_fast.core.config import Config, DataConfig, ModelConfig
 from spml_fast.core.errors import UserError
+from spml_fast.core.text import parse_json
 from spml_fast.evaluation.decisions import Decisions, decisions_of_metadata
 from spml_fast.methods import get_method, method_names
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.heads import head_names
 from spml_fast.models.heads.base import head_options
 from spml_fast.runs.options import DEFAULT_METHOD
+
+AGAIN = "export the run again"
 
 
 @dataclass
@@ -86,13 +88,39 @@ def _config(about: Mapping[str, str], path: Path, normalised: bool) -> Config:
             "file that `spml-fast export` wrote"
         )
     method = about["method"] if about.get("method") in method_names() else DEFAULT_METHOD
-    mean, std = (json.loads(about[name]) if normalised else None for name in ("mean", "std"))
-    alpha = float(about.get("alpha", 1))
+    try:
+        mean, std = (parse_json(about[name]) if normalised else None for name in ("mean", "std"))
+        alpha = float(about.get("alpha", 1))
+        data = DataConfig(image_size=int(about["image_size"]), mean=mean, std=std)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{path} has damaged metadata ({error}); {AGAIN}") from error
     return Config(
         method=get_method(method).Options(name=method),
-        data=DataConfig(image_size=int(about["image_size"]), mean=mean, std=std),
+        data=data,
         model=ModelConfig(backbone=about["backbone"], pretrained=False, alpha_train=alpha, alpha_eval=alpha),
     )
+
+
+def _classes(about: Mapping[str, str], path: Path) -> list[str]:
+    """Class names of an export."""
+    try:
+        classes = parse_json(about["classes"])
+    except ValueError as error:
+        raise UserError(f"{path} has damaged metadata ({error}); {AGAIN}") from error
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path} has damaged metadata (its classes are no list of names); {AGAIN}")
+    return classes
+
+
+def _options(about: Mapping[str, str], name: str, path: Path) -> dict[str, Any]:
+    """Options by name that stand in an export's metadata; none where it has none."""
+    try:
+        options = parse_json(about.get(name, "{}"))
+    except ValueError as error:
+        raise UserError(f"{path} has damaged metadata ({name}: {error}); {AGAIN}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"{path} has damaged metadata ({name} are no options by name); {AGAIN}")
+    return options
 
 
 def _decisions(about: Mapping[str, str], path: Path, classes: list[str]) -> Decisions | None:
@@ -120,7 +148,7 @@ def load_onnx(path: Path) -> tuple[Config, list[str], OnnxClassifier, Decisions 
         raise UserError(f"{path} is no ONNX model that can be run: {' '.join(str(error).split())}") from error
     about = session.get_modelmeta().custom_metadata_map
     config = _config(about, path, normalised=False)
-    classes: list[str] = json.loads(about["classes"])
+    classes = _classes(about, path)
     return config, classes, OnnxClassifier(session), _decisions(about, path, classes)
 
 
@@ -140,7 +168,7 @@ def load_safetensors(path: Path, device: torch.device) -> tuple[Config, list[str
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no safetensors file: {error}") from error
-    config = _config(about, path, normalised=True)
+    config, classes = _config(about, path, normalised=True), _classes(about, path)
     if about["head"] not in head_names():
         raise UserError(f"{path} has head {about['head']!r}, which is not known here; import what registers it")
     if "head_options" not in about and about["head"] != ModelConfig.head:
@@ -148,11 +176,10 @@ def load_safetensors(path: Path, device: torch.device) -> tuple[Config, list[str
     model = dataclasses.replace(
         config.model,
         head=about["head"],
-        head_options=head_options(about["head"], json.loads(about.get("head_options", "{}"))),
-        output_stride=json.loads(about.get("timm_options", "{}")).get("output_stride"),
+        head_options=head_options(about["head"], _options(about, "head_options", path)),
+        output_stride=_options(about, "timm_options", path).get("output_stride"),
     )
     config = dataclasses.replace(config, model=model)
-    classes: list[str] = json.loads(about["classes"])
     classifier = Classifier(model, len(classes), config.data.image_size)
     if about.get("layout") == "timm":
         state = _from_timm(state, classifier)
@@ -171,5 +198,8 @@ def _from_timm(state: dict[str, Tensor], classifier: Classifier) -> dict[str, Te
     for name, tensor in state.items():
         if name not in backbone:
             part = name.rpartition(".")[2]
-            out[f"head.{part}"] = tensor.reshape(classifier.head.state_dict()[part].shape)
+            own = classifier.head.state_dict().get(part)
+            # One that does not fit is named when the classifier takes them.
+            fits = own is not None and own.numel() == tensor.numel()
+            out[f"head.{part}"] = tensor.reshape(own.shape) if own is not None and fits else tensor
     return out

@@ -25,6 +25,9 @@ from spml_fast.evaluation.decisions import Decisions
 from spml_fast.evaluation.evaluate import check_alphas, class_groups, evaluate_split
 from spml_fast.models.classifier import Classifier, check_alpha
 from spml_fast.runs.decisions import load_decisions
+from spml_fast.runs.export_record import check_export_folder
+from spml_fast.runs.hub import PREFIX, download_model
+from spml_fast.runs.layout import ExportLayout
 from spml_fast.runs.open import load_classifier, load_run_config, make_eval_loader, run_classes
 
 TOP = 5
@@ -45,7 +48,7 @@ class Predictor:
         classes: class names in class-id order, C of them.
         config: the run's configuration, or what an export tells of it.
         alpha: BoostLU's factor that is used unless another is asked for; 1 for heads without a map.
-        source: the run directory or the exported file.
+        source: the run directory, or the exported file or folder.
         decisions: thresholds of the classes and calibration for `alpha`; None where there are none.
         device: where images are made ready and the network runs.
     """
@@ -263,7 +266,8 @@ class Predictor:
 
 def load_predictor(source: str | os.PathLike[str], device: str | None = None, decisions: bool = True) -> Predictor:
     """See `spml_fast.load`."""
-    path = Path(source)
+    text = os.fspath(source)
+    path = download_model(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else Path(source)
     name = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
@@ -277,7 +281,10 @@ def load_predictor(source: str | os.PathLike[str], device: str | None = None, de
         config, classes, classifier, found = load_safetensors(path, chosen)
         return Predictor(classifier, config, classes, path, chosen, found if decisions else None)
     if not path.is_dir():
-        raise UserError(f"{path} is neither a run directory nor an exported .onnx or .safetensors file")
+        raise UserError(f"{path} is neither a run directory nor an exported .onnx or .safetensors file, or its folder")
+    if (exported := ExportLayout(path)).record.is_file():
+        config, classes, classifier, found = load_safetensors(check_export_folder(exported), chosen)
+        return Predictor(classifier, config, classes, path, chosen, found if decisions else None)
     config = load_run_config(path)
     classes = run_classes(path, config)
     classifier, _ = load_classifier(path, config, len(classes), chosen)

@@ -30,6 +30,11 @@ def _betas(values: Sequence[float]) -> str | None:
     return None if fine else f"is {values}; it needs two numbers from 0 to below 1"
 
 
+def _different(values: Sequence[str]) -> str | None:
+    twice = next((value for value in values if values.count(value) > 1), None)
+    return None if twice is None else f"has {twice} twice"
+
+
 def _alphas(values: Sequence[float]) -> str | None:
     wrong = next((alpha for alpha in values if not alpha > 0), None)
     return None if wrong is None else f"has {wrong}; every alpha must be greater than 0"
@@ -293,7 +298,7 @@ class EngineConfig(Section):
 
     Attributes:
         zero_stage: ZeRO stage. 0 suits CNNs (and keeps their weights channels_last); 1 saves memory on large ViTs.
-        tensorboard: write TensorBoard events to the run directory.
+        tensorboard: false leaves tensorboard out of run.trackers.
         extra: further sections for DeepSpeed's configuration as they are, for example
             {wandb: {enabled: true, project: spml}, csv_monitor: {enabled: true, output_path: runs/csv}}.
     """
@@ -326,6 +331,10 @@ class RunConfig(Section):
             repeat bit for bit either way.
         timeout_minutes: minutes that ranks wait for one that does not move (its machine is lost, it hangs) before the
             run ends. What rank 0 does alone may take longer.
+        trackers: where the run's figures are shown beside metrics.jsonl: tensorboard, wandb, mlflow, trackio; all but
+            the first need a package (docs/operations.md).
+        tracker_images: test images that trackers show with their predictions at the end; 0 sends none.
+        tracker_options: options by tracker, for example {wandb: {project: birds, mode: offline}}.
         plugins: modules, or paths of .py files, to import first because they register the run's method, head or data
             set; --plugins NAME adds one.
     """
@@ -341,6 +350,9 @@ class RunConfig(Section):
     stop_seconds: float = positive(25.0)
     deterministic: bool = False
     timeout_minutes: float = positive(10.0)
+    trackers: list[str] = ruled(["tensorboard"], _different)
+    tracker_images: int = not_negative(8)
+    tracker_options: dict[str, Any] = field(default_factory=dict)
     plugins: list[str] = field(default_factory=list)
 
 

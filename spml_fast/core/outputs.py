@@ -9,6 +9,7 @@ told to overwrite. What the mark is depends on the kind of file, and is found ne
     html          <meta name="generator">
     onnx          the producer's name
     safetensors   the metadata of an export: "spml_fast" and "layout"
+    markdown      a comment, "written by"
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import IO, Any, Literal
 from spml_fast.core.errors import UserError, fail
 from spml_fast.core.io import partial_path, printable, write_json
 
-Kind = Literal["csv", "table", "json", "png", "html", "onnx", "safetensors"]
+Kind = Literal["csv", "table", "json", "png", "html", "onnx", "safetensors", "markdown"]
 
 WRITTEN_BY = "written_by"
 PRODUCER = "spml_fast"
@@ -46,6 +47,11 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 def writer_name(command: str) -> str:
     """What a command calls itself in its files: `spml_fast evaluate`."""
     return f"{PRODUCER} {command}"
+
+
+def markdown_mark(mark: str) -> str:
+    """The comment that a Markdown file bears near its beginning; `mark` is a command's name."""
+    return f"<!-- written by {mark} -->"
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,8 @@ def _has_mark(file: IO[bytes], kind: Kind, mark: str) -> bool:
         return start.lstrip(b"{ \r\n\t").startswith(f'"{WRITTEN_BY}": "{mark}"'.encode())
     if kind == "html":
         return f'<meta name="generator" content="{mark}">'.encode() in start
+    if kind == "markdown":
+        return markdown_mark(mark).encode() in start
     if kind == "png":
         return _png_software(start) == text
     if kind == "onnx":

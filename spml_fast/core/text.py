@@ -10,6 +10,8 @@ from typing import Any
 # surrogate pairs, which no encoding of a terminal has.
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# What Markdown, HTML and their extensions may take for more than text.
+_MARKUP = re.compile(r"(?<![^\W_])_|_(?![^\W_])|(?<!\d)\.|\.(?!\d)|[^\w ,/;%+()'.-]")
 # Characters of a message, beyond which nobody reads it.
 _LONGEST = 4000
 # Spreadsheets take a cell that begins so for a formula.
@@ -34,6 +36,16 @@ def shortened(text: str) -> str:
 def has_surrogates(text: str) -> bool:
     """Whether a text holds lone halves of surrogate pairs, which no UTF-8 file can hold."""
     return _SURROGATE.search(text) is not None
+
+
+def markdown_safe(text: str) -> str:
+    """A name as Markdown and HTML show it on one line, without its meaning there.
+
+    Letters, digits, spaces and a few marks stay, as do _ and . within words and numbers. All else becomes a numeric
+    character reference, which every reader of Markdown takes for text and not for markup, a link, a formula or the edge
+    of a table's cell.
+    """
+    return _MARKUP.sub(lambda match: f"&#{ord(match.group())};", printable(text))
 
 
 def formula_safe(text: str) -> str:

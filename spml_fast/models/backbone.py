@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from spml_fast.core.config import ModelConfig
@@ -79,6 +82,23 @@ def create_whole_model(name: str, num_classes: int, options: dict[str, Any]) -> 
         options: further arguments of `timm.create_model`.
     """
     return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+
+
+def timm_config(model: nn.Module, classes: list[str], data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What stands in the `config.json` of a model folder, by timm's own means.
+
+    Args:
+        model: from `create_whole_model`.
+        classes: class names in class-id order.
+        data: timm's options of the input: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
+        folder: where timm may write for a moment, as much as the weights take.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".timm-") as name:
+        save_for_hf(model, name, model_config={"label_names": classes}, safe_serialization=True, data_config=data)
+        values: dict[str, Any] = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
+    # The tag names weights that these no longer are.
+    values["pretrained_cfg"].pop("tag", None)
+    return values
 
 
 def load_backbone(fresh: nn.Module, config: ModelConfig, options: dict[str, Any]) -> nn.Module:

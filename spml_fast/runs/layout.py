@@ -13,6 +13,8 @@ RUN/.lock                          which process trains here
 RUN/folds-K/                       of `suggest --folds K`: folds.json, which says of what, and of each fold its data set
                                    fold-k/data and its run fold-k/run
 RUN/tensorboard/                   TensorBoard's events
+RUN/trackers/NAME.json             which run of a tracker this is, so that a resumed run continues it; beside it lies
+                                   what trackers keep
 RUN/checkpoints/newest.json        which checkpoint to resume from
 RUN/checkpoints/best.json          which checkpoint has the best weights
 RUN/checkpoints/TAG/               what DeepSpeed saved
@@ -20,6 +22,13 @@ RUN/checkpoints/TAG/mark.json      position of a whole checkpoint and checksums 
 RUN/checkpoints/TAG/model.safetensors  the best weights, of a best checkpoint at ZeRO stage 3, whose files hold parts
 RUN/checkpoints/TAG/method_rank_R.pt  rank R's part of a method's state that grows with the samples; versions before
                                    0.2.0 wrote method_shard_R.pt
+
+and of a folder that `export --format timm` or `push` wrote:
+
+FOLDER/model.safetensors           weights and, in their metadata, everything that they need
+FOLDER/config.json                 the model as timm opens it, where it is one of timm's
+FOLDER/README.md                   of `push`: the model card
+FOLDER/spml_fast.json              checksum of the weights, written last
 """
 
 from __future__ import annotations
@@ -30,6 +39,7 @@ from pathlib import Path
 from spml_fast.core.errors import UserError
 
 TENSORBOARD = "tensorboard"
+TRACKERS = "trackers"
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -119,6 +129,42 @@ class FoldsLayout:
 
 
 @dataclass(frozen=True)
+class ExportLayout:
+    """Names within a folder that holds an exported model.
+
+    Attributes:
+        folder: of the model.
+    """
+
+    folder: Path
+
+    @property
+    def weights(self) -> Path:
+        """Weights, with what they need in their metadata."""
+        return self.folder / WEIGHTS
+
+    @property
+    def timm_config(self) -> Path:
+        """The model as timm opens it."""
+        return self.folder / "config.json"
+
+    @property
+    def card(self) -> Path:
+        """The model card."""
+        return self.folder / "README.md"
+
+    @property
+    def record(self) -> Path:
+        """Who wrote the folder, and the checksum of its weights."""
+        return self.folder / "spml_fast.json"
+
+    @property
+    def files(self) -> list[Path]:
+        """Those of the folder's own files that are there."""
+        return [p for p in (self.weights, self.timm_config, self.card, self.record) if p.is_file()]
+
+
+@dataclass(frozen=True)
 class RunLayout:
     """Names within a run directory.
 
@@ -147,6 +193,20 @@ class RunLayout:
     def metrics(self) -> Path:
         """Figures of updates and epochs, one JSON object per line."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's events."""
+        return self.folder / TENSORBOARD
+
+    @property
+    def trackers(self) -> Path:
+        """What trackers keep."""
+        return self.folder / TRACKERS
+
+    def tracker(self, name: str) -> Path:
+        """Which run of a tracker this is."""
+        return self.trackers / f"{name}.json"
 
     @property
     def lock(self) -> Path:
@@ -178,6 +238,10 @@ class RunLayout:
         """Thresholds of the classes and calibration, for the best weights."""
         return self.folder / "decisions.json"
 
+    def export(self, kind: str) -> ExportLayout:
+        """Where a command leaves a folder with the model, unless it is told otherwise."""
+        return ExportLayout(self.folder / f"export-{kind}")
+
     @property
     def options(self) -> Path:
         """What `reproduce` began the run with."""
@@ -207,7 +271,7 @@ class RunLayout:
             return []
         own = [self.config, self.deepspeed, self.classes, self.metrics, self.results, self.weights, self.options]
         own.append(self.decisions)
-        names = {TENSORBOARD, CHECKPOINTS, *(f.name + end for f in own for end in ("", ".partial"))}
+        names = {TENSORBOARD, TRACKERS, CHECKPOINTS, *(f.name + end for f in own for end in ("", ".partial"))}
         entries = [entry.name for entry in self.folder.iterdir()]
         # A Manifest has a list of classes too.
         if MANIFEST not in entries and self.checkpoints.newest.exists():

@@ -122,6 +122,21 @@ def load_classifier(
     return classifier, metadata
 
 
+def load_for_export(run: Path) -> tuple[Config, list[str], Classifier]:
+    """A run's configuration, classes and classifier on the CPU, to be written in another form.
+
+    The configuration is without what is for training alone. Raises `UserError` as `load_classifier`.
+    """
+    config = load_run_config(run)
+    classes = run_classes(run, config)
+    # Checkpointing would be in an exported graph.
+    model = dataclasses.replace(config.model, grad_checkpointing=False, compile=False, drop_path=None)
+    config = dataclasses.replace(config, model=model)
+    classifier, _ = load_classifier(run, config, len(classes), torch.device("cpu"))
+    classifier.to(memory_format=torch.contiguous_format)
+    return config, classes, classifier
+
+
 class RunContext:
     """A run opened for use: its configuration and classes at once, its classifier when it is first asked for.
 

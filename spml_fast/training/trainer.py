@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,22 +18,22 @@ from spml_fast.core.precision import autocast, autocast_dtype, set_cudnn_policy
 from spml_fast.core.seeds import rng_seed
 from spml_fast.data.labels import LabelStore
 from spml_fast.data.loader import EvalLoader
-from spml_fast.evaluation.decisions import Decisions
-from spml_fast.evaluation.evaluate import class_groups, evaluate_split
+from spml_fast.evaluation.evaluate import evaluate_split
 from spml_fast.methods import Method, Progress, get_method
 from spml_fast.models.batchnorm import bn_behaviour
 from spml_fast.models.classifier import Classifier
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import make_eval_loader
+from spml_fast.runs.recipe import to_yaml
 from spml_fast.runs.warm_start import warm_start
-from spml_fast.runs.write import write_description, write_results
+from spml_fast.runs.write import write_description
 from spml_fast.training import console, peers
 from spml_fast.training.advice import opening_notes
 from spml_fast.training.bad_image_list import list_bad_images
 from spml_fast.training.batchnorm_state import average_statistics, own_statistics
 from spml_fast.training.checkpoint import CheckpointPosition
-from spml_fast.training.decide import decide
 from spml_fast.training.engine import Engine, deepspeed_config
+from spml_fast.training.final import finish_run
 from spml_fast.training.logs import Meter, RunLog, memory_gib, selection_figures
 from spml_fast.training.memory import explain_out_of_memory
 from spml_fast.training.module import TrainingModule
@@ -59,6 +60,7 @@ from spml_fast.training.setup import (
 )
 from spml_fast.training.solved_phase import solve_phase
 from spml_fast.training.state import restore_state, run_state
+from spml_fast.training.tracking import Trackers
 
 
 class Trainer:
@@ -75,6 +77,8 @@ class Trainer:
 
     def __init__(self, config: Config, device: torch.device, program: bool = False) -> None:
         self.device = device
+        # Before anything takes long.
+        self.trackers = Trackers(config)
         self.world, self.rank = distributed.world_size(), distributed.rank()
         set_cudnn_policy(device, config.run.deterministic)
         self.data = load_data(config)
@@ -123,7 +127,7 @@ class Trainer:
         if resume is not None:
             forced = check_same_run(resume, self.checkpoints.defines, self.run_dir)
             notes = [*notes, *resume.notes, *([forced] if forced else [])]
-        with RunLog(self.run_dir, self.total_updates) as self.log:
+        with RunLog(self.run_dir, self.total_updates) as self.log, self.trackers:
             self.log.say(console.opening_line(self.config, self.data, self.classifier, self.device, self.run_dir))
             for note in [*opening_notes(self.config, self.data, self.classifier, self.total_updates), *notes]:
                 self.log.say(note)
@@ -134,7 +138,7 @@ class Trainer:
                 for phase in self.phases[first:]:
                     self._run_phase(phase, resume)
                     resume = None
-            results = self._final()
+            results = finish_run(self)
         title = f"{self.config.method.name} on {self.data.manifest.name}"
         console.print_table(title, console.closing_rows(results, self.run_dir))
         return results
@@ -147,13 +151,15 @@ class Trainer:
             self.log.say(text)
 
     def _describe(self, ds_config: dict[str, Any]) -> None:
-        """Write what the run is, and say what differs when it is resumed."""
-        if not distributed.is_main():
-            return
+        """Write what the run is, say what differs when it is resumed, and start the trackers (collective)."""
         config = resolved_config(self.config, self.data, self.run_dir, self.classifier, self.started_from)
-        note = write_description(self.layout, config, ds_config, self.data.manifest.classes)
+        note = None
+        if distributed.is_main():
+            note = write_description(self.layout, config, ds_config, self.data.manifest.classes)
         if note is not None:
             self.log.say(note)
+        options = dataclasses.asdict(config)
+        self.trackers.start(self.layout, options, to_yaml(config), self.resume is not None, self.log.say)
 
     def _run_phase(self, phase: Phase, resume: Resume | None) -> None:
         """Train one phase from its start or from a checkpoint."""
@@ -164,7 +170,8 @@ class Trainer:
         groups = parameter_groups(self.classifier, self.method, train, head_only=linear)
         optimizer = make_optimizer(groups, train, fused=self.device.type == "cuda")
         scheduler = make_schedule(optimizer, train, updates)
-        ds_config = deepspeed_config(train, config.deepspeed, self.world, self.device, self.run_dir)
+        engine = dataclasses.replace(config.deepspeed, tensorboard="tensorboard" in self.trackers.names)
+        ds_config = deepspeed_config(train, engine, self.world, self.device, self.run_dir)
         module = TrainingModule(self.classifier, self.method)
         self.engine = Engine(module, optimizer, scheduler, ds_config)
         self.classifier.to(self.device)
@@ -189,10 +196,11 @@ class Trainer:
         self.engine.close()
         if linear and self.layout.weights.exists():
             # Fine-tuning starts from the best linear head. Source: docs/sources.md#large-loss.
-            self.classifier, _ = self._load_best()
+            self.classifier, _ = self.load_best()
             self.score.next_phase(keep_best=train.best_of == "run")
 
-    def _load_best(self) -> tuple[Classifier, dict[str, str]]:
+    def load_best(self) -> tuple[Classifier, dict[str, str]]:
+        """As `load_best_classifier`, of this run (collective)."""
         return load_best_classifier(self.config, self.layout, self.data.manifest.num_classes, self.device)
 
     def _progress(self, phase: Phase, epoch: int, update: int) -> Progress:
@@ -340,14 +348,19 @@ class Trainer:
             values["gradient_norm"] = norm
         position = {"phase": phase.name, "epoch": progress.epoch, "update": progress.update + 1}
         self.log.record("update", position | values)
-        self.engine.write_events({f"train/{k}": v for k, v in values.items()}, self._seen(phase, progress.update + 1))
+        self._publish({f"train/{k}": v for k, v in values.items()}, self.samples_seen(phase, progress.update + 1))
+
+    def _publish(self, figures: dict[str, float], images: int) -> None:
+        """Figures for DeepSpeed's monitor and the trackers."""
+        self.engine.write_events(figures, images)
+        self.trackers.log(figures, images)
 
     def _updates_before(self, phase: Phase) -> int:
         """Updates of the phases before this one."""
         return sum(p.epochs for p in self.phases[: self.phases.index(phase)]) * self.loader.updates_per_epoch
 
-    def _seen(self, phase: Phase, update: int) -> int:
-        """Samples seen after `update` updates of a phase; the x axis of the monitor."""
+    def samples_seen(self, phase: Phase, update: int) -> int:
+        """Samples seen after `update` updates of a phase; the x axis of the monitor and the trackers."""
         return (self._updates_before(phase) + update) * self.config.train.batch_size
 
     def _validate(self) -> float | None:
@@ -371,7 +384,7 @@ class Trainer:
         figures = self.figures | ({"val_map": score} if score is not None else {})
         self.log.record("epoch", {"phase": phase.name, "epoch": epoch} | figures)
         events = {f"epoch/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
-        self.engine.write_events(events, self._seen(phase, epoch * self.loader.updates_per_epoch))
+        self._publish(events, self.samples_seen(phase, epoch * self.loader.updates_per_epoch))
         name = console.epoch_name(phase, epoch)
         self.log.say(console.epoch_line(name, figures, score, self.method.corrects_labels))
         self._save(phase, epoch, 0, best)
@@ -402,44 +415,3 @@ class Trainer:
             return
         self.checkpoints.save(position, self.engine, state, rank_state, weights)
         self.saves.saved(place, epoch_ends=not update)
-
-    def _final(self) -> dict[str, Any]:
-        """Test metrics of the best weights at every alpha asked for."""
-        config = self.config
-        self.classifier, metadata = self._load_best()
-        self.classifier.to(self.device).to(memory_format=torch.channels_last)
-        results: dict[str, Any] = {
-            "run": str(self.run_dir),
-            "method": config.method.name,
-            "best_phase": metadata.get("phase", self.phases[-1].name),
-            "best_epoch": int(metadata["epoch"]),
-            "best_val_map": float(metadata["val_map"]) if self.data.val is not None else None,
-            "images_per_second": self.trained_samples / max(self.trained_seconds, 1e-9),
-            "data_wait": self.waited_seconds / max(self.trained_seconds, 1e-9),
-            "train_seconds": self.trained_seconds,
-            "memory_gib": memory_gib(self.device),
-            "ranks": self.world,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-        }
-        if self.started_from is not None:
-            results["started_from"] = self.started_from
-        classes = self.data.manifest.classes
-        decisions = decide(self.classifier, self.val_loader, self.data.val, self.layout, config, classes, self.log.say)
-        if self.data.test is not None:
-            results |= self._test(decisions)
-        if distributed.is_main():
-            write_results(self.layout, results)
-            maps = {alpha: metrics["map"] for alpha, metrics in results.get("alpha", {}).items()}
-            self.log.record("final", {k: v for k, v in results.items() if k != "alpha"} | {"test_map": maps})
-        return results
-
-    def _test(self, decisions: Decisions | None) -> dict[str, Any]:
-        """The test split's name, and its metrics by alpha."""
-        config, split = self.config, self.data.test
-        assert split is not None
-        alphas = config.eval.alphas or sorted({1.0, config.model.alpha_eval})
-        loader = make_eval_loader(config, split, self.classifier, self.device)
-        groups = class_groups(self.data.manifest, config)
-        classes = self.data.manifest.classes
-        metrics = evaluate_split(self.classifier, loader, split, alphas, config, classes, groups, decisions)
-        return {"split": split.name, "alpha": {f"{alpha:g}": metrics[alpha] for alpha in alphas}}

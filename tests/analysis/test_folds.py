@@ -98,6 +98,10 @@ def test_data_of_folds(run: Path, small_digits: Path, tmp_path: Path) -> None:
     assert set(data.splits) == {"train", HELD, "val"} and len(data.split("val")) == 60
     assert folds.layout.folder == run / "folds-3" and not folds.finished(1)
     config = folds.config_of(1)
+    # Folds are nobody's to look at: their runs go to no tracker but TensorBoard.
+    words = ["--run.trackers", "[tensorboard, wandb]", "--run.tracker_options", "{wandb: {}}"]
+    watched = dataclasses.replace(folds, config=config_of(small_digits, *words)).config_of(1).run
+    assert watched.trackers == ["tensorboard"] and watched.tracker_options == {}
     assert config.data.dir == str(data.folder) and config.data.test_split is None and config.model == folds.config.model
     packed = pack(PackOptions(manifest=small_digits, out=tmp_path / "packed", shard_size=200_000, workers=1))
     check_fold(make_folds(run, config_of(packed.folder), packed, 2, tmp_path / "folds"), 0)

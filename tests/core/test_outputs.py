@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_csv, write_json, write_text
-from spml_fast.core.outputs import Kind, OutputFile, writer_name
+from spml_fast.core.outputs import Kind, OutputFile, markdown_mark, writer_name
 
 MARK = writer_name("evaluate")
 
@@ -31,6 +31,8 @@ def write_own(path: Path, kind: Kind, mark: str) -> None:
         write_json(path, {"written_by": mark, "map": 1.0})
     elif kind == "html":
         write_text(path, f'<!DOCTYPE html>\n<head>\n<meta name="generator" content="{mark}">\n</head>')
+    elif kind == "markdown":
+        write_text(path, f"---\ntags: []\n---\n\n{markdown_mark(mark)}\n\n# A model\n")
     elif kind == "png":
         pyplot.figure().savefig(path, format="png", metadata={"Software": mark})
         pyplot.close()
@@ -49,6 +51,8 @@ def write_other(path: Path, kind: Kind) -> None:
         path.write_text('{"map": 1.0, "written_by": "spml_fast evaluate"}')
     elif kind == "html":
         path.write_text("<!DOCTYPE html>\n<p>spml_fast evaluate")
+    elif kind == "markdown":
+        path.write_text("# A model\n\nwritten by spml_fast evaluate\n")
     elif kind == "png":
         pyplot.figure().savefig(path, format="png")
         pyplot.close()
@@ -66,6 +70,7 @@ KINDS: list[tuple[Kind, str]] = [
     ("html", MARK),
     ("onnx", MARK),
     ("safetensors", MARK),
+    ("markdown", MARK),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import os
 import sys
 
@@ -15,6 +16,7 @@ from spml_fast.core.text import (
     formula_safe,
     formula_safe_path,
     has_surrogates,
+    markdown_safe,
     parse_json,
     printable,
     shortened,
@@ -37,6 +39,15 @@ def test_messages_hold_no_control_characters(capsys):
     message = capsys.readouterr().err
     assert len(message) < 5000 and message.endswith("; do this\n")
     assert shortened("short") == "short"
+
+
+def test_names_in_markdown_are_text():
+    """Character references stand for the same characters, and readers of Markdown never take them for markup."""
+    assert markdown_safe("plain name_1, 2.5 (a/b) 漢字") == "plain name_1, 2.5 (a/b) 漢字"
+    for mark in '\\`*_{}[]<>#!|~$:@.&"^=':
+        assert markdown_safe(f"{mark}a {mark} b{mark}") == f"&#{ord(mark)};a &#{ord(mark)}; b&#{ord(mark)};"
+    assert markdown_safe(HOSTILE) == "a&#92;x1b&#91;2J&#92;x07&#92;x9b31m&#92;u202eb&#92;r"
+    assert html.unescape(markdown_safe("<a href='x'>&amp; www.x.y")) == "<a href='x'>&amp; www.x.y"
 
 
 def test_names_in_tables_are_no_markup(capsys):

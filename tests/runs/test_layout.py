@@ -62,6 +62,7 @@ def test_what_no_run_wrote(tmp_path):
     # What starts that failed, launchers and file systems leave.
     layout.checkpoints.folder.mkdir()
     (layout.folder / "tensorboard").mkdir()
+    layout.trackers.mkdir()
     for name in ("options.json", "metrics.jsonl", "config.yaml.partial", ".nfs0001", "slurm-17.out", "train.log"):
         (layout.folder / name).touch()
     assert layout.foreign == []

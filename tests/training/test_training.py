@@ -16,6 +16,7 @@ import timm
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spml_fast.analysis.report.page import make_page
 from tests.support import warm
@@ -84,7 +85,10 @@ class TestQuickStart:
         run, _ = finished
         for name in ("config.yaml", "deepspeed.json", "metrics.jsonl", "model.safetensors", "results.json"):
             assert (run / name).is_file(), name
-        assert list((run / "tensorboard").rglob("events.out.tfevents*")), "no TensorBoard events"
+        events = EventAccumulator(str(run / "tensorboard")).Reload().Tags()
+        assert {"train/loss", "epoch/val_map", "test/alpha_5/map"} <= set(events["scalars"])
+        assert {"config/text_summary", "test/classes/text_summary"} <= set(events["tensors"])
+        assert len(events["images"]) == 8
         assert json.loads((run / "deepspeed.json").read_text())["gradient_clipping"] == 0.0
 
     def test_diagnose_looks_at_its_maps(self, finished: tuple[Path, str], run_script: Run, tmp_path: Path) -> None:
