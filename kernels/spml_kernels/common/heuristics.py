@@ -434,7 +434,8 @@ def mask_launch(row: int, step: int) -> MaskLaunch:
     16 elements a thread in 64 registers: 8 programs a multiprocessor, 4 kB of a bf16 image each. Where planes are
     apart, three loads follow one decision, so that half of the columns do.
     """
-    return MaskLaunch(8, min(256 if step > 1 else 128, max(64, next_power_of_two(row))), 4)
+    columns = min(256 if step > 1 else 128, max(64, next_power_of_two(row)))
+    return MaskLaunch(8, columns, min(4, 8 * columns // 256))
 
 
 class NormaliseLaunch(NamedTuple):
