@@ -344,7 +344,7 @@ class TestPhases:
         words += ["--train.batch_size", 64, "--method", "an"]
         out = succeed(run_script("train.py", *words))
         assert "recipe: finetune, since --config names none" in out
-        assert "warning: method an with model.alpha_train 5" in out
+        assert "train.linear auto: the head of the linear phase is solved for" in out
         train = yaml.safe_load((run / "config.yaml").read_text())["train"]
         assert (train["linear"], train["linear_epochs"]) == ("solve", 1)
         assert (train["epochs"], train["best_of"]) == (1, "run")
