@@ -31,6 +31,8 @@ from spml_fast.core.text import formula_safe_path, printable
 from spml_fast.data.labels import UNKNOWN
 from spml_fast.data.manifest import Manifest, Split
 
+# In this order.
+SCRIPTS = ("state.js", "cards.js", "filters.js", "view.js")
 # Pixels of a thumbnail's longer side: in the page itself, and in a folder, whose files are read when they are seen.
 SIDE, FOLDER_SIDE = 192, 384
 # Suggestions a list of one file: of photographs 180 MB by estimate; browsers hold half a GB as one text.
@@ -154,7 +156,7 @@ def render(data: Json, image_source: str) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("spml_fast.analysis.review", ""), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    style, script = _part("review.css"), _part("state.js") + _part("view.js")
+    style, script = _part("review.css"), "".join(map(_part, SCRIPTS))
     run, split, manifest = (printable(data[name]) for name in ("run", "split", "manifest"))
     return environment.get_template("review.html").render(
         title=f"Review: {printable(Path(data['run']).name or data['run'])}",

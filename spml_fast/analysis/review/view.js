@@ -30,6 +30,11 @@
   let lastTop = 0;
   let settled = 0;
 
+  const act = { decide, select: (place) => select(place, false), open: openDetails };
+  const cards = makeCards(data, state, act);
+  const { shown, shortened, number, className, sure, element, drawMap, mark, heading, DONE } = cards;
+  const filters = makeFilters(data, state, cards);
+
   function storage() {
     try {
       return window.localStorage;
@@ -38,162 +43,15 @@
     }
   }
 
-  // Characters that would turn the text about or that nobody sees are spelled out.
-  const shown = (text) =>
-    text.replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g,
-      (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
-  const shortened = (text, most) =>
-    text.length <= most ? text : text.slice(0, Math.ceil(most / 2) - 1) + "…" + text.slice(text.length - Math.floor(most / 2));
-  const number = (value) => value.toLocaleString("en");
-  const className = (row) => shown(data.classes[data.rows.class[row]]);
-  const image = (row) => data.images[data.rows.image[row]];
-  const known = (row) => data.rows.known[row];
-  const probabilities = Float64Array.from(data.rows.probability, Number);
-  const probability = (row) => probabilities[row];
-  const sure = (row) => Review.sureness(known(row), probability(row));
-  const adds = (row) => Review.suggestionOf(known(row)) === "positive";
-  const truth = (row) => (data.truth === null ? "?" : data.truth[row]);
-
-  function element(tag, attributes = {}, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name === "class") made.className = value;
-      else made.setAttribute(name, value);
-    }
-    made.append(...children);
-    return made;
-  }
-
-  // The map's cells as colours; the browser stretches them over the picture.
-  const COLOURS = [[199, 13, 33], [13, 71, 191]];
-  function drawMap(canvas, row) {
-    const text = data.rows.map[row];
-    const choice = $("map").value;
-    canvas.hidden = text === "" || choice === "off";
-    if (canvas.hidden) return;
-    const [height, width] = data.grid;
-    canvas.width = width;
-    canvas.height = height;
-    const context = canvas.getContext("2d");
-    const pixels = context.createImageData(width, height);
-    const raw = atob(text);
-    for (let k = 0; k < width * height; k += 1) {
-      const cell = (raw.charCodeAt(k) << 24) >> 24;
-      const value = choice === "for" ? Math.max(0, cell) : cell;
-      // Lifted, so that weak evidence is visible too.
-      const alpha = 0.72 * Math.abs(value / 127) ** 0.7;
-      pixels.data.set([...COLOURS[value < 0 ? 1 : 0], Math.round(255 * alpha)], 4 * k);
-    }
-    context.putImageData(pixels, 0, 0);
-  }
-
-  const KEYS = { accept: "A", reject: "R", skip: "S" };
-  const WORDS = { accept: "Accept", reject: "Reject", skip: "Skip" };
-  const DONE = { accept: "accepted", reject: "rejected", skip: "skipped" };
-
-  function decisionButtons(row) {
-    return Object.keys(WORDS).map((what) => {
-      const button = element("button", { type: "button", class: what, "data-what": what }, WORDS[what], element("kbd", {}, KEYS[what]));
-      button.addEventListener("click", (event) => {
-        event.stopPropagation();
-        // The button of a decision takes it back.
-        decide(row, state.get(row) === what ? "" : what);
-      });
-      return button;
-    });
-  }
-
-  function picture(row) {
-    const made = element("img", { alt: "", decoding: "async", draggable: "false" });
-    const found = image(row);
-    if (found.src) made.src = found.src;
-    if (found.width < 160) made.className = "small";
-    return made;
-  }
-
-  // The image, and again with the map over it.
-  function addPictures(views, row) {
-    const [plain, mapped] = views.children;
-    plain.append(picture(row));
-    if (!mapped) return;
-    const canvas = element("canvas", { "aria-hidden": "true" });
-    drawMap(canvas, row);
-    mapped.append(picture(row), canvas);
-  }
-
-  function card(place) {
-    const row = order[place];
-    const found = image(row);
-    const name = className(row);
-    const verb = adds(row) ? "add" : "remove";
-    const views = element("div", { class: "pair" }, element("figure"));
-    if (data.grid !== null) views.append(element("figure"));
-    if (!found.src) views.replaceChildren(element("p", { class: "muted" }, "the image cannot be read"));
-    else if (rushing) views.dataset.row = row;
-    else addPictures(views, row);
-    const ratio = found.width / found.height;
-    for (const figure of views.querySelectorAll("figure")) figure.style.aspectRatio = String(ratio);
-    for (const figure of views.querySelectorAll("figure")) figure.classList.toggle("tall", ratio < 1);
-    const made = element(
-      "article",
-      { tabindex: place === current ? "0" : "-1", "aria-posinset": place + 1, "aria-setsize": order.length, "data-place": place },
-      views,
-      element("p", { class: "claim" }, element("span", { class: `verb ${verb}` }, verb), element("bdi", { title: shortened(name, 400) }, shortened(name, 80)),
-        element("span", { class: "probability", title: "probability of the class" }, probability(row).toFixed(3))),
-      element("p", { class: "path" }, element("bdi", { title: shortened(shown(found.path), 400) }, shortened(shown(found.path), 60)),
-        element("span", { class: "truth" })),
-      element("div", { class: "buttons" }, ...decisionButtons(row)),
-    );
-    made.addEventListener("click", () => {
-      select(place, false);
-    });
-    views.addEventListener("click", () => openDetails(place));
-    mark(made, row);
-    return made;
-  }
-
-  const TRUTH = { 1: "right", 0: "wrong", "?": "not known" };
-  function mark(made, row) {
-    const what = state.get(row);
-    made.dataset.decision = what;
-    for (const button of made.querySelectorAll("[data-what]")) {
-      button.setAttribute("aria-pressed", String(button.dataset.what === what));
-    }
-    const label = `${adds(row) ? "add" : "remove"} ${className(row)}, probability ${probability(row).toFixed(3)}, ${image(row).path}, ${DONE[what] || "undecided"}`;
-    made.setAttribute("aria-label", shown(label));
-    const place = made.querySelector(".truth");
-    if (place) place.textContent = data.truth !== null && $("reveal").checked ? `suggestion ${TRUTH[truth(row)]}` : "";
-  }
-
-  function heading(line) {
-    let done = 0;
-    for (let k = line.start; k < line.start + line.count; k += 1) done += state.get(order[k]) !== "";
-    const name = className(order[line.start]);
-    return element("h2", {}, element("bdi", { title: shortened(name, 400) }, shortened(name, 80)),
-      element("span", { class: "muted" }, `${number(line.count)} suggested, ${number(done)} decided`));
-  }
-
-  // Which rows the filters let pass; what they say is read once.
-  function passing() {
-    const bound = (id, fallback) => ($(id).value.trim() === "" || Number.isNaN(Number($(id).value)) ? fallback : Number($(id).value));
-    const [low, high] = [bound("low", 0), bound("high", 1)];
-    const [kind, wanted] = [$("kind").value, $("decision").value];
-    const only = $("class").value === "" ? -1 : Number($("class").value);
-    return (row) => {
-      const p = probability(row);
-      if (p < low || p > high || (only >= 0 && only !== data.rows.class[row])) return false;
-      if (kind !== "" && (kind === "missing") !== (known(row) === 0)) return false;
-      const what = state.get(row);
-      return wanted === "open" ? what === "" : wanted === "decided" ? what !== "" : wanted === "" || what === wanted;
-    };
-  }
+  const rowsOf = (line) => order.slice(line.start, line.start + line.count);
+  const showDetails = () => cards.fillDetails($("details"), order[current], current, order.length);
 
   function filter(keep) {
     const kept = order[current];
     const sign = $("order").value === "unsure" ? -1 : 1;
     const grouped = $("order").value === "class";
     order = [];
-    const passes = passing();
+    const passes = filters.passing();
     for (let row = 0; row < total; row += 1) if (passes(row)) order.push(row);
     order.sort((a, b) => (grouped ? data.rows.class[a] - data.rows.class[b] : 0) || sign * (sure(b) - sure(a)) || a - b);
     current = keep === true ? Math.max(0, order.indexOf(kept)) : 0;
@@ -202,7 +60,7 @@
     list.scrollTop = 0;
     if (current > 0) reveal(current);
     showCounts();
-    showPrecision();
+    filters.showPrecision(order);
   }
 
   function layout() {
@@ -283,9 +141,10 @@
       const line = lines[k];
       const made = element("div", { class: line.head ? "line head" : "line", role: "presentation" });
       made.style.transform = `translateY(${offsets[k]}px)`;
-      if (line.head) made.append(heading(line));
-      else for (let place = line.start; place < line.start + line.count; place += 1) made.append(card(place));
+      if (line.head) made.append(heading(rowsOf(line)));
+      else for (let place = line.start; place < line.start + line.count; place += 1) made.append(cards.card(order[place], place, order.length, !rushing));
       mounted.set(k, made);
+      if (!line.head && current >= line.start && current < line.start + line.count) made.children[current - line.start].tabIndex = 0;
       // Readers of screens go through the cards in the document's order.
       let after = null;
       for (const other of space.children) {
@@ -312,7 +171,7 @@
 
   function fillPictures() {
     for (const views of space.querySelectorAll(".pair[data-row]")) {
-      addPictures(views, Number(views.dataset.row));
+      cards.addPictures(views, Number(views.dataset.row));
       delete views.dataset.row;
     }
   }
@@ -355,11 +214,11 @@
     if (made) mark(made, row);
     for (const [k, shownLine] of mounted) {
       const line = lines[k];
-      if (line.head && place >= line.start && place < line.start + line.count) shownLine.replaceChildren(heading(line));
+      if (line.head && place >= line.start && place < line.start + line.count) shownLine.replaceChildren(heading(rowsOf(line)));
     }
     if ($("details").open) mark($("details"), order[current]);
     showCounts();
-    showAgreement();
+    filters.showAgreement();
   }
 
   function undo() {
@@ -387,70 +246,11 @@
     $("again").textContent = `Apply to ${number(sinceFilter)} decided since`;
   }
 
-  // Against the labels that training did not see: the list, when it changes, and the decisions, at every one.
-  let precision = "";
-  function showPrecision() {
-    if (data.truth === null) return;
-    const ranked = [...order].sort((a, b) => sure(b) - sure(a) || a - b);
-    const depths = new Set([10, 100, 1000, 10000, 100000, ranked.length]);
-    const rows = [];
-    let [right, judged] = [0, 0];
-    precision = "";
-    ranked.forEach((row, place) => {
-      right += truth(row) === "1";
-      judged += truth(row) !== "?";
-      if (!depths.has(place + 1)) return;
-      precision = judged ? `${((100 * right) / judged).toFixed(1)}%` : "no truth";
-      const values = [number(place + 1), `${number(right)} of ${number(judged)}`, precision];
-      rows.push(element("tr", {}, ...values.map((value, k) => element(k ? "td" : "th", k ? {} : { scope: "row" }, value))));
-    });
-    $("precision").replaceChildren(...rows);
-    showAgreement();
-  }
-
-  function showAgreement() {
-    if (data.truth === null) return;
-    let [agreed, decided] = [0, 0];
-    for (const [row, [what]] of state.entries) {
-      if (what === "skip" || truth(row) === "?") continue;
-      decided += 1;
-      agreed += (what === "accept") === (truth(row) === "1");
-    }
-    const yours = decided ? `, you ${number(agreed)} of ${number(decided)}` : "";
-    $("truth-line").textContent = precision && `model ${precision}${yours}`;
-  }
-
   function openDetails(place) {
     if (!order.length) return;
     select(place, false);
     showDialog("details");
     showDetails();
-  }
-
-  function showDetails() {
-    const dialog = $("details");
-    const row = order[current];
-    const found = image(row);
-    for (const made of dialog.querySelectorAll("img")) {
-      if (found.src) made.src = found.src;
-      else made.removeAttribute("src");
-      made.parentElement.style.aspectRatio = String(found.width / found.height);
-      made.classList.toggle("small", found.width < 160);
-    }
-    drawMap(dialog.querySelector("canvas"), row);
-    const facts = [
-      ["suggestion", `${adds(row) ? "add" : "remove"} ${className(row)}`],
-      ["probability", probability(row).toFixed(4)],
-      ["label now", Review.KNOWN[known(row)]],
-      ["image", shown(found.path)],
-      ["run", shown(data.runs[data.rows.run[row]])],
-      ["number", `${number(current + 1)} of ${number(order.length)}`],
-    ];
-    if (data.truth !== null && $("reveal").checked) facts.push(["hidden label", `suggestion ${TRUTH[truth(row)]}`]);
-    dialog.querySelector("dl").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, element("bdi", {}, value))]));
-    dialog.querySelector(".buttons").replaceChildren(...decisionButtons(row));
-    mark(dialog, row);
-    dialog.setAttribute("aria-label", `suggestion ${current + 1} of ${order.length}`);
   }
 
   // A link with the table in it, which browsers save.
@@ -549,16 +349,6 @@
     $(id).focus();
   }
 
-  function fillClasses() {
-    const counts = new Map();
-    for (const id of data.rows.class) counts.set(id, (counts.get(id) || 0) + 1);
-    const options = [...counts].sort((a, b) => a[0] - b[0]).map(([id, count]) => {
-      const name = shown(data.classes[id]);
-      return element("option", { value: id }, `${shortened(name, 60)} (${number(count)})`);
-    });
-    $("class").replaceChildren(element("option", { value: "" }, `all (${number(counts.size)})`), ...options);
-  }
-
   function listen() {
     for (const id of ["class", "kind", "decision", "order", "low", "high"]) $(id).addEventListener("change", filter);
     $("again").addEventListener("click", () => filter(true));
@@ -618,7 +408,7 @@
   }
 
   async function start() {
-    fillClasses();
+    filters.fillClasses();
     // Not every head has maps.
     $("map-choice").hidden = data.grid === null;
     $("details").querySelector("canvas").parentElement.hidden = data.grid === null;
