@@ -145,7 +145,7 @@ const makeCards = (data, state, act) => {
     for (const made of dialog.querySelectorAll("img")) {
       if (found.src) made.src = found.src;
       else made.removeAttribute("src");
-      made.parentElement.style.aspectRatio = String(found.width / found.height);
+      made.parentElement.style.setProperty("--ratio", found.width / found.height);
       made.classList.toggle("small", found.width < 160);
     }
     drawMap(dialog.querySelector("canvas"), row);
