@@ -5,6 +5,7 @@ Skipped where no Chromium is installed, or not the extra `browser` that drives i
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -292,12 +293,29 @@ def test_narrow_and_by_touch(browser: Any, made: MadePage) -> None:
     context.close()
 
 
+@contextlib.contextmanager
+def serving(page: Path) -> Iterator[subprocess.Popen[str]]:
+    """`spml-fast review`, which takes a Ctrl-C even where what started the tests ignores it; gone in the end."""
+    words = [sys.executable, "-m", "spml_fast", "review", str(page)]
+    server = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    with server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
 def test_served_with_autosave(tab: Page, tmp_path: Path) -> None:
     """Every decision reaches the file; a server that is started again goes on; one that is gone is told of."""
     made = make_review_page(tmp_path / "folder", rows=30)
-    words = [sys.executable, "-m", "spml_fast", "review", str(made.path)]
     for before in (0, 3):
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment()) as server:
+        with serving(made.path) as server:
             assert server.stdout is not None
             tab.goto(server.stdout.readline().strip())
             tab.wait_for_selector("article")
