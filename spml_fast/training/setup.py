@@ -213,9 +213,6 @@ def _prepare_run_dir(path: Path) -> None:
                 "folder"
             )
         layout.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
         lock.acquire(layout.lock, f"run directory {path}")
     except OSError as error:
         raise UserError(f"run directory {path} cannot be written: {error.strerror}") from error
