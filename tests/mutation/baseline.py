@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,26 +79,34 @@ class Coverage:
         lines = range(mutant.span[0], mutant.span[1] + 1)
         reached = set[str]().union(*(self.reached[mutant.file][n] for n in lines))
         users = self.users[mutant.file]
-        if not reached and self.runs_at_import(mutant):
-            # A package whose own lines run at import alone matters to whoever imports it.
-            reached = users = users or set(self.seconds)
+        if self.runs_at_import(mutant):
+            # They matter to whoever imports the file, not to those tests alone in which somebody was the first to do
+            # so; a package whose own lines all run at import has no other users than everybody.
+            everybody = self._ordered(users or set(self.seconds), mutant, reached)
+            return {t: self.seconds[t] for t in everybody}
         # What a fixture of a file makes is made in the first test that asks for it, and used by those after it.
         files = {t.partition("::")[0] for t in reached}
         later = {t for t in users if t.partition("::")[0] in files} - reached
         return {t: self.seconds[t] for group in (reached, later) for t in self._ordered(group, mutant)}
 
-    def _ordered(self, tests: set[str], mutant: Mutant) -> list[str]:
+    def _ordered(self, tests: set[str], mutant: Mutant, reached: Collection[str] = ()) -> list[str]:
         """Tests of the target's folder first, quick ones before slow ones, those with its name first.
 
         A gradient that is cut off is looked for in tests that have the word in their names.
+
+        Args:
+            tests: to be ordered.
+            mutant: which they are for.
+            reached: those of them that come before the others of the same folder and speed.
         """
         path, target = Path(mutant.file), mutant.file
         name = path.parent.name if path.stem in ("reference", "__init__") else path.stem
         wing = "kernels" if target.startswith("kernels/") else path.parts[:2][-1]
 
-        def place(test: str) -> tuple[bool, bool, bool, bool, float, str]:
+        def place(test: str) -> tuple[bool, bool, bool, bool, bool, float, str]:
             seconds, elsewhere = self.seconds[test], mutant.probe and "gradient" not in test
-            return Path(test).parts[1] != wing, seconds > 1, elsewhere, name not in test, seconds, test
+            far = Path(test).parts[1] != wing
+            return far, seconds > 1, test not in reached, elsewhere, name not in test, seconds, test
 
         return sorted(tests, key=place)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.mutation.child import Probe, detached
+from tests.mutation.baseline import Baseline, Coverage
+from tests.mutation.child import AT_IMPORT, Probe, detached
 from tests.mutation.host import swap
 from tests.mutation.operators import find_mutants, mutated, probed
 from tests.mutation.results import Results, read_equivalents
@@ -224,6 +225,17 @@ def test_a_budget_takes_the_first_tests():
     tests = {"near": 1.0, "next": 2.0, "far": 4.0}
     assert list(within(tests, 3.0)) == ["near", "next"] and within(tests, float("inf")) == tests
     assert list(within(tests, 0.5)) == ["near"] and within({}, 1.0) == {}
+
+
+def test_lines_that_run_at_import_matter_to_all_users_of_a_file():
+    """Also where a test was the first to import the file: it is not the only one that may notice them."""
+    file, near, slow = "package/toy/numbers.py", "tests/toy/test_a.py::near", "tests/toy/test_a.py::slow"
+    lazy = "tests/other/test_b.py::lazy"
+    limit, body = (m for m in find_mutants("LIMIT = 3\n\n\ndef f(a):\n    return a + LIMIT\n", file) if not m.probe)
+    usual = Baseline({near: 0.5, slow: 2.0}, {AT_IMPORT: {file: [1, 4]}, near: {file: [5]}, slow: {file: [5]}})
+    coverage = Coverage([usual, Baseline({lazy: 0.1}, {lazy: {file: [1, 4]}})])
+    assert (limit.line, body.line) == (1, 5)
+    assert list(coverage.tests(limit)) == [near, slow, lazy] and list(coverage.tests(body)) == [near, slow]
 
 
 def test_a_changed_function_loses_its_results(tmp_path):
