@@ -82,8 +82,6 @@ class Classifier(nn.Module):
 
     def __init__(self, config: ModelConfig, num_classes: int, image_size: int) -> None:
         super().__init__()
-        check_alpha(config.alpha_train, "model.alpha_train")
-        check_alpha(config.alpha_eval, "model.alpha_eval")
         self.freeze_bn = config.freeze_bn
         self.backbone_frozen = False
         # timm's models have more than nn.Module promises.
