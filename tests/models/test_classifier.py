@@ -10,6 +10,8 @@ from torch.nn.functional import linear
 from spml_fast.core.errors import UserError
 from spml_fast.models import classifier
 from spml_fast.models.heads import MaskOptions
+from spml_fast.models.heads.base import HeadOptions
+from spml_fast.models.heads.cam import CamHead
 from tests.support.classifiers import CNN, CONVNEXT, SWIN, VIT, images, make
 
 SHAPES = {
@@ -23,6 +25,8 @@ SHAPES = {
     "test_vit_relpos": (8, 96),
 }
 EXACT = (CNN, VIT, SWIN, CONVNEXT)
+# Their position codes, windows or biases belong to one size of images.
+ONE_SIZE = (VIT, SWIN, "test_vit4", "test_vit_relpos")
 
 
 @pytest.mark.parametrize("backbone", SHAPES)
@@ -31,6 +35,7 @@ def test_cells_lie_where_the_image_says(backbone):
     side, channels = SHAPES[backbone]
     model = make(backbone, 128).eval()
     assert model.feature_size == (side, side) and model.channels == channels
+    assert model.accepts_any_size is (backbone not in ONE_SIZE)
     base = images(1, 128)
     features = model.features(base)
     assert features.shape == (1, side, side, channels)
@@ -52,19 +57,61 @@ def test_a_single_token_is_a_grid_of_one():
     assert model.feature_size == (1, 1) and model.features(images(3, 16)).shape == (3, 1, 1, 64)
 
 
-class Tokens(torch.nn.Module):
-    """A backbone of seven tokens, and of one that stands for the whole image."""
+class Shaped(torch.nn.Module):
+    """A backbone whose features have a given shape behind the batch."""
 
-    num_features, num_prefix_tokens = 8, 1
+    def __init__(self, *shape: int, channels: int = 8, **attributes: object) -> None:
+        super().__init__()
+        self.shape, self.num_features = shape, channels
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        return images.new_zeros(len(images), 8, 8)
+        return images.new_zeros(len(images), *self.shape)
 
 
-def test_tokens_that_are_no_square(monkeypatch):
-    monkeypatch.setattr(classifier, "create_backbone", lambda config, image_size: Tokens())
+class Pyramid(Shaped):
+    """A backbone of several feature maps."""
+
+    def forward_features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [super().forward_features(images)]
+
+
+@pytest.fixture
+def made_of(monkeypatch):
+    """A classifier of such a backbone."""
+
+    def build(backbone: torch.nn.Module, name: str = CNN):
+        monkeypatch.setattr(classifier, "create_backbone", lambda config, image_size: backbone)
+        return make(name)
+
+    return build
+
+
+def test_tokens_that_are_no_square(made_of):
     with pytest.raises(UserError, match="backbone test_vit gives 8 tokens, which are no square grid"):
-        make(VIT)
+        made_of(Shaped(8, 8, num_prefix_tokens=1), VIT)
+
+
+def test_all_tokens_are_cells_where_nothing_is_said_of_others(made_of):
+    model = made_of(Shaped(4, 8))
+    assert model.feature_size == (2, 2) and model.features(images()).shape == (2, 2, 2, 8)
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 3), (2, 3, 8)])
+def test_a_grid_that_is_higher_than_wide_or_the_other_way_round(made_of, shape):
+    model = made_of(Shaped(*shape))
+    assert model.feature_size == (2, 3) and model.features(images()).shape == (2, 2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [Pyramid(8, 2, 2), Shaped(8), Shaped(8, 2, 2, 2), Shaped(4, 2, 2), Shaped(4, 4, channels=1)],
+    ids=["several", "pooled", "volume", "other_channels", "as_many_channels_as_images"],
+)
+def test_a_backbone_without_a_feature_map(made_of, backbone):
+    with pytest.raises(UserError, match="backbone test_resnet gives no feature map; choose another timm model"):
+        made_of(backbone)
 
 
 def test_features_carry_a_gradient_only_where_one_is_wanted():
@@ -97,6 +144,7 @@ def test_one_pass_gives_the_logits_of_every_alpha():
         torch.testing.assert_close(every.at_alpha(alpha), model(images(), alpha=alpha).logits)
     plain = model(images())
     assert plain.mean_relu is None and torch.equal(plain.logits, plain.mean)
+    assert torch.equal(model.classify(model.features(images())).logits, plain.mean), "of itself alpha is 1"
     with pytest.raises(ValueError, match="boost=True"):
         plain.at_alpha(5.0)
     pooled = linear(model.features(images()).mean((1, 2)), model.head.weight, model.head.bias)
@@ -146,8 +194,12 @@ def test_head_starts_as_the_released_convolution_does():
     head = make(classes=200).head
     bound = 96**-0.5
     for parameter in (head.weight, head.bias):
-        assert parameter.abs().max() <= bound and parameter.abs().max() > 0.9 * bound
+        assert 0.9 * bound < parameter.max() <= bound and 0.9 * bound < -parameter.min() <= bound
     assert head.weight.shape == (200, 96) and head.bias.shape == (200,)
+
+
+def test_a_head_made_by_hand_needs_neither_grid_nor_options():
+    assert CamHead(96, 5).options == HeadOptions() == make().head.options
 
 
 def test_normalisation_is_the_backbones():

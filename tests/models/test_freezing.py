@@ -29,6 +29,15 @@ def test_freeze_bn(frozen):
     assert all(m.training is not frozen for m in norms)
 
 
+def test_what_is_frozen_stands_still_from_the_start():
+    """Before anybody has asked for a mode: in a new classifier, which trains as all new modules do."""
+    model = make(freeze_bn=True, freeze=["layer1.*"])
+    norms = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert model.training and model.backbone.training and norms and not any(m.training for m in norms)
+    for name, parameter in model.backbone.named_parameters():
+        assert parameter.requires_grad is not name.startswith("layer1."), name
+
+
 def test_freeze_backbone():
     model = make().train()
     model.freeze_backbone(True)

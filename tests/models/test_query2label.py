@@ -20,7 +20,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.evaluation.evaluate import evaluate_split
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.heads import MaskOptions, make_head
-from spml_fast.models.heads.query2label import Query2LabelHead, Query2LabelOptions, sine_position
+from spml_fast.models.heads.query2label import Attention, Query2LabelHead, Query2LabelOptions, sine_position
 from tests.support.paths import ROOT
 from tests.support.runs import Run, read_metrics
 
@@ -184,6 +184,14 @@ class TestMaps:
         assert not torch.allclose(noisy, clean)
         torch.testing.assert_close(head.eval()(x, classes=classes)[2], clean)
 
+    def test_weights_of_a_layer_are_free_of_dropout_noise_unless_asked(self):
+        torch.manual_seed(0)
+        layer, rows = Attention(32, 4, 0.5), torch.tensor([[0, 2]])
+        query, tokens = torch.randn(1, 3, 32), torch.randn(1, 6, 32)
+        clean = layer.eval()(query, tokens, tokens, rows)[1]
+        assert torch.equal(layer.train()(query, tokens, tokens, rows)[1], clean)
+        assert not torch.equal(layer(query, tokens, tokens, rows, True)[1], clean)
+
     def test_asking_for_maps_changes_neither_logits_nor_gradients(self):
         head, x = make().eval(), features().requires_grad_()
         leaves = [x, *head.parameters()]
@@ -205,6 +213,18 @@ class TestHead:
         # 174.6 M with 20 classes and 174.9 M with 80, with the convolutions of ResNet-50 (its BatchNorm is buffers).
         count = sum(p.numel() for p in head.parameters()) + 23_454_912
         assert round(count / 1e6, 1) == 174.6 and round((count + 60 * 4097) / 1e6, 1) == 174.9
+
+    @pytest.mark.parametrize(
+        ("preset", "hidden", "ffn"), [("paper", 2048, 8192), ("small", 512, 2048), ("tiny", 128, 256)]
+    )
+    def test_sizes_of_the_presets(self, preset, hidden, ffn):
+        with torch.device("meta"):
+            head = Query2LabelHead(96, 20, (2, 2), Query2LabelOptions(preset=preset))
+        assert len(head.encoder) == 1 and len(head.decoder) == 2
+        for layer in (*head.encoder, *head.decoder):
+            assert layer.feed_forward.up.weight.shape == (ffn, hidden) and layer.attention.heads == 4
+            rates = (layer.dropout.p, layer.feed_forward.dropout.p, layer.attention.dropout)
+            assert rates == (0.1, 0.1, 0.1), "as published"
 
     def test_initial_values(self):
         torch.manual_seed(0)
