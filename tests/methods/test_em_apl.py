@@ -191,6 +191,12 @@ def test_soft_labels_of_many_classes() -> None:
     rows = soft.rows(torch.tensor([2, 1, 0]))
     assert rows[0, 39_999] == 0.5 and rows[0, 7] == 0.125 and rows[2, 5] == 0.25
     assert (~rows.isnan()).sum() == 3 and len(soft) == 3 and soft.max_row == 2
+    assert soft.classes.dtype == torch.int32 and SoftLabels(3, 32_767, soft.device).classes.dtype == torch.int16
+
+
+def test_where_no_soft_label_is_there_is_none() -> None:
+    soft = SoftLabels(3, 4, torch.device("cpu")).rows(torch.tensor([2, 0]))
+    assert soft.shape == (2, 4) and soft.isnan().all()
 
 
 def test_apl_counts_nothing_before_anything_is_frozen() -> None:

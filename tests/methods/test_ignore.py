@@ -310,10 +310,19 @@ class TestSwitches:
         assert all(set(values) <= names for values in PRESETS.values())
         method = method_for(CODES, preset="calr")
         assert (method.mask.norm, method.mask.threshold, method.form) == ("batch_minmax", 0.5, "epsilon")
+        assert (method.debias, method.masked_bn, method.count_batches(0.25)) == (False, "update", 1)
+        method = method_for(CODES)
+        assert (method.mask.norm, method.mask.threshold, method.form) == ("per_image", 0.8, "logits")
+        assert (method.debias, method.masked_bn, method.count_batches(0.25)) == (True, "no_update", 0.25)
         method = method_for(CODES, preset="released")
         assert (method.mask.norm, method.mask.threshold, method.debias) == ("batch_rawmax", 0.8, False)
         method = method_for(CODES, preset="released", cam_threshold=0.6, loss_form="logits")
         assert (method.mask.norm, method.mask.threshold, method.form) == ("batch_rawmax", 0.6, "logits")
+
+
+def test_masks_have_room_for_one_class_where_no_image_has_a_positive() -> None:
+    """A list of classes is padded to the most positives that an image has, and is never of no width at all."""
+    assert [method_for(codes).max_positives for codes in ([[-1, 0]], [[1, 0], [0, -1]], [[1, 1], [1, -1]])] == [1, 1, 2]
 
 
 def test_copies_keep_their_own_thresholds() -> None:

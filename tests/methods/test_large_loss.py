@@ -259,7 +259,12 @@ def test_statistics_of_an_update_that_selects_nothing(name):
     store = SparseLabels.from_dense(codes.numpy())
     batches = [Batch({}, codes[:4], torch.arange(4), 4), Batch({}, codes[4:], torch.arange(4, 7), 3)]
     forwards = [logits[:4].detach(), logits[4:].detach()]
-    for method, progress in ((make(name, store, delta_rel=0.0), at(3, 0)), (make(name, store), at(1, 0))):
+    inclusive = make(name, store, ties="inclusive")
+    for method, progress in (
+        (make(name, store, delta_rel=0.0), at(3, 0)),
+        (make(name, store), at(1, 0)),
+        (inclusive, at(1, 0)),
+    ):
         ahead = method.update_statistics(forwards, batches, progress)
         for batch, selection in zip(batches, ahead, strict=True):
             assert selection.selected.shape == selection.flips.shape == batch.labels.shape

@@ -105,6 +105,23 @@ def test_p_asl_prior_before_the_first_step_is_nothing(tmp_path: Any) -> None:
     assert [float(line) for line in (tmp_path / "prior.txt").read_text().splitlines()] == [0.0] * 5
 
 
+def test_p_asl_sums_its_predictions_only_where_somebody_wants_them(tmp_path: Any) -> None:
+    """A sum costs a collective a step; a prior from a file is the file's, and belongs into no checkpoint."""
+    codes, path = some_codes(6, 5), tmp_path / "prior.txt"
+    path.write_text("0.5\n" * 5)
+    for options, sums in (
+        ({}, False),
+        ({"prior": "running"}, True),
+        ({"prior_file": str(path)}, False),
+        ({"prior": "running", "prior_file": str(path)}, False),
+        ({"prior_file": str(path), "prior_out": str(tmp_path / "out.txt")}, True),
+    ):
+        method = make("p_asl", codes, **options)
+        run(method, some_logits(6, 5), batch_of(codes))
+        assert method.prior_count == (6 if sums else 0) and bool(method.prior_sum.any()) is sums, options
+        assert set(method.state_dict()) == {"prior_sum", "prior_count"}
+
+
 def test_p_asl_takes_no_file_for_its_own_that_holds_something_else(tmp_path: Any) -> None:
     """The file of priors is replaced after every epoch, so only what a run wrote may be in its place."""
     path = tmp_path / "prior.txt"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import numpy as np
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from benchmarks.kernel_losses import label_loss_works, method_cases
 from spml_fast.data.labels import LabelStore, SparseLabels
-from spml_fast.methods import base
+from spml_fast.methods import base, get_method
 from spml_fast.methods.base import MethodOptions, Progress, register
 from spml_fast.methods.pointwise import PointMethod, has_negatives, point_examples
+from tests.support.formulas import EPOCH_1, make
 
 
 def power_point(logits: Tensor, codes: Tensor, exponent: float) -> Tensor:
@@ -78,6 +79,71 @@ def test_every_method_with_a_kernel_has_cases_and_rows():
     kernels = {e.point.name for e in point_examples() if e.point.kernel is not None}
     assert len(kernels) >= 12 and {case.shape.split()[0] for case in method_cases(90)} == kernels
     assert {work.shape.split()[0] for work in label_loss_works(small=False)} == kernels
+
+
+def test_examples_are_of_eighty_classes_in_the_second_of_three_epochs(methods):
+    """Two images with a positive each, and one update an epoch: what options by default make of it is an example."""
+
+    @register("place")
+    class Place(PointMethod):
+        point: ClassVar[PointLoss] = PointLoss("place", power_point)
+
+        def params(self, progress: Progress) -> tuple[float, ...]:
+            counts = self.store.class_counts(1)
+            place = (progress.epoch, progress.epochs, progress.update, progress.updates_per_epoch)
+            return (self.store.num_classes, len(self.store), int(counts[0]), int(counts[1]), *place)
+
+    assert examples_of("place") == [("place", (80, 2, 1, 1, 2, 3, 1, 1))]
+
+
+COCO = {"w_start": 10.0, "w_end": 10.0, "b_start": -8.0, "b_end": -8.0, "mu_start": 0.8, "s_start": 0.5, "q3": 1.5}
+CSL = {"a_negative": 0.8, "a_unknown": 0.6}
+FOCAL = {"gamma_positive": 2.0, "gamma_negative": 2.0, "margin": 0.0}
+# What differs from the defaults: published sets, and between them every branch of the point functions.
+EXAMPLES: dict[str, list[dict[str, object]]] = {
+    "an": [],
+    "an_ls": [{}, {"log_form": "logits"}],
+    "asl": [
+        {},
+        {"gamma_positive": 1.0, "focal_weight": "attached"},
+        {**FOCAL, "log_form": "logits", "focal_weight": "attached"},
+        {"gamma_negative": 0.0, "margin": 0.0},
+    ],
+    "em": [{"alpha": 0.2}, {"alpha": 0.2, "log_form": "logits"}],
+    "epr": [{"expected_positives": 2.9}, {"expected_positives": 2.9, "log_form": "logits"}],
+    "gr": [COCO, {**COCO, "log_form": "logits"}],
+    "hill": [{}, {"margin": 0.0, "gamma": 0.0, "focal_weight": "detached"}],
+    "iu": [{}, {"log_form": "logits"}],
+    "p_asl": [CSL, {**CSL, "g_positive": 1.0, "g_negative": 3.0, "margin": 0.05}],
+    "partial": [],
+    "splc": [{}, {"change_epoch": 3}, {"margin": 0.0, "focal_weight": "detached"}],
+    "wan": [{"gamma": 1 / 80}, {"gamma": 1 / 80, "log_form": "logits"}],
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_which_parameters_kernels_are_tested_with(name):
+    method_class = get_method(name)
+    named = [{f.name: getattr(o, f.name) for f in fields(o)} for o in method_class.examples]
+    usual = {f.name: f.default for f in fields(method_class.Options)}
+    assert [{n: v for n, v in o.items() if v != usual[n]} for o in named] == EXAMPLES[name]
+    assert len(examples_of(name)) == max(len(named), 1)
+
+
+def test_all_examples_are_among_them():
+    assert {e.method for e in point_examples()} == set(EXAMPLES)
+
+
+def test_blocks_of_point_functions_are_powers_of_two():
+    sizes = {e.point.name: e.point.elements_per_thread for e in point_examples()}
+    assert {name: size for name, size in sizes.items() if size not in (1, 2, 4, 8, 16)} == {}
+    assert sizes["gr"] < sizes["an"], "a long function has to keep its values in registers"
+
+
+def test_of_one_class_a_negative_weighs_as_much_as_a_positive():
+    """1 / (C - 1) of the weak assume negative has no meaning there."""
+    assert make("wan", np.array([[1], [-1]], np.int8)).params(EPOCH_1) == (1, 1e-5)
+    assert make("wan", np.array([[1, -1, -1]], np.int8)).params(EPOCH_1) == (0.5, 1e-5)
 
 
 def test_names_of_examples_differ():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import LabelStore, SparseLabels
-from spml_fast.methods import Progress, get_method
+from spml_fast.methods import Progress, get_method, role
 from spml_fast.methods.role import AdamTable, initial_table
 from tests.support.formulas import (
     CODES,
@@ -97,6 +97,29 @@ def test_role_table_at_the_start() -> None:
     two = get_method("role")(method.options, method.store)
     assert torch.equal(one.table.value, two.table.value)
     assert not torch.equal(one.table.value, method.table.value)
+
+
+def test_rows_are_worked_off_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the part, a table starts with the same numbers, and restarts with the same ones."""
+    codes, tables = some_codes(50, 6), []
+    for rows in (2**16, 7, 1):
+        monkeypatch.setattr(role, "_CHUNK", rows)
+        table = make("role", codes).table
+        start = table.value.clone()
+        table.reserve(1)
+        table.write(torch.arange(50), table.read(torch.arange(50), 0), some_logits(50, 6).float(), 1, lr=0.5)
+        table.restart(3.0)
+        tables.append((start, table.value))
+    assert not torch.equal(*tables[0])
+    for start, restarted in tables[1:]:
+        assert torch.equal(start, tables[0][0]) and torch.equal(restarted, tables[0][1])
+
+
+def test_without_a_learning_rate_the_table_stays() -> None:
+    method = make("role", CODES)
+    before = method.table.value.clone()
+    run(method, some_logits(*CODES.shape), batch_of(CODES), Progress(1, 2, 0, 4))
+    assert method.table.first.abs().max() > 0 and torch.equal(method.table.value, before)
 
 
 def test_role_new_phase_keeps_estimates_and_forgets_momentum() -> None:

@@ -7,6 +7,12 @@ import torch
 
 from spml_fast.core.errors import UserError
 from spml_fast.methods.state import sample_rows
+from tests.support.methods import on_ranks
+
+
+@pytest.mark.parametrize(("samples", "rows"), [(0, [0, 0, 0, 0]), (2, [1, 1, 0, 0]), (9, [3, 2, 2, 2])])
+def test_every_sample_has_a_row_on_one_rank(samples: int, rows: list[int]) -> None:
+    assert on_ranks(4, lambda rank: sample_rows.owned_count(samples)) == rows
 
 
 @pytest.mark.parametrize("samples", [4, 6])
