@@ -119,6 +119,26 @@ def test_many_corrections_over_epochs_and_checkpoints(monkeypatch):
     assert store.commit() == 0
 
 
+@settings(deadline=None, max_examples=60)
+@given(codes_arrays, defaults, st.integers(1, 4))
+def test_the_most_entries_of_a_sample(codes, default, rows):
+    """Counted some rows at a time; what is not listed does not count."""
+    store = LabelStore(SparseLabels.from_dense(codes, default))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels_module, "_COUNT_ROWS", rows)
+        for code in {1, 0, -1} - {default}:
+            assert store.max_row_count(code) == (codes == code).sum(1).max()
+        assert store.max_row_count(default) == 0
+
+
+def test_a_store_without_samples():
+    store = LabelStore(SparseLabels.from_positives([], 3, UNKNOWN))
+    assert len(store) == 0 and store.max_row_count(1) == 0
+    assert store.rows(torch.empty(0, dtype=torch.int64)).shape == (0, 3)
+    # One offset; neither labels nor corrections.
+    assert store.nbytes == 8
+
+
 def test_labels_are_known_by_their_size_and_the_checksum_of_their_arrays():
     """CRC-32 of the bytes one after the other: checkpoints of other versions have the same."""
     labels = SparseLabels.from_positives([[0, 2], [], [1]], 3, UNKNOWN)
@@ -223,4 +243,5 @@ def test_labels_are_shared_with_the_file_on_a_cpu(tmp_path):
     frozen = known.codes.copy()
     frozen.flags.writeable = False
     again = LabelStore(SparseLabels(known.indptr, known.classes, frozen, 20, UNKNOWN))
+    assert again._codes.data_ptr() != frozen.ctypes.data, "tensors may be written to, so what may not is copied"
     assert torch.equal(again.rows(torch.arange(50), corrected=False), store.rows(torch.arange(50), corrected=False))

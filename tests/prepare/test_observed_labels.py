@@ -179,6 +179,11 @@ def test_a_fraction_is_a_probability(fraction):
         draw_fraction(toy(), fraction, 0)
 
 
+def test_of_itself_keeping_keeps_everything():
+    drawn = ObservationScheme("keep").draw(toy(), 3, "train")
+    assert drawn is not None and np.array_equal(drawn.rows(range(6)), toy().rows(range(6)))
+
+
 def test_fraction_lists_the_shorter_side():
     known = SparseLabels.from_positives([[0]] * 1000, 20, 0)
     assert len(draw_fraction(known, 0.9, 0).codes) < 0.25 * 20000
