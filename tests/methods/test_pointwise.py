@@ -82,7 +82,7 @@ def test_every_method_with_a_kernel_has_cases_and_rows():
 
 
 def test_examples_are_of_eighty_classes_in_the_second_of_three_epochs(methods):
-    """Two images with a positive each, and one update an epoch: what options by default make of it is an example."""
+    """Two images with a positive each, and one update an epoch; a head is solved for at the start of a linear phase."""
 
     @register("place")
     class Place(PointMethod):
@@ -91,9 +91,12 @@ def test_examples_are_of_eighty_classes_in_the_second_of_three_epochs(methods):
         def params(self, progress: Progress) -> tuple[float, ...]:
             counts = self.store.class_counts(1)
             place = (progress.epoch, progress.epochs, progress.update, progress.updates_per_epoch)
-            return (self.store.num_classes, len(self.store), int(counts[0]), int(counts[1]), *place)
+            labels = (self.store.num_classes, len(self.store), int(counts[0]), int(counts[1]))
+            return (*labels, *place, progress.phase == "linear")
 
-    assert examples_of("place") == [("place", (80, 2, 1, 1, 2, 3, 1, 1))]
+    assert examples_of("place") == [("place", (80, 2, 1, 1, 2, 3, 1, 1, False))]
+    method = Place(MethodOptions(name="place"), LabelStore(SparseLabels.from_positives([[0], [0, 1], []], 4, -1)))
+    assert method.linear_loss() == (Place.point, (4, 3, 2, 1, 1, 1, 0, 1, True))
 
 
 COCO = {"w_start": 10.0, "w_end": 10.0, "b_start": -8.0, "b_end": -8.0, "mu_start": 0.8, "s_start": 0.5, "q3": 1.5}

@@ -58,7 +58,7 @@ def test_a_single_token_is_a_grid_of_one():
 
 
 class Shaped(torch.nn.Module):
-    """A backbone whose features have a given shape behind the batch."""
+    """A backbone whose features, all the mean of the images, have a given shape behind the batch."""
 
     def __init__(self, *shape: int, channels: int = 8, **attributes: object) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Shaped(torch.nn.Module):
             setattr(self, name, value)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        return images.new_zeros(len(images), *self.shape)
+        return images.mean().expand(len(images), *self.shape)
 
 
 class Pyramid(Shaped):
@@ -102,6 +102,14 @@ def test_all_tokens_are_cells_where_nothing_is_said_of_others(made_of):
 def test_a_grid_that_is_higher_than_wide_or_the_other_way_round(made_of, shape):
     model = made_of(Shaped(*shape))
     assert model.feature_size == (2, 3) and model.features(images()).shape == (2, 2, 3, 8)
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 2), (2, 2, 8), (4, 8)])
+def test_features_of_every_layout_carry_a_gradient(made_of, shape):
+    leaf = images().requires_grad_()
+    (slope,) = torch.autograd.grad(made_of(Shaped(*shape)).features(leaf).sum(), leaf)
+    # Two images of 32 features each.
+    torch.testing.assert_close(slope, torch.full_like(leaf, 2 * 32 / leaf.numel()))
 
 
 @pytest.mark.parametrize(
