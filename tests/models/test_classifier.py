@@ -210,6 +210,31 @@ def test_a_head_made_by_hand_needs_neither_grid_nor_options():
     assert CamHead(96, 5).options == HeadOptions() == make().head.options
 
 
+@pytest.mark.parametrize(("head", "has_map"), [("cam", True), ("query2label", False)])
+def test_alpha_is_one_for_heads_without_a_map(head, has_map):
+    model = make(head=head, head_options={} if has_map else {"preset": "tiny"})
+    assert model.head.supports_boostlu is has_map and model.head.affine_in_mean is has_map
+    assert (model.alpha_train, model.alpha_eval) == ((5, 5) if has_map else (1, 1))
+
+
+@torch.no_grad()
+def test_a_head_takes_the_solution_of_its_affine_map():
+    """At alpha 1 its logits are W times the mean feature plus b, of whatever W and b it is given."""
+    model = make().eval()
+    weight, bias = torch.randn(5, 96), torch.randn(5)
+    model.head.set_affine(weight, bias)
+    pooled = model.features(images()).mean((1, 2))
+    torch.testing.assert_close(model(images()).logits, linear(pooled, weight, bias))
+
+
+def test_a_head_that_does_not_exist():
+    with pytest.raises(UserError) as error:
+        make(head="camm")
+    assert str(error.value) == (
+        "model.head: there is no head 'camm'; choose one of cam, query2label (did you mean cam?)"
+    )
+
+
 def test_normalisation_is_the_backbones():
     assert make("resnet18").input_normalisation() == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert make("test_vit").input_normalisation() == ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
