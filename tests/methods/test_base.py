@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from spml_fast.methods import Method, Progress, get_method, method_names
-from tests.support.formulas import N, P, make
+from tests.support.formulas import EPOCH_1, N, P, batch_of, make
 
 # What the trainer, losses alone and `train.linear solve` go by.
 FLAGS = (
@@ -118,6 +119,10 @@ def test_what_a_method_says_of_itself(name: str) -> None:
     assert {flag for flag in FLAGS if getattr(method, flag)} == SAYS[name]
     assert method.label_source == ("known" if name in ("full", "full_ls") else "observed")
     assert method.views == (("weak", "strong") if name == "ignore" else ("weak",))
+    # Nor does it need more for a loss than what it names, but for a second view.
+    if method.views == ("weak",):
+        batch = batch_of(KNOWN, truth=KNOWN if method.uses_truth else None)
+        assert method.loss(torch.zeros(2, 2), batch, EPOCH_1).loss.isfinite()
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
