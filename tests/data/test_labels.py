@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.labels import SparseLabels, class_dtype
+from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 
 codes_arrays = hnp.arrays(np.int8, st.tuples(st.integers(1, 10), st.integers(1, 8)), elements=st.integers(-1, 1))
 defaults = st.sampled_from([0, -1])
@@ -48,6 +48,11 @@ def test_counts(codes, default):
     for code in {1, 0, -1} - {default}:
         assert np.array_equal(labels.class_counts(code), (codes == code).sum(0))
         assert np.array_equal(labels.row_counts(code), (codes == code).sum(1))
+
+
+def test_codes_are_those_that_files_hold():
+    labels = SparseLabels.from_dense(np.array([[POSITIVE, NEGATIVE, UNKNOWN]], np.int8))
+    assert labels.rows([0]).tolist() == [[1, 0, -1]]
 
 
 def test_positives_count_once():
