@@ -143,6 +143,16 @@ def test_blocks_of_point_functions_are_powers_of_two():
     assert sizes["gr"] < sizes["an"], "a long function has to keep its values in registers"
 
 
+@pytest.mark.parametrize(
+    ("name", "guard"), [("an_ls", 1e-5), ("em", 1e-5), ("epr", 1e-5), ("gr", 1e-7), ("asl", 1e-8), ("p_asl", 1e-8)]
+)
+def test_logarithms_are_guarded_as_released_or_not_at_all(name, guard):
+    codes = np.array([[1, -1, 0]], np.int8)
+    assert make(name, codes).params(EPOCH_1).count(guard) == 1
+    exact = make(name, codes, log_form="logits")
+    assert exact.log_guard == 0 and guard not in exact.params(EPOCH_1)
+
+
 def test_of_one_class_a_negative_weighs_as_much_as_a_positive():
     """1 / (C - 1) of the weak assume negative has no meaning there."""
     assert make("wan", np.array([[1], [-1]], np.int8)).params(EPOCH_1) == (1, 1e-5)
