@@ -14,7 +14,7 @@ from spml_kernels.devtools.cases.label_loss import aot_cases as label_loss_cases
 from spml_kernels.ignore_loss.reference import ignore_loss_reference, ignore_statistics_reference
 from spml_kernels.label_loss.reference import label_loss_reference
 from spml_kernels.label_rows.reference import label_rows_reference
-from spml_kernels.large_loss.op import BINS
+from spml_kernels.large_loss.op import BINS, way_of
 from spml_kernels.large_loss.reference import large_loss_reference, list_selected_reference, select_large_reference
 from torch import Tensor
 
@@ -110,6 +110,8 @@ def large_loss_work(rows: int, classes: int, k: int, listed: bool = True) -> Ker
     passes = {}
     if not alone:
         passes["two passes more over logits and codes to find the threshold"] = 2.0 * data
+        if way_of(rows * classes) == "counts":
+            passes["five passes more where bits are counted four at a time"] = 5.0 * data
         passes["entries above and at the threshold counted by block"] = 1.0 * data
         passes["three histograms cleared and read"] = 6.0 * 4 * BINS
     return KernelWork(
