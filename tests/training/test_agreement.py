@@ -28,4 +28,5 @@ def rank_main(rank: int, port: int) -> None:
 
 
 def test_two_ranks_agree_on_the_largest_an_update_later():
-    mp.start_processes(rank_main, args=(free_port(),), nprocs=2, start_method="fork")
+    # Not forks: a training that a test before this one ran in its own process leaves that a process group.
+    mp.start_processes(rank_main, args=(free_port(),), nprocs=2, start_method="spawn")
