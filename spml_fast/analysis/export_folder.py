@@ -71,7 +71,9 @@ def find_timm_form(classifier: Classifier, config: Config, num_classes: int) -> 
             try:
                 model = as_timm_model(classifier, config, num_classes, options)
             except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError):
-                # This model does not know these options.
+                # This model does not know these options; without any it is the run's own.
+                if not form:
+                    raise
                 continue
             if model is None:
                 continue

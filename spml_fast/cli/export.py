@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         said = _export_safetensors(out, classifier, config, classes, decisions)
     if decisions is not None:
         said += "; with the thresholds" + (" and the calibration" if decisions.calibrated else "") + " of the run"
-    files = [out] if out.is_file() else [path for path in out.iterdir() if path.is_file()]
+    files = ExportLayout(out).files if args.format == "timm" else [out]
     size = sum(path.stat().st_size for path in files)
     print(f"{printable(str(out))}: {size / 1e6:.1f} MB, {said}")
     return 0

@@ -150,6 +150,8 @@ class HubModel:
                 repo_id=self.name,
                 folder_path=str(layout.folder),
                 allow_patterns=list(names),
+                # Of an earlier model there: timm would open it with these weights.
+                delete_patterns=None if layout.timm_config.is_file() else [layout.timm_config.name],
                 commit_message=f"Model written by spml_fast {__version__}",
             )
         except Exception as error:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ _BLOCK = 1 << 22
 
 
 def require_memory(images: int, channels: int, classes: int) -> float:
-    """Bytes that the linear phase keeps on every rank: features fp32, codes int8, and L-BFGS's past steps fp64.
+    """Bytes that the linear phase keeps on every rank: features fp32 and fp64, codes int8, L-BFGS's past steps fp64.
 
     Args:
         images: whose features are kept on a rank.
@@ -50,7 +51,7 @@ def require_memory(images: int, channels: int, classes: int) -> float:
         UserError: that is more than half of the free memory.
     """
     steps = 2 * HISTORY + 8
-    size = images * (4.0 * channels + classes) + 8.0 * steps * classes * (channels + 1) + 24.0 * _BLOCK
+    size = images * (12.0 * channels + classes) + 8.0 * steps * classes * (channels + 1) + 24.0 * _BLOCK
     free = free_gib() / 2
     if size / 2**30 > free:
         raise UserError(
@@ -95,6 +96,7 @@ class HeadObjective:
     def __init__(self, features: Tensor, codes: Tensor, loss: EntryLoss) -> None:
         self.features, self.codes, self.loss = features, codes, loss
         self.channels, self.classes = features.shape[1], codes.shape[1]
+        self._rows = max(1, _BLOCK // max(self.channels, self.classes))
         images, total = self._sum_over_blocks(lambda x: torch.cat([x.new_tensor([float(len(x))]), x.sum(0)])).split(
             [1, self.channels]
         )
@@ -105,6 +107,10 @@ class HeadObjective:
             raise UserError("the network gives features that are not finite; look for damaged weights")
         # Features that are all equal say nothing, whatever they are divided by.
         self.scale = torch.where(scale > 0, scale, 1.0)
+        # Once: what is minimised is evaluated some hundred times.
+        self._scaled = torch.empty(features.shape, dtype=torch.float64, device=features.device)
+        for part, block in zip(self._scaled.split(self._rows), features.split(self._rows), strict=True):
+            torch.sub(block.double(), self.mean, out=part).div_(self.scale)
         # Class counts of each code, fp64 [3, C]: negative, positive, unknown.
         self.counts = distributed.all_reduce_sum(torch.stack([(codes == c).sum(0) for c in (0, 1, -1)]).double())
         taken = sum(float(n.sum()) for n, c in zip(self.counts, (0, 1, -1), strict=True) if self._takes(c))
@@ -120,15 +126,9 @@ class HeadObjective:
     def _point(self, logits: Tensor, codes: Tensor) -> Tensor:
         return self.loss.point.reference(logits, codes, *self.loss.params)
 
-    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features fp64 and codes, some images at a time."""
-        rows = max(1, _BLOCK // max(self.channels, self.classes))
-        for first in range(0, len(self.features), rows):
-            yield self.features[first : first + rows].double(), self.codes[first : first + rows]
-
     def _sum_over_blocks(self, part: Callable[[Tensor], Tensor]) -> Tensor:
         """Sum of `part` (features fp64 [n, K]) over all blocks of all ranks."""
-        parts = [part(x) for x, _ in self._blocks()]
+        parts = [part(x.double()) for x in self.features.split(self._rows)]
         empty = part(self.features[:0].double())
         return distributed.all_reduce_sum(torch.stack([empty, *parts]).sum(0))
 
@@ -137,8 +137,7 @@ class HeadObjective:
         weights, biases = parameters[:, :-1], parameters[:, -1]
         packed = torch.zeros(parameters.numel() + 1, dtype=torch.float64, device=parameters.device)
         gradient = packed[:-1].view_as(parameters)
-        for features, codes in self._blocks():
-            features = (features - self.mean) / self.scale
+        for features, codes in zip(self._scaled.split(self._rows), self.codes.split(self._rows), strict=True):
             logits = torch.addmm(biases, features, weights.T).requires_grad_()
             with torch.enable_grad():
                 loss = self._point(logits, codes).sum() * self.weight
@@ -163,7 +162,7 @@ class HeadObjective:
             return loss.detach(), slope.sum(0)
 
         zeros = torch.zeros(self.classes, dtype=torch.float64, device=self.codes.device)
-        biases = _lbfgs(at, zeros)[0]
+        biases = _lbfgs(at, zeros).parameters
         weights = biases.new_zeros(self.classes, self.channels)
         return torch.cat([weights, biases[:, None]], 1)
 
@@ -173,8 +172,17 @@ class HeadObjective:
         return weights.float(), (parameters[:, -1] - weights @ self.mean).float()
 
 
-def _lbfgs(function: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> tuple[Tensor, int, float]:
-    """Minimum of a function that gives (value, gradient); evaluations, and the largest entry of the gradient there."""
+class _Minimum(NamedTuple):
+    """Where L-BFGS ended: parameters, evaluations on the way, the value there, its gradient's largest entry."""
+
+    parameters: Tensor
+    evaluations: int
+    value: float
+    gradient: float
+
+
+def _lbfgs(function: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> _Minimum:
+    """The minimum of a function that gives (value, gradient)."""
     parameters = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [parameters],
@@ -195,7 +203,8 @@ def _lbfgs(function: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -
 
     optimizer.step(closure)  # type: ignore[arg-type]
     found = parameters.detach()
-    return found, evaluations, float(function(found)[1].abs().max())
+    value, gradient = function(found)
+    return _Minimum(found, evaluations, float(value), float(gradient.abs().max()))
 
 
 @torch.no_grad()
@@ -208,6 +217,7 @@ def solve(objective: HeadObjective, penalties: Sequence[float] = PENALTIES) -> I
     """
     parameters = objective.start()
     for penalty in penalties:
-        parameters, evaluations, gradient = _lbfgs(functools.partial(objective, penalty=penalty), parameters)
-        loss = float(objective(parameters, 0.0)[0])
-        yield Solution(parameters, penalty, loss, evaluations, gradient)
+        found = _lbfgs(functools.partial(objective, penalty=penalty), parameters)
+        parameters = found.parameters
+        loss = found.value - penalty / 2 * float(parameters[:, :-1].square().sum())
+        yield Solution(parameters, penalty, loss, found.evaluations, found.gradient)

@@ -57,12 +57,15 @@ def solve_phase(trainer: Trainer, phase: Phase) -> dict[str, Any]:
     classifier.eval()
     meter = Meter()
     index, features = _mean_features(trainer, trainer.training_scorer(), meter)
+    trainer.trained_samples += meter.samples
     if bad := sorted(trainer.loader.bad_images.reasons):
         # Another image was shown in the place of each.
         shown = ~torch.isin(index, torch.tensor(bad, device=index.device))
         index, features = index[shown], features[shown]
     objective = HeadObjective(features, trainer.store.rows(index), trainer.method.linear_loss())
     held_out = None if val is None else _mean_features(trainer, val, meter)
+    # Of the passes alone: solving takes no images.
+    speed = {"images_per_second": meter.rate, "data_wait": meter.wait_fraction}
     solution, tried = _choose(trainer, objective, held_out)
     with trainer.engine.gathered_parameters(change=True):
         classifier.head.set_affine(*objective.head(solution.parameters))
@@ -70,14 +73,12 @@ def solve_phase(trainer: Trainer, phase: Phase) -> dict[str, Any]:
         # An average over one step is that step.
         trainer.ema.set(classifier)
     trainer.log.say(_line(solution, tried))
-    trainer.trained_samples += meter.samples
     trainer.trained_seconds += meter.seconds
     trainer.waited_seconds += meter.waited
     classifier.train()
     return {
         "loss": solution.loss / objective.classes,
-        "images_per_second": meter.rate,
-        "data_wait": meter.wait_fraction,
+        **speed,
         "memory_gib": memory_gib(trainer.device),
         "seconds": meter.seconds,
         "linear": "solve",

@@ -64,7 +64,8 @@ class _Worker:
     def __init__(self, name: str, tracker: Tracker) -> None:
         self.name, self._tracker = name, tracker
         self.problem: str | None = None
-        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING)
+        # Without a limit of its own: whoever puts something in must never wait.
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
         # A thread that hangs must not keep the process.
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
@@ -80,18 +81,15 @@ class _Worker:
 
     def put(self, method: str, *arguments: Any) -> None:
         """Have a method called; nothing where the tracker has failed."""
-        if self.problem is not None:
-            return
-        try:
-            self._calls.put_nowait(lambda: getattr(self._tracker, method)(*arguments))
-        except queue.Full:
+        if self.problem is None and self._calls.qsize() >= _WAITING:
             self.problem = f"it has not taken {_WAITING} figures"
+        if self.problem is None:
+            self._calls.put(lambda: getattr(self._tracker, method)(*arguments))
 
     def close(self, ended: Ended) -> None:
         """Have the tracker end, and its thread after it."""
         self.put("close", ended)
-        if self.problem is None:
-            self._calls.put(None)
+        self._calls.put(None)
 
     def wait(self, left: float, seconds: float) -> None:
         """Wait for the thread's end, for what is `left` of the `seconds` that all trackers have."""
@@ -152,9 +150,10 @@ class Trackers:
     def _start(self, layout: RunLayout, options: Mapping[str, Any], text: str, resumed: bool) -> None:
         made, self._made = self._made, {}
         for name, tracker in made.items():
-            known = _known(layout, name)
-            run = TrackedRun(layout.folder, layout.folder.resolve().name, options, text, known)
+            known = None
             try:
+                known = _known(layout, name)
+                run = TrackedRun(layout.folder, layout.folder.resolve().name, options, text, known)
                 layout.trackers.mkdir(exist_ok=True)
                 started = tracker.start(run)
                 _remember(layout, name, started)

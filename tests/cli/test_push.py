@@ -239,6 +239,13 @@ class TestHub:
         push(run, NAME, "--overwrite")
         assert not hub.models[NAME]["README.md"].endswith(b"More.\n")
 
+    def test_what_timm_does_not_have_leaves_no_model_of_timm(self, run: Path, hub: type[Hub], tmp_path: Path) -> None:
+        push(run, NAME)
+        assert "config.json" in hub.models[NAME]
+        options = ["--model.backbone", "test_resnet", "--model.head", "query2label", "--model.head_options"]
+        push(make_run(tmp_path / "run", *options, "{preset: tiny}"), NAME)
+        assert "config.json" not in hub.models[NAME] and "model.safetensors" in hub.models[NAME]
+
     def test_what_others_have_there_stays(self, run: Path, hub: type[Hub]) -> None:
         hub.models[NAME], hub.private[NAME], hub.commits[NAME] = {"model.safetensors": b"mine"}, True, 0
         with pytest.raises(UserError, match=r"has model\.safetensors that this command did not write"):

@@ -93,6 +93,8 @@ class Hub(BaseHTTPRequestHandler):
                     self.models[name][value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     self.models[name][value["path"]] = self.blobs[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    self.models[name].pop(value["path"])
             self.commits[name] += 1
             commit = self._commit(name)
             self._send(200, {"commitUrl": f"{self._root}/{name}/commit/{commit}", "commitOid": commit})

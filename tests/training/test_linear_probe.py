@@ -132,7 +132,7 @@ def test_blocks_of_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = solved([0.3])[1][0]
     monkeypatch.setattr(linear_probe, "_BLOCK", 10 * CHANNELS)
     objective, (part,) = solved([0.3])
-    assert len(list(objective._blocks())) == 7
+    assert len(objective._scaled.split(objective._rows)) == 7
     torch.testing.assert_close(part.parameters, whole.parameters, rtol=1e-4, atol=1e-5)
 
 
@@ -218,10 +218,10 @@ def test_features_that_say_nothing() -> None:
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_probe, "free_gib", lambda: 2.0)
-    # Features, codes, L-BFGS's past steps, a block.
-    exact = 1000 * (4 * 1280 + 25) + 8 * 48 * 25 * 1281 + 24 * (1 << 22)
+    # Features twice, codes, L-BFGS's past steps, a block.
+    exact = 1000 * (12 * 1280 + 25) + 8 * 48 * 25 * 1281 + 24 * (1 << 22)
     assert require_memory(1000, 1280, 25) == exact
     with pytest.raises(
-        UserError, match=r"1,000,000 x 1,280 features .* 4\.\d\d GiB .* is 1\.00 GiB; .*train\.linear sgd"
+        UserError, match=r"1,000,000 x 1,280 features .* 14\.\d\d GiB .* is 1\.00 GiB; .*train\.linear sgd"
     ):
         require_memory(1_000_000, 1280, 25)

@@ -10,6 +10,7 @@ import re
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,13 @@ class TestGroup:
             for images in range(4):
                 trackers.log({"a": 1.0}, images)
             assert lines[-1] == "warning: tracker bad is left out from now on: it has not taken 2 figures"
+        with start(tmp_path, configured("--run.trackers", "[bad]"), lines) as trackers:
+            trackers.log({"a": 1.0}, 0)
+            while trackers._workers[0]._calls.qsize():
+                time.sleep(0.01)
+            # One waits, and what ends the tracker takes the last place: nothing may wait for another one.
+            trackers.log({"a": 1.0}, 1)
+        assert lines[-1].startswith("warning: tracker bad is left out from now on: it has not taken")
 
     def test_one_that_does_not_start(self, registered: Any, tmp_path: Path) -> None:
         registered["bad"].fails = "start"
@@ -166,6 +174,9 @@ class TestGroup:
         RunLayout(tmp_path).tracker("good").write_text("{")
         with pytest.raises(UserError, match=r"good\.json is damaged"):
             start(tmp_path, configured("--run.trackers", "[good]"), [])
+        with start(tmp_path, configured("--run.trackers", "[good]"), lines, resumed=True) as trackers:
+            assert not trackers._workers
+        assert "good.json is damaged" in lines[-1] and lines[-1].endswith("the run goes on without it")
 
     @pytest.mark.parametrize(
         ("words", "message"),
