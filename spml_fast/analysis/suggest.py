@@ -136,6 +136,11 @@ class Suggestions:
         """The label that the model would give: NEGATIVE for observed positives, else POSITIVE."""
         return NEGATIVE if self.code == POSITIVE else POSITIVE
 
+    @property
+    def run_places(self) -> npt.NDArray[np.int64]:
+        """Which of `runs` judged each pair, int64 [n]."""
+        return np.zeros(len(self), np.int64) if self.run_of is None else self.run_of
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -334,10 +339,9 @@ def suggestion_rows(suggestions: Suggestions, split: Split, classes: Sequence[st
     )
     known, label = NAMES[suggestions.code], NAMES[suggestions.suggestion]
     runs = [formula_safe_path(run) for run in suggestions.runs]
-    of = [0] * len(suggestions) if suggestions.run_of is None else suggestions.run_of.tolist()
     return [
         (formula_safe_path(split.relative_path(i)), classes[c], known, p, label, split.name, runs[r])
-        for (i, c, p), r in zip(pairs, of, strict=True)
+        for (i, c, p), r in zip(pairs, suggestions.run_places.tolist(), strict=True)
     ]
 
 

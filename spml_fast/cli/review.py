@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import webbrowser
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from spml_fast.core.outputs import DECISION_COLUMNS, OutputFile
 
 DECISIONS = "decisions.csv"
 DESCRIPTION = """Serve a page of `suggest --page` to a browser on this machine. Every decision is written to
-decisions.csv beside the page at once, and decisions that are there already are gone on from; `relabel` reads the file.
+decisions.csv beside the page at once, and earlier decisions in it are resumed; `relabel` reads the file.
 Pages that are one file do without this command: they keep decisions in the browser until they are exported.
 
 Only this machine is answered, at 127.0.0.1, and only at the address that is printed. From another one:
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         server = ReviewServer(page, table, args.port)
     except OSError as error:
         raise UserError(
-            f"port {args.port} of 127.0.0.1 cannot be had: {error.strerror}; give another --port"
+            f"port {args.port} of 127.0.0.1 cannot be used: {error.strerror}; give another --port"
         ) from error
     print(server.address, flush=True)
     print(f"{len(table.entries)} of {page.rows} decided in {printable(str(out))}; Ctrl-C ends", flush=True)
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print(ending(page.data["manifest"], out, len(table.entries), page.rows))
+            print(ending(page.manifest, out, len(table.entries), page.rows))
     return 0
 
 
@@ -87,6 +88,6 @@ def ending(manifest: str, out: Path, decided: int, rows: int) -> str:
     """
     lines = [f"\n{decided} of {rows} decided in {printable(str(out))}"]
     if decided:
-        folder, name = printable(manifest), printable(str(out))
-        lines.append(f"next: spml-fast relabel --manifest {folder} --decisions {name} --out {folder}-2")
+        folder, name, new = (shlex.quote(printable(text)) for text in (manifest, str(out), f"{manifest}-2"))
+        lines.append(f"next: spml-fast relabel --manifest {folder} --decisions {name} --out {new}")
     return "\n".join(lines)

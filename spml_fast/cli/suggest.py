@@ -33,7 +33,7 @@ observed labels that it contradicts most. Where the data set holds labels that t
 the suggestions is printed. With --folds K the training images are judged by K runs that have not seen them, which are
 trained as the run was; stopped and started again, finished ones are kept. Starts under `deepspeed` and `torchrun` as
 well; the lists do not depend on the number of ranks. --page makes a page on which somebody accepts and rejects the
-suggestions by keyboard, with pictures and maps; its decisions.csv is what `relabel` reads."""
+suggestions by keyboard, with images and maps; its decisions.csv is what `relabel` reads."""
 EXAMPLES = [
     ("--run RUN", "of the training split"),
     ("--run RUN --csv suggestions.csv", "a table to correct labels from"),
@@ -107,7 +107,12 @@ def check(args: argparse.Namespace) -> None:
     if args.page is not None:
         from spml_fast.analysis.review.make import check_page
 
-        check_page(args.page, args.top, args.overwrite)
+        most = args.top
+        if most is None:
+            from spml_fast.runs.open import load_run_config, run_classes
+
+            most = args.per_class * len(run_classes(args.run, load_run_config(args.run)))
+        check_page(args.page, most, args.overwrite)
 
 
 def show(found: Suggestions, split: Split, classes: Sequence[str], limit: int | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from spml_fast.analysis.review.files import is_file
 from spml_fast.analysis.review.page import FOLDER_SIDE, SIDE, About, page_data, write_page
-from spml_fast.analysis.review.pictures import Pictures, make_thumbnail
+from spml_fast.analysis.review.pictures import Pictures, Thumbnail, make_thumbnail
 from spml_fast.analysis.suggest import KINDS, Suggestions
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
 from spml_fast.data.manifest import Manifest
@@ -101,10 +101,7 @@ def make_pictures(lists: list[Suggestions], side: int, number: int = 40) -> Pict
     row, column = np.mgrid[: GRID[0], : GRID[1]]
     for found in lists:
         for index, class_id in zip(found.index.tolist(), found.class_id.tolist(), strict=True):
-            empty = make_thumbnail(np.zeros((1, 1, 3), np.uint8), 1, 1)
-            pictures.thumbnails[index] = (
-                images[index % number] if index % 20 != 19 else type(empty)(b"", empty.width, empty.height)
-            )
+            pictures.thumbnails[index] = images[index % number] if index % 20 != 19 else Thumbnail(b"", 1, 1)
             far = (row - index % GRID[0]) ** 2 + (column - class_id % GRID[1]) ** 2
             pictures.maps[index, class_id] = (4 * np.exp(-far / 3) - 1).astype(np.float16)
     return pictures
@@ -128,8 +125,7 @@ def make_review_page(
     if not maps:
         pictures.maps.clear()
     data = page_data(About(run, manifest, manifest.split("train")), lists, pictures)
-    samples = np.unique(np.concatenate([found.index for found in lists])).tolist()
-    write_page(path, data, pictures, samples, overwrite=False)
+    write_page(path, data, pictures, overwrite=False)
     return MadePage(path, data, lists, manifest)
 
 

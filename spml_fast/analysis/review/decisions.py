@@ -79,8 +79,9 @@ class DecisionTable:
         self.cells = suggestion_cells(data)
         self.entries: dict[int, Entry] = {}
         self.others: list[Cells] = []
-        self._read()
+        # Before it is read: who changes it meanwhile is noticed.
         self._state = self._on_disk()
+        self._read()
 
     def _on_disk(self) -> tuple[int, int] | None:
         """Time and size of the file; None where there is none."""

@@ -27,22 +27,22 @@ from spml_fast.core.text import printable
 from spml_fast.data.manifest import Manifest, Split
 
 
-def check_page(out: Path, top: int | None, overwrite: bool) -> None:
+def check_page(out: Path, most: int, overwrite: bool) -> None:
     """Refuse a page that must not be written or that one file cannot hold, before anything is computed.
 
     Args:
         out: a file named .html, or a folder.
-        top: suggestions of each list at most; None for no limit.
+        most: suggestions of each list at most.
         overwrite: replace what is there.
 
     Raises:
         UserError: saying what to do.
     """
     check_target(out, overwrite)
-    if top is not None and is_file(out) and top > MOST_IN_FILE:
+    if is_file(out) and most > MOST_IN_FILE:
         raise UserError(
             f"--page {printable(os.fspath(out))} is one file, which holds {MOST_IN_FILE:,} suggestions a list; for "
-            f"{top:,} give a folder, or a smaller --top or --per-class"
+            f"{most:,} give a folder, or a smaller --top or --per-class"
         )
 
 
@@ -83,10 +83,10 @@ def make_page(
     with show_progress(len(samples), "drawing", True) as advance:
         pictures = collect(lists, split, len(manifest.classes), device, side, batch_size, advance)
     data = page_data(About(str(run), manifest, split), lists, pictures)
-    size = write_page(out, data, pictures, samples, overwrite)
+    size = write_page(out, data, pictures, overwrite)
     name = printable(os.fspath(out))
     lines = [f"{name}: {sum(rows):,} suggestions, {len(samples):,} images, {size / 1e6:.1f} MB"]
     if unread := sum(not thumbnail.jpeg for thumbnail in pictures.thumbnails.values()):
-        lines.append(f"{unread} of the images cannot be read, and have no picture")
+        lines.append(f"{unread} of the images cannot be read, and are not shown")
     served = "" if is_file(out) else f"; `spml-fast review {name}` writes every decision to a file at once"
     return [*lines, f"open it in a browser{served}"]

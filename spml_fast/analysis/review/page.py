@@ -92,7 +92,7 @@ def page_data(about: About, lists: Sequence[Suggestions], pictures: Pictures) ->
             "class": class_place.tolist(),
             "known": [KINDS.index(found.code) for found in lists for _ in range(len(found))],
             "probability": [repr(p) for found in lists for p in found.probability.tolist()],
-            "run": [place for found in lists for place in _run_places(found, runs)],
+            "run": [runs.index(found.runs[k]) for found in lists for k in found.run_places.tolist()],
             "map": ["" if cells is None else _encoded(cells, scale) for cells in maps],
         },
         "grid": list(there[0].shape) if there else None,
@@ -103,11 +103,6 @@ def page_data(about: About, lists: Sequence[Suggestions], pictures: Pictures) ->
     suggested = [data["split"], data["classes"], [image["path"] for image in data["images"]], rows]
     data["id"] = hashlib.sha256(json.dumps(suggested).encode()).hexdigest()[:16]
     return data
-
-
-def _run_places(found: Suggestions, runs: Sequence[str]) -> list[int]:
-    of = [0] * len(found) if found.run_of is None else found.run_of.tolist()
-    return [runs.index(found.runs[k]) for k in of]
 
 
 def _scale(maps: Sequence[npt.NDArray[np.float16]]) -> float:
@@ -189,14 +184,13 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise UserError(f"--page {printable(str(out))} is a folder with other files; choose an empty or a new one")
 
 
-def write_page(out: Path, data: Json, pictures: Pictures, samples: Sequence[int], overwrite: bool) -> int:
+def write_page(out: Path, data: Json, pictures: Pictures, overwrite: bool) -> int:
     """Write the page; of a folder the pictures first, so that a page never lacks any.
 
     Args:
         out: a file named .html, or a folder, which is made.
         data: as `page_data` gives it.
-        pictures: the thumbnails.
-        samples: of the images of `data`, in their order.
+        pictures: the thumbnails of the images of `data`.
         overwrite: replace what this command did not write.
 
     Returns:
@@ -206,7 +200,7 @@ def write_page(out: Path, data: Json, pictures: Pictures, samples: Sequence[int]
         UserError: it cannot or must not be written.
     """
     check_target(out, overwrite)
-    thumbnails = [pictures.thumbnails[i].jpeg for i in samples]
+    thumbnails = [pictures.thumbnails[i].jpeg for i in sorted(pictures.thumbnails)]
     try:
         if is_file(out):
             inline = ["data:image/jpeg;base64," + base64.b64encode(t).decode() if t else "" for t in thumbnails]
@@ -228,4 +222,4 @@ def write_page(out: Path, data: Json, pictures: Pictures, samples: Sequence[int]
 
 def _write(path: Path, text: str) -> int:
     write_text(path, text, errors="backslashreplace")
-    return len(text)
+    return path.stat().st_size

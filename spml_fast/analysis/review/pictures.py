@@ -82,8 +82,9 @@ def pairs_by_run(lists: Sequence[Suggestions]) -> dict[str, dict[int, list[int]]
     """Class ids by run directory and sample."""
     found: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for ranked in lists:
-        of = np.zeros(len(ranked), np.int64) if ranked.run_of is None else ranked.run_of
-        for index, class_id, run in zip(ranked.index.tolist(), ranked.class_id.tolist(), of.tolist(), strict=True):
+        for index, class_id, run in zip(
+            ranked.index.tolist(), ranked.class_id.tolist(), ranked.run_places.tolist(), strict=True
+        ):
             found[ranked.runs[run]][index].append(class_id)
     return found
 

@@ -10,12 +10,13 @@ import http.server
 import json
 import re
 import secrets
+import sys
 import threading
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from spml_fast.analysis.review.decisions import DecisionTable, read_changes
+from spml_fast.analysis.review.decisions import DecisionTable, read_changes, suggestion_cells
 from spml_fast.analysis.review.files import MARK, PAGE, THUMBNAIL, Json, is_file
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular
@@ -43,6 +44,8 @@ class ReviewPage:
         folder: that it lies in.
         data: what it shows.
         pictures: names of the pictures that it may ask for.
+        rows: how many suggestions it has.
+        manifest: folder of the data set that they are about.
 
     Raises:
         UserError: it cannot be read, or is no such page.
@@ -65,8 +68,9 @@ class ReviewPage:
         try:
             self.data: Json = parse_json(found[1])
             self.pictures = {i["src"] for i in self.data["images"] if THUMBNAIL.fullmatch(i["src"])}
-            self.rows = len(self.data["rows"]["image"])
-        except (ValueError, KeyError, TypeError) as error:
+            self.rows = len(suggestion_cells(self.data))
+            self.manifest = str(self.data["manifest"])
+        except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{name} is damaged; make it again with `spml-fast suggest --page`") from error
         # Both stand at the page's beginning, before anything that comes from data.
         text = text.replace('<meta name="autosave" content="off">', '<meta name="autosave" content="on">', 1)
@@ -95,7 +99,7 @@ class ReviewServer(http.server.ThreadingHTTPServer):
         port: to listen at; 0 for any free one.
 
     Raises:
-        OSError: the port cannot be had.
+        OSError: the port cannot be used.
     """
 
     daemon_threads = True
@@ -105,6 +109,11 @@ class ReviewServer(http.server.ThreadingHTTPServer):
         self.token = secrets.token_urlsafe(24)
         self.writing = threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing where the browser went away, as it does when an image is out of view again."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:

@@ -14,6 +14,9 @@ const Review = (() => {
   // How sure the model is of what it suggests, 0 to 1.
   const sureness = (known, probability) => (known === 1 ? 1 - probability : probability);
 
+  // A text of one line, of 200 characters at most.
+  const oneLine = (text) => [...text.replace(/[\u0000-\u001f\ud800-\udfff]/gu, " ")].slice(0, 200).join("");
+
   // An entry is [decision, when, who]; none is null.
   class State {
     constructor(size, store, now = () => new Date()) {
@@ -46,10 +49,12 @@ const Review = (() => {
     }
 
     set(row, entry) {
-      if (entry) this.entries.set(row, entry);
+      // As `spml-fast review` takes them: one entry that it refuses would hold up all others.
+      const kept = entry && entry.map(oneLine);
+      if (kept) this.entries.set(row, kept);
       else this.entries.delete(row);
       this.exported = false;
-      this.store.save(row, entry);
+      this.store.save(row, kept);
     }
 
     // The row whose last decision was taken back; -1 if there is none left.

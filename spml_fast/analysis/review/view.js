@@ -302,7 +302,7 @@
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     if (control && key !== "z") return;
     const what = { a: "accept", r: "reject", s: "skip" }[key];
-    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, j: 1, k: -1, Home: -order.length, End: order.length }[key];
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, j: 1, k: -1, Home: -Infinity, End: Infinity }[key];
     const others = { u: undo, e: exportTable, m: toggleMap, "?": () => showDialog("keys"), f: showFilters };
     if (control) undo();
     else if (what) {
@@ -417,7 +417,7 @@
     showPanel("filters", wide.matches);
     $("who").value = store.name();
     $("where").textContent = served
-      ? "Every decision is written to decisions.csv at once."
+      ? "Every decision is written to the table of `spml-fast review` at once."
       : "Decisions stay in this browser until you export them; the file may be closed and opened again.";
     try {
       state.entries = await store.load(total);

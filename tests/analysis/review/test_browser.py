@@ -323,13 +323,13 @@ def test_served_with_autosave(tab: Page, tmp_path: Path) -> None:
             expect(tab.locator("#counts")).to_have_text(re.compile("saved$"))
             if before == 0:
                 tab.click("[data-panel=more]")
-                tab.fill("#who", "eva")
+                tab.fill("#who", "eva\tk")
                 tab.evaluate("document.activeElement.blur()")
             for key in "ars" if before == 0 else ["End", "a", "u"]:
                 tab.keyboard.press(key)
             expect(tab.locator("#counts")).to_have_text(re.compile("3 of 30 decided.* saved$"))
             rows = read_table(made.path / "decisions.csv")
-            assert sorted(row[7] for row in rows) == ["accept", "reject", "skip"] and rows[0][8] == "eva"
+            assert sorted(row[7] for row in rows) == ["accept", "reject", "skip"] and rows[0][8] == "eva k"
             # A picture comes over the same address.
             expect(tab.locator("article img").first).to_have_js_property("complete", True)
             assert tab.evaluate("[...document.querySelectorAll('article img')].some(i => i.naturalWidth > 0)")

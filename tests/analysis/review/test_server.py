@@ -199,12 +199,13 @@ class TestCommand:
             (["TMP"], r"index\.html cannot be read"),
             (["TMP/other.html"], r"other\.html is no page of `spml-fast suggest --page`; make one"),
             (["TMP/damaged.html"], r"damaged\.html is damaged; make it again"),
+            (["TMP/halved.html"], r"halved\.html is damaged; make it again"),
             (["FOLDER", "--port", "70000"], r"--port is 70000; it must be 0 \(any free one\) to 65535"),
             (["FOLDER", "--out", "TMP/labels.csv"], r"--out .*labels\.csv exists and was not written by this command"),
             (["FOLDER", "--out", "TMP/no/d.csv"], r"there is no directory"),
             (
                 ["FOLDER", "--out", "TMP/d.csv", "--port", "PORT"],
-                r"port .* of 127\.0\.0\.1 cannot be had: .*; give",
+                r"port .* of 127\.0\.0\.1 cannot be used: .*; give",
             ),
         ],
     )
@@ -213,6 +214,8 @@ class TestCommand:
         (tmp_path / "labels.csv").write_text("path,positives\n")
         start = '<meta name="generator" content="spml_fast suggest">'
         (tmp_path / "damaged.html").write_text(start + '<script type="application/json" id="data">{</script>')
+        rows = '{"images": [], "rows": {"image": [0]}}'
+        (tmp_path / "halved.html").write_text(start + f'<script type="application/json" id="data">{rows}</script>')
         before = sorted(tmp_path.iterdir())
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
