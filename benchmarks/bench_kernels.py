@@ -76,6 +76,7 @@ from benchmarks.kernel_report import (  # noqa: E402
 )
 from benchmarks.kernel_sweep import SWEEPS, best_tries  # noqa: E402
 from benchmarks.kernel_works import OPS, works  # noqa: E402
+from spml_fast.core.io import write_json  # noqa: E402
 from spml_fast.core.outputs import add_json_option, json_output  # noqa: E402
 
 
@@ -85,7 +86,8 @@ def worker(given: str) -> int:
     card = Card()
     if task["ops"] == "ceilings":
         facts = {"ceilings": card.ceilings(), "machine": machine(torch.cuda.get_device_name(), task["commit"])}
-        Path(task["events"]).write_text(json.dumps(facts), encoding="utf-8")
+        # Whole or not at all: a session may end this process at any time.
+        write_json(Path(task["events"]), facts)
         return 0
     kernel_works = works(task["ops"], task["small"], task["shapes"])
     facts = {"ceilings": task["ceilings"], "machine": task["machine"]}

@@ -70,12 +70,14 @@ class Card:
 
     def times(self, function: Callable[[], Any]) -> dict[str, float]:
         """p20, p50, p80 in ms, with launch gaps and a cold level-2 cache."""
+        self.spin()
         times = self.testing.do_bench(function, quantiles=QUANTILES)
         self._busy = time.perf_counter()
         return dict(zip(("p20", "p50", "p80"), times, strict=True))
 
     def graph_times(self, function: Callable[[], Any]) -> dict[str, float]:
         """The same as a CUDA graph: no launch gaps, a warm cache."""
+        self.spin()
         times = self.testing.do_bench_cudagraph(function, quantiles=QUANTILES)
         self._busy = time.perf_counter()
         return dict(zip(("graph_p20", "graph_p50", "graph_p80"), times, strict=True))
@@ -97,6 +99,7 @@ class Card:
 
         A clock that moves while they run moves both.
         """
+        self.spin()
         flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=self.device)
         events: list[list[Any]] = []
         stop = time.perf_counter() + PAIR_SECONDS
@@ -110,6 +113,7 @@ class Card:
                 turn[-1].record()
             self.synchronize()
             events.append(turn)
+        self._busy = time.perf_counter()
         times = [(a.elapsed_time(b), c.elapsed_time(d)) for a, b, c, d in events]
         return {
             "pair_p50": statistics.median(a for a, _ in times),

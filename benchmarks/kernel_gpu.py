@@ -39,7 +39,6 @@ def measure(
     for _ in range(3):
         function()
     card.synchronize()
-    card.spin()
     row: Row = {"op": work.op, "shape": work.shape, "provider": provider, "mode": mode, "status": "ok"}
     row |= card.times(function)
     row["enqueue_us"] = card.enqueue(function)
@@ -202,7 +201,7 @@ def work_through(
                 key = tuple(row[k] for k in KEY)
                 # Kernels of a call together, for a table is replaced whole.
                 if kernels and ("kernel" not in row or key != tuple(kernels[0][k] for k in KEY)):
-                    merge_csv(kernel_table(table), kernels, key=KERNEL_KEY)
+                    merge_csv(kernel_table(table), kernels, key=KERNEL_KEY, whole=KEY)
                     kernels = []
                 if "kernel" in row:
                     kernels.append(row)
@@ -215,7 +214,7 @@ def work_through(
                     show(row)
                 shown.add(key)
             if kernels:
-                merge_csv(kernel_table(table), kernels, key=KERNEL_KEY)
+                merge_csv(kernel_table(table), kernels, key=KERNEL_KEY, whole=KEY)
             say({"done": place})
             card.free()
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import torch
 from spml_kernels import PointLoss, ignore_loss, ignore_statistics, label_loss, label_rows, large_loss_step
-from spml_kernels.common.heuristics import columns_launch, large_loss_single_launch
+from spml_kernels.common.heuristics import LARGE_LOSS_SELECTS, columns_launch, large_loss_single_launch
 from spml_kernels.common.jit import cdiv
 from spml_kernels.devtools.aot import Case
 from spml_kernels.devtools.cases.label_loss import aot_cases as label_loss_cases
 from spml_kernels.ignore_loss.reference import ignore_loss_reference, ignore_statistics_reference
 from spml_kernels.label_loss.reference import label_loss_reference
 from spml_kernels.label_rows.reference import label_rows_reference
-from spml_kernels.large_loss.op import BINS, way_of
+from spml_kernels.large_loss.op import way_of
 from spml_kernels.large_loss.reference import large_loss_reference, list_selected_reference, select_large_reference
 from torch import Tensor
 
@@ -109,11 +109,10 @@ def large_loss_work(rows: int, classes: int, k: int, listed: bool = True) -> Ker
     least = (1 if alone else 2) * data + rows * classes + 17 * k * listed
     passes = {}
     if not alone:
-        passes["two passes more over logits and codes to find the threshold"] = 2.0 * data
-        if way_of(rows * classes) == "counts":
-            passes["five passes more where bits are counted four at a time"] = 5.0 * data
+        select = LARGE_LOSS_SELECTS[way_of(rows * classes)]
+        passes["further passes over logits and codes to find the threshold"] = (len(select.widths) - 1.0) * data
         passes["entries above and at the threshold counted by block"] = 1.0 * data
-        passes["three histograms cleared and read"] = 6.0 * 4 * BINS
+        passes["counts of all passes cleared and read"] = 2.0 * len(select.widths) * 4 * select.bins
     return KernelWork(
         op="large_loss",
         shape=f"{rows} x {classes} k {k}{'' if listed else ' no list'}",

@@ -61,15 +61,19 @@ def read_csv(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def merge_csv(path: Path, rows: list[Row], keep: bool = True, key: tuple[str, ...] = KEY) -> None:
+def merge_csv(
+    path: Path, rows: list[Row], keep: bool = True, key: tuple[str, ...] = KEY, whole: tuple[str, ...] = ()
+) -> None:
     """Write rows into a table, in the place of rows of the same key; the file is replaced whole or not at all.
 
-    Without `keep` the table becomes these rows alone.
+    Without `keep` the table becomes these rows alone; rows that agree with a new one in `whole` are replaced together.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     table: dict[tuple[str, ...], Row] = {}
     if keep:
-        table = {tuple(r.get(k, "") for k in key): r for r in read_csv(path)}
+        given = {tuple(str(r.get(k, "")) for k in whole) for r in rows} if whole else set()
+        kept = (r for r in read_csv(path) if tuple(r.get(k, "") for k in whole) not in given)
+        table = {tuple(r.get(k, "") for k in key): r for r in kept}
     table |= {tuple(str(r.get(k, "")) for k in key): r for r in rows}
     columns = list(dict.fromkeys(name for row in (*rows, *table.values()) for name in row))
     part = path.with_name(path.name + ".part")

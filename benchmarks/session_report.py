@@ -156,7 +156,10 @@ def report(folders: list[Path]) -> Iterator[str]:
     steps, compiled, checks = (read(folders, name) for name in (TABLE, "compile.csv", "checks.csv"))
     kernels, profile = read(folders, "*_kernels.csv"), read(folders, "*_kernels_profile.csv")
     sweep, training = read(folders, "*_sweep.csv"), read(folders, "*_steps.csv")
-    yield f"Measured on: {facts_of([*steps, *kernels, *sweep, *training])}."
+    yield f"Measured on: {facts_of([*steps, *compiled, *kernels, *profile, *sweep, *training])}."
+    others = {(c["gpu"], c["commit"]) for c in checks} - {(s["gpu"], s["commit"]) for s in steps}
+    if others:
+        raise UserError(f"checks.csv is of {others.pop()}, another machine or commit than the session; leave it out")
     yield ""
     rows = [[s["step"], s["status"], f"{s['seconds']:.0f}", f"{s['planned_s']:.0f}"] for s in steps]
     yield from table(["step", "outcome", "seconds", "planned"], rows)

@@ -6,11 +6,13 @@ import ast
 import inspect
 
 import pytest
+import torch
 from spml_kernels.cam_mask import op as cam_mask_op
 from spml_kernels.cam_pool import forward, tiles
 from spml_kernels.common import heuristics
 from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
 from spml_kernels.devtools.counting import count
+from spml_kernels.large_loss import op as large_loss_op
 
 from benchmarks.kernel_base import KernelWork, make_call
 from benchmarks.kernel_sweep import SHIPPED, SWEEPS, best_tries
@@ -30,23 +32,25 @@ def test_ways_are_those_that_heuristics_know(monkeypatch):
     assert {"tile", "vendor"} <= set(ways_of("cam_pool"))
     assert ways_of("cam_mask") == []
     # One that is never chosen by itself, as long as nobody has timed it.
-    monkeypatch.setattr(heuristics, "CAM_POOL_FURTHER", ("another",), raising=False)
+    monkeypatch.setattr(heuristics, "CAM_POOL_WAYS", (*heuristics.CAM_POOL_WAYS, "another"))
     assert "another" in ways_of("cam_pool")
     variants = [work.variant for work in SWEEPS["sweep_cam_pool"](True)]
     assert "way another" in variants and "way another, tile (256, 128, 8, 3)" in variants
 
 
-def test_a_heuristic_that_asks_for_something_else_is_said(monkeypatch):
-    monkeypatch.setattr(heuristics, "large_loss_way", lambda elements, mood: "some", raising=False)
-    with pytest.raises(LookupError, match=r"large_loss_way asks for mood; add values of it to ASKED in .*kernel_ways"):
-        ways_of("large_loss")
-
-
-def test_a_way_is_taken_whatever_the_card_is():
+@pytest.mark.parametrize("environment", ["tile", "vendor", None])
+def test_a_way_is_taken_whatever_the_environment_says(environment, monkeypatch):
+    features = torch.empty(128, 14, 14, 2048, dtype=torch.bfloat16, device="meta")
+    if environment is not None:
+        monkeypatch.setenv("SPML_CAM_POOL", environment)
+        monkeypatch.setenv("SPML_LARGE_LOSS", "counts" if environment == "tile" else "histogram")
     for way in ways_of("cam_pool"):
         with chosen("cam_pool", way):
-            assert {tiles.cam_pool_way(c, (3, 6, 0)) for c in (75, 80, 90)} == {way}
-    assert {tiles.cam_pool_way(c, (3, 8, 0)) for c in (75, 80)} == {"vendor", "tile"}
+            assert tiles.launch_of(features, 5000).way == way
+    for way in ways_of("large_loss"):
+        with chosen("large_loss", way):
+            assert large_loss_op.way_of(1 << 23) == way
+    assert tiles.launch_of(features, 5000).way == (environment or "tile")
 
 
 def test_an_answer_that_nobody_asks_for_cannot_be_adapted(monkeypatch):
@@ -69,8 +73,10 @@ def test_every_sweep_begins_as_shipped_and_knows_all_ways(name):
 
 def test_numbers_of_the_sweep_reach_the_ops():
     for work in of("cam_pool", "chunks of 8 MB"):
+        shape = (25088, 5000, 5000, 2048, 2, True)
+        shipped = len(heuristics.cam_pool_chunks(*shape))
         with work.around():
-            assert heuristics.CHUNK_BYTES == 8 << 20
+            assert len(heuristics.cam_pool_chunks(*shape)) > shipped
     for work in of("cam_pool", "way vendor, scratch of 16 MB"):
         with work.around():
             assert forward.scratch_bytes(10, 10, 2) == 16 << 20

@@ -96,8 +96,9 @@ def test_few_classes_read_features_once_in_each_direction(shape, monkeypatch):
 def test_ops_move_less_than_pytorch(monkeypatch):
     # In fp16 tiny gradients of the features are kept by products in fp32, which plain PyTorch does not have: with few
     # classes they cost more than is saved.
-    for work in (w for w in WORKS if "eager" in w.providers and not w.shape.startswith("fp16")):
-        for mode in ("fwd", "step") if work.leaves else ("fwd",):
+    for work in (w for w in WORKS if "eager" in w.providers):
+        costly = work.shape.startswith("fp16") and " C 80 " in work.shape
+        for mode in ("fwd", "step") if work.leaves and not costly else ("fwd",):
             monkeypatch.setenv("SPML_KERNELS", "triton")
             fused = traffic(work, "fused", mode)
             monkeypatch.setenv("SPML_KERNELS", "reference")

@@ -98,6 +98,7 @@ def test_equals_the_reference(shape, dtype, device, way):
 @pytest.mark.parametrize("shape", [(2, 10, 15, 64, 129), (3, 10, 10, 40, 270), (5, 8, 8, 32, 65)], ids=str)
 def test_launch_of_large_inputs(shape, dtype, name, device, monkeypatch):
     monkeypatch.setattr("spml_kernels.common.heuristics.FULL_GPU", 0.01)
+    monkeypatch.setenv("SPML_CAM_POOL", name)
     batch, height, width, channels, classes = shape
     half = dtype != torch.float32
     cards = [(90, half and height * width >= 64)]

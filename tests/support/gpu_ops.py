@@ -10,7 +10,6 @@ import functools
 import itertools
 from collections.abc import Callable
 from typing import get_args
-from unittest import mock
 
 import torch
 
@@ -66,16 +65,16 @@ def check_ops(shapes: tuple[tuple[tuple[int, ...], int], ...] = OPS_SHAPES) -> s
                     assert error < tolerance, f"cam_pool {way} {shape} {dtype}: relative error {error}"
             ids = torch.randint(-1, classes, (shape[0], 2))
             maps = [
-                cam_map(x.detach(), w.detach(), b.detach(), chosen).cpu().double()
-                for (x, w, b), chosen in ((low, ids.cuda()), (high, ids))
+                cam_map(x.detach(), w.detach(), b.detach(), picked).cpu().double()
+                for (x, w, b), picked in ((low, ids.cuda()), (high, ids))
             ]
             assert float((maps[0] - maps[1]).abs().mean()) < tolerance
         logits, codes = torch.randn(64, classes), torch.randint(-1, 2, (64, classes), dtype=torch.int8)
         for k in (0, 1, 17, 64 * classes):
             args = (torch.tensor(k), 64 * classes)
             expected, threshold = select_large(logits, codes, *args)
-            for way in ways_of("large_loss") or [""]:
-                with chosen("large_loss", way) if way else contextlib.nullcontext():
+            for way in ways_of("large_loss"):
+                with chosen("large_loss", way):
                     found, level = select_large(logits.cuda(), codes.cuda(), args[0].cuda(), args[1])
                 assert torch.equal(expected, found.cpu()) and torch.equal(threshold, level.cpu()), f"large_loss {way}"
             for scheme in get_args(Scheme):
@@ -193,12 +192,10 @@ def check_ignore(
 
 def _small_cam_pool(device: str, way: str) -> None:
     from spml_kernels import cam_pool
-    from spml_kernels.cam_pool import tiles
 
     torch.manual_seed(0)
     for dtype, batch, classes in ((torch.float16, 3, 70), (torch.bfloat16, 16, 70), (torch.float32, 3, 9)):
-        # The way of a card, and that of tensors without one.
-        with chosen("cam_pool", way), mock.patch.object(tiles, "DEFAULT", (90, way)):
+        with chosen("cam_pool", way):
             tensors = [torch.randn(batch, 5, 7, 40), torch.randn(classes, 40), torch.randn(classes)]
             leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
             mean, relu = cam_pool(leaves[0], leaves[1], leaves[2])
@@ -213,8 +210,8 @@ def _small_losses(device: str, rows: int, classes: int) -> None:
     torch.manual_seed(0)
     logits = torch.randn(rows, classes, device=device, requires_grad=True)
     codes = torch.randint(-1, 2, (rows, classes), dtype=torch.int8, device=device)
-    for ties, way in itertools.product(get_args(Ties), ways_of("large_loss") or [""]):
-        with chosen("large_loss", way) if way else contextlib.nullcontext():
+    for ties, way in itertools.product(get_args(Ties), ways_of("large_loss")):
+        with chosen("large_loss", way):
             step = large_loss_step(logits, codes, torch.tensor(11, device=device), 13, "correct", ties)
         torch.autograd.grad(step.loss, logits)
     torch.autograd.grad(label_loss(logits, codes, _KEPT), logits)
@@ -300,10 +297,10 @@ def check_devices(given: list[KernelWork] | None = None) -> str:
         results = []
         for device, stream in [("cuda:0", False), ("cuda:0", True), *[("cuda:1", False)] * (cards > 1)]:
             inputs = [t.to(device) for t in work.inputs("cuda:0")]
-            call = make_call(work, "fused", work.main_mode, inputs)
+            calls = [make_call(work, "fused", mode, inputs) for mode in dict.fromkeys(("fwd", work.main_mode))]
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()) if stream else contextlib.nullcontext():
-                results.append([r.cpu() for r in call()])
+                results.append([r.cpu() for call in calls for r in call()])
         same = [torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)]
         assert all(same), f"{work.name}: results differ"
     return "two streams" + (" and two cards" if cards > 1 else "; one card alone")

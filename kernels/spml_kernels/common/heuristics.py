@@ -47,13 +47,11 @@ class LargeLossSelect(NamedTuple):
     """How large_loss finds its threshold where several programs share the work.
 
     Attributes:
-        way: `histogram` or `counts`.
         widths: bits of the 32-bit key that each pass counts by, from the highest on.
         bins: counts of a pass, at least two to the power of each width.
         turns: blocks that a program counts before it adds up what its threads hold; 0 for histograms.
     """
 
-    way: str
     widths: tuple[int, ...]
     bins: int
     turns: int
@@ -61,8 +59,8 @@ class LargeLossSelect(NamedTuple):
 
 # `tl.histogram`, and counts of 16 digits packed into one number a thread's entry (see `_packed_counts_jit`).
 LARGE_LOSS_SELECTS = {
-    "histogram": LargeLossSelect("histogram", (11, 11, 10), 2048, 0),
-    "counts": LargeLossSelect("counts", (4,) * 8, 16, 15),
+    "histogram": LargeLossSelect((11, 11, 10), 2048, 0),
+    "counts": LargeLossSelect((4,) * 8, 16, 15),
 }
 # Programs of a pass with histograms, each of which adds 2048 counts to those in memory.
 HISTOGRAM_PROGRAMS = 128
@@ -77,9 +75,9 @@ def large_loss_way(elements: int, alone: bool, version: tuple[int, ...]) -> str:
         alone: whether no other rank takes part. Ranks must count alike, and may hold different numbers of entries.
         version: triton's.
 
-    triton before 3.7 makes a histogram by votes over all bins, hundreds of instructions an entry; eight passes of
-    counts are five launches more, which is more than that costs up to one block a program. Over ranks they are five
-    exchanges more as well.
+    triton before 3.7 makes a histogram by votes over all bins, hundreds of instructions an entry (counted); eight
+    passes of counts are five launches more, which by an estimate costs more up to one block a program. Over ranks they
+    are five exchanges more as well.
     """
     slow = version < (3, 7) and elements > HISTOGRAM_PROGRAMS * HISTOGRAM_BLOCK
     return "counts" if alone and slow else "histogram"

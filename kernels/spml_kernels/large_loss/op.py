@@ -51,8 +51,6 @@ from spml_kernels.large_loss.reference import large_loss_reference, list_selecte
 Ties = Literal["exact", "inclusive"]
 Scheme = Literal["reject", "correct"]
 
-# Bins of one histogram; keys have 32 bits: 11, 11 and 10 of them.
-BINS = LARGE_LOSS_SELECTS["histogram"].bins
 # Words of the state that a pass hands on: bits of the key so far, how many are still to be found, mode.
 STATE = 3
 

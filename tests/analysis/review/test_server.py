@@ -60,6 +60,15 @@ def ask(server: ReviewServer, path: str, method: str = "GET", body: Any = None, 
     return found
 
 
+def test_a_browser_that_goes_away_is_no_news(server: ReviewServer, capfd: pytest.CaptureFixture[str]) -> None:
+    for error, told in ((ConnectionResetError(), False), (BrokenPipeError(), False), (KeyError("mine"), True)):
+        try:
+            raise error
+        except type(error):
+            server.handle_error(None, ("127.0.0.1", 1))
+        assert ("mine" in capfd.readouterr().err) is told
+
+
 def test_what_belongs_to_the_page(server: ReviewServer, made: MadePage) -> None:
     status, headers, body = ask(server, f"/{server.token}/")
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"

@@ -47,9 +47,9 @@ def compile_and_check(chosen: Chosen) -> Report:
     try:
         report = compile_case(chosen.case, chosen.arch)
     except Exception as error:
-        if triton.__version__ in read_record():
+        if triton.__version__ in read_record() or chosen.arch in ARCHITECTURES:
             raise
-        # A version that is not on record may have dropped a card, or know a new one only in part.
+        # A version that is not on record may have dropped one of the other cards, or know a new one only in part.
         pytest.skip(f"triton {triton.__version__} does not compile {chosen.name}: {type(error).__name__}: {error}")
     print(chosen.name, report)
     difference = check(chosen.name, fact(report), read_record(), triton.__version__)
@@ -85,22 +85,28 @@ def test_all_cards_are_compiled_for():
 UNFENCED = {"3.6.0": 1, "3.8.0": 0, "3.9.0": 0}
 
 
-@pytest.mark.parametrize("op", ["cam_pool forward", "cam_pool persistent"])
-@pytest.mark.parametrize("words", ["bf16 C 5000 K 2048 HW 196 B 128", "bf16 C 80 K 2048"])
+@pytest.mark.parametrize(
+    ("op", "words"),
+    [
+        ("cam_pool forward", "bf16 C 5000 K 2048 HW 196 B 128"),
+        ("cam_pool forward", "bf16 C 80 K 2048"),
+        # Few classes have no wide tiles.
+        ("cam_pool persistent", "bf16 C 5000 K 2048 HW 196 B 128"),
+    ],
+)
 def test_matrix_instructions_wait_for_what_copies_wrote(op, words):
     """By version; where a fence is missing, PyTorch multiplies. Copies of tiles need none."""
-    if op == "cam_pool persistent" and "C 80" in words:
-        pytest.skip("few classes have no wide tiles")
     text = compiled_code(find(op, words, 90).case, 90).asm["ptx"]
     assert text.count("wgmma.mma_async") > 0
     assert ("cp.async.wait" in text) == (op == "cam_pool forward")
-    missing = unfenced_products(text)
+    missing, vendor = unfenced_products(text), cam_pool_way(90, VERSION, 128, 196, 5000, True) == "vendor"
+    # Whatever the version: what lacks a fence may not be chosen.
+    assert missing == 0 or (op == "cam_pool forward" and vendor)
     if triton.__version__ not in UNFENCED:
         print(f"triton {triton.__version__}: {op} {words}: {missing} without a fence")
         return
     assert missing == (UNFENCED[triton.__version__] if op == "cam_pool forward" else 0)
-    large = (128, 196, 5000, True)
-    assert (cam_pool_way(90, VERSION, *large) == "vendor") == (UNFENCED[triton.__version__] > 0)
+    assert vendor == (UNFENCED[triton.__version__] > 0)
 
 
 def test_the_persistent_kernel_is_one_loop():
