@@ -132,6 +132,12 @@ def threads_given() -> bool:
     return "OMP_NUM_THREADS" in os.environ
 
 
+def malloc_given() -> bool:
+    """GLIBC_TUNABLES, MALLOC_...: whether somebody decided how glibc's malloc gets and keeps memory."""
+    names = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+    return "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "") or any(name in os.environ for name in names)
+
+
 def cache_home() -> Path:
     """XDG_CACHE_HOME: the user's folder for caches; ~/.cache where it is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

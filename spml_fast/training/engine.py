@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spml_fast.core import distributed, env
+from spml_fast.core.allocator import keep_freed_memory
 from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import FileRecord
@@ -90,6 +91,8 @@ def init_distributed(timeout_minutes: float | None = None) -> torch.device:
             raise UserError(f"local rank {local} has no GPU; this machine has {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if alone and not dist.is_initialized():
         # Nobody to meet: no port, so two trainings on one machine cannot take each other's.
