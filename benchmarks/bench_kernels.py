@@ -6,10 +6,10 @@
 Without a GPU (or with --bytes): for every op and shape, forward (fwd) and forward with backward (step), what the fused
 op and PyTorch move and launch. Bytes are distinct bytes read and bytes written by every launch, PyTorch operations
 within an op included; `floor` is the least that any kernels must move, `eager` the same count for that way of writing
-it in PyTorch which moves least. Nothing runs: kernels' bytes come from formulas of their arguments, which the tests compare with what
-Triton's interpreter really reads and writes. Registers, spills and occupancy are of the machine code for sm_90 (the
-most registers, the least occupancy of the op's kernels). The last columns are the time that bytes and matrix products
-allow on a card by its public peak numbers: a bound, no measurement. Nothing here is a speed.
+it in PyTorch which moves least. Nothing runs: kernels' bytes come from formulas of their arguments, which the tests
+compare with what Triton's interpreter really reads and writes. Registers, spills and occupancy are of the machine code
+for sm_90 (the most registers, the least occupancy of the op's kernels). The last columns are the time that bytes and
+matrix products allow on a card by its public peak numbers: a bound, no measurement. Nothing here is a speed.
 Rows and a plot go to benchmarks/results/no_gpu_kernels.csv and .png.
 
 With a GPU: providers
