@@ -9,16 +9,13 @@ from __future__ import annotations
 from spml_fast.reproduction.entries import PLAIN, STATEMENTS, Entry, Preset, Statement, better
 
 RECIPE = "finetune.yaml"
-# One small network at a size that two cores can train, three epochs of the head and four of everything:
-# the same for every entry.
-COMMON = (
-    *("--model.backbone", "tf_efficientnet_lite0", "--data.image_size", "128"),
-    *("--train.linear_epochs", "3", "--train.epochs", "4", "--train.batch_size", "16", "--train.patience", "0"),
-    # By steps: not every method has a loss that a head can be solved for.
-    *("--train.linear", "sgd"),
-)
-# As the recipe does where it can.
-SOLVED = ("--train.linear_epochs", "null", "--train.linear", "solve")
+# One small network at a size that two cores can train, and four epochs of everything: the same for every entry.
+NETWORK = ("--model.backbone", "tf_efficientnet_lite0", "--data.image_size", "128")
+EPOCHS = ("--train.epochs", "4", "--train.batch_size", "16", "--train.patience", "0")
+# The head first: by steps, since not every method has a loss that a head can be solved for; or solved for, as the recipe
+# does where it can.
+STEPS = (*NETWORK, "--train.linear_epochs", "3", *EPOCHS, "--train.linear", "sgd")
+SOLVED = (*NETWORK, *EPOCHS, "--train.linear", "solve")
 BOOSTED = ("--model.alpha_train", "5")
 # LL-R leaves out (t - 1) x delta_rel per cent of the unknown labels in epoch t: up to 3.9% in the fourth, the fraction
 # of hidden positives among the unknown labels where an image has two positives, one of them observed, of 25 classes.
@@ -27,8 +24,15 @@ DELTA = ("--method.delta_rel", "1.3")
 WARM_UP = ("--method.warm_up", "1")
 
 
-def _photos(name: str, method: str, *options: str, note: str = "", alpha: tuple[str, ...] = PLAIN) -> Entry:
-    return Entry(name, method, RECIPE, (*COMMON, *alpha, *options), note=note)
+def _photos(
+    name: str,
+    method: str,
+    *options: str,
+    note: str = "",
+    alpha: tuple[str, ...] = PLAIN,
+    head: tuple[str, ...] = STEPS,
+) -> Entry:
+    return Entry(name, method, RECIPE, (*head, *alpha, *options), note=note)
 
 
 ENTRIES = (
@@ -41,13 +45,12 @@ ENTRIES = (
     _photos("em", "em", "--method.alpha", "0.1", note="alpha 0.1, as for COCO"),
     _photos("gr", "gr", "--method.w_end", "10", "--method.b_end", "-8", note="w, b as for COCO"),
     _photos(
-        "full_solved",
-        "partial",
-        *("--data.train_labels", "known", *SOLVED),
+        *("full_solved", "partial", "--data.train_labels", "known"),
         note="every label that is known, from a solved head",
+        head=SOLVED,
     ),
-    _photos("an_solved", "an", *SOLVED, note="from a solved head"),
-    _photos("ll_r_solved", "ll_r", *DELTA, *SOLVED, note="delta_rel 1.3, from a solved head"),
+    _photos("an_solved", "an", note="from a solved head", head=SOLVED),
+    _photos("ll_r_solved", "ll_r", *DELTA, note="delta_rel 1.3, from a solved head", head=SOLVED),
 )
 
 
