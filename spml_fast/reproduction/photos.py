@@ -12,8 +12,8 @@ RECIPE = "finetune.yaml"
 # One small network at a size that two cores can train, and four epochs of everything: the same for every entry.
 NETWORK = ("--model.backbone", "tf_efficientnet_lite0", "--data.image_size", "128")
 EPOCHS = ("--train.epochs", "4", "--train.batch_size", "16", "--train.patience", "0")
-# The head first: by steps, since not every method has a loss that a head can be solved for; or solved for, as the recipe
-# does where it can.
+# The head first: by steps, since not every method has a loss that a head can be solved for; or solved for, as the
+# recipe does where it can.
 STEPS = (*NETWORK, "--train.linear_epochs", "3", *EPOCHS, "--train.linear", "sgd")
 SOLVED = (*NETWORK, *EPOCHS, "--train.linear", "solve")
 BOOSTED = ("--model.alpha_train", "5")
