@@ -14,6 +14,7 @@ from spml_fast.analysis.compare_page import Column
 from spml_fast.analysis.explain import Explained, explain
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
+from spml_fast.core.progress import watched
 from spml_fast.data.image_files import ImageFiles
 from spml_fast.methods.ignore import IgnoreOptions
 from spml_fast.models.classifier import Classifier
@@ -96,20 +97,20 @@ def compared_columns(
     for run in runs:
         section = dataclasses.replace(run.config.eval, batch_size=batch_size)
         alpha = run.classifier.alpha_eval
-        found = list(
-            explain(
-                run.classifier,
-                dataclasses.replace(run.config, eval=section),
-                files,
-                device,
-                alpha=alpha,
-                classes=classes,
-                top=len(chosen[0]),
-                first=chosen,
-                aspects=[image.aspect for image in images],
-                mask=mask_of(run.config),
-            )
+        explained = explain(
+            run.classifier,
+            dataclasses.replace(run.config, eval=section),
+            files,
+            device,
+            alpha=alpha,
+            classes=classes,
+            top=len(chosen[0]),
+            first=chosen,
+            aspects=[image.aspect for image in images],
+            mask=mask_of(run.config),
         )
+        with watched(explained, f"explaining by {run.title}", total=len(images)) as counted:
+            found = list(counted)
         assert all(np.array_equal(a.classes, b.classes) for a, b in zip(found, images, strict=True))
         columns.append(Column(run.title, alpha, found))
     return columns

@@ -14,6 +14,7 @@ Source: docs/sources.md#boostlu (analysis of explanations), docs/sources.md#larg
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,7 @@ def measure_maps(
     negatives: int = 20,
     seed: int = 0,
     precision: str = "auto",
+    task: str | None = None,
 ) -> MapTable | None:
     """Run one or two models over a split and measure the maps of known labels (collective).
 
@@ -167,6 +169,7 @@ def measure_maps(
         negatives: known negatives of an image that are looked at, at most.
         seed: of their draw.
         precision: as `train.precision`.
+        task: what its progress is called; None shows none.
 
     Returns:
         The table on rank 0, None elsewhere.
@@ -177,33 +180,34 @@ def measure_maps(
     dtype = autocast_dtype(precision, loader.device)
     names = [f.name for f in fields(MapTable)]
     columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
-    for batch in loader:
-        index = batch.index[: batch.real].cpu().numpy()
-        known = split.known.rows(index)
-        chosen = [chosen_classes(codes, int(i), negatives, seed) for codes, i in zip(known, index, strict=True)]
-        width = max((len(c) for c in chosen), default=0) or 1
-        # Ranks with a surplus batch forward it like the others; its maps are dropped.
-        classes = np.full((len(batch.index), width), -1, np.int64)
-        for place, ids in enumerate(chosen):
-            classes[place, : len(ids)] = ids
-        on_device = torch.from_numpy(classes).to(loader.device)
-        images = batch.views["eval"]
-        row, column = np.nonzero(classes[: batch.real] >= 0)
-        maps = _class_maps(classifier, images, on_device, dtype)[row, column]
-        other = None if full is None else _class_maps(full, images, on_device, dtype)[row, column]
-        if other is not None and other.shape != maps.shape:
-            raise UserError(
-                f"the maps of the two runs differ in size ({maps.shape[1]} x {maps.shape[2]} and "
-                f"{other.shape[1]} x {other.shape[2]} cells); compare runs with the same backbone and image size"
-            )
-        if len(row) == 0:
-            continue
-        part = _measure(maps, other, split, index[row], classes[row, column])
-        part["positive"] = (known[row, classes[row, column]] == POSITIVE).astype(np.float64)
-        for name in ("correlation", "control"):
-            part[name][part["positive"] == 0] = np.nan
-        for name in names:
-            columns[name].append(part[name])
+    with contextlib.nullcontext(loader) if task is None else loader.watched(task) as batches:
+        for batch in batches:
+            index = batch.index[: batch.real].cpu().numpy()
+            known = split.known.rows(index)
+            chosen = [chosen_classes(codes, int(i), negatives, seed) for codes, i in zip(known, index, strict=True)]
+            width = max((len(c) for c in chosen), default=0) or 1
+            # Ranks with a surplus batch forward it like the others; its maps are dropped.
+            classes = np.full((len(batch.index), width), -1, np.int64)
+            for place, ids in enumerate(chosen):
+                classes[place, : len(ids)] = ids
+            on_device = torch.from_numpy(classes).to(loader.device)
+            images = batch.views["eval"]
+            row, column = np.nonzero(classes[: batch.real] >= 0)
+            maps = _class_maps(classifier, images, on_device, dtype)[row, column]
+            other = None if full is None else _class_maps(full, images, on_device, dtype)[row, column]
+            if other is not None and other.shape != maps.shape:
+                raise UserError(
+                    f"the maps of the two runs differ in size ({maps.shape[1]} x {maps.shape[2]} and "
+                    f"{other.shape[1]} x {other.shape[2]} cells); compare runs with the same backbone and image size"
+                )
+            if len(row) == 0:
+                continue
+            part = _measure(maps, other, split, index[row], classes[row, column])
+            part["positive"] = (known[row, classes[row, column]] == POSITIVE).astype(np.float64)
+            for name in ("correlation", "control"):
+                part[name][part["positive"] == 0] = np.nan
+            for name in names:
+                columns[name].append(part[name])
     gathered = {}
     for name, parts in columns.items():
         kind = np.int64 if name in ("index", "class_id") else np.float64

@@ -29,6 +29,7 @@ from spml_fast.core import env
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import atomic_write
+from spml_fast.core.progress import show_progress
 from spml_fast.data.manifest import Manifest
 from spml_fast.evaluation.decisions import Decisions
 from spml_fast.models.backbone import create_whole_model, needs_fixed_size
@@ -202,10 +203,12 @@ def export_onnx(
     if size >= ONNX_LIMIT:
         raise UserError(f"the weights take {size / 1e9:.1f} GB and an ONNX file holds 2.1; use --format safetensors")
     images, source = sample_images(config, classifier)
-    with env.reference_kernels(), torch.no_grad():
+    with env.reference_kernels(), torch.no_grad(), show_progress(2, "tracing the network", unit="steps") as advance:
         expected = model(images)[0]
         check_finite(expected)
+        advance(1)
         program = _trace(model, images, config.model.backbone)
+        advance(1)
     try:
         with atomic_write(out) as partial:
             program.save(str(partial), external_data=False)
@@ -217,7 +220,9 @@ def export_onnx(
             onnx.helper.set_model_props(written, metadata)
             written.producer_name, written.producer_version = "spml_fast", __version__
             onnx.save(written, str(partial))
-            max_difference, same = difference(_run_onnx(partial, images, config.model.backbone), expected)
+            with show_progress(1, f"checking {out.name}", unit="steps") as advance:
+                max_difference, same = difference(_run_onnx(partial, images, config.model.backbone), expected)
+                advance(1)
             if not same:
                 raise UserError(
                     "the ONNX model gives other logits than the run "

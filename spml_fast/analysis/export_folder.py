@@ -19,6 +19,7 @@ from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import atomic_write, printable, write_json
 from spml_fast.core.outputs import WRITTEN_BY, OutputFile
+from spml_fast.core.progress import watched
 from spml_fast.evaluation.decisions import Decisions
 from spml_fast.models.backbone import timm_config
 from spml_fast.models.classifier import Classifier
@@ -63,10 +64,10 @@ def find_timm_form(classifier: Classifier, config: Config, num_classes: int) -> 
     images, source = sample_images(config, classifier)
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in input_normalisation(config, classifier))
     views = (images - mean) / std
-    with torch.no_grad():
+    with torch.no_grad(), watched(FORMS, "comparing with timm's model", "ways") as forms:
         expected = classifier(views).logits
         check_finite(expected)
-        for form in FORMS:
+        for form in forms:
             options = timm_options(config) | form
             try:
                 model = as_timm_model(classifier, config, num_classes, options)

@@ -148,7 +148,7 @@ def calibrate(args: argparse.Namespace, options: DecisionOptions, device: torch.
     if args.batch_size is not None:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=args.batch_size))
     loader = make_eval_loader(config, split, run.classifier, device)
-    scores = score_known(run.classifier, loader, split, config)
+    scores = score_known(run.classifier, loader, split, config, f"scoring the {split.name} split")
     saved = make_decisions(scores, split, run.layout, alpha, options, run.classes, weights)
     title = f"{split.name}, alpha {alpha:g}, {len(split)} images"
     print_columns(title, *table(saved.record))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from spml_fast.core import env
 from spml_fast.core.errors import UserError, fail
+from spml_fast.core.invocation import program
 from spml_fast.core.outputs import Kind, OutputFile
 from spml_fast.core.text import without_controls
 
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
 PLUGINS_HELP = (
     "import this module (or FILE.py) first, which registers methods, heads or data sets; may be given several times"
 )
-
-
-def program(command: str) -> str:
-    """How the command was called, for usage lines: `spml-fast train`, or `train.py` from a script of launch/."""
-    name = Path(sys.argv[0]).name
-    if name == f"{command}.py":
-        return name
-    return f"python -m spml_fast {command}" if name == "__main__.py" else f"spml-fast {command}"
 
 
 class Parser(argparse.ArgumentParser):

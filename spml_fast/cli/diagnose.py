@@ -120,6 +120,7 @@ def diagnose(
         negatives=args.negatives,
         seed=args.seed,
         precision=config.train.precision,
+        task=f"measuring the maps of the {split.name} split",
     )
     if table is not None and distributed.is_main():
         found = summarise(table)

@@ -97,7 +97,8 @@ def evaluate(args: argparse.Namespace, out: OutputFile | None, device: torch.dev
     loader = make_eval_loader(config, split, classifier, device)
     saved = distributed.from_main(lambda: usable_decisions(args.run, manifest.classes))
     groups = class_groups(manifest, config)
-    found = evaluate_split(classifier, loader, split, alphas, config, manifest.classes, groups, saved)
+    task = f"evaluating the {split.name} split"
+    found = evaluate_split(classifier, loader, split, alphas, config, manifest.classes, groups, saved, task)
     if distributed.is_main():
         # Shown first: a file that cannot be written takes no figure away.
         for alpha in alphas:

@@ -124,9 +124,7 @@ def given_images(args: argparse.Namespace, max_pixels: int) -> tuple[ImageFiles,
     from spml_fast.data.image_files import ImageFiles, find_images
 
     paths = find_images(args.images, lambda text: common.say(f"note: {text}"))
-    verified = check_images(
-        len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=False, max_pixels=max_pixels
-    )
+    verified = check_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), max_pixels=max_pixels)
     for index, why in verified.rejected.items():
         common.say(predict.left_out(paths[index], *why))
     usable = np.flatnonzero(verified.ok)
@@ -359,28 +357,31 @@ MOST_ROWS = 200
 
 
 def draw_images(
-    images: Iterable[Explained], drawing: Drawing, split: Split | None, choices: Sequence[Choice] | None
+    images: Iterable[Explained], total: int, drawing: Drawing, split: Split | None, choices: Sequence[Choice] | None
 ) -> int:
     """Draw images, with their labels where they are samples of a split; returns how many were left out, and says why.
 
     Args:
         images: what `explain` gives.
+        total: how many.
         drawing: the pages.
         split: of the samples; None for images from files.
         choices: the samples, in the order of the images.
     """
     from spml_fast.analysis import explain
     from spml_fast.analysis.predict import left_out
+    from spml_fast.core.progress import watched
 
     missing = 0
-    for place, image in enumerate(images):
-        if image.refused is not None:
-            common.say(left_out(image.path, image.refused))
-            missing += 1
-        elif split is not None and choices is not None:
-            drawing.add(place, explain.with_labels(image, split, choices[place], drawing.classes))
-        else:
-            drawing.add(place, image)
+    with watched(images, "explaining", total=total) as found:
+        for place, image in enumerate(found):
+            if image.refused is not None:
+                common.say(left_out(image.path, image.refused))
+                missing += 1
+            elif split is not None and choices is not None:
+                drawing.add(place, explain.with_labels(image, split, choices[place], drawing.classes))
+            else:
+                drawing.add(place, image)
     drawing.finish()
     return missing
 
@@ -436,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
             aspects=aspects,
             mask=mask_of(config) if args.against is not None else None,
         )
-        missing += draw_images(images, drawing, split, choices)
+        missing += draw_images(images, len(files), drawing, split, choices)
     print(
         f"{printable(str(out))}: {drawing.shown} images"
         + (f"; {missing} left out, the reasons stand above" if missing else "")

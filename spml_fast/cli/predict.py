@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +30,6 @@ EXAMPLES = [
     ("--run RUN photos/ --csv classes.csv", "a table for a program"),
 ]
 TOP = 5
-# Fewer images are checked before a progress bar could be read.
-PROGRESS_FROM = 256
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -85,13 +84,12 @@ def shown_classes(args: argparse.Namespace, decided: bool) -> tuple[int | None, 
     return args.top, args.threshold or 0.0
 
 
-def usable_files(args: argparse.Namespace, paths: list[str], progress: bool, max_pixels: int) -> ImageFiles:
+def usable_files(args: argparse.Namespace, paths: list[str], max_pixels: int) -> ImageFiles:
     """The images that can be read; the others are named on standard error.
 
     Args:
         args: the command line.
         paths: of all images.
-        progress: show progress.
         max_pixels: width x height of the largest image that is decoded.
     """
     import numpy as np
@@ -100,9 +98,7 @@ def usable_files(args: argparse.Namespace, paths: list[str], progress: bool, max
     from spml_fast.data.image_check import check_images, choose_level
     from spml_fast.data.image_files import ImageFiles
 
-    verified = check_images(
-        len(paths), paths.__getitem__, choose_level(None, len(paths)), progress=progress, max_pixels=max_pixels
-    )
+    verified = check_images(len(paths), paths.__getitem__, choose_level(None, len(paths)), max_pixels=max_pixels)
     for index, why in verified.rejected.items():
         common.say(left_out(paths[index], *why))
     usable = np.flatnonzero(verified.ok)
@@ -169,11 +165,10 @@ def main(argv: list[str] | None = None) -> int:
     decisions = None if saved is None else predict.usable_decisions(saved.decisions, alpha, common.say)
     top, threshold = shown_classes(args, decisions is not None)
     calibrated = decisions is not None and decisions.calibrated
-    progress = len(paths) >= PROGRESS_FROM
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(predict.PredictionTable(out, classes, calibrated)) if out is not None else None
         # Processes are forked to check images, so the GPU is touched after that.
-        files = usable_files(args, paths, progress, config.data.max_pixels)
+        files = usable_files(args, paths, config.data.max_pixels)
         batch_size = max(1, min(args.batch_size or config.eval.batch_size, len(files)))
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
         device = common.default_device()
@@ -190,7 +185,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         width = predict.path_width(files.paths) if len(files) else 0
         line = functools.partial(predict.prediction_line, classes=classes, threshold=threshold, width=width)
-        advance = stack.enter_context(show_progress(len(files), "predicting", table is not None and progress))
+        # Lines that come to the screen tell how far it is.
+        quiet = table is None and sys.stdout.isatty()
+        advance = stack.enter_context(show_progress(len(files), "predicting", not quiet))
         done = write_out(predictions, table, line, advance)
         if done == 0:
             raise UserError(f"none of the {len(paths)} images can be used; the reasons stand above")

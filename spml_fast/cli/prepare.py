@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from spml_fast.cli.common import Parser, program, split_plugins, without_launcher_words
+from spml_fast.cli.common import Parser, split_plugins, without_launcher_words
+from spml_fast.core.invocation import program
 from spml_fast.core.text import without_controls
 
 EXAMPLES = """examples:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import webbrowser
 from pathlib import Path
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.invocation import command_line, next_lines
 from spml_fast.core.io import printable
 from spml_fast.core.outputs import DECISION_COLUMNS, OutputFile
 
@@ -88,6 +88,6 @@ def ending(manifest: str, out: Path, decided: int, rows: int) -> str:
     """
     lines = [f"\n{decided} of {rows} decided in {printable(str(out))}"]
     if decided:
-        folder, name, new = (shlex.quote(printable(text)) for text in (manifest, str(out), f"{manifest}-2"))
-        lines.append(f"next: spml-fast relabel --manifest {folder} --decisions {name} --out {new}")
+        words = ("--manifest", manifest, "--decisions", out, "--out", f"{manifest}-2")
+        lines.append(next_lines([command_line("relabel", *words)]))
     return "\n".join(lines)

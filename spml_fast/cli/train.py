@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from spml_fast.cli.common import program
 from spml_fast.core.env import has_launcher
+from spml_fast.core.invocation import command_line, next_lines, program
 
 if TYPE_CHECKING:
     from spml_fast.core.config import Config
@@ -17,6 +18,22 @@ def recipe_line(recipe: str, config: Config) -> str:
     if config.data.dir is None:
         return f"recipe: {recipe}"
     return f"recipe: {recipe}, since --config names none (the papers' settings: --config published, coco_boostlu, ...)"
+
+
+def commands_after(run: str, plugins: Sequence[str] = ()) -> list[str]:
+    """What to try next with a finished run.
+
+    Args:
+        run: its directory.
+        plugins: that it needs.
+    """
+    more = [word for name in plugins for word in ("--plugins", name)]
+    return [
+        command_line("evaluate", "--run", run, "--per-class", *more),
+        command_line("report", run, "--out", f"{run}/report.html", *more),
+        command_line("explain", "--run", run, *more),
+        command_line("suggest", "--run", run, *more),
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,16 +55,19 @@ def main(argv: list[str] | None = None) -> int:
 
     device = init_distributed(config.run.timeout_minutes)
     from spml_fast.core.distributed import is_main
+    from spml_fast.core.progress import say
     from spml_fast.training.peers import reporting
     from spml_fast.training.signals import Interrupted
     from spml_fast.training.trainer import Trainer
 
     if recipe is not None and is_main():
-        print(recipe_line(recipe, config), flush=True)
+        say(recipe_line(recipe, config))
     status = 0
     try:
         with reporting():
-            Trainer(config, device, program=True).run()
+            results = Trainer(config, device, program=True).run()
+        if is_main():
+            say(next_lines(commands_after(results["run"], config.run.plugins)), whole=True)
     except Interrupted as stop:
         status = stop.status
         if is_main():

@@ -45,7 +45,7 @@ class DataConfig(Section):
     """Images and how they reach the model.
 
     Attributes:
-        dir: Manifest directory made by launch/prepare.py; null builds and uses the embedded digit scenes.
+        dir: Manifest directory made by `spml-fast prepare`; null builds and uses the embedded digit scenes.
         image_root: image folder, when it is not where it was at preparation.
         image_size: side of the square model input in pixels.
         train_split: split to train on.

@@ -158,6 +158,11 @@ def default_cublas_workspace(sizes: str) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", sizes)
 
 
+def deepspeed_log() -> str:
+    """SPML_DEEPSPEED_LOG: from which level on a rank prints what DeepSpeed logs; "error" where it is not set."""
+    return os.environ.get("SPML_DEEPSPEED_LOG") or "error"
+
+
 @contextlib.contextmanager
 def reference_kernels() -> Iterator[None]:
     """SPML_KERNELS: inside, ops are made of PyTorch's own, which exporters know. The kernels' dispatch reads it."""

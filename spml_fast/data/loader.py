@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from spml_fast.core import distributed
 from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError
+from spml_fast.core.progress import watched
 from spml_fast.data import augment
 from spml_fast.data.bad_images import BadImages, BatchRequest, read_size
 from spml_fast.data.dali_graph import GraphOptions
@@ -324,6 +326,11 @@ class EvalLoader:
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+    def watched(self, task: str | None) -> AbstractContextManager[Iterator[MicroBatch]]:
+        """The batches; inside, rank 0 shows how many images of all ranks are done (`task`; None shows nothing)."""
+        shown = task is not None and distributed.is_main()
+        return watched(self, task or "", enabled=shown, total=len(self.split), size=lambda batch: batch.global_size)
 
     def _inputs(self, request: BatchRequest) -> Inputs:
         inputs = _paths(self.split, request.index)

@@ -1,4 +1,4 @@
-"""The on-disk data set: what `launch/prepare.py` writes once and everything else reads.
+"""The on-disk data set: what `spml-fast prepare` writes once and everything else reads.
 
     MANIFEST/
       manifest.json      format, name, image root, split sizes; written last, so a folder without it is not a Manifest
@@ -239,7 +239,7 @@ class Manifest:
         path = self.folder / "manifest.json"
         if not path.is_file():
             raise UserError(
-                f"{self.folder} is not a Manifest (no manifest.json in it); make one with launch/prepare.py"
+                f"{self.folder} is not a Manifest (no manifest.json in it); make one with `spml-fast prepare`"
             )
         meta = read_meta(path)
         if not isinstance(meta, dict):

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular, require_regular
+from spml_fast.core.progress import show_progress
 from spml_fast.data.manifest_check import load_array, read_meta
 from spml_fast.data.read_retry import read_patiently
 
@@ -423,8 +424,13 @@ def check_shards(shards: Shards, threads: int = 4) -> int:
             )
         return size
 
-    with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(check, range(len(shards.files))))
+    name, total = f"reading the shards of {shards.folder.name}", sum(file.size for file in shards.files)
+    with ThreadPoolExecutor(threads) as pool, show_progress(total >> 20, name, unit="MB") as advance:
+        read = 0
+        for size in pool.map(check, range(len(shards.files))):
+            advance((read + size >> 20) - (read >> 20))
+            read += size
+        return read
 
 
 def file_sha256(path: str | Path) -> str:

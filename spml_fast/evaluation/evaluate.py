@@ -10,6 +10,7 @@ two alphas, against 9.7 GB of the two dense means.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from spml_fast.core import distributed
+from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import Config, EvalConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast, autocast_dtype, no_cudnn_benchmark
@@ -30,16 +32,10 @@ from spml_fast.evaluation.calibration import KnownEntries, entries_of_pairs, ent
 from spml_fast.evaluation.decisions import Decisions
 from spml_fast.evaluation.entries import per_cent
 from spml_fast.evaluation.metrics import evaluate_pairs, evaluate_scores, groups_by_count
-from spml_fast.evaluation.thresholds import (
-    count_at_threshold_pairs,
-    dense_threshold_counts,
-    logit_threshold,
-)
+from spml_fast.evaluation.thresholds import count_at_threshold_pairs, dense_threshold_counts, logit_threshold
 from spml_fast.models.classifier import Classifier, boosted_logits, check_alpha
 
-TOP_K = 3
-
-GROUPS = 5
+TOP_K, GROUPS = 3, 5
 
 
 @dataclass
@@ -115,6 +111,7 @@ def score_split(
     labels: SparseLabels,
     alphas: Sequence[float],
     dtype: torch.dtype | None,
+    task: str | None = None,
 ) -> Scores | None:
     """Run the classifier over a split (collective).
 
@@ -127,20 +124,22 @@ def score_split(
         labels: known labels of the split.
         alphas: BoostLU factors that will be asked for.
         dtype: autocast dtype of the network, or None.
+        task: what its progress is called; None shows none.
 
     Returns:
         Scores on rank 0, None elsewhere.
     """
     boost = any(a != 1 for a in alphas)
 
-    def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        for batch in loader:
+    def outputs(batches: Iterable[MicroBatch]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        for batch in batches:
             with autocast(loader.device, dtype), no_cudnn_benchmark():
                 output = classifier(batch.views["eval"], boost=boost)
             relu = None if output.mean_relu is None else output.mean_relu[: batch.real]
             yield batch.index[: batch.real], output.mean[: batch.real], relu
 
-    return gather_scores(outputs(), labels, alphas, loader.device)
+    with contextlib.nullcontext(loader) if task is None else loader.watched(task) as batches:
+        return gather_scores(outputs(batches), labels, alphas, loader.device)
 
 
 def gather_scores(
@@ -409,6 +408,7 @@ def evaluate_split(
     classes: Sequence[str],
     groups: npt.NDArray[np.int64] | None = None,
     decisions: Decisions | None = None,
+    task: str | None = None,
 ) -> dict[float, dict[str, Any]]:
     """Metrics of a split at every alpha, on every rank (collective).
 
@@ -421,6 +421,7 @@ def evaluate_split(
         classes: names for error messages.
         groups: int64 [C] from `class_groups`, or None.
         decisions: of the run, as in `measure`; rank 0's count.
+        task: what its progress is called; None shows none.
 
     Returns:
         alpha -> metrics (per cent); ranks other than 0 get `map` alone.
@@ -429,7 +430,7 @@ def evaluate_split(
     was_training = classifier.training
     classifier.eval()
     dtype = autocast_dtype(config.train.precision, loader.device)
-    scores = score_split(classifier, loader, split.known, alphas, dtype)
+    scores = score_split(classifier, loader, split.known, alphas, dtype, task)
     classifier.train(was_training)
     results: dict[float, dict[str, Any]] = {alpha: {} for alpha in alphas}
     maps = torch.zeros(len(alphas), dtype=torch.float64, device=loader.device)

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.invocation import command_line, next_lines
 from spml_fast.data.image_check import CheckResults, Level, check_images, choose_level
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.data.manifest import Manifest
@@ -363,7 +363,7 @@ def _images_by_class(manifest: Manifest, split: str) -> str:
     )
 
 
-def summary(manifest: Manifest, train_options: str = "") -> str:
+def summary(manifest: Manifest, train_options: Sequence[str] = ()) -> str:
     """What the command prints at its end: counts, what was left out and why, the next command.
 
     Args:
@@ -408,8 +408,8 @@ def summary(manifest: Manifest, train_options: str = "") -> str:
         how = "decoded" if report["verify"] == "decode" else "headers read"
         lines.append(f"0 images left out (all were checked: {how})")
     lines.append(f"Manifest: {manifest.folder}")
-    options = f"{train_options} --data.dir {shlex.quote(str(manifest.folder))}".strip()
+    words = [*train_options, "--data.dir", manifest.folder]
     if report["labels_alone"]:
-        options += " --data.image_root FOLDER_OF_THE_IMAGES"
-    lines.append(f"next: deepspeed launch/train.py {options}")
+        words += ["--data.image_root", "FOLDER_OF_THE_IMAGES"]
+    lines.append(next_lines([command_line("train", *words)]))
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.invocation import command_line, next_lines
 from spml_fast.core.io import file_record
 from spml_fast.core.text import formula_safe_path, printable
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
@@ -243,4 +244,5 @@ def summary(old: Manifest, new: Manifest, decisions: Decisions, changes: dict[st
     if not any(found.rows for found in changes.values()):
         lines.append("no label changed")
     lines.append(f"Manifest: {new.folder} (version {new.meta['version']}; {old.folder} is as it was)")
+    lines.append(next_lines([command_line("train", "--data.dir", new.folder)]))
     return "\n".join(lines)

@@ -28,7 +28,7 @@ DIGITS = (
         ("--method.delta_rel", "2"),
         note="delta_rel 2, BoostLU in training too",
     ),
-    Entry("ignore", "ignore", "digits_ignore.yaml", note="see launch/configs/digits_ignore.yaml"),
+    Entry("ignore", "ignore", "digits_ignore.yaml", note="see the recipe digits_ignore"),
 )
 
 

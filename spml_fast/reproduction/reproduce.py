@@ -1,6 +1,6 @@
 """The papers' comparisons in one go: which runs a preset has, what the papers say of them, tables and plots.
 
-`launch/reproduce.py` starts the runs; everything here works on what they leave behind.
+`spml-fast reproduce` starts the runs; everything here works on what they leave behind.
 """
 
 from __future__ import annotations

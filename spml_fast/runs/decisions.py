@@ -43,7 +43,9 @@ class SavedDecisions:
     record: dict[str, Any]
 
 
-def score_known(classifier: Classifier, loader: EvalLoader, split: Split, config: Config) -> Scores | None:
+def score_known(
+    classifier: Classifier, loader: EvalLoader, split: Split, config: Config, task: str | None = None
+) -> Scores | None:
     """Logits of a split at `model.alpha_eval`, on rank 0; None on others (collective).
 
     Args:
@@ -51,11 +53,12 @@ def score_known(classifier: Classifier, loader: EvalLoader, split: Split, config
         loader: this rank's batches of the split.
         split: whose known labels are the truth.
         config: the run's.
+        task: what its progress is called; None shows none.
     """
     was_training = classifier.training
     classifier.eval()
     dtype = autocast_dtype(config.train.precision, loader.device)
-    scores = score_split(classifier, loader, split.known, [config.model.alpha_eval], dtype)
+    scores = score_split(classifier, loader, split.known, [config.model.alpha_eval], dtype, task)
     classifier.train(was_training)
     return scores
 

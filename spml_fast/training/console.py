@@ -17,11 +17,11 @@ from rich.text import Text
 from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.precision import autocast_dtype
+from spml_fast.core.progress import speed
 from spml_fast.core.text import without_controls
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.logs import Meter, memory_gib
-from spml_fast.training.pace import duration
 from spml_fast.training.setup import Phase, RunData
 
 
@@ -75,30 +75,26 @@ def place_name(phase: Phase, position: CheckpointPosition) -> str:
     return f"{epoch_name(phase, position.epoch + 1)}, update {position.update}"
 
 
-def live_line(
-    name: str, loss: float | None, best: float, meter: Meter, device: torch.device, left: float | None = None
-) -> str:
-    """The line that follows the training on a terminal.
+def live_notes(loss: float | None, best: float, meter: Meter, device: torch.device) -> list[str]:
+    """What is shown of an epoch that is under way, the most important first; none of it waits for the device.
 
     Args:
-        name: from `epoch_name`.
         loss: the last that was read; None before the first.
         best: highest validation mAP; -inf before the first.
         meter: that of the epoch.
         device: whose memory is shown.
-        left: seconds to the end of training; None where nothing tells yet.
     """
-    time_left = "" if left is None else f" | {duration(left)} left"
-    score = f" | val mAP {best:.2f}" if math.isfinite(best) else ""
-    loss_text = f" | loss {loss:.4f}" if loss is not None else ""
-    return (
-        f"{name}{loss_text}{score} | {meter.rate:.0f} images/s | "
-        f"data wait {meter.wait_fraction:.0%} | {memory_gib(device):.1f} GiB{time_left}"
-    )
+    return [
+        *([] if loss is None else [f"loss {loss:.4f}"]),
+        *([f"val mAP {best:.2f}"] if math.isfinite(best) else []),
+        f"{speed(meter.rate)} images/s",
+        f"data wait {meter.wait_fraction:.0%}",
+        f"{memory_gib(device):.1f} GiB",
+    ]
 
 
-def epoch_line(name: str, figures: dict[str, Any], score: float | None, corrects_labels: bool) -> str:
-    """The line of a finished epoch.
+def epoch_fields(name: str, figures: dict[str, Any], score: float | None, corrects_labels: bool) -> list[str]:
+    """What the line of a finished epoch holds, the most important first.
 
     Args:
         name: from `epoch_name`.
@@ -106,13 +102,17 @@ def epoch_line(name: str, figures: dict[str, Any], score: float | None, corrects
         score: validation mAP in percent; None where there was no validation.
         corrects_labels: of the method, what it does with the labels that it selects.
     """
-    return (
-        f"{name} | loss {figures['loss']:.4f}"
-        + (f" | val mAP {score:.2f}" if score is not None else "")
-        + f" | {figures['images_per_second']:.0f} images/s | data wait {figures['data_wait']:.0%}"
-        + f" | {figures['memory_gib']:.1f} GiB | {figures['seconds']:.1f} s"
-        + selection_text(figures, corrects_labels)
-    )
+    selection = selection_text(figures, corrects_labels)
+    return [
+        name,
+        f"loss {figures['loss']:.4f}",
+        *([] if score is None else [f"val mAP {score:.2f}"]),
+        f"{figures['images_per_second']:.0f} images/s",
+        f"data wait {figures['data_wait']:.0%}",
+        f"{figures['memory_gib']:.1f} GiB",
+        f"{figures['seconds']:.1f} s",
+        *([selection] if selection else []),
+    ]
 
 
 def selection_text(figures: dict[str, Any], corrects_labels: bool) -> str:
@@ -121,7 +121,7 @@ def selection_text(figures: dict[str, Any], corrects_labels: bool) -> str:
         return ""
     done = "corrected" if corrects_labels else "rejected"
     return (
-        f" | {figures['selected_count']:.0f} labels {done} ({figures['selection_precision']:.0%} of them hidden "
+        f"{figures['selected_count']:.0f} labels {done} ({figures['selection_precision']:.0%} of them hidden "
         f"positives, {figures['selection_recall']:.0%} of all found)"
     )
 

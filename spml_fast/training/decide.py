@@ -50,7 +50,7 @@ def decide(
     if kept is not None or split is None or loader is None:
         return kept
     # What one rank alone cannot read ends all of them; only what all refuse together leaves 0.5 in place.
-    scores = score_known(classifier, loader, split, config)
+    scores = score_known(classifier, loader, split, config, "scoring for thresholds")
     try:
         saved = make_decisions(scores, split, layout, config.model.alpha_eval, options, classes)
     except UserError as error:

@@ -48,12 +48,37 @@ OWNED_KEYS = (
 )
 
 
+# Of all that DeepSpeed says: settings, notices and warnings, which this program's own checks make superfluous.
+_LOGGER = logging.getLogger("DeepSpeed")
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+@functools.cache
+def _log_level() -> int:
+    """The level from which on DeepSpeed's messages are printed.
+
+    A filter stays where it is when DeepSpeed sets up its logger, and already holds while it is imported.
+
+    Raises:
+        UserError: SPML_DEEPSPEED_LOG names none.
+    """
+    name = env.deepspeed_log().lower()
+    if name not in _LEVELS:
+        raise UserError(f"SPML_DEEPSPEED_LOG is {name!r}; it must be {', '.join(_LEVELS[:-1])} or {_LEVELS[-1]}")
+    level = logging.getLevelNamesMapping()[name.upper()]
+    _LOGGER.addFilter(lambda record: record.levelno >= level)
+    return level
+
+
 def _deepspeed() -> Any:
     """DeepSpeed, imported late and quietly, without its C++ build on machines without a GPU."""
     set_environment()
+    level = _log_level()
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    _LOGGER.setLevel(level)
+    for handler in _LOGGER.handlers:
+        handler.setLevel(level)
     if not torch.cuda.is_available():
         # Its shared-memory collectives for CPUs are an optional speed-up that needs a compiler and over a minute at the
         # first start, and a killed build leaves a lock that hangs later runs. gloo does the same work.
@@ -235,10 +260,9 @@ class Engine:
         module.to(memory_format=torch.contiguous_format)
         options = schedule_options(optimizer, scheduler)
         self._schedule = (optimizer, scheduler, options)
-        with _quiet():
-            self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config)
-            )
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config)
+        )
         self._files = self._engine.checkpoint_engine = _checkpoint_files()()
         self.stage: int = config["zero_optimization"]["stage"]
         if channels_last and self.stage == 0:
@@ -342,8 +366,7 @@ class Engine:
             OSError: this rank could not write its files; all ranks have reached the end.
         """
         self._files.begin()
-        with _quiet():
-            self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
         if self._files.error is not None:
             raise self._files.error
         return dict(self._files.records)
@@ -359,8 +382,7 @@ class Engine:
         """
         self._files.begin()
         self._files.copy = copy
-        with _quiet():
-            self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
         copies: list[FileContent] = self._files.copies
         self._files.begin()
         return copies
@@ -374,11 +396,10 @@ class Engine:
         Raises:
             UserError: nothing usable is there.
         """
-        with _quiet():
-            try:
-                path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
-            except (RuntimeError, KeyError, ValueError, TypeError, OSError, AssertionError) as error:
-                raise UserError(f"checkpoint {folder / tag} cannot be loaded: {first_line(error)}") from error
+        try:
+            path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        except (RuntimeError, KeyError, ValueError, TypeError, OSError, AssertionError) as error:
+            raise UserError(f"checkpoint {folder / tag} cannot be loaded: {first_line(error)}") from error
         if path is None:
             raise UserError(f"checkpoint {folder / tag} cannot be loaded: files are missing")
         return dict(state)
@@ -403,15 +424,3 @@ class Engine:
     def close(self) -> None:
         """Release what DeepSpeed holds, so that another engine can be made."""
         self._engine.destroy()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints settings and notices with print and its own handlers; keep them off a clean terminal."""
-    logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

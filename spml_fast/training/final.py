@@ -75,7 +75,8 @@ def _test(trainer: Trainer, split: Split, decisions: Decisions | None) -> dict[s
     loader = make_eval_loader(config, split, trainer.classifier, trainer.device)
     groups = class_groups(trainer.data.manifest, config)
     classes = trainer.data.manifest.classes
-    metrics = evaluate_split(trainer.classifier, loader, split, alphas, config, classes, groups, decisions)
+    task = f"evaluating the {split.name} split"
+    metrics = evaluate_split(trainer.classifier, loader, split, alphas, config, classes, groups, decisions, task)
     return {"split": split.name, "alpha": {f"{alpha:g}": metrics[alpha] for alpha in alphas}}
 
 

@@ -181,8 +181,10 @@ class _Minimum(NamedTuple):
     gradient: float
 
 
-def _lbfgs(function: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> _Minimum:
-    """The minimum of a function that gives (value, gradient)."""
+def _lbfgs(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, evaluated: Callable[[], None] = lambda: None
+) -> _Minimum:
+    """The minimum of a function that gives (value, gradient); `evaluated` is called after each evaluation."""
     parameters = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [parameters],
@@ -199,6 +201,7 @@ def _lbfgs(function: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -
         nonlocal evaluations
         evaluations += 1
         value, parameters.grad = function(parameters.detach())
+        evaluated()
         return value
 
     optimizer.step(closure)  # type: ignore[arg-type]
@@ -208,16 +211,19 @@ def _lbfgs(function: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -
 
 
 @torch.no_grad()
-def solve(objective: HeadObjective, penalties: Sequence[float] = PENALTIES) -> Iterator[Solution]:
+def solve(
+    objective: HeadObjective, penalties: Sequence[float] = PENALTIES, evaluated: Callable[[], None] = lambda: None
+) -> Iterator[Solution]:
     """The minimum of F at each penalty, in their order (collective).
 
     Args:
         objective: F.
         penalties: the strongest first, since each begins at the solution of the one before.
+        evaluated: called after each evaluation of F.
     """
     parameters = objective.start()
     for penalty in penalties:
-        found = _lbfgs(functools.partial(objective, penalty=penalty), parameters)
+        found = _lbfgs(functools.partial(objective, penalty=penalty), parameters, evaluated)
         parameters = found.parameters
         loss = found.value - penalty / 2 * float(parameters[:, :-1].square().sum())
         yield Solution(parameters, penalty, loss, found.evaluations, found.gradient)

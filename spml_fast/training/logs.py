@@ -1,4 +1,4 @@
-"""Where a run's figures and lines go: metrics.jsonl, a live line on a terminal, plain lines elsewhere."""
+"""Where a run's figures and lines go: metrics.jsonl, standard output, and its progress (core/progress.py)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import contextlib
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
-from spml_fast.core import distributed
+from spml_fast.core import distributed, progress
 from spml_fast.core.io import finite
-from spml_fast.core.text import without_controls
 from spml_fast.evaluation.metrics import selection_quality
 from spml_fast.runs.layout import RunLayout
 
@@ -95,7 +92,7 @@ class RunLog:
 
     Args:
         folder: run directory; figures go to metrics.jsonl in it.
-        total_updates: updates of the whole run, for the bar.
+        total_updates: updates of the whole run, for its progress.
     """
 
     def __init__(self, folder: Path, total_updates: int) -> None:
@@ -103,31 +100,25 @@ class RunLog:
         self.path = RunLayout(folder).metrics
         if self.active:
             drop_half_line(self.path)
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.live: Progress | None = None
-        if self.active and self.console.is_terminal:
-            self.live = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-                console=self.console,
-                transient=True,
-            )
-            self.task = self.live.add_task("starting", total=total_updates)
+        self.task = progress.Task("starting", total_updates, unit="", notes=())
+        self._shown = progress.under_way(self.task, self.active)
 
     def __enter__(self) -> RunLog:
-        if self.live:
-            self.live.start()
+        self._shown.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
+    def __exit__(self, *error: Any) -> None:
+        self._shown.__exit__(*error)
 
     def say(self, text: str) -> None:
         """One plain line."""
         if self.active:
-            self.console.print(without_controls(text), markup=False)
+            progress.say(text)
+
+    def say_fields(self, fields: Sequence[str]) -> None:
+        """One line of fields, the most important first; a narrow terminal gets the first ones."""
+        if self.active:
+            progress.say_fields(fields)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """Append one JSON line; numbers that are not finite become null."""
@@ -136,7 +127,18 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **finite(values)}) + "\n")
 
-    def progress(self, done: int, text: str) -> None:
-        """Move the live line; nothing where there is no terminal."""
-        if self.live:
-            self.live.update(self.task, completed=done, description=text)
+    @property
+    def due(self) -> bool:
+        """Whether it is time to show where the run stands; cheap, for it is asked in every update."""
+        return self.active and self.task.due
+
+    def progress(self, done: int, name: str, notes: Sequence[str], left: float | None) -> None:
+        """Show where the run stands.
+
+        Args:
+            done: updates of the whole run.
+            name: of the epoch.
+            notes: its figures, the most important first.
+            left: seconds to the end of training; None where nothing tells yet.
+        """
+        self.task.change(name, done, notes, left)

@@ -8,6 +8,7 @@ from collections.abc import Sequence, Sized
 import torch
 
 from spml_fast.core.config import TrainConfig
+from spml_fast.core.progress import duration
 from spml_fast.training.setup import Phase
 
 # The first update of a phase is left out: it chooses algorithms, and the input starts with it.
@@ -104,7 +105,9 @@ class Pace:
 
     def _epoch_seconds(self, phase: Phase, rate: float) -> float:
         forward = rate if phase.name == "linear" else rate * FORWARDS_OF_TRAINING
-        return self.updates_per_epoch * self.update_size / rate + self.eval_images / forward
+        # A phase that is solved takes the features of the validation split as well, before that is scored.
+        passes = 2 if phase.solved else 1
+        return self.updates_per_epoch * self.update_size / rate + passes * self.eval_images / forward
 
     def seconds_left(self, epoch: int, done: int) -> float | None:
         """Estimated seconds to the end of training; None before there is a rate.
@@ -127,21 +130,10 @@ class Pace:
         left = self.seconds_left(epoch, done)
         assert left is not None and self.rate is not None and self._phase is not None
         kind = "an epoch of the head alone" if self._phase.name == "linear" else "an epoch"
-        return (
-            f"{self.rate:.3g} images/s: about {duration(self.epoch_seconds)} {kind}; "
-            f"training ends in about {duration(left)}, at {clock(left)}"
-        )
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: `40 s`, `7 min`, `2.5 h`, `3.1 days`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if seconds < 99.5 * 60:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
+        line = f"{self.rate:.3g} images/s: about {duration(self.epoch_seconds)} "
+        line += "for the features and the validation" if self._phase.solved else kind
+        line += f"; training ends in about {duration(left)}, at {clock(left)}"
+        return line + (", and the time to solve for the head" if self._phase.solved else "")
 
 
 def clock(seconds: float) -> str:

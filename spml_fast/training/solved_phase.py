@@ -6,6 +6,8 @@ The phase is one step: without its checkpoint it begins anew.
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from spml_fast.core import distributed
 from spml_fast.core.precision import autocast, autocast_dtype, no_cudnn_benchmark
+from spml_fast.core.progress import Task, duration, under_way
 from spml_fast.data.loader import EvalLoader
 from spml_fast.evaluation.evaluate import gather_scores, measure
 from spml_fast.training.linear_probe import (
@@ -56,23 +59,24 @@ def solve_phase(trainer: Trainer, phase: Phase) -> dict[str, Any]:
     )
     classifier.eval()
     meter = Meter()
-    index, features = _mean_features(trainer, trainer.training_scorer(), meter)
+    index, features = _mean_features(trainer, trainer.training_scorer(), meter, "linear phase: features")
     trainer.trained_samples += meter.samples
     if bad := sorted(trainer.loader.bad_images.reasons):
         # Another image was shown in the place of each.
         shown = ~torch.isin(index, torch.tensor(bad, device=index.device))
         index, features = index[shown], features[shown]
     objective = HeadObjective(features, trainer.store.rows(index), trainer.method.linear_loss())
-    held_out = None if val is None else _mean_features(trainer, val, meter)
+    held_out = None if val is None else _mean_features(trainer, val, meter, "linear phase: validation features")
     # Of the passes alone: solving takes no images.
     speed = {"images_per_second": meter.rate, "data_wait": meter.wait_fraction}
+    started = time.perf_counter()
     solution, tried = _choose(trainer, objective, held_out)
     with trainer.engine.gathered_parameters(change=True):
         classifier.head.set_affine(*objective.head(solution.parameters))
     if trainer.ema is not None:
         # An average over one step is that step.
         trainer.ema.set(classifier)
-    trainer.log.say(_line(solution, tried))
+    trainer.log.say(_line(solution, tried, time.perf_counter() - started))
     trainer.trained_seconds += meter.seconds
     trainer.waited_seconds += meter.waited
     classifier.train()
@@ -87,30 +91,37 @@ def solve_phase(trainer: Trainer, phase: Phase) -> dict[str, Any]:
     }
 
 
-def _mean_features(trainer: Trainer, loader: EvalLoader, meter: Meter) -> tuple[Tensor, Tensor]:
-    """Samples int64 [n] of this rank, and their mean features fp32 [n, K], on its device (collective)."""
+def _mean_features(trainer: Trainer, loader: EvalLoader, meter: Meter, task: str) -> tuple[Tensor, Tensor]:
+    """Samples int64 [n] of this rank, and their mean features fp32 [n, K], on its device (collective).
+
+    Args:
+        trainer: the run.
+        loader: this rank's batches.
+        meter: counts the images.
+        task: what its progress is called.
+    """
     device, classifier = trainer.device, trainer.classifier
     dtype = autocast_dtype(trainer.config.train.precision, device)
     # Filled in place: memory for them is asked for once.
     rows = min(len(loader) * loader.sampler.batch_size, len(loader.split))
     index = torch.empty(rows, dtype=torch.int64, device=device)
     features = torch.empty(rows, classifier.channels, device=device)
-    batches, done = iter(loader), 0
-    while True:
-        with meter.waiting():
-            batch = next(batches, None)
-        if batch is None:
-            break
-        with autocast(device, dtype), no_cudnn_benchmark():
-            maps = classifier.features(batch.views["eval"])
-        index[done : done + batch.real] = batch.index[: batch.real]
-        features[done : done + batch.real] = maps[: batch.real].float().mean((1, 2))
-        done += batch.real
-        meter.samples += batch.global_size
-        if trainer.pace.rate is None and meter.seconds > ENOUGH_SECONDS:
-            trainer.log.say(trainer.pace.measured(meter.rate, meter.samples))
-        trainer.log.progress(0, f"linear phase | {meter.samples:,} images | {meter.rate:.0f} images/s")
-        trainer.saves.stop_between()
+    done = 0
+    with loader.watched(task) as batches:
+        while True:
+            with meter.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            with autocast(device, dtype), no_cudnn_benchmark():
+                maps = classifier.features(batch.views["eval"])
+            index[done : done + batch.real] = batch.index[: batch.real]
+            features[done : done + batch.real] = maps[: batch.real].float().mean((1, 2))
+            done += batch.real
+            meter.samples += batch.global_size
+            if trainer.pace.rate is None and meter.seconds > ENOUGH_SECONDS:
+                trainer.log.say(trainer.pace.measured(meter.rate, meter.samples))
+            trainer.saves.stop_between()
     return index[:done], features[:done]
 
 
@@ -123,7 +134,7 @@ def _choose(
         penalties = tuple(penalty for penalty in PENALTIES if penalty >= DEFAULT_PENALTY)
     tried: list[dict[str, float | int | None]] = []
     best: tuple[float, Solution] | None = None
-    for solution in solve(objective, penalties):
+    for solution in _solutions(objective, penalties):
         score = None if held_out is None else _val_map(trainer, objective, solution, *held_out)
         tried.append(
             {
@@ -141,6 +152,23 @@ def _choose(
         trainer.saves.stop_between()
     assert best is not None
     return best[1], tried
+
+
+def _solutions(objective: HeadObjective, penalties: Sequence[float]) -> Iterator[Solution]:
+    """As `solve`, while it is shown how far that is."""
+    task = Task("linear phase: solving for the head", len(penalties), "penalties", notes=[])
+    evaluations = 0
+
+    def evaluated() -> None:
+        nonlocal evaluations
+        evaluations += 1
+        left = task.seconds / task.done * (task.total - task.done) if task.done else None
+        task.change(task.name, task.done, [f"{evaluations:,} evaluations"], left)
+
+    with under_way(task, distributed.is_main()):
+        for solution in solve(objective, penalties, evaluated):
+            task.advance(1)
+            yield solution
 
 
 def _val_map(
@@ -164,9 +192,11 @@ def _val_map(
     return distributed.from_main(value)
 
 
-def _line(solution: Solution, tried: list[dict[str, float | int | None]]) -> str:
-    """What was tried and taken, in one line."""
+def _line(solution: Solution, tried: list[dict[str, float | int | None]], seconds: float) -> str:
+    """What was tried and taken, and how long that took, in one line."""
     if tried[-1]["val_map"] is None:
-        return f"linear phase: solved with penalty {solution.penalty:g}, since no validation split chooses one"
+        line = f"linear phase: solved with penalty {solution.penalty:g}, since no validation split chooses one"
+        return f"{line} | {duration(seconds)}"
     maps = ", ".join(f"{one['penalty']:g}: {one['val_map']:.2f}" for one in tried if one["val_map"] is not None)
-    return f"linear phase: solved; penalty: validation mAP, plain | {maps} | {solution.penalty:g} is taken"
+    line = f"linear phase: solved; penalty: validation mAP, plain | {maps} | {solution.penalty:g} is taken"
+    return f"{line} | {duration(seconds)}"

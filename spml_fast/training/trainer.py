@@ -215,7 +215,6 @@ class Trainer:
         self.method.on_epoch_start(self._progress(phase, epoch, start_update))
         meter, sums = self.running = self.running or (Meter(), {})
         phase_index = self.phases.index(phase)
-        done = self._updates_before(phase)
         updates = self.loader.epoch(epoch, start_update)
         update = start_update
         while True:
@@ -234,8 +233,8 @@ class Trainer:
                 self._log_update(phase, progress, meter, sums)
             if (cost := self.pace.update(epoch, update)) is not None:
                 self.log.say(cost)
-            if self.log.live:
-                self.log.progress(done + progress.update + 1, self._live_line(phase, epoch, update, meter))
+            if self.log.due:
+                self._show(phase, epoch, update, meter)
             if self.saves.due(update, progress.updates_per_epoch):
                 self._save(phase, epoch - 1, update, best=False)
         self.running = None
@@ -260,9 +259,11 @@ class Trainer:
             figures["bad_images"] = list_bad_images(self.loader.bad_images, self.layout)
         return figures
 
-    def _live_line(self, phase: Phase, epoch: int, update: int, meter: Meter) -> str:
-        name, left = console.epoch_name(phase, epoch), self.pace.seconds_left(epoch, update)
-        return console.live_line(name, self.last_loss, self.score.best, meter, self.device, left)
+    def _show(self, phase: Phase, epoch: int, update: int, meter: Meter) -> None:
+        """Where the run stands, for who watches it."""
+        done = self._updates_before(phase) + (epoch - 1) * self.loader.updates_per_epoch + update
+        notes = console.live_notes(self.last_loss, self.score.best, meter, self.device)
+        self.log.progress(done, console.epoch_name(phase, epoch), notes, self.pace.seconds_left(epoch, update))
 
     def _update(self, micro: list[MicroBatch], progress: Progress, sums: dict[str, Tensor]) -> None:
         """One optimizer update: forward, backward and step for each micro-batch."""
@@ -320,11 +321,12 @@ class Trainer:
         average_statistics(self.classifier, self.ema)
         dtype = autocast_dtype(self.config.train.precision, self.device)
         self.classifier.eval()
-        for batch in self.training_scorer():
-            with autocast(self.device, dtype):
-                logits = self.classifier(batch.views["eval"], alpha=self.classifier.alpha_train).logits
-            if batch.real:
-                self.method.on_train_scores(batch.index[: batch.real], logits[: batch.real])
+        with self.training_scorer().watched("scoring the training images") as batches:
+            for batch in batches:
+                with autocast(self.device, dtype):
+                    logits = self.classifier(batch.views["eval"], alpha=self.classifier.alpha_train).logits
+                if batch.real:
+                    self.method.on_train_scores(batch.index[: batch.real], logits[: batch.real])
         self.classifier.train()
 
     def _read(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -371,7 +373,9 @@ class Trainer:
         model = self.ema.module if self.ema is not None else self.classifier
         alpha = self.config.model.alpha_eval
         classes = self.data.manifest.classes
-        metrics = evaluate_split(model, self.val_loader, self.data.val, [alpha], self.config, classes)
+        metrics = evaluate_split(
+            model, self.val_loader, self.data.val, [alpha], self.config, classes, task="validation"
+        )
         return float(metrics[alpha]["map"])
 
     def _finish_epoch(self, phase: Phase, epoch: int, score: float | None) -> None:
@@ -386,7 +390,7 @@ class Trainer:
         events = {f"epoch/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
         self._publish(events, self.samples_seen(phase, epoch * self.loader.updates_per_epoch))
         name = console.epoch_name(phase, epoch)
-        self.log.say(console.epoch_line(name, figures, score, self.method.corrects_labels))
+        self.log.say_fields(console.epoch_fields(name, figures, score, self.method.corrects_labels))
         self._save(phase, epoch, 0, best)
 
     def _save(self, phase: Phase, epoch: int, update: int, best: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -337,3 +339,19 @@ def test_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="export works in one process; start it without a launcher"):
         common.check_one_process("export")
+
+
+def test_what_to_try_after_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spml_fast.cli.train import commands_after
+
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/spml-fast", "train"])
+    assert commands_after("my runs/a", ["losses.py"]) == [
+        "spml-fast evaluate --run 'my runs/a' --per-class --plugins losses.py",
+        "spml-fast report 'my runs/a' --out 'my runs/a/report.html' --plugins losses.py",
+        "spml-fast explain --run 'my runs/a' --plugins losses.py",
+        "spml-fast suggest --run 'my runs/a' --plugins losses.py",
+    ]
+    for line in commands_after("runs/a"):
+        name, *words = shlex.split(line)[1:]
+        parse: Any = importlib.import_module(f"spml_fast.cli.{name}").parse
+        assert str(parse(words).run if name != "report" else parse(words).runs[0]) == "runs/a"

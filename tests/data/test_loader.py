@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spml_fast.core import distributed, progress
 from spml_fast.data.manifest import Split
 from tests.support.loading import (
     SIDE,
@@ -42,6 +43,22 @@ def test_every_sample_once_per_evaluation(world, photos):
                 if views.real:
                     assert torch.equal(views.views["eval"], single[tuple(views.index.tolist())])
         assert sorted(seen) == list(range(len(photos)))
+
+
+def test_a_watched_evaluation_counts_the_images_of_all_ranks(photos, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    loader = eval_loader(photos, world_size=2, rank=0)
+    with loader.watched("scoring") as batches:
+        shown = [len(capsys.readouterr().err.splitlines()) for _ in batches]
+    assert len(shown) == len(loader) and sum(shown) == len(loader) - 1
+    assert capsys.readouterr().err.startswith(f"scoring | {len(photos)} of {len(photos)} images")
+    with loader.watched(None) as batches:
+        assert len(list(batches)) == len(loader)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    with loader.watched("scoring") as batches:
+        assert len(list(batches)) == len(loader)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("crop", ["squash", "random_resized"])

@@ -40,14 +40,14 @@ def test_where_a_run_is_resumed(phase, epoch, update, line):
     assert console.resume_line(phase, position, update, Path("ck")) == line
 
 
-def test_epoch_line():
-    line = "epoch 1/12 | loss 0.1235 | val mAP 61.00 | 100 images/s | data wait 4% | 1.2 GiB | 3.2 s"
-    assert console.epoch_line("epoch 1/12", FIGURES, 61.0, False) == line
-    assert console.epoch_line("epoch 1/12", FIGURES, None, False) == line.replace(" | val mAP 61.00", "")
-    selected = " | 875 labels rejected (10% of them hidden positives, 1% of all found)"
-    assert console.epoch_line("epoch 1/12", FIGURES | SELECTION, 61.0, False) == line + selected
+def test_fields_of_an_epoch():
+    fields = ["epoch 1/12", "loss 0.1235", "val mAP 61.00", "100 images/s", "data wait 4%", "1.2 GiB", "3.2 s"]
+    assert console.epoch_fields("epoch 1/12", FIGURES, 61.0, False) == fields
+    assert console.epoch_fields("epoch 1/12", FIGURES, None, False) == [*fields[:2], *fields[3:]]
+    selected = "875 labels rejected (10% of them hidden positives, 1% of all found)"
+    assert console.epoch_fields("epoch 1/12", FIGURES | SELECTION, 61.0, False) == [*fields, selected]
     corrected = selected.replace("rejected", "corrected")
-    assert console.epoch_line("epoch 1/12", FIGURES | SELECTION, 61.0, True) == line + corrected
+    assert console.epoch_fields("epoch 1/12", FIGURES | SELECTION, 61.0, True) == [*fields, corrected]
 
 
 def test_a_selection_without_labels_or_without_truth_is_not_shown():
@@ -60,12 +60,11 @@ def test_methods_that_correct_say_so():
     assert {"ll_ct", "ll_cp", "splc"} <= correcting and not {"ll_r", "ignore", "p_asl", "an"} & correcting
 
 
-def test_live_line():
-    meter = Meter()
-    device = torch.device("cpu")
-    assert console.live_line("epoch 1/12", None, -math.inf, meter, device).startswith("epoch 1/12 | 0 images/s | ")
-    text = console.live_line("epoch 1/12", 0.5, 61.0, meter, device)
-    assert text.startswith("epoch 1/12 | loss 0.5000 | val mAP 61.00 | 0 images/s | data wait 0% | ")
+def test_notes_of_an_epoch_under_way():
+    meter, device = Meter(), torch.device("cpu")
+    assert console.live_notes(None, -math.inf, meter, device)[:2] == ["0 images/s", "data wait 0%"]
+    notes = console.live_notes(0.5, 61.0, meter, device)
+    assert notes[:4] == ["loss 0.5000", "val mAP 61.00", "0 images/s", "data wait 0%"] and notes[4].endswith("GiB")
 
 
 def test_closing_table():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from spml_fast.core import precision
 from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
+from spml_fast.training import engine
 from spml_fast.training.engine import OWNED_KEYS, deepspeed_config, micro_batch_size
 
 CPU = torch.device("cpu")
@@ -93,3 +95,48 @@ def test_deepspeed_still_has_what_is_used():
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def logger(monkeypatch):
+    """A logger as DeepSpeed makes its own when it is imported."""
+    logger = logging.Logger("DeepSpeed of a test", logging.WARNING)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    monkeypatch.setattr(engine, "_LOGGER", logger)
+    engine._log_level.cache_clear()
+    yield logger
+    engine._log_level.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [(None, ["e"]), ("", ["e"]), ("WARNING", ["w", "e"]), ("info", ["i", "w", "e"]), ("debug", ["d", "i", "w", "e"])],
+)
+def test_what_deepspeed_logs(logger, level, shown, monkeypatch, capsys):
+    monkeypatch.delenv("SPML_DEEPSPEED_LOG", raising=False)
+    if level is not None:
+        monkeypatch.setenv("SPML_DEEPSPEED_LOG", level)
+    logger.handlers[0].stream = sys.stdout
+    engine._deepspeed()
+    for name, say in (("d", logger.debug), ("i", logger.info), ("w", logger.warning), ("e", logger.error)):
+        say(name)
+    assert capsys.readouterr().out.split() == shown
+
+
+def test_deepspeed_may_not_raise_its_voice_again(logger, monkeypatch, capsys):
+    """Some of its releases set the level of their logger when an engine is made."""
+    monkeypatch.delenv("SPML_DEEPSPEED_LOG", raising=False)
+    logger.handlers[0].stream = sys.stdout
+    engine._deepspeed()
+    logger.setLevel(logging.DEBUG)
+    logger.handlers[0].setLevel(logging.DEBUG)
+    logger.warning("settings")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_level_that_does_not_exist(logger, monkeypatch):
+    monkeypatch.setenv("SPML_DEEPSPEED_LOG", "loud")
+    with pytest.raises(UserError, match="SPML_DEEPSPEED_LOG is 'loud'; it must be debug, info, warning or error"):
+        engine._deepspeed()

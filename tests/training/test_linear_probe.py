@@ -100,6 +100,18 @@ def test_so_many_steps_do_not_reach_it(optimizer: type[torch.optim.Optimizer], l
     assert reached[-1] - float(best) < 0.5 * (reached[0] - float(best)), "the optimizer does not work at all"
 
 
+def test_every_evaluation_is_told() -> None:
+    features, codes = problem()
+    objective, told = HeadObjective(features, codes, AN), [0]
+
+    def evaluated() -> None:
+        told[0] += 1
+
+    for solution in solve(objective, [1.0, 0.1], evaluated):
+        assert told == [solution.evaluations]
+        told[0] = 0
+
+
 def test_units_of_the_features_do_not_matter() -> None:
     features, codes = problem()
     logits = []

@@ -96,6 +96,18 @@ def test_a_rate_that_was_measured_elsewhere():
     assert line == run.line(1, 20)
 
 
+def test_a_phase_that_is_solved_says_what_its_time_leaves_out():
+    solved = Phase("linear", 1, solved=True)
+    run = make([solved, FINETUNE], eval_images=800)
+    run.begin(solved)
+    line = run.measured(4.0, 320)
+    # 400 s for the training images, 200 s for the features of the validation images, 200 s for their scores.
+    assert run.epoch_seconds == pytest.approx(800) and line.startswith("4 images/s: about 13 min for the features and ")
+    assert line.endswith(", and the time to solve for the head")
+    run.begin(FINETUNE)
+    assert "solve" not in run.measured(4.0, 0)
+
+
 def test_validation_now_and_then_costs_its_share():
     train = TrainConfig(batch_size=16)
     run = Pace([FINETUNE], 100, train, range(4800), torch.device("cpu"), every=5)

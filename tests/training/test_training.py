@@ -70,6 +70,11 @@ class TestQuickStart:
         return run, succeed(done)
 
     def test_table_says_what_was_promised(self, finished: tuple[Path, str]) -> None:
+        commands = finished[1].split("next: ")[1].splitlines()
+        assert commands[0] == f"python {ROOT / 'launch' / 'evaluate.py'} --run {finished[0]} --per-class"
+        scripts = [line.split()[1] for line in commands[1:4]]
+        assert [Path(script).stem for script in scripts] == ["report", "explain", "suggest"]
+        assert all(Path(script).is_file() for script in scripts)
         for text in (
             "test mAP, plain",
             "test mAP, BoostLU x5",
@@ -379,7 +384,7 @@ class TestBadInput:
             assert word in lines[0], lines[0]
 
     def test_not_a_manifest(self, run_script: Run, tmp_path: Path) -> None:
-        self.refuse(run_script("train.py", "--data.dir", tmp_path), str(tmp_path), "launch/prepare.py")
+        self.refuse(run_script("train.py", "--data.dir", tmp_path), str(tmp_path), "spml-fast prepare")
 
     def test_config_typo(self, run_script: Run, tmp_path: Path) -> None:
         recipe = tmp_path / "typo.yaml"

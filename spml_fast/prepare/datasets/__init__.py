@@ -1,4 +1,4 @@
-"""Data sets that `launch/prepare.py` can read: one file each in this folder, and those that others have registered."""
+"""Data sets that `spml-fast prepare` can read: one file each in this folder, and those that others have registered."""
 
 from __future__ import annotations
 

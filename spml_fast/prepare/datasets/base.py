@@ -40,7 +40,7 @@ class Dataset:
     default_observe: ClassVar[str] = "single"
     default_orientation: ClassVar[Orientation] = "ignore"
     # What the summary's next command has besides --data.dir.
-    train_options: ClassVar[str] = ""
+    train_options: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,7 @@ DATASETS: Registry[Dataset] = Registry("data set")
 
 
 def register(name: str) -> Callable[[type[Dataset]], type[Dataset]]:
-    """Make a data set known under `name`, the subcommand of `launch/prepare.py`."""
+    """Make a data set known under `name`, the subcommand of `spml-fast prepare`."""
 
     def decorate(cls: type[Dataset]) -> type[Dataset]:
         DATASETS.register(name)(cls)

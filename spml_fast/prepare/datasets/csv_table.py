@@ -23,6 +23,7 @@ from typing import ClassVar
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import read_lines
+from spml_fast.core.progress import watched
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, register, require_folder
 from spml_fast.prepare.raw import Orientation, RawDataset, RawSplit
@@ -76,10 +77,11 @@ def read_table(path: Path, conflicts: str) -> Table:
     table = Table({}, columns)
     if path.suffix.lower() not in JSON_LINES:
         _check_columns(columns, f"{path}, line 1" if row_word(path) == "line" else str(path))
-    for line, fields in rows:
-        if not COLUMNS.issuperset(fields):
-            _refuse_unknown(fields, f"{path}, line {line}")
-        _add(table, fields, line, path, conflicts)
+    with watched(rows, f"reading {path.name}", "rows") as read:
+        for line, fields in read:
+            if not COLUMNS.issuperset(fields):
+                _refuse_unknown(fields, f"{path}, line {line}")
+            _add(table, fields, line, path, conflicts)
     if table.rows:
         _check_columns(columns, str(path))
     return table

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.progress import show_progress
 from spml_fast.data.labels import NEGATIVE, SparseLabels
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.build import build
@@ -179,10 +180,12 @@ def read_digits(sizes: Mapping[str, int] = SIZES, scene_seed: int = 0) -> RawDat
         )
 
     def make_images(folder: Path) -> None:
-        for name, scenes in plans.items():
-            (folder / name).mkdir()
-            for i, pixels in enumerate(render_scenes(scenes, ink)):
-                Image.fromarray(pixels).save(folder / name / f"{i:05d}.jpg", quality=JPEG_QUALITY)
+        with show_progress(sum(len(scenes) for scenes in plans.values()), "drawing digit scenes") as advance:
+            for name, scenes in plans.items():
+                (folder / name).mkdir()
+                for i, pixels in enumerate(render_scenes(scenes, ink)):
+                    Image.fromarray(pixels).save(folder / name / f"{i:05d}.jpg", quality=JPEG_QUALITY)
+                    advance(1)
 
     return RawDataset("digits", CLASSES, None, splits, settings=_settings(sizes, scene_seed), make_images=make_images)
 
@@ -247,7 +250,7 @@ def prepare_digits(
 class Digits(Dataset):
     """Digit scenes: 64 x 64 images made from scikit-learn's handwritten digits; nothing is downloaded."""
 
-    train_options = "--config launch/configs/digits.yaml"
+    train_options = ("--config", "digits")
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular, read_text
+from spml_fast.core.progress import watched
 from spml_fast.data.labels import NEGATIVE, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
 from spml_fast.prepare.raw import RawDataset, RawSplit
@@ -133,7 +134,8 @@ class Voc(Dataset):
             )
             return split
         class_id = {c: i for i, c in enumerate(classes)}
-        read = [read_annotation(root / "Annotations" / f"{n}.xml", class_id) for n in names]
+        with watched(names, f"reading annotations of {name}", "files") as listed_names:
+            read = [read_annotation(root / "Annotations" / f"{n}.xml", class_id) for n in listed_names]
         split.width = np.array([size[0] for size, _ in read])
         split.height = np.array([size[1] for size, _ in read])
         indptr = np.concatenate([[0], np.cumsum([len(boxes) for _, boxes in read])]).astype(np.int64)

@@ -24,6 +24,7 @@ import yaml
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import read_lines, read_text
+from spml_fast.core.progress import watched
 from spml_fast.data.image_files import CONVERTIBLE_SUFFIXES, image_suffixes, images_below
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.prepare.datasets.base import Dataset, register, require_folder
@@ -215,14 +216,15 @@ class Yolo(Dataset):
         pose: bool,
     ) -> None:
         absent = 0
-        for image in images:
-            path = Path(label_path(image))
-            there = os.path.isfile(path)
-            absent += not there
-            objects = read_objects(path, names, pose) if there else []
-            codes = {name: POSITIVE for name, *_ in objects}
-            labelled = there or missing == "negative"
-            table.add(split, ImageRow(relative_to(root, Path(image)), str(path), codes, labelled, objects))
+        with watched(images, f"reading labels of {split}", "files") as listed:
+            for image in listed:
+                path = Path(label_path(image))
+                there = os.path.isfile(path)
+                absent += not there
+                objects = read_objects(path, names, pose) if there else []
+                codes = {name: POSITIVE for name, *_ in objects}
+                labelled = there or missing == "negative"
+                table.add(split, ImageRow(relative_to(root, Path(image)), str(path), codes, labelled, objects))
         if absent == len(images):
             raise UserError(
                 f"no image of {split} has a label file; that of {images[0]} would be {label_path(images[0])}"

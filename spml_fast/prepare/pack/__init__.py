@@ -1,4 +1,4 @@
-"""Packs the images of a Manifest into tar shards: `python launch/prepare.py shard`. `data/shards.py` reads them.
+"""Packs the images of a Manifest into tar shards: `spml-fast prepare shard`. `data/shards.py` reads them.
 
     options.py   what to pack and how
     images.py    one image: read, checked, shrunk if asked for

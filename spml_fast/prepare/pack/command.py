@@ -1,4 +1,4 @@
-"""The command line of `launch/prepare.py shard`: options in, summary out."""
+"""The command line of `spml-fast prepare shard`: options in, summary out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.invocation import command_line, next_lines
 from spml_fast.data.manifest import Manifest
 from spml_fast.data.shards import check_shards
 from spml_fast.prepare.pack.options import PackOptions
@@ -14,7 +15,7 @@ from spml_fast.prepare.pack.run import pack
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `launch/prepare.py shard`."""
+    """Declare the options of `spml-fast prepare shard`."""
     parser.add_argument("--manifest", type=Path, help="Manifest whose images are packed")
     parser.add_argument("--out", type=Path, help="Manifest to write; the shards lie in its folder shards")
     parser.add_argument(
@@ -80,5 +81,8 @@ def _summary(manifest: Manifest) -> str:
     if made["left_out"]:
         lines.append(f"left out: {made['left_out']:,} images (see {manifest.folder / 'report.json'})")
     lines.append(f"Manifest: {manifest.folder}")
-    lines.append(f"check it later: python launch/prepare.py shard --check {manifest.folder}")
-    return "\n".join(lines)
+    commands = [
+        command_line("train", "--data.dir", manifest.folder),
+        command_line("prepare", "shard", "--check", manifest.folder),
+    ]
+    return "\n".join([*lines, next_lines(commands)])

@@ -1,6 +1,6 @@
 """OpenImages V3 to V7: image-level labels that people verified, a few of thousands of classes for each image.
 
-    python launch/prepare.py openimages --labels TRAIN.csv VAL.csv TEST.csv --classes classes-trainable.txt
+    spml-fast prepare openimages --labels TRAIN.csv VAL.csv TEST.csv --classes classes-trainable.txt
         --descriptions class-descriptions.csv --images DIR --out DIR
 
 The official files, and the module that reads them:

@@ -81,7 +81,10 @@ def read_labels(paths: Sequence[Path], classes: Sequence[str], threshold: float 
     parser = _LabelParser(classes, threshold)
     for path in paths:
         columns = check_header(path, LABEL_COLUMNS)
-        with ThreadPoolExecutor(1) as reader, show_progress(megabytes(path), f"MB of {path.name}", True) as advance:
+        with (
+            ThreadPoolExecutor(1) as reader,
+            show_progress(megabytes(path), f"reading {path.name}", unit="MB") as advance,
+        ):
             # One block is parsed while the one before is packed.
             previous: Future[_Block] | None = None
             for offset, data in read_blocks(path):
