@@ -32,7 +32,8 @@ def command_line(command: str, *words: object) -> str:
         words: what follows; each is quoted for a shell.
     """
     if is_script():
-        start = "deepspeed" if command == "train" else "python"
+        # Without the launcher's own lines.
+        start = "deepspeed --quiet" if command == "train" else "python"
         first = f"{start} {_quoted(Path(sys.argv[0]).with_name(f'{command}.py'))}"
     else:
         first = program(command)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Where there is no terminal: seconds to the first line of a task, and from any line to the next one.
+# Where there is no terminal: seconds of a task before its first line at least, and of silence before a line.
 FIRST, EVERY = 10.0, 30.0
 # Seconds between two pictures of a bar.
 REFRESH = 0.25
@@ -59,11 +59,14 @@ class Task:
     notes: Sequence[str] | None = None
     left: float | None = None
     started: float = field(default_factory=lambda: time.monotonic())
-    told: bool = False
+    # (when, how much was done) at the first step, which often takes longest and tells nothing about the others.
+    first: tuple[float, int] | None = None
 
     def advance(self, number: int) -> None:
         """So much more is done."""
         self.done += number
+        if self.first is None:
+            self.first = time.monotonic(), self.done
         if _display.due(self):
             _display.show(self)
 
@@ -101,18 +104,19 @@ class Task:
         Args:
             of: between how much is done and the whole.
         """
-        seconds = self.seconds
-        rate = self.done / seconds if seconds > 0 else 0.0
+        since, done = self.first or (time.monotonic(), self.done)
+        seconds = time.monotonic() - since
+        rate = (self.done - done) / seconds if seconds >= _TELLING else 0.0
         if not self.unit:
             count = f"{self.fraction:.0%} done"
         else:
             count = f"{self.done:,}" + (f"{of}{self.total:,}" if self.total else "") + f" {self.unit}"
         left = self.left
-        if left is None and self.notes is None and self.total and rate and seconds >= _TELLING:
+        if left is None and self.notes is None and self.total and rate:
             left = max(self.total - self.done, 0) / rate
         notes = self.notes
         if notes is None:
-            notes = [f"{speed(rate)} {self.unit}/s"] if self.done and seconds >= _TELLING else []
+            notes = [f"{speed(rate)} {self.unit}/s"] if rate else []
         return [count, *([] if left is None else [f"{duration(left)} left"]), *notes]
 
     def line(self) -> str:
@@ -184,21 +188,25 @@ class Display:
     def __init__(self) -> None:
         self.tasks: list[Task] = []
         self.live: Live | None = None
-        # When anything was printed last, or the bar was changed.
-        self.last = 0.0
+        # When anything was printed last, or the bar was changed; and when the last task ended.
+        self.last = self.ended = float("-inf")
 
     def begin(self, task: Task) -> None:
         """A task starts."""
         if not self.tasks:
             self.live = self._bars()
+            now = time.monotonic()
+            # Short tasks one after the other are silent together; what comes later begins with no line.
+            if now - self.ended >= FIRST:
+                self.last = max(self.last, now - (EVERY - FIRST))
         self.tasks.append(task)
-        self.last = time.monotonic()
         if self.live is not None and len(self.tasks) == 1:
             self.live.start(refresh=True)
 
     def end(self, task: Task) -> None:
         """A task is over; nothing stays of its bar."""
         self.tasks.remove(task)
+        self.ended = time.monotonic()
         if not self.tasks and self.live is not None:
             live, self.live = self.live, None
             live.stop()
@@ -208,15 +216,12 @@ class Display:
         if task not in self.tasks:
             return False
         passed = time.monotonic() - self.last
-        if self.live is not None:
-            return passed >= REFRESH
-        return passed >= (EVERY if task.told else FIRST)
+        return passed >= (EVERY if self.live is None else REFRESH)
 
     def show(self, task: Task) -> None:
         """Print the line; a bar is drawn anew by itself."""
         self.last = time.monotonic()
         if self.live is None:
-            task.told = True
             print(without_controls(task.line()), file=sys.stderr, flush=True)
 
     def _bars(self) -> Live | None:

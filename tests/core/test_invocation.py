@@ -14,8 +14,12 @@ from spml_fast.core.invocation import command_line, next_lines, program
     [
         ("/venv/bin/spml-fast", "spml-fast evaluate", "spml-fast train"),
         ("/venv/lib/spml_fast/__main__.py", "python -m spml_fast evaluate", "python -m spml_fast train"),
-        ("launch/train.py", "python launch/evaluate.py", "deepspeed launch/train.py"),
-        ("/my work/launch/prepare.py", "python '/my work/launch/evaluate.py'", "deepspeed '/my work/launch/train.py'"),
+        ("launch/train.py", "python launch/evaluate.py", "deepspeed --quiet launch/train.py"),
+        (
+            "/my work/launch/prepare.py",
+            "python '/my work/launch/evaluate.py'",
+            "deepspeed --quiet '/my work/launch/train.py'",
+        ),
         # A program of somebody else, which has no scripts beside it.
         ("/home/me/train_mine.py", "spml-fast evaluate", "spml-fast train"),
         ("", "spml-fast evaluate", "spml-fast train"),
@@ -31,7 +35,7 @@ def test_a_script_in_its_own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path):
     (tmp_path / "launch").mkdir()
     monkeypatch.chdir(tmp_path / "launch")
     monkeypatch.setattr(sys, "argv", ["prepare.py"])
-    assert command_line("train", "--data.dir", "d") == "deepspeed train.py --data.dir d"
+    assert command_line("train", "--data.dir", "d") == "deepspeed --quiet train.py --data.dir d"
     assert program("prepare") == "prepare.py" and program("evaluate") == "spml-fast evaluate"
 
 

@@ -30,6 +30,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that stands until it is set."""
     clock = [1000.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(progress, "_display", progress.Display())
     return clock
 
 
@@ -117,6 +118,25 @@ def test_nothing_is_said_of_what_is_done_in_less_than_ten_seconds(now: list[floa
         with show_progress(10, "looking") as advance:
             now[0] += 9.9
             advance(10)
+        # As another command.
+        progress._display = progress.Display()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_many_short_tasks_are_not_silent_together(now: list[float], capsys: pytest.CaptureFixture):
+    for table in range(8):
+        with show_progress(10, f"reading {table}") as advance:
+            now[0] += 9
+            advance(10)
+    assert [line.split(" | ")[0] for line in capsys.readouterr().err.splitlines()] == ["reading 1", "reading 5"]
+
+
+def test_a_task_after_a_long_silence_does_not_begin_with_a_line(now: list[float], capsys: pytest.CaptureFixture):
+    for _ in range(3):
+        with show_progress(10, "looking") as advance:
+            now[0] += 9.9
+            advance(10)
+        now[0] += 500
     assert capsys.readouterr() == ("", "")
 
 
@@ -127,7 +147,7 @@ def test_other_lines_make_it_wait(now: list[float], capsys: pytest.CaptureFixtur
         now[0] += 9
         advance(1)
         assert capsys.readouterr() == ("something else\n", "")
-        now[0] += 1
+        now[0] += 21
         advance(1)
         assert capsys.readouterr().err.startswith("looking | 2 of 10 images")
 
@@ -139,13 +159,13 @@ def test_a_part_speaks_for_itself_and_then_the_whole_again(now: list[float], cap
         with watched(range(3), "validation", "batches") as batches:
             for _ in batches:
                 now[0] += 10
-        now[0] += 9
+        now[0] += 29
         whole.change("epoch 3/8", 201, NOTES, 59.0)
         now[0] += 1
         whole.change("epoch 3/8", 202, ["loss 0.1"], None)
     assert capsys.readouterr().err.splitlines() == [
         "epoch 3/8 | 50% done | 60 s left | " + " | ".join(NOTES),
-        "validation | 1 of 3 batches | 20 s left | 0.1 batches/s",
+        "validation | 3 of 3 batches | 0 s left | 0.1 batches/s",
         "epoch 3/8 | 50% done | loss 0.1",
     ]
 
@@ -195,7 +215,7 @@ def test_durations(seconds: float, text: str):
 SCRIPT = """
 import sys, time
 from spml_fast.core import progress
-progress.FIRST = {first}
+progress.FIRST = progress.EVERY = {first}
 task = progress.Task("epoch 2/8", 400, unit="", done=100, notes={notes}, left=540.0)
 with progress.under_way(task):
     time.sleep(0.3)
@@ -215,7 +235,7 @@ def on_terminal(width: int, stdout: int | None = None, first: float = 10.0, **en
     Args:
         width: of the terminal.
         stdout: another file for standard output.
-        first: seconds to the first line where there is no bar.
+        first: seconds of silence before a line where there is no bar.
         environment: variables beside the terminal's kind.
     """
     master, slave = os.openpty()
