@@ -51,7 +51,7 @@ def test_digits_labels_are_their_boxes(tmp_path):
 def test_digits_ink_is_inside_the_boxes():
     ink, labels = digits._load_digits()
     scenes = digits.plan_scenes(30, np.arange(digits.TRAIN_DIGITS), labels, [0])
-    images = digits.render_scenes(scenes, ink).astype(int)
+    images = np.stack(list(digits.render_scenes(scenes, ink))).astype(int)
     background = scenes.patches.repeat(16, 1).repeat(16, 2).astype(int)
     changed = np.abs(images - background).max(-1) > 100
     boxes = digits._boxes(scenes, ink).astype(int)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,15 +111,14 @@ def plan_scenes(count: int, sources: npt.NDArray[np.int64], labels: npt.NDArray[
     return Scenes(indptr, source, labels[source], x, y, colour.astype(np.float32), patches, [*seed, 1])
 
 
-def render_scenes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Images uint8 [N, 64, 64, 3] of scenes.
+def render_scenes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.uint8]]:
+    """Images uint8 [64, 64, 3] of scenes, in their order.
 
     Args:
         scenes: what they show.
         ink: float32 [1797, 20, 20] in 0..1.
     """
     rng = np.random.default_rng(scenes.noise_seed)
-    out = np.empty((len(scenes), SIDE, SIDE, 3), np.uint8)
     scale = SIDE // PATCHES
     for start in range(0, len(scenes), _BLOCK):
         stop = min(start + _BLOCK, len(scenes))
@@ -131,8 +130,7 @@ def render_scenes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> npt.NDArray[n
                 square = canvas[y : y + DIGIT, x : x + DIGIT]
                 square += ink[scenes.source[k], :, :, None] * (scenes.colour[k] - square)
         block += NOISE * rng.standard_normal(block.shape, dtype=np.float32)
-        out[start:stop] = np.clip(np.round(block), 0, 255).astype(np.uint8)
-    return out
+        yield from np.clip(np.round(block), 0, 255).astype(np.uint8)
 
 
 def _boxes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
