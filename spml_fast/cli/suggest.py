@@ -191,7 +191,7 @@ def by_run(args: argparse.Namespace, device: torch.device) -> Found:
     split = manifest.split(args.split or config.data.train_split)
     if len(split) == 0:
         raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
-    lists = judge(args, config, classifier, split, manifest.classes, "looking")
+    lists = judge(args, config, classifier, split, manifest.classes, f"judging the {split.name} split")
     if lists is not None:
         lists = [dataclasses.replace(found, runs=(str(args.run),)) for found in lists]
     return lists, split, manifest
@@ -244,7 +244,9 @@ def _judge_fold(args: argparse.Namespace, folds: Folds, k: int, device: torch.de
 
     config, manifest, classifier, _ = load_run(folds.layout.run(k).folder, device)
     config = with_batch_size(config, args.batch_size)
-    return judge(args, config, classifier, manifest.split(HELD), manifest.classes, f"looking at fold {k + 1}")
+    return judge(
+        args, config, classifier, manifest.split(HELD), manifest.classes, f"judging fold {k + 1} of {folds.number}"
+    )
 
 
 def with_batch_size(config: Config, batch_size: int | None) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -115,6 +116,27 @@ def test_pairs_give_what_dense_scores_give(partly):
     config = dataclasses.replace(config, eval=EvalConfig(empty_classes="zero"))
     again = evaluate_split(scripted, scripted, split, [5.0], config, names)[5.0]
     assert again["map"] == found[5.0]["map_zero"] < found[5.0]["map"] and "groups" not in again
+
+
+def test_a_pass_that_has_a_name_is_watched(partly):
+    scripted, known = partly
+    entered: list[tuple[str, int]] = []
+
+    class Watched(Scripted):
+        @contextlib.contextmanager
+        def watched(self, task: str) -> Any:
+            batches = list(self)
+            yield iter(batches)
+            entered.append((task, len(batches)))
+
+    loader = Watched(scripted.mean, scripted.relu, 64)
+    config = Config(method=get_method("an").Options(name="an"))
+    names = [str(c) for c in range(9605)]
+    results = [
+        evaluate_split(scripted, loader, SimpleNamespace(known=known), [1.0], config, names, task=task)[1.0]["map"]
+        for task in (None, "validation")
+    ]
+    assert results[0] == results[1] and entered == [("validation", 5)]
 
 
 class Backwards(Scripted):

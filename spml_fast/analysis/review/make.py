@@ -80,7 +80,7 @@ def make_page(
     check_page(out, max(rows), overwrite)
     samples = np.unique(np.concatenate([found.index for found in lists])).tolist()
     side = SIDE if is_file(out) else FOLDER_SIDE
-    with show_progress(len(samples), "drawing", True) as advance:
+    with show_progress(len(samples), "drawing the page") as advance:
         pictures = collect(lists, split, len(manifest.classes), device, side, batch_size, advance)
     data = page_data(About(str(run), manifest, split), lists, pictures)
     size = write_page(out, data, pictures, overwrite)
