@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ T = TypeVar("T")
 
 # Where there is no terminal: seconds of a task before its first line at least, and of silence before a line.
 FIRST, EVERY = 10.0, 30.0
+# Where there is no terminal and no step ends (a network is compiled, say): seconds of silence before the line comes
+# again as it is, and between two looks.
+STALLED, LOOK = 60.0, 1.0
 # Seconds between two pictures of a bar.
 REFRESH = 0.25
 # Columns of a bar, and fields that are shown before it takes any.
@@ -114,6 +118,8 @@ class Task:
         left = self.left
         if left is None and self.notes is None and self.total and rate:
             left = max(self.total - self.done, 0) / rate
+        if self.total and self.done >= self.total:
+            left = None
         notes = self.notes
         if notes is None:
             notes = [f"{speed(rate)} {self.unit}/s"] if rate else []
@@ -183,9 +189,15 @@ def bar_line(task: Task, width: int, plain: bool = False) -> Text:
 
 
 class Display:
-    """What this process shows of its tasks, the outer ones first."""
+    """What this process shows of its tasks, the outer ones first.
 
-    def __init__(self) -> None:
+    Args:
+        beats: where there is no bar, a thread repeats the line of a step that takes long.
+    """
+
+    def __init__(self, beats: bool = False) -> None:
+        self.beats = beats
+        self.over = threading.Event()
         self.tasks: list[Task] = []
         self.live: Live | None = None
         # When anything was printed last, or the bar was changed; and when the last task ended.
@@ -200,14 +212,28 @@ class Display:
             if now - self.ended >= FIRST:
                 self.last = max(self.last, now - (EVERY - FIRST))
         self.tasks.append(task)
-        if self.live is not None and len(self.tasks) == 1:
+        if len(self.tasks) > 1:
+            return
+        if self.live is not None:
             self.live.start(refresh=True)
+        elif self.beats:
+            self.over = threading.Event()
+            threading.Thread(target=self._beat, args=(self.over,), daemon=True).start()
+
+    def _beat(self, over: threading.Event) -> None:
+        while not over.wait(LOOK):
+            tasks = tuple(self.tasks)
+            if tasks and time.monotonic() - self.last >= STALLED:
+                self.show(tasks[-1])
 
     def end(self, task: Task) -> None:
         """A task is over; nothing stays of its bar."""
         self.tasks.remove(task)
         self.ended = time.monotonic()
-        if not self.tasks and self.live is not None:
+        if self.tasks:
+            return
+        self.over.set()
+        if self.live is not None:
             live, self.live = self.live, None
             live.stop()
 
@@ -268,7 +294,7 @@ class Display:
         console.print(Text(text), soft_wrap=True)
 
 
-_display = Display()
+_display = Display(beats=True)
 
 
 def say(text: str, whole: bool = False) -> None:

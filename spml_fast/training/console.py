@@ -107,7 +107,7 @@ def epoch_fields(name: str, figures: dict[str, Any], score: float | None, correc
         name,
         f"loss {figures['loss']:.4f}",
         *([] if score is None else [f"val mAP {score:.2f}"]),
-        f"{figures['images_per_second']:.0f} images/s",
+        f"{speed(figures['images_per_second'])} images/s",
         f"data wait {figures['data_wait']:.0%}",
         f"{figures['memory_gib']:.1f} GiB",
         f"{figures['seconds']:.1f} s",
@@ -151,7 +151,7 @@ def closing_rows(results: dict[str, Any], run_dir: Path) -> list[tuple[str, str]
         rows.append(("best validation mAP", f"{map_text(results['best_val_map'])} ({epoch})"))
     return [
         *rows,
-        ("training speed", f"{results['images_per_second']:.0f} images/s over {results['ranks']} rank(s)"),
+        ("training speed", f"{speed(results['images_per_second'])} images/s over {results['ranks']} rank(s)"),
         ("waiting for data", f"{results['data_wait']:.1%} of the training time"),
         ("training time", f"{results['train_seconds']:.0f} s"),
         ("run directory", os.fspath(run_dir)),

@@ -133,7 +133,7 @@ class Pace:
         line = f"{self.rate:.3g} images/s: about {duration(self.epoch_seconds)} "
         line += "for the features and the validation" if self._phase.solved else kind
         line += f"; training ends in about {duration(left)}, at {clock(left)}"
-        return line + (", and the time to solve for the head" if self._phase.solved else "")
+        return line + (", plus the time to solve for the head" if self._phase.solved else "")
 
 
 def clock(seconds: float) -> str:

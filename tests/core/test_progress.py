@@ -165,9 +165,22 @@ def test_a_part_speaks_for_itself_and_then_the_whole_again(now: list[float], cap
         whole.change("epoch 3/8", 202, ["loss 0.1"], None)
     assert capsys.readouterr().err.splitlines() == [
         "epoch 3/8 | 50% done | 60 s left | " + " | ".join(NOTES),
-        "validation | 3 of 3 batches | 0 s left | 0.1 batches/s",
+        "validation | 3 of 3 batches | 0.1 batches/s",
         "epoch 3/8 | 50% done | loss 0.1",
     ]
+
+
+def test_a_step_that_takes_long_is_not_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(progress, "_display", progress.Display(beats=True))
+    monkeypatch.setattr(progress, "STALLED", 0.05)
+    monkeypatch.setattr(progress, "LOOK", 0.01)
+    lines, end = list[str](), time.monotonic() + 30
+    with show_progress(10, "compiling", unit="steps"):
+        while len(lines) < 2 and time.monotonic() < end:
+            time.sleep(0.02)
+            lines += capsys.readouterr().err.splitlines()
+    assert set(lines) == {"compiling | 0 of 10 steps"} and len(lines) >= 2
+    assert progress._display.over.is_set()
 
 
 def test_who_is_not_rank_0_shows_nothing(now: list[float], capsys: pytest.CaptureFixture):

@@ -103,7 +103,7 @@ def test_a_phase_that_is_solved_says_what_its_time_leaves_out():
     line = run.measured(4.0, 320)
     # 400 s for the training images, 200 s for the features of the validation images, 200 s for their scores.
     assert run.epoch_seconds == pytest.approx(800) and line.startswith("4 images/s: about 13 min for the features and ")
-    assert line.endswith(", and the time to solve for the head")
+    assert line.endswith(", plus the time to solve for the head")
     run.begin(FINETUNE)
     assert "solve" not in run.measured(4.0, 0)
 
