@@ -13,7 +13,7 @@ class Entry:
     Attributes:
         name: short name, part of the run directories.
         method: registry name of the method.
-        recipe: file in launch/configs.
+        recipe: file among the recipes.
         options: command line options after the recipe.
         published: published test mAP, for presets of real data sets; alpha -> value.
         note: how its setting differs, for the table.
