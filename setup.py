@@ -38,14 +38,15 @@ setup(
         "spml_fast": ["py.typed"],
         "spml_fast.analysis.report": ["*.html"],
         "spml_fast.analysis.review": ["*.html", "*.css", "*.js"],
+        "spml_fast.cli": ["shells/*"],
         "spml_fast.runs.recipes": ["*.yaml"],
         "spml_kernels": ["py.typed"],
     },
     entry_points={"console_scripts": ["spml-fast = spml_fast.cli.main:entry"]},
     install_requires=[requirement(name, entry["oldest"]) for name, entry in STACKS["packages"].items()],
     extras_require={
-        # The exporter is tested for real, so the tests need what it needs.
-        "test": [line for name, line in EXTRAS.items() if name in ("pytest", "pytest-xdist", "hypothesis")] + ONNX,
+        # The exporter and the notebooks are tested for real, so the tests need what they need.
+        "test": [line for name, line in EXTRAS.items() if not name.startswith("onnx")] + ONNX,
         "lint": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "onnx": ONNX,

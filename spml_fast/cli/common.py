@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib
 import io
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from spml_fast.core import env
 from spml_fast.core.errors import UserError, fail
@@ -26,8 +27,28 @@ PLUGINS_HELP = (
 )
 
 
+class ParserFound(Exception):
+    """Ends a command at the point where it would read its command line; holds the parser."""
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one sentence, with the closest option; exit status 2."""
+    """Says what is wrong with a command line in one sentence, with the closest option; exit status 2.
+
+    Attributes:
+        asked: hand the parser over (`ParserFound`) instead of parsing; for `parser_of`.
+    """
+
+    asked: ClassVar[bool] = False
+
+    def parse_known_args(self, *args: Any, **more: Any) -> Any:
+        """As argparse's, which all its ways to parse go through."""
+        if Parser.asked:
+            raise ParserFound(self)
+        return super().parse_known_args(*args, **more)
 
     def error(self, message: str) -> NoReturn:
         """Print the message on one line and leave."""
@@ -37,6 +58,19 @@ class Parser(argparse.ArgumentParser):
         if text.startswith(prefix):
             hint = suggestion(text.removeprefix(prefix).split()[0], self._option_string_actions)
         fail(f"{text}{hint} (--help lists every option)", status=2)
+
+
+def parser_of(command: str) -> Parser:
+    """The parser of a command, any but `train`, whose options depend on each other."""
+    module = importlib.import_module(f"spml_fast.cli.{command}")
+    Parser.asked = True
+    try:
+        module.main([])
+    except ParserFound as found:
+        return found.parser
+    finally:
+        Parser.asked = False
+    raise AssertionError(f"{command} reads no command line")
 
 
 def suggestion(word: str, options: Iterable[str]) -> str:

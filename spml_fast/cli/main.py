@@ -26,6 +26,7 @@ COMMANDS = {
     "report": "an HTML page about one run or several",
     "checkpoints": "what a run can resume from, and whether it is whole",
     "reproduce": "the papers' comparison, and which of their statements hold",
+    "completion": "a script with which bash, zsh or fish completes these command lines",
 }
 
 

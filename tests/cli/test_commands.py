@@ -50,7 +50,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 class TestDispatch:
     def test_a_module_and_a_script_of_launch_for_every_command(self) -> None:
         files = {p.stem for p in (ROOT / "spml_fast" / "cli").glob("*.py")}
-        assert files == {*COMMANDS, "__init__", "main", "common", "parse"}
+        assert files == {*COMMANDS, "__init__", "main", "common", "parse", "completion_script"}
         assert {p.stem for p in (ROOT / "launch").glob("*.py")} == set(COMMANDS)
         for path in (ROOT / "launch").glob("*.py"):
             text = path.read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ BLOCKS = [block for page in PAGES for block in code_blocks(page)]
 STAND_INS = {"RECIPE.yaml": "digits", "RUN/config.yaml": "digits", "R": "0", "A": "5", "HOST": "node1"}
 EXTRAS = re.compile(r"\.\[([\w,]+)\]")
 # Programs of others, whose options are theirs.
-OTHERS = {"mkdocs", "pre-commit", "just", "source", "sbatch", "."}
+OTHERS = {"docker", "mkdocs", "pre-commit", "just", "source", "sbatch", "."}
 
 
 def ids(block: Block) -> str:
@@ -154,6 +154,8 @@ def check_line(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
         if module is not None:
             assert rest[module - 1] in ("-m", "--module")
             check_command(rest[module + 1 :], monkeypatch)
+        elif rest[0] == "-m" and rest[1].startswith("spml_kernels."):
+            check_script(f"kernels/{rest[1].replace('.', '/')}.py", rest[2:], monkeypatch)
         elif script is None:
             assert rest[:2] == ["-m", "venv"], " ".join(words)
         elif rest[script].startswith("launch/"):
