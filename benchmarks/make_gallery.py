@@ -1,0 +1,314 @@
+"""docs/gallery.md and its pictures, made again from the digit scenes.
+
+    python benchmarks/make_gallery.py [--run RUN] [--only NAME ...]
+    python benchmarks/make_gallery.py --page-only
+
+Needs a Chromium on this machine and `pip install 'spml_fast[browser]'` for the pages; the terminal, explain and maps go
+without. Without `--run` the recipe `digits` is trained first, a minute or two, so that the terminal can be shown, too.
+Each picture is made by the command that its caption names, and by nothing else: a command that fails costs its picture
+alone, which is named, and the exit status is then 1. The page shows the pictures that there are. No photograph can come
+in: another data set than the digit scenes is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from spml_fast.core.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from spml_fast.data.manifest import Manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+# Columns of a terminal, and pixels of a window.
+COLUMNS = 150
+WINDOW = (1180, 760)
+# Colours of a picture's palette, and its most bytes.
+COLOURS, LARGEST = 128, 250_000
+# Fonts of others, which an image in a page never loads.
+FOREIGN_FONTS = re.compile(r"@font-face\s*\{.*?\}", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Studio:
+    """What pictures are made of.
+
+    Attributes:
+        run: of the digit scenes.
+        out: where pictures go.
+        scratch: for what commands write.
+    """
+
+    run: Path
+    out: Path
+    scratch: Path
+
+
+def command(*words: str | Path) -> str:
+    """What `spml-fast WORDS` prints. Raises `UserError` with its last line where it fails."""
+    line = [sys.executable, "-m", "spml_fast", *(str(word) for word in words)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise UserError(f"spml-fast {words[0]} failed: {''.join(last)}")
+    return done.stdout
+
+
+def terminal(text: str, title: str) -> str:
+    """Lines of a terminal as SVG, without foreign fonts.
+
+    Args:
+        text: the lines, with colours as terminals have them.
+        title: of the window.
+    """
+    console = Console(record=True, file=io.StringIO(), width=COLUMNS)
+    console.print(Text.from_ansi(text), soft_wrap=False)
+    return FOREIGN_FONTS.sub("", console.export_svg(title=title))
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a PNG with a palette. Raises `UserError` where it is too large for a page."""
+    image.convert("RGB").quantize(COLOURS).save(path, optimize=True)
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"{path.name} has {path.stat().st_size / 1e3:.0f} kB; at most {LARGEST / 1e3:.0f} are shown")
+
+
+def photograph(page: Path, scheme: str) -> Image.Image:
+    """A page as a browser shows it.
+
+    Args:
+        page: an HTML file.
+        scheme: `light` or `dark`.
+
+    Raises:
+        UserError: there is no browser.
+    """
+    from tests.support.review import BROWSER_OPTIONS, find_browser
+
+    browser = find_browser()
+    if browser is None:
+        raise UserError("no Chromium on this machine; install one, or name other pictures with --only")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=browser, args=BROWSER_OPTIONS)
+        window = chromium.new_page(viewport=dict(zip(("width", "height"), WINDOW, strict=True)), color_scheme=scheme)
+        window.goto(page.resolve().as_uri())
+        window.wait_for_timeout(1500)
+        image = Image.open(io.BytesIO(window.screenshot()))
+        chromium.close()
+    return image
+
+
+def both(page: Path, out: Path, name: str) -> None:
+    """A page in light and in dark, as two files.
+
+    Args:
+        page: an HTML file.
+        out: folder of the pictures.
+        name: of the pictures, without `-light.png`.
+    """
+    for scheme in ("light", "dark"):
+        save(photograph(page, scheme), out / f"{name}-{scheme}.png")
+
+
+def shoot_report(studio: Studio) -> None:
+    """`spml-fast report RUN`."""
+    page = studio.scratch / "report.html"
+    command("report", studio.run, "--out", page)
+    both(page, studio.out, "report")
+
+
+def shoot_review(studio: Studio) -> None:
+    """`spml-fast suggest --page`."""
+    page = studio.scratch / "review.html"
+    command("suggest", "--run", studio.run, "--top", "60", "--min-probability", "0.05", "--page", page)
+    both(page, studio.out, "review")
+
+
+def shoot_explain(studio: Studio) -> None:
+    """`spml-fast explain`."""
+    page = studio.scratch / "explain.png"
+    command("explain", "--run", studio.run, "--out", page)
+    with Image.open(page) as image:
+        # The first rows of a long page.
+        top = image.crop((0, 0, image.width, min(image.height, image.width)))
+        top.thumbnail((WINDOW[0], WINDOW[0]))
+        save(top, studio.out / "explain.png")
+
+
+def shoot_maps(studio: Studio) -> None:
+    """`spml-fast diagnose --plot`."""
+    plot = studio.scratch / "maps.png"
+    command("diagnose", "--run", studio.run, "--plot", plot)
+    with Image.open(plot) as image:
+        image.thumbnail((WINDOW[0], WINDOW[0]))
+        save(image, studio.out / "maps.png")
+
+
+def shoot_commands(studio: Studio) -> None:
+    """`spml-fast evaluate`, on a terminal."""
+    text = command("evaluate", "--run", studio.run, "--alpha", "1", "5")
+    svg = terminal(f"$ spml-fast evaluate --run RUN --alpha 1 5\n{text}", "evaluate")
+    (studio.out / "evaluate.svg").write_text(svg, encoding="utf-8")
+
+
+PICTURES: dict[str, Callable[[Studio], None]] = {
+    "evaluate": shoot_commands,
+    "report": shoot_report,
+    "review": shoot_review,
+    "explain": shoot_explain,
+    "maps": shoot_maps,
+}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A picture of the page.
+
+    Attributes:
+        files: below docs/; where there are two, light and dark.
+        title: of its section.
+        text: what is seen.
+    """
+
+    files: tuple[str, ...]
+    title: str
+    text: str
+
+
+CAPTIONS = [
+    Caption(
+        ("gallery/train.svg",),
+        "Training",
+        "`spml-fast train`: what is trained, how long it will take, a line an epoch with the labels that the method "
+        "left out and how many of them were hidden positives, and the test figures.",
+    ),
+    Caption(
+        ("gallery/evaluate.svg",),
+        "Evaluation",
+        "`spml-fast evaluate --run RUN --alpha 1 5`: BoostLU can be chosen at inference, from one pass.",
+    ),
+    Caption(
+        ("digits.png",),
+        "Methods compared",
+        "`spml-fast reproduce`: test mAP over epochs, plain and with BoostLU, and how right the labels are that "
+        "methods reject. [The figures](results.md).",
+    ),
+    Caption(
+        ("gallery/report-light.png", "gallery/report-dark.png"),
+        "The report",
+        "`spml-fast report RUN --out report.html`: one page without a network, about a run or several. "
+        "[What is in it](operations.md#a-report-of-runs).",
+    ),
+    Caption(
+        ("gallery/explain.png", "explain.png"),
+        "What the model looks at",
+        "`spml-fast explain --run RUN`: the regions that spoke for a class in red, against it in blue. "
+        "[More](operations.md#what-the-model-looks-at).",
+    ),
+    Caption(
+        ("gallery/review-light.png", "gallery/review-dark.png", "review.png"),
+        "Missing labels, decided by keyboard",
+        "`spml-fast suggest --run RUN --page review.html`: a page in one file. "
+        "[How it is used](operations.md#a-page-to-decide-on).",
+    ),
+    Caption(
+        ("gallery/maps.png", "maps.png"),
+        "Maps in figures",
+        "`spml-fast diagnose --run RUN --plot maps.png`: rank correlations, highest and lowest cells. "
+        "[How to read it](methods.md).",
+    ),
+]
+
+
+def shown(caption: Caption) -> list[str]:
+    """The files of a picture that there are; of an older single one (without a folder) none beside newer ones."""
+    there = [name for name in caption.files if (DOCS / name).is_file()]
+    newer = [name for name in there if name.startswith("gallery/")]
+    return newer or there
+
+
+def page() -> str:
+    """The text of docs/gallery.md."""
+    lines = ["# Gallery", "", "How it looks, on the [digit scenes](data.md); made by `benchmarks/make_gallery.py`.", ""]
+    for caption in CAPTIONS:
+        if names := shown(caption):
+            lines += [f"## {caption.title}", "", caption.text, ""]
+            lines += [line for name in names for line in (f"![{caption.title}]({name})", "")]
+    lines += ["## Make them again", "", "```bash", "python benchmarks/make_gallery.py", "```", ""]
+    lines += [
+        "trains the recipe `digits` and makes every picture of today's pages (`--run RUN` takes a run of yours,",
+        "`--only` some pictures, `--page-only` none). It wants a Chromium and `pip install -e '.[browser]'`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def train(studio: Studio) -> None:
+    """Train the recipe `digits`, and show the terminal."""
+    text = command("train", "--config", "digits", "--run.dir", studio.run)
+    text = text.replace(str(studio.run), "runs/digits")
+    (studio.out / "train.svg").write_text(terminal(f"$ spml-fast train\n{text}", "train"), encoding="utf-8")
+
+
+def require_digits(run: Path) -> Manifest:
+    """The data set of a run. Raises `UserError` where it is another than the digit scenes: pictures are published."""
+    from spml_fast.runs.open import load_run_config, open_data
+
+    manifest = open_data(load_run_config(run))
+    if manifest.name != "digits":
+        raise UserError(f"{run} is of data set {manifest.name}; pictures are made of the digit scenes alone")
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the pictures; 1 where one could not be made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a run of the recipe digits; default: train one")
+    parser.add_argument("--only", nargs="+", choices=[*PICTURES], default=[*PICTURES], help="these pictures")
+    parser.add_argument("--page-only", action="store_true", help="write the page about the pictures that there are")
+    args = parser.parse_args(argv)
+    failed = 0 if args.page_only else make_pictures(args)
+    (DOCS / "gallery.md").write_text(page(), encoding="utf-8")
+    return int(failed > 0)
+
+
+def make_pictures(args: argparse.Namespace) -> int:
+    """Make them; returns how many could not be made."""
+    out = DOCS / "gallery"
+    out.mkdir(exist_ok=True)
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        studio = Studio(args.run or scratch / "run", out, scratch)
+        if args.run is None:
+            train(studio)
+        require_digits(studio.run)
+        for name in args.only:
+            try:
+                PICTURES[name](studio)
+                print(f"{name}: {PICTURES[name].__doc__}")
+            except UserError as error:
+                failed += 1
+                print(f"{name}: not made: {error}", file=sys.stderr)
+    return failed
+
+
+if __name__ == "__main__":
+    run_command(main)
