@@ -238,7 +238,7 @@ class Predictor:
             batch_size: images a forward; None takes the run's.
 
         Returns:
-            Metrics in per cent by name: `map`, `OF1`, `CF1`, `ap` of each class, `decisions` (with `thresholds`, where
+            Metrics in per cent by name: `map`, `OF1`, `CF1`, `per_class_ap`, `decisions` (with `thresholds`, where
             there are any), and the rest.
 
         Raises:
