@@ -100,7 +100,7 @@ class FiftyOneFolder:
         known, observed = self.split.known.rows([index])[0], self.split.observed.rows([index])[0]
         found = {"ground_truth": known == POSITIVE, "observed": observed == POSITIVE}
         found["observed_negatives"] = observed == NEGATIVE
-        named = {field: [self.classes[c] for c in np.flatnonzero(mask)] for field, mask in found.items()}
+        named = {field: [self.classes[c] for c in np.flatnonzero(mask).tolist()] for field, mask in found.items()}
         return {field: classifications(names, [None] * len(names)) for field, names in named.items()}
 
     def _maps(self, number: int, explained: Explained) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def execute(path: Path, folder: Path) -> Any:
     from jupyter_client.kernelspec import KernelSpec
     from nbclient import NotebookClient
 
-    notebook = read(shutil.copy(path, folder))
+    notebook = read(Path(shutil.copy(path, folder)))
     # This interpreter, whatever kernels a machine has registered.
     manager = AsyncKernelManager(kernel_name="python3")
     manager._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
