@@ -21,7 +21,7 @@ LIMIT = 1800
 # What a stored output must not name: folders of whoever ran it.
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|usr|opt|mnt|var|private)/|[A-Z]:\\\\")
 # Of a whole notebook with its images, in bytes.
-LARGEST = 300_000
+LARGEST = 600_000
 
 
 def read(path: Path) -> Any:
@@ -69,13 +69,15 @@ def images_of(notebook: Any, cell: str) -> list[str]:
 
 
 def without_traces(notebook: Any) -> Any:
-    """The notebook without what changes from one machine or minute to the next: times, versions of the kernel."""
+    """The notebook without what differs between machines: times, versions of the kernel, warnings of libraries."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
     for cell in notebook.cells:
         cell.metadata = {}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
 
 
