@@ -51,6 +51,8 @@ setup(
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "onnx": ONNX,
         "heic": ["pillow-heif>=1.0"],
+        # Grad-CAM and others on `Predictor.cam_model`.
+        "cam": ["grad-cam>=1.5.7", "torchcam>=0.5.0"],
         # Drives the browser of this machine in tests and benchmarks of the review page.
         "browser": ["playwright>=1.50"],
         # hub, and one for each tracker that needs a package.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import spml_fast
@@ -198,6 +199,35 @@ class TestMaps:
             predictor.maps(image_paths(workplace)[:1], [10])
 
 
+class TestCamModel:
+    def test_logits_are_those_of_predict(self, workplace: Path, predictor: Any) -> None:
+        paths = image_paths(workplace)
+        inputs = predictor.inputs(paths, batch_size=2)
+        assert inputs.shape == (5, 3, 64, 64) and inputs.dtype == torch.float32
+        for alpha in (None, 1):
+            with torch.no_grad():
+                found = torch.sigmoid(predictor.cam_model(alpha)(inputs).double()).numpy()
+            table = predictor.predict(paths, alpha=alpha, threshold=0, top=10)
+            wanted = {(r["path"], r["class"]): r["probability"] for r in table.to_pylist()}
+            for row, path in enumerate(paths):
+                assert found[row] == pytest.approx([wanted[path, name] for name in predictor.classes], abs=1e-5)
+
+    def test_pixels_are_the_image(self, workplace: Path, predictor: Any) -> None:
+        path = image_paths(workplace)[0]
+        (pixels,) = predictor.pixels(predictor.inputs(path))
+        assert pixels.dtype == np.uint8 and pixels.shape == (64, 64, 3)
+        with Image.open(path) as image:
+            # JPEG decoders differ by a few levels.
+            assert np.abs(pixels.astype(int) - np.asarray(image.convert("RGB"), int)).mean() < 3
+
+    def test_arguments_without_meaning(self, workplace: Path, predictor: Any, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="alpha is 0"):
+            predictor.cam_model(0)
+        (tmp_path / "a.jpg").write_bytes(Path(image_paths(workplace)[0]).read_bytes()[:900])
+        with pytest.raises(UserError, match="jpg cannot be used"):
+            predictor.inputs(tmp_path / "a.jpg")
+
+
 class TestEvaluate:
     def test_gives_what_the_command_gives(self, workplace: Path, predictor: Any, tmp_path: Path) -> None:
         out = tmp_path / "out.json"
@@ -232,6 +262,8 @@ def test_exports_are_the_run(workplace: Path, predictor: Any, tmp_path: Path, ki
             export.predict(paths, alpha=1)
         with pytest.raises(UserError, match="ONNX graph without maps"):
             export.maps(paths, ["3"])
+        with pytest.raises(UserError, match="ONNX graph without layers"):
+            export.cam_model()
     else:
         np.testing.assert_allclose(export.maps(paths, ["3"]), predictor.maps(paths, ["3"]), atol=1e-5)
         assert probabilities(export.predict(paths, alpha=1)) != probabilities(found)

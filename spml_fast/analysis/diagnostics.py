@@ -3,19 +3,21 @@
 BoostLU: Spearman's rank correlation, per (image, positive class), of a model's map with the map of a model trained with
 full labels, beside the correlation of a centred Gaussian with the latter; means of the highest and lowest five per cent
 of a map's cells, for positive and for negative labels.
-Large Loss: the pointing game, whether a map's peak lies in a box of its class.
+Large Loss: the pointing game, whether a map's peak lies in a box of its class. MaxBoxAcc, on request: whether a box
+around the high part of a map fits one of its class (localisation.py has both).
 
 What the papers leave open is decided here: maps are the head's own, not upsampled, signed, with the bias and without
 the boost (which is monotone: it changes neither ranks nor peaks); a peak is the centre of the highest cell, the first
 of equals; no tolerance around boxes.
 
-Source: docs/sources.md#boostlu (analysis of explanations), docs/sources.md#large-loss (pointing game).
+Source: docs/sources.md#boostlu (analysis of explanations), docs/sources.md#large-loss (pointing game),
+docs/sources.md#maxboxacc.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,16 @@ import numpy.typing as npt
 import torch
 from scipy.stats import rankdata
 
+from spml_fast.analysis.localisation import (
+    THRESHOLDS,
+    FloatArray,
+    IntArray,
+    box_accuracy,
+    boxes_of,
+    cells_in_boxes,
+    overlaps,
+    peak_in_boxes,
+)
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import atomic_write
@@ -33,9 +45,6 @@ from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
 from spml_fast.models.classifier import Classifier
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 FRACTION = 0.05
 
@@ -74,22 +83,6 @@ def centred_gaussian(height: int, width: int) -> FloatArray:
     return np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 0.125)
 
 
-def peaks(maps: npt.ArrayLike) -> FloatArray:
-    """Centre (x, y) of the highest cell of every map [n, h, w] as fractions of the image, float64 [n, 2]."""
-    array = np.asarray(maps)
-    height, width = array.shape[1:]
-    cell = array.reshape(len(array), -1).argmax(1)
-    return np.stack([(cell % width + 0.5) / width, (cell // width + 0.5) / height], 1)
-
-
-def cells_in_boxes(boxes: npt.ArrayLike, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Which cell centres lie in any of the boxes [k, 4] (x0, y0, x1, y1 as fractions of the image), bool [h, w]."""
-    x0, y0, x1, y1 = np.asarray(boxes, np.float64).T[:, :, None]
-    y, x = ((np.arange(n) + 0.5) / n for n in (height, width))
-    rows, columns = (y0 <= y) & (y <= y1), (x0 <= x) & (x <= x1)
-    return (rows[:, :, None] & columns[:, None, :]).any(0)
-
-
 def chosen_classes(codes: npt.NDArray[np.int8], index: int, negatives: int, seed: int) -> IntArray:
     """Classes of one image to look at: its positives, and a fixed draw of at most `negatives` known negatives.
 
@@ -122,6 +115,9 @@ class MapTable:
         control: of the centred Gaussian with that model's, for positive labels.
         hit: 1 where the peak lies in a box of the class, 0 where not, NaN without a box.
         chance: fraction of cells that lie in a box of the class.
+        largest: IoU of MaxBoxAcc at each threshold, float32 [n, T], NaN without a box; [n, 0] where it was not asked
+            for.
+        best: the same of MaxBoxAccV2.
     """
 
     index: IntArray
@@ -135,6 +131,8 @@ class MapTable:
     control: FloatArray
     hit: FloatArray
     chance: FloatArray
+    largest: npt.NDArray[np.float32]
+    best: npt.NDArray[np.float32]
 
 
 def _class_maps(
@@ -157,6 +155,7 @@ def measure_maps(
     negatives: int = 20,
     seed: int = 0,
     precision: str = "auto",
+    fit_boxes: bool = False,
     task: str | None = None,
 ) -> MapTable | None:
     """Run one or two models over a split and measure the maps of known labels (collective).
@@ -169,14 +168,20 @@ def measure_maps(
         negatives: known negatives of an image that are looked at, at most.
         seed: of their draw.
         precision: as `train.precision`.
+        fit_boxes: find the boxes of the maps of positive labels, too, which takes longer than the maps.
         task: what its progress is called; None shows none.
 
     Returns:
         The table on rank 0, None elsewhere.
 
     Raises:
-        UserError: the two models' maps differ in size, or the split has no known positive.
+        UserError: the two models' maps differ in size, the split has no known positive, or no boxes to fit.
     """
+    if fit_boxes and split.boxes is None:
+        raise UserError(
+            f"split {split.name!r} has no boxes to fit; prepare the data set from annotations with boxes "
+            "(docs/data.md), or leave --box-accuracy out"
+        )
     dtype = autocast_dtype(precision, loader.device)
     names = [f.name for f in fields(MapTable)]
     columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
@@ -204,23 +209,44 @@ def measure_maps(
                 continue
             part = _measure(maps, other, split, index[row], classes[row, column])
             part["positive"] = (known[row, classes[row, column]] == POSITIVE).astype(np.float64)
+            part |= _box_overlaps(maps, split, index[row], classes[row, column], part["positive"] == 1, fit_boxes)
             for name in ("correlation", "control"):
                 part[name][part["positive"] == 0] = np.nan
             for name in names:
                 columns[name].append(part[name])
-    gathered = {}
-    for name, parts in columns.items():
-        kind = np.int64 if name in ("index", "class_id") else np.float64
-        local = np.concatenate(parts) if parts else np.empty(0, kind)
-        gathered[name] = distributed.gather_rows(torch.from_numpy(local).to(loader.device))
-    if not distributed.is_main():
+    arrays = _gathered(columns, fit_boxes, loader.device)
+    if arrays is None:
         return None
-    arrays = {name: tensor.cpu().numpy() for name, tensor in gathered.items()}
     order = np.lexsort((arrays["class_id"], arrays["index"]))
     table = MapTable(**{name: array[order] for name, array in arrays.items()})
     if not table.positive.any():
         raise UserError(f"split {split.name!r} has no known positive label; there are no maps to look at")
     return table
+
+
+def _gathered(
+    columns: dict[str, list[npt.NDArray[Any]]], fit_boxes: bool, device: torch.device
+) -> dict[str, npt.NDArray[Any]] | None:
+    """Columns of all ranks on rank 0, None elsewhere (collective).
+
+    Args:
+        columns: this rank's parts.
+        fit_boxes: whether there are columns of MaxBoxAcc.
+        device: over which ranks talk.
+    """
+    gathered = {}
+    for name, parts in columns.items():
+        if name in _BOX_COLUMNS and not fit_boxes:
+            # Rows without columns are nothing to send.
+            continue
+        local = np.concatenate(parts) if parts else _no_rows(name)
+        gathered[name] = distributed.gather_rows(torch.from_numpy(local).to(device))
+    if not distributed.is_main():
+        return None
+    arrays = {name: tensor.cpu().numpy() for name, tensor in gathered.items()}
+    for name in _BOX_COLUMNS:
+        arrays.setdefault(name, np.empty((len(arrays["index"]), 0), np.float32))
+    return arrays
 
 
 def _measure(
@@ -230,7 +256,7 @@ def _measure(
     index: IntArray,
     class_id: IntArray,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Columns of `MapTable`, except `positive`, for n pairs with maps [n, h, w]."""
+    """Columns of `MapTable`, except `positive` and MaxBoxAcc's, for n pairs with maps [n, h, w]."""
     count, height, width = maps.shape
     part: dict[str, npt.NDArray[Any]] = {"index": index.astype(np.int64), "class_id": class_id}
     part["top"], part["bottom"] = extremes(maps)
@@ -242,14 +268,41 @@ def _measure(
         centred = np.broadcast_to(centred_gaussian(height, width), other.shape)
         part["control"] = rank_correlation(centred, other)
     if split.boxes is not None:
-        indptr, boxes = split.boxes
-        cells = np.floor(peaks(maps) * (width, height)).astype(np.int64)
         for pair, (sample, wanted) in enumerate(zip(index, class_id, strict=True)):
-            rows = boxes[indptr[sample] : indptr[sample + 1]]
-            of_class = rows[rows[:, 0] == wanted, 1:]
+            of_class = boxes_of(split.boxes, sample, wanted)
             if len(of_class):
-                inside = cells_in_boxes(of_class, height, width)
-                part["hit"][pair], part["chance"][pair] = inside[cells[pair, 1], cells[pair, 0]], inside.mean()
+                part["hit"][pair] = peak_in_boxes(maps[pair], of_class)
+                part["chance"][pair] = cells_in_boxes(of_class, height, width).mean()
+    return part
+
+
+# Of `MapTable`, one number for each threshold.
+_BOX_COLUMNS = ("largest", "best")
+
+
+def _no_rows(name: str) -> npt.NDArray[Any]:
+    """A column of `MapTable` without rows."""
+    if name in _BOX_COLUMNS:
+        return np.empty((0, len(THRESHOLDS)), np.float32)
+    return np.empty(0, np.int64 if name in ("index", "class_id") else np.float64)
+
+
+def _box_overlaps(
+    maps: npt.NDArray[np.float32],
+    split: Split,
+    index: IntArray,
+    class_id: IntArray,
+    positive: npt.NDArray[np.bool_],
+    wanted: bool,
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Columns `largest` and `best` of `MapTable` for n pairs with maps [n, h, w]."""
+    width = len(THRESHOLDS) if wanted else 0
+    part = {name: np.full((len(maps), width), np.nan, np.float32) for name in _BOX_COLUMNS}
+    if wanted and split.boxes is not None:
+        for pair in np.flatnonzero(positive):
+            of_class = boxes_of(split.boxes, index[pair], class_id[pair])
+            if len(of_class):
+                part["largest"][pair], part["best"][pair] = overlaps(maps[pair], of_class)
     return part
 
 
@@ -268,8 +321,8 @@ def summarise(table: MapTable) -> dict[str, Any]:
     Returns:
         `pairs`: how many (image, class) pairs by label; `top` and `bottom`: quartiles by label of the model's
         `model` and the fully supervised `full` maps; `correlation` and its `control`; `pointing`: `accuracy` over
-        pairs and `class_mean` over classes in per cent, `chance` for a peak anywhere, `pairs`. Parts that need
-        another model or boxes are None without them.
+        pairs and `class_mean` over classes in per cent, `chance` for a peak anywhere, `pairs`; `boxes`: MaxBoxAcc as
+        `localisation.BoxAccuracy` has it. Parts that need another model or boxes are None without them.
     """
     positive = table.positive == 1
     by_label = {"positive": positive, "negative": ~positive}
@@ -282,7 +335,10 @@ def summarise(table: MapTable) -> dict[str, Any]:
         }
     out["correlation"], out["control"] = _quartiles(table.correlation), _quartiles(table.control)
     boxed = ~np.isnan(table.hit) & positive
-    out["pointing"] = None
+    out["pointing"] = out["boxes"] = None
+    if boxed.any() and table.largest.shape[1]:
+        found = box_accuracy(table.largest[boxed], table.best[boxed], table.class_id[boxed])
+        out["boxes"] = {"pairs": int(boxed.sum()), **asdict(found)}
     if boxed.any():
         classes = np.unique(table.class_id[boxed])
         per_class = [table.hit[boxed & (table.class_id == c)].mean() for c in classes]

@@ -1,9 +1,10 @@
 """Class activation maps drawn over images: where a trained run sees evidence for a class, and where against it.
 
-A CAM head's logit is the mean of its signed map, so colours have the map's sign: red is evidence for the class, blue
-against it, and the scale is the same for all maps of a page, symmetric around 0. Maps are the head's own, with the bias
-and without the boost. A Query2Label head gives the map that IGNORE uses: the class query's attention times the channel
-mean of the features; its mean is not the logit.
+A CAM head's logit is the mean of its signed map: above 0 a cell is evidence for the class, below 0 against it. Maps are
+the head's own, with the bias and without the boost. A head with queries (Query2Label) shows its attention: where the
+query of the class looks in the last layer, the mean over attention heads, never negative and 1 in sum. That is no
+evidence, and never drawn in the colours of it. What IGNORE masks the images of such a head by is another map, the
+attention times the channel mean of the features; the mask and the masked image are those of training.
 
 Maps are made of the chosen classes alone, never of all C.
 
@@ -15,12 +16,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spml_fast.analysis.localisation import boxes_of, peak_in_boxes
 from spml_fast.analysis.predict import check_numbers, load_images, place_of, why_refused
 from spml_fast.analysis.suggest import Suggestions
 from spml_fast.core.config import Config
@@ -29,6 +32,7 @@ from spml_fast.core.precision import autocast, autocast_dtype
 from spml_fast.data.image_files import ImageFiles
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.manifest import Split
+from spml_fast.methods.ignore import masked_size
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.heads import MaskOptions
 from spml_fast.runs.open import input_normalisation
@@ -38,6 +42,22 @@ PREDICTED = 0.5
 
 # More images make a page that viewers refuse.
 MAX_IMAGES = 100
+
+# What a map says: evidence, whose mean is the logit; attention of a query; or what another head calls a map.
+Kind = Literal["evidence", "attention", "map"]
+
+
+@dataclass(frozen=True)
+class MaskedView:
+    """How a run of IGNORE masks images.
+
+    Attributes:
+        options: of the mask, as in training.
+        scale: side of the masked image as a fraction of the image's.
+    """
+
+    options: MaskOptions
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -52,14 +72,18 @@ class Explained:
         probability: float64 [k], sigmoid of `logit`.
         logit: float32 [k] at the alpha asked for.
         plain: float32 [k], logit at alpha 1.
-        maps: float32 [k, h, w], signed.
+        maps: float32 [k, h, w], the head's own.
+        kind: what `shown` says.
+        attention: float32 [k, h, w] of the classes' queries, None for heads without queries.
         predicted: class ids of probability `PREDICTED` or more, the most probable first.
         known: int8 [k] label of each class, or None where nothing is known of the image.
         labels: (observed positives, positives that training does not see), class ids; None as `known`.
         reason: why the image was chosen, or "".
         refused: why the loader refused the image, which then has no classes; None when it did not.
         kept: bool [k, S, S], where the map of each class is so high that IGNORE keeps the image; None unless asked for.
-        masked_logit: float32 [k], the logit of each class on what is kept; None as `kept`.
+        full_logit: float32 [k], the logit of each class on the whole image at the alpha of training; None as `kept`.
+        masked_logit: float32 [k], the same on what is kept; None as `kept`.
+        boxes: float32 [n, 4] of each class (x0, y0, x1, y1 as fractions of the image), or None where none are known.
     """
 
     path: str
@@ -70,13 +94,28 @@ class Explained:
     logit: npt.NDArray[np.float32]
     plain: npt.NDArray[np.float32]
     maps: npt.NDArray[np.float32]
+    kind: Kind
     predicted: tuple[int, ...]
     known: npt.NDArray[np.int8] | None = None
     labels: tuple[list[int], list[int]] | None = None
     reason: str = ""
     refused: str | None = None
     kept: npt.NDArray[np.bool_] | None = None
+    full_logit: npt.NDArray[np.float32] | None = None
     masked_logit: npt.NDArray[np.float32] | None = None
+    attention: npt.NDArray[np.float32] | None = None
+    boxes: tuple[npt.NDArray[np.float32], ...] | None = None
+
+    @property
+    def shown(self) -> npt.NDArray[np.float32]:
+        """The maps to draw, float32 [k, h, w]: the attention where there is one."""
+        return self.maps if self.attention is None else self.attention
+
+    def hit(self, place: int) -> bool | None:
+        """Whether the peak of the map at `place` lies in a box of its class; None where it has none."""
+        if self.boxes is None or not len(self.boxes[place]):
+            return None
+        return peak_in_boxes(self.shown[place], self.boxes[place])
 
     @property
     def positive_fraction(self) -> npt.NDArray[np.float64]:
@@ -134,7 +173,7 @@ def explain(
     top: int,
     first: Sequence[Sequence[int]] | None = None,
     aspects: Sequence[float] | None = None,
-    mask: MaskOptions | None = None,
+    mask: MaskedView | None = None,
 ) -> Iterator[Explained]:
     """Maps of each image, in order, a batch at a time.
 
@@ -164,21 +203,24 @@ def explain(
         number = len(views)
         with autocast(device, dtype):
             features = classifier.features(views)
-            output = classifier.classify(features, alpha)
+            output = classifier.classify(features, alpha, boost=True if mask is not None else None)
             plain, logits = output.mean, output.logits
             check_numbers(logits, classes, functools.partial(place_of, files, start))
             given = None if first is None else first[start : start + number]
             chosen = choose_classes(logits, top, given)
-            maps = classifier.classify(features, classes=chosen).maps
+            found = classifier.classify(features, classes=chosen)
+        maps, kind = found.maps, map_kind(classifier, found.attention)
         if maps is None:
             raise UserError(f"head {config.model.head} has no class maps; use a run with head cam")
         pixels = seen_pixels(views, config, classifier)
-        masked = None
+        masked, trained = None, plain
         if mask is not None:
             with autocast(device, dtype):
-                masked = [_masked(classifier, views, chosen[:, k], alpha, mask) for k in range(chosen.shape[1])]
-        logit, at_one = (t.gather(1, chosen).float().cpu().numpy() for t in (logits, plain))
+                masked = [_masked(classifier, views, features, chosen[:, k], mask) for k in range(chosen.shape[1])]
+                trained = output.at_alpha(classifier.alpha_train)
+        logit, at_one, at_trained = (t.gather(1, chosen).float().cpu().numpy() for t in (logits, plain, trained))
         cells, ids = maps.float().cpu().numpy(), chosen.cpu().numpy()
+        attention = None if found.attention is None else found.attention.float().cpu().numpy()
         order = torch.sort(logits, dim=1, descending=True, stable=True)
         count = (torch.sigmoid(order.values.double()) >= PREDICTED).sum(1).tolist()
         for row in range(number):
@@ -191,23 +233,44 @@ def explain(
                 logit=logit[row],
                 plain=at_one[row],
                 maps=cells[row],
+                kind=kind,
+                attention=None if attention is None else attention[row],
                 predicted=tuple(order.indices[row, : count[row]].tolist()),
                 kept=None if masked is None else np.stack([kept[row] for kept, _ in masked]),
+                full_logit=None if masked is None else at_trained[row],
                 masked_logit=None if masked is None else np.array([z[row] for _, z in masked], np.float32),
             )
 
 
+def map_kind(classifier: Classifier, attention: Tensor | None) -> Kind:
+    """What the maps of a classifier say, given its attention or None."""
+    if attention is not None:
+        return "attention"
+    return "evidence" if classifier.head.supports_boostlu else "map"
+
+
 def _masked(
-    classifier: Classifier, views: Tensor, class_id: Tensor, alpha: float, mask: MaskOptions
+    classifier: Classifier, views: Tensor, features: Tensor, class_id: Tensor, mask: MaskedView
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
-    """Where IGNORE keeps views [b, 3, S, S] by the map of one class [b] each, bool [b, S, S], and its logit there."""
+    """Where IGNORE keeps images by the map of a class each, bool [b, S, S], and the logits [b] of these classes there.
+
+    Args:
+        classifier: whose own masks these are.
+        views: [b, 3, S, S].
+        features: [b, h, w, K] of the views.
+        class_id: int64 [b].
+        mask: as in training.
+    """
     # Maps are normalised image by image: a page has whatever images were asked for beside each other.
-    alone = replace(mask, norm="per_image")
-    masked = classifier(views, classes=class_id[:, None], mask=alone).masked
-    assert masked is not None
-    logits = classifier(masked, alpha=alpha).logits.gather(1, class_id[:, None])[:, 0]
-    # What is masked is 0 in every channel.
-    return (masked != 0).any(1).cpu().numpy(), logits.float().cpu().numpy()
+    alone = replace(mask.options, norm="per_image")
+    classes = class_id[:, None]
+    masked = classifier.classify(features, classes=classes, images=views, mask=alone).masked
+    # A pixel that is kept may be 0 itself, so the mask is that of an image without zeros.
+    kept = classifier.classify(features, classes=classes, images=torch.ones_like(views[:, :1]), mask=alone).masked
+    assert masked is not None and kept is not None
+    seen = masked_size(classifier, masked, mask.scale)
+    logits = classifier(seen, alpha=classifier.alpha_train).logits.gather(1, classes)[:, 0]
+    return (kept[:, 0] > 0).cpu().numpy(), logits.float().cpu().numpy()
 
 
 def _refused(path: str) -> Explained:
@@ -222,6 +285,7 @@ def _refused(path: str) -> Explained:
         logit=empty,
         plain=empty,
         maps=empty.reshape(0, 1, 1),
+        kind="map",
         predicted=(),
         refused=why_refused(path),
     )
@@ -262,7 +326,7 @@ def choose_samples(mistakes: Sequence[Suggestions], size: int, count: int, seed:
 
 
 def with_labels(explained: Explained, split: Split, choice: Choice, classes: Sequence[str]) -> Explained:
-    """The image with its known labels.
+    """The image with its known labels, and its boxes where the split has any.
 
     Args:
         explained: the image with its maps.
@@ -273,8 +337,12 @@ def with_labels(explained: Explained, split: Split, choice: Choice, classes: Seq
     known, observed = split.known.rows([choice.index])[0], split.observed.rows([choice.index])[0]
     seen = np.flatnonzero(observed == POSITIVE)
     hidden = np.flatnonzero((known == POSITIVE) & (observed != POSITIVE))
+    boxes = None
+    if split.boxes is not None:
+        boxes = tuple(boxes_of(split.boxes, choice.index, c) for c in explained.classes.tolist())
     return replace(
         explained,
+        boxes=boxes,
         path=split.relative_path(choice.index),
         known=known[explained.classes],
         labels=(seen.tolist(), hidden.tolist()),

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from spml_fast.analysis.explain import explain
-from spml_fast.analysis.predict import predict
+from spml_fast.analysis.explain import explain, seen_pixels
+from spml_fast.analysis.predict import load_images, predict
 from spml_fast.api.exported import OnnxClassifier, load_onnx, load_safetensors
 from spml_fast.api.images import Images, open_images
 from spml_fast.core.config import Config
@@ -23,6 +23,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
 from spml_fast.evaluation.decisions import Decisions
 from spml_fast.evaluation.evaluate import check_alphas, class_groups, evaluate_split
+from spml_fast.models.cam_model import CamModel
 from spml_fast.models.classifier import Classifier, check_alpha
 from spml_fast.runs.decisions import load_decisions
 from spml_fast.runs.export_record import check_export_folder
@@ -180,7 +181,8 @@ class Predictor:
 
         Returns:
             float32 [N, k, h, w]: positive where a cell is evidence for the class, negative where it is against it;
-            without the boost and with the bias. (h, w) is the grid of the backbone's features.
+            without the boost and with the bias. (h, w) is the grid of the backbone's features. Of a Query2Label head
+            the map that IGNORE masks images by, attention times mean feature.
 
         Raises:
             UserError: no such class, an image that cannot be read, or a model without maps.
@@ -209,6 +211,50 @@ class Predictor:
                     raise UserError(f"{name} cannot be used: {image.refused}")
                 maps.append(image.maps[columns])
         return np.stack(maps)
+
+    def cam_model(self, alpha: float | None = None) -> CamModel:
+        """The classifier for tools that draw class activation maps, such as pytorch-grad-cam and torch-cam.
+
+        Args:
+            alpha: BoostLU's factor of the logits; None takes the predictor's.
+
+        Returns:
+            A module from images [B, 3, S, S], as `inputs` gives them, to logits [B, C], with `target_layers`; its
+            parameters are the predictor's own.
+
+        Raises:
+            UserError: an alpha without meaning, or an ONNX graph, which has no layers to look at.
+        """
+        if self._fixed_alpha:
+            raise UserError(f"{self.source} is an ONNX graph without layers; load the run, or a safetensors export")
+        return CamModel(self._classifier, self._alpha(alpha))
+
+    def inputs(self, images: Images, *, batch_size: int | None = None) -> torch.Tensor:
+        """Images as the network takes them: decoded, resized and normalised by the loader of evaluation.
+
+        Args:
+            images: N images, as in `predict`.
+            batch_size: images that are made at once; None takes the run's.
+
+        Returns:
+            float32 [N, 3, S, S] on the predictor's device.
+
+        Raises:
+            UserError: an image that cannot be read.
+        """
+        parts = []
+        with open_images(images) as opened:
+            config = self._with_batch(batch_size, max(1, len(opened.files)))
+            for start, views in load_images(self._classifier, config, opened.files, self.device):
+                if views is None:
+                    raise UserError(f"{opened.names[start]} cannot be used: the loader does not decode it")
+                # The loader may use its memory again.
+                parts.append(views.clone())
+        return torch.cat(parts)
+
+    def pixels(self, inputs: torch.Tensor) -> npt.NDArray[np.uint8]:
+        """What `inputs` [N, 3, S, S] show, uint8 RGB [N, S, S, 3]: the normalisation undone."""
+        return seen_pixels(inputs, self.config, self._classifier)
 
     def _class_id(self, name: str | int) -> int:
         if isinstance(name, int):

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from spml_fast.core.outputs import OutputFile
 
 DESCRIPTION = """Highest and lowest cells of the maps of positive and negative labels; with --against, a run with full
-labels on the same data, the rank correlation of the maps of both; the pointing game where the data set has boxes; for
-IGNORE the histogram of its gaps (train with --method.gap_histogram true). Starts under `deepspeed` and `torchrun` as
-well."""
+labels on the same data, the rank correlation of the maps of both; the pointing game where the data set has boxes, and
+MaxBoxAcc with --box-accuracy; for IGNORE the histogram of its gaps (train with --method.gap_histogram true). Starts
+under `deepspeed` and `torchrun` as well."""
 EXAMPLES = [
     ("--run RUN", "the test split"),
     ("--run RUN --against FULL --plot maps.png", "compared with a run with full labels"),
@@ -35,6 +35,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", help="split to look at; default the run's test split")
     parser.add_argument("--negatives", type=int, default=20, help="known negatives an image (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of their draw (default: %(default)s)")
+    parser.add_argument(
+        "--box-accuracy",
+        action="store_true",
+        help="MaxBoxAcc too: whether a box around the high part of a map fits one of its class; about 15 ms for each "
+        "positive label",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw them to this PNG file")
     common.add_overwrite(parser)
@@ -68,6 +74,17 @@ def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
                 f"anywhere {game['chance']:.1f}%",
             )
         )
+    if found["boxes"] is not None:
+        fit = found["boxes"]
+        each = ", ".join(f"{value:.1f}% at {overlap}" for overlap, value in fit["by_overlap"].items())
+        rows.append(
+            (
+                "MaxBoxAcc (largest part, IoU 0.5)",
+                f"{fit['max_box_acc']:.1f}% of {fit['pairs']} pairs at threshold {fit['threshold']:.2f}, mean of "
+                f"classes {fit['class_mean']:.1f}%",
+            )
+        )
+        rows.append(("MaxBoxAccV2 (any part, mean of IoU)", f"{fit['max_box_acc_v2']:.1f}%: {each}"))
     return rows
 
 
@@ -120,6 +137,7 @@ def diagnose(
         negatives=args.negatives,
         seed=args.seed,
         precision=config.train.precision,
+        fit_boxes=args.box_accuracy,
         task=f"measuring the maps of the {split.name} split",
     )
     if table is not None and distributed.is_main():

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-    from spml_fast.analysis.compare_page import Column
     from spml_fast.analysis.explain import Choice, Explained
-    from spml_fast.analysis.explain_page import MapFolder
+    from spml_fast.analysis.explain_drawing import Drawing
     from spml_fast.core.config import Config
     from spml_fast.data.image_files import ImageFiles
     from spml_fast.data.manifest import Split
@@ -23,16 +22,17 @@ if TYPE_CHECKING:
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import printable
-from spml_fast.core.outputs import OutputFile, writer_name
+from spml_fast.runs.layout import RunLayout
 
 DESCRIPTION = """Draw class activation maps over images: red where a map is evidence for the class, blue where it is
-against it. Without images it shows some of the run's test split with their labels: where the model is most wrong, and a
-few at random. Images that cannot be read are named on standard error and left out, and the exit status is then 1."""
+against it; of a head with queries their attention, in green. A run of IGNORE shows its masks, too. Without images some
+of the run's test split are shown with their labels and boxes: where the model is most wrong, and a few at random.
+Images that cannot be read are named on standard error and left out, and the exit status is then 1."""
 EXAMPLES = [
     ("--run RUN", "some of the test split, to RUN/explain.png"),
     ("--run RUN photos/ --out maps/", "a page for each of your images"),
     ("--run RUN a.jpg --classes cat --classes dog", "the maps of two classes"),
-    ("--run AN --against FULL --against IGNORE", "the maps of several runs side by side"),
+    ("--run AN --against FULL LL_R IGNORE", "the maps of several runs side by side"),
 ]
 TOP = 3
 IMAGES = 9
@@ -60,11 +60,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common.add_alpha(parser)
     parser.add_argument(
         "--against",
-        action="append",
+        action="extend",
+        nargs="+",
         type=Path,
         metavar="RUN",
-        help="a row for each class of each image, with the maps of this run beside --run's; may be given several "
-        "times. The first one, such as a run with full labels, comes first, and the others are compared with it",
+        help="a row for each class of each image, with the maps of these runs beside --run's. The first one, such as a "
+        "run with full labels, comes first, and all are compared with it; then --run, then the others",
     )
     parser.add_argument("--boosted", action="store_true", help="with --against: --run's maps with the boost, too")
     parser.add_argument(
@@ -94,8 +95,12 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--boosted is a column of a comparison; give --against RUN too")
     if args.against is not None and args.maps is not None:
         raise UserError("--maps writes the maps of one run; leave it out, or --against")
-    if args.against is not None and args.out is not None and args.out.suffix.lower() != ".png":
-        raise UserError(f"--out {args.out} must be named .png: a comparison is one page")
+    for run in args.against or ():
+        if not RunLayout(run).config.is_file():
+            raise UserError(
+                f"--against {run} is not a run directory; it takes run directories alone, so give images and their "
+                "folders before it"
+            )
     if args.images and args.split is not None:
         raise UserError("--split chooses among the run's own images; leave it out, or the images")
     if args.out is not None and args.out.suffix and args.out.suffix.lower() != ".png" and not args.out.is_dir():
@@ -137,23 +142,6 @@ def given_images(args: argparse.Namespace, max_pixels: int) -> tuple[ImageFiles,
     return ImageFiles([paths[i] for i in usable], orientation), aspects.tolist(), len(paths) - len(usable)
 
 
-def page_file(path: Path, overwrite: bool) -> OutputFile:
-    """A page to draw."""
-    return OutputFile(path, "png", writer_name("explain"), "--out", overwrite)
-
-
-def check_pages(out: Path, one_page: bool, overwrite: bool) -> None:
-    """Raise `UserError` where a page that would be drawn may have the name of a file of another origin."""
-    for path in [out] if one_page else sorted(out.glob("[0-9][0-9][0-9][0-9]-*.png")):
-        page_file(path, overwrite).check(parent=False)
-
-
-def page_name(place: int, path: str) -> str:
-    """File name of an image's own page: its number, and its name in plain characters."""
-    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in Path(path).stem)
-    return f"{place:04d}-{stem[:80]}.png"
-
-
 def with_batch_size(config: Config, batch_size: int) -> Config:
     """The configuration with another batch size in evaluation."""
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
@@ -166,119 +154,19 @@ def first_classes(named: list[int] | None, choices: list[Choice] | None, images:
     return [[] if c.class_id is None else [c.class_id] for c in choices or ()] or None
 
 
-class Drawing:
-    """Draws images as they are explained: all on one page at the end, or a page each.
-
-    Args:
-        out: a PNG file for one page, or a folder.
-        one_page: which of the two.
-        overwrite: replace files that this command did not draw, too.
-        title: over every page.
-        classes: class names in class-id order.
-        alpha: BoostLU's factor.
-        signed: whether maps say what speaks against a class.
-        maps: takes the maps as arrays; None for pictures alone.
-        positive_only: draw what speaks for a class alone.
-
-    Attributes:
-        shown: images drawn so far.
-        unprintable: class names for which no font has the characters, at most on one page.
-    """
-
-    def __init__(
-        self,
-        out: Path,
-        one_page: bool,
-        overwrite: bool,
-        title: str,
-        classes: Sequence[str],
-        alpha: float,
-        signed: bool,
-        maps: MapFolder | None,
-        positive_only: bool = False,
-    ) -> None:
-        check_pages(out, one_page, overwrite)
-        self.positive_only = positive_only
-        self.overwrite = overwrite
-        self.out, self.one_page, self.title, self.classes = out, one_page, title, classes
-        self.alpha, self.signed, self.maps = alpha, signed, maps
-        self.pages: list[Explained] = []
-        self.places: list[int] = []
-        self.shown = self.unprintable = 0
-        try:
-            (out.parent if one_page else out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror}") from error
-
-    def add(self, place: int, image: Explained) -> None:
-        """The image that is number `place` of those chosen."""
-        self.shown += 1
-        if self.maps is not None:
-            self.maps.add(image, self.classes)
-        if self.one_page:
-            self.pages.append(image)
-            self.places.append(place)
-        else:
-            self._draw(self.out / page_name(place, image.path), [image])
-
-    def finish(self) -> None:
-        """Draw the one page; `UserError` where there is nothing to draw."""
-        if not self.shown:
-            raise UserError("none of the images can be used; the reasons stand above")
-        if self.one_page:
-            self._draw(self.out, self.pages)
-        if self.unprintable:
-            common.say(
-                f"note: no font of this machine has the characters of {self.unprintable} class names, which stand as "
-                "their ids; install one that has, such as Noto Sans CJK"
-            )
-
-    def _draw(self, path: Path, images: list[Explained]) -> None:
-        from spml_fast.analysis import explain_page
-
-        page_file(path, self.overwrite).check()
-        unprintable = explain_page.draw(
-            path, images, self.classes, self.title, self.alpha, self.signed, self.positive_only
-        )
-        self.unprintable = max(self.unprintable, unprintable)
-
-
-class Comparison(Drawing):
-    """Draws the maps of several runs beside each other, on one page. As `Drawing`, and before `finish`:
-
-    Attributes:
-        title_of_run: what the run itself is called.
-        others: gives the columns of the compared runs for the images drawn.
-        boosted: draw the run's own maps with the boost too.
-    """
-
-    title_of_run: str
-    others: Callable[[list[int], list[Explained]], list[Column]]
-    boosted: bool
-
-    def _draw(self, path: Path, images: list[Explained]) -> None:
-        from spml_fast.analysis.compare_page import Column, draw_comparison
-
-        page_file(path, self.overwrite).check()
-        first, *rest = self.others(self.places, images)
-        own = Column(self.title_of_run, self.alpha, images, self.boosted and self.alpha != 1)
-        columns = [first, own, *rest]
-        self.unprintable = draw_comparison(
-            path, columns, images, self.classes, self.title, self.positive_only, self.signed
-        )
-
-
-def page_title(run: Path, split: Split | None, image_size: int, alpha: float) -> str:
+def page_title(args: argparse.Namespace, split: Split | None, image_size: int, alpha: float) -> str:
     """What stands over a page.
 
     Args:
-        run: the run directory.
+        args: the command line.
         split: that the images are of; None for images of the command line.
         image_size: side of the model's input in pixels.
         alpha: BoostLU's factor.
     """
     where = "" if split is None else f", {split.name} split"
-    return f"{run}{where}, {image_size} px, alpha {alpha:g}"
+    if args.against is not None:
+        return f"{1 + len(args.against)} runs{where}, {image_size} px"
+    return f"{args.run}{where}, {image_size} px, alpha {alpha:g}"
 
 
 def make_drawing(
@@ -309,29 +197,26 @@ def make_drawing(
         device: where classifiers run.
         stack: closes the folder of maps.
     """
-    from spml_fast.analysis import compare, explain_page
+    from spml_fast.analysis import compare
+    from spml_fast.analysis.explain_drawing import Drawing, Style
+    from spml_fast.analysis.explain_files import MapFolder
     from spml_fast.runs.open import run_classes
 
-    title = page_title(args.run, split, config.data.image_size, alpha)
-    signed = classifier.head.supports_boostlu
-    if args.against is None:
-        about = {"run": str(args.run), "alpha": alpha, "image_size": config.data.image_size}
-        maps = None if args.maps is None else stack.enter_context(explain_page.MapFolder(args.maps, about))
-        return Drawing(out, one_page, args.overwrite, title, classes, alpha, signed, maps, args.positive_only)
-    own, *titles = compare.run_titles([args.run, *args.against])
-    runs = compare.load_compared(args.against, titles, run_classes(args.run, config), device)
-    for run, other in zip(args.against, runs, strict=True):
-        if other.classifier.head.supports_boostlu != signed:
-            raise UserError(
-                f"--against {run} has maps of another kind, attention or evidence; compare runs of one kind"
-            )
-    batch_size = min(config.eval.batch_size, len(files))
-    drawing = Comparison(out, True, args.overwrite, title, classes, alpha, signed, None, args.positive_only)
-    drawing.title_of_run, drawing.boosted = own, args.boosted
-    drawing.others = lambda places, images: compare.compared_columns(
-        runs, compare.chosen_files(files, places), images, device, classes, batch_size
-    )
-    return drawing
+    against = args.against or []
+    own, *titles = compare.run_titles([args.run, *against])
+    title = page_title(args, split, config.data.image_size, alpha)
+    about = compare.run_about(config, classifier)
+    mask = compare.mask_of(config)
+    style = Style(title, own, about, alpha, args.positive_only, args.boosted, mask, classifier.alpha_train)
+    maps = None
+    if args.maps is not None:
+        metadata = {"run": str(args.run), "alpha": alpha, "image_size": config.data.image_size}
+        maps = stack.enter_context(MapFolder(args.maps, metadata))
+    others = None
+    if against:
+        runs = compare.load_compared(against, titles, run_classes(args.run, config), device)
+        others = compare.compare_with(runs, files, device, classes, config.eval.batch_size)
+    return Drawing(out, one_page, args.overwrite, classes, style, maps, others)
 
 
 def check_count(number: int, one_page: bool, what: str) -> None:
@@ -342,18 +227,18 @@ def check_count(number: int, one_page: bool, what: str) -> None:
         raise UserError(f"{what} {MAX_IMAGES} at most, and --out DIR makes a page each")
 
 
+# A picture is at most 65,536 pixels high in the oldest matplotlib that is supported; a row of a portrait has 525.
+MOST_ROWS = 120
+
+
 def check_rows(args: argparse.Namespace, named: list[int] | None, images: int) -> None:
-    """Raise `UserError` for a comparison of more rows than a page can have: each class of each image is one."""
+    """Raise `UserError` for more rows than a page can have, where each class of each image is one."""
     rows = images * (len(named) if named is not None else args.top or TOP)
-    if args.against is not None and rows > MOST_ROWS:
+    if rows > MOST_ROWS:
         raise UserError(
-            f"a comparison of {images} images has {rows} rows, one for each class; a page holds {MOST_ROWS}: give "
-            "fewer images or classes"
+            f"{images} images have {rows} rows, one for each class; a page holds {MOST_ROWS}: give fewer images or "
+            "classes, or --out DIR for a page each"
         )
-
-
-# A picture is at most 65,536 pixels high in the oldest matplotlib that is supported; a row has 290.
-MOST_ROWS = 200
 
 
 def draw_images(
@@ -383,6 +268,11 @@ def draw_images(
             else:
                 drawing.add(place, image)
     drawing.finish()
+    if drawing.unprintable:
+        common.say(
+            f"note: no font of this machine has the characters of {drawing.unprintable} class names, which stand as "
+            "their ids; install one that has, such as Noto Sans CJK"
+        )
     return missing
 
 
@@ -392,6 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     check(args)
     from spml_fast.analysis import explain
     from spml_fast.analysis.compare import mask_of
+    from spml_fast.analysis.explain_drawing import check_pages
     from spml_fast.analysis.explain_samples import chosen_samples, sample_files
     from spml_fast.evaluation.evaluate import check_alphas
     from spml_fast.runs.open import load_classifier, load_run_config, open_data, run_classes
@@ -410,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         files, aspects, missing = given_images(args, config.data.max_pixels)
         check_count(len(files), one_page, f"{len(files)} images are too many for one page, which holds")
-    check_rows(args, named, args.count if files is None else len(files))
+    if one_page and (args.against is not None or mask_of(config) is not None):
+        check_rows(args, named, args.count if files is None else len(files))
     device = common.default_device()
     classifier, _ = load_classifier(args.run, config, len(classes), device)
     alpha = classifier.alpha_eval if args.alpha is None else args.alpha
@@ -435,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
             top=args.top or TOP if named is None else len(named),
             first=first_classes(named, choices, len(files)),
             aspects=aspects,
-            mask=mask_of(config) if args.against is not None else None,
+            mask=mask_of(config),
         )
         missing += draw_images(images, len(files), drawing, split, choices)
     print(

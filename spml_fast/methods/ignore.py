@@ -180,6 +180,25 @@ class UpdateStatistics(NamedTuple):
     kept: Tensor
 
 
+def masked_size(classifier: Classifier, images: Tensor, scale: float) -> Tensor:
+    """Masked images [B, 3, S, S] in the size in which the network sees them.
+
+    Args:
+        classifier: that sees them.
+        images: already masked.
+        scale: `masked_scale`.
+
+    Raises:
+        UserError: another size than the image's for a backbone that takes no other.
+    """
+    if scale == 1:
+        return images
+    if not classifier.accepts_any_size:
+        raise UserError("method.masked_scale needs a backbone that takes images of any size; set it to 1")
+    side = max(round(images.shape[-1] * scale), 1)
+    return F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=True)
+
+
 @register("ignore")
 class Ignore(Method[WeakAndMasked, UpdateStatistics]):
     """The three views, the two thresholds, and the three loss terms."""
@@ -265,12 +284,7 @@ class Ignore(Method[WeakAndMasked, UpdateStatistics]):
     @torch.no_grad()
     def _masked(self, classifier: Classifier, images: Tensor) -> Tensor:
         """Logits [B, C] of the masked view. Exact without gradient: they are constants of the loss."""
-        scale = self.options.masked_scale
-        if scale != 1:
-            if not classifier.accepts_any_size:
-                raise UserError("method.masked_scale needs a backbone that takes images of any size; set it to 1")
-            side = max(round(images.shape[-1] * scale), 1)
-            images = F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        images = masked_size(classifier, images, self.options.masked_scale)
         with bn_behaviour(classifier, self.masked_bn):
             logits: Tensor = classifier(images, alpha=classifier.alpha_train).logits
         return logits

@@ -30,6 +30,7 @@ class ClassifierOutput:
         logits: [B, C] fp32 at the alpha of the call.
         maps: [B, N, h, w] fp32 maps of the classes asked for, else None.
         masked: [B, 3, S, S] images masked by those maps, when that was asked for, else None.
+        attention: [B, N, h, w] fp32 where the queries of the classes asked for look, else None.
 
     Heads without a class activation map have their logits in `mean`, and alpha must be 1.
     """
@@ -39,6 +40,7 @@ class ClassifierOutput:
     logits: Tensor
     maps: Tensor | None = None
     masked: Tensor | None = None
+    attention: Tensor | None = None
 
     def at_alpha(self, alpha: float) -> Tensor:
         """Logits [B, C] fp32 with BoostLU's factor `alpha`, from the same pass; see `boosted_logits`."""
@@ -195,7 +197,7 @@ class Classifier(nn.Module):
         """
         head: HeadOutput = self.head(features, alpha != 1 if boost is None else boost, classes, images, mask)
         logits = boosted_logits(head.mean, head.mean_relu, alpha)
-        return ClassifierOutput(head.mean, head.mean_relu, logits, head.maps, head.masked)
+        return ClassifierOutput(head.mean, head.mean_relu, logits, head.maps, head.masked, head.attention)
 
     def set_prior(self, positives: Tensor, negatives: Tensor, images: int) -> None:
         """Start the head's biases as `model.prior_bias` says; nothing with `none`.

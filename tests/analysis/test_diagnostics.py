@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
@@ -11,17 +12,17 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from spml_fast.analysis import diagnostics
 from spml_fast.analysis.diagnostics import (
-    cells_in_boxes,
     centred_gaussian,
     chosen_classes,
     extremes,
     measure_maps,
-    peaks,
     plot,
     rank_correlation,
     summarise,
 )
+from spml_fast.analysis.localisation import THRESHOLDS, cells_in_boxes, overlaps
 from spml_fast.core.config import DataConfig, ModelConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.outputs import OutputFile
@@ -57,18 +58,6 @@ def test_centred_gaussian_falls_from_the_centre() -> None:
     map_ = centred_gaussian(5, 7)
     assert map_.argmax() == 2 * 7 + 3 and map_[2, 3] == 1
     assert np.allclose(map_, map_[::-1, ::-1]) and map_[0, 0] < map_[1, 1] < map_[2, 2]
-
-
-def test_peaks_are_cell_centres_as_shares() -> None:
-    maps = np.zeros((2, 2, 4))
-    maps[0, 1, 2] = 1
-    # All equal: the first.
-    assert peaks(maps).tolist() == [[0.625, 0.75], [0.125, 0.25]]
-
-
-def test_cells_in_boxes_take_the_union() -> None:
-    inside = cells_in_boxes([[0, 0, 0.5, 0.5], [0.7, 0.1, 1, 1]], 2, 4)
-    assert inside.tolist() == [[True, True, False, True], [False, False, False, True]]
 
 
 def test_chosen_classes_are_fixed_and_never_unknown() -> None:
@@ -118,13 +107,39 @@ def test_a_perfect_map_wins_the_pointing_game(small_digits: Path) -> None:
     split = manifest.split("test")
     table = measure_maps(Perfect(manifest, list(range(len(split))), 16), loader_for(manifest), split, negatives=2)
     assert table is not None
+    assert table.largest.shape == table.best.shape == (len(table.index), 0)
     summary = summarise(table)
+    assert summary["boxes"] is None
     positives = int((split.known.rows(range(len(split))) == 1).sum())
     assert summary["pairs"] == {"positive": positives, "negative": 2 * len(split)}
     assert summary["pointing"]["pairs"] == positives and summary["pointing"]["accuracy"] == 100
     assert 2 < summary["pointing"]["chance"] < 20
     assert summary["top"]["positive"]["model"]["p50"] == 1 and summary["top"]["negative"]["model"]["p75"] == 0
     assert summary["correlation"] is None and summary["top"]["positive"]["full"] is None
+
+
+def test_boxes_of_perfect_maps(small_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps that are the boxes themselves, in cells of 2 pixels, find all but neighbours that grow together."""
+    manifest = Manifest(small_digits)
+    split = manifest.split("test")
+    # Fewer pixels take less time.
+    monkeypatch.setattr(diagnostics, "overlaps", functools.partial(overlaps, side=32))
+    perfect = Perfect(manifest, list(range(len(split))), 32)
+    table = measure_maps(perfect, loader_for(manifest), split, negatives=2, fit_boxes=True)
+    assert table is not None and table.largest.shape == (len(table.index), len(THRESHOLDS))
+    positive = table.positive == 1
+    assert np.isnan(table.largest[~positive]).all() and (table.best[positive] >= table.largest[positive]).all()
+    found = summarise(table)["boxes"]
+    assert found["pairs"] == positive.sum() and found["by_overlap"]["0.3"] == 100
+    assert found["max_box_acc"] > 95 and found["class_mean"] > 95 and 0 < found["threshold"] < 0.9
+    assert found["max_box_acc_v2"] == pytest.approx(np.mean(list(found["by_overlap"].values())))
+
+
+def test_without_boxes_there_is_nothing_to_fit(small_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Manifest(small_digits).split("test")
+    monkeypatch.setattr(split, "boxes", None)
+    with pytest.raises(UserError, match="split 'test' has no boxes to fit; prepare the data set from annotations"):
+        measure_maps(Perfect(Manifest(small_digits), [], 16), loader_for(Manifest(small_digits)), split, fit_boxes=True)
 
 
 def test_two_networks_on_scenes(small_digits: Path, tmp_path: Path) -> None:

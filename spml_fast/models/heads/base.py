@@ -42,12 +42,15 @@ class HeadOutput(NamedTuple):
         mean_relu: mean(relu M) [B, C] fp32, or None when it was not asked for or there is no map.
         maps: [B, N, h, w] fp32 maps of the classes asked for, else None.
         masked: [B, 3, S, S] images masked by those maps, when that was asked for, else None.
+        attention: [B, N, h, w] fp32 where the queries of those classes look, when maps were asked for and the head has
+            queries; never negative, a map sums to 1 over its cells in evaluation. Else None.
     """
 
     mean: Tensor
     mean_relu: Tensor | None = None
     maps: Tensor | None = None
     masked: Tensor | None = None
+    attention: Tensor | None = None
 
 
 class Head(nn.Module):

@@ -318,8 +318,9 @@ class Query2LabelHead(Head):
             return HeadOutput(logits)
         with torch.no_grad(), no_autocast(features.device):
             average = features.detach().mean(-1, dtype=rows.dtype)
-            maps = rows.unflatten(2, grid) * average[:, None]
+            attention = rows.unflatten(2, grid)
+            maps = attention * average[:, None]
             if mask is None or images is None:
-                return HeadOutput(logits, maps=maps)
+                return HeadOutput(logits, maps=maps, attention=attention)
             masked = map_mask(maps, classes, images, mask.threshold, mask.norm, mask.group)
         return HeadOutput(logits, masked=masked)

@@ -1,0 +1,54 @@
+"""Makes the figures of maps: docs/explain.png, one run on digit scenes, and docs/compare.png, the papers' methods.
+
+    python docs/explain_figure.py --work /tmp/figure
+
+Five trainings of a minute or two on two cores; those that are already in the folder are taken as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+
+# Folders are the titles of columns; each with its recipe and options.
+RUNS = {
+    "full": ("digits", "--method", "full", "--model.alpha_train", "1"),
+    "AN": ("digits", "--method", "an", "--model.alpha_train", "1", "--model.alpha_eval", "1"),
+    "AN + BoostLU": ("digits", "--method", "an", "--model.alpha_train", "1", "--model.alpha_eval", "5"),
+    "LL-R + BoostLU": ("digits", "--method", "ll_r"),
+    "IGNORE": ("digits_ignore",),
+}
+
+
+def command(folder: Path, *words: object) -> None:
+    """Run `spml-fast` with these words in a folder, which the titles of pages then leave out."""
+    subprocess.run([sys.executable, "-m", "spml_fast", *map(str, words)], check=True, cwd=folder)
+
+
+def main() -> None:
+    """Train what is missing and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the data set and the runs")
+    parser.add_argument("--train", type=int, default=4000, help="training images (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=12, help="of each run (default: %(default)s)")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not (args.work / "digits" / "manifest.json").is_file():
+        command(args.work, "prepare", "digits", "--train", args.train, "--out", "digits")
+    for name, (recipe, *options) in RUNS.items():
+        if not (args.work / name / "results.json").is_file():
+            words = ["--data.dir", "digits", "--train.epochs", args.epochs, "--run.dir", name, *options]
+            command(args.work, "train", "--config", recipe, *words)
+    shown = ["--split", "test", "--overwrite"]
+    command(args.work, "explain", "--run", "LL-R + BoostLU", *shown, "--count", 4, "--out", DOCS / "explain.png")
+    others = [name for name in RUNS if name != "AN"]
+    words = ["--count", 3, "--top", 1, "--out", DOCS / "compare.png", "--against", *others]
+    command(args.work, "explain", "--run", "AN", *shown, *words)
+
+
+if __name__ == "__main__":
+    main()
