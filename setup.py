@@ -24,7 +24,9 @@ def requirement(name: str, oldest: str) -> str:
 
 
 EXTRAS = {name: requirement(name, entry["oldest"]) for name, entry in STACKS["extras"].items()}
-OPTIONAL = {entry["extra"]: [requirement(name, entry["oldest"])] for name, entry in STACKS["optional"].items()}
+OPTIONAL: dict[str, list[str]] = {}
+for name, entry in STACKS["optional"].items():
+    OPTIONAL.setdefault(entry["extra"], []).append(requirement(name, entry["oldest"]))
 ONNX = [line for name, line in EXTRAS.items() if name.startswith("onnx")]
 
 setup(
@@ -55,7 +57,7 @@ setup(
         "cam": ["grad-cam>=1.5.7", "torchcam>=0.5.0"],
         # Drives the browser of this machine in tests and benchmarks of the review page.
         "browser": ["playwright>=1.50"],
-        # hub, and one for each tracker that needs a package.
+        # hub, remote, and one for each tracker that needs a package.
         **OPTIONAL,
     },
 )

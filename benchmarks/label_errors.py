@@ -26,7 +26,7 @@ from spml_fast.prepare.manifest_writer import ManifestWriter
 
 def with_wrong_labels(clean: Manifest, folder: Path, fraction: float) -> Manifest:
     """The digit scenes with observed labels some of which are wrong; the known ones stay the truth."""
-    writer = ManifestWriter(folder, "digits", clean.classes, clean.image_root.resolve())
+    writer = ManifestWriter(folder, "digits", clean.classes, clean.image_root)
     split = clean.split("train")
     codes = split.known.rows(range(len(split)))
     rng = np.random.default_rng(0)

@@ -152,6 +152,7 @@ def test_kernels_need_torch_and_triton_only():
         ("deepspeed", {"spml_fast/training/engine.py"}),
         ("timm.models", {"spml_fast/models/backbone.py"}),
         ("jsonargparse", {"spml_fast/runs/options.py"}),
+        ("fsspec", {"spml_fast/data/remote/store.py"}),
     ],
 )
 def test_a_library_has_one_owner(package, owners):

@@ -45,7 +45,7 @@ def chosen_samples(
     """
     split = manifest.split(name or config.data.test_split or config.data.train_split)
     if len(split) == 0:
-        raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
+        raise UserError(f"split {split.name!r} of {manifest.source} has no images")
     with show_progress(len(split), f"looking for mistakes in the {split.name} split") as advance:
         mistakes = find_suggestions(
             classifier,

@@ -30,7 +30,7 @@ from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import atomic_write
 from spml_fast.core.progress import show_progress
-from spml_fast.data.manifest import Manifest
+from spml_fast.data.manifest import Manifest, may_exist
 from spml_fast.evaluation.decisions import Decisions
 from spml_fast.models.backbone import create_whole_model, needs_fixed_size
 from spml_fast.models.classifier import Classifier
@@ -127,9 +127,9 @@ def sample_images(config: Config, classifier: Classifier) -> tuple[Tensor, str]:
     side = config.data.image_size
     noise = torch.rand(CHECKED, 3, side, side, generator=torch.Generator().manual_seed(0)) * 255, f"{CHECKED} of noise"
     folder, name = config.data.dir or DIGITS_DIR, config.data.test_split or config.data.train_split
-    if not Path(folder, "manifest.json").is_file():
+    if not may_exist(folder):
         return noise
-    manifest = Manifest(folder, config.data.image_root)
+    manifest = Manifest.configured(config.data, DIGITS_DIR)
     if name not in manifest.splits:
         return noise
     split = manifest.split(name)

@@ -82,7 +82,7 @@ class Folds:
         if (self.layout.data(k) / "manifest.json").is_file():
             return
         writer = ManifestWriter(
-            self.layout.data(k), self.manifest.name, self.manifest.classes, self.manifest.image_root.resolve()
+            self.layout.data(k), self.manifest.name, self.manifest.classes, self.manifest.image_root
         )
         try:
             writer.take_rows(self.split, np.flatnonzero(self.fold != k), self.split.name)
@@ -90,7 +90,7 @@ class Folds:
             val = self.config.data.val_split
             if val is not None and val in self.manifest.splits:
                 writer.copy_split(self.manifest.split(val), self.manifest.meta["splits"][val])
-            writer.finish({"notes": [f"fold {k + 1} of {self.number} of {self.manifest.folder}"]})
+            writer.finish({"notes": [f"fold {k + 1} of {self.number} of {self.manifest.source}"]})
         except OSError as error:
             shutil.rmtree(writer.staging, ignore_errors=True)
             raise UserError(f"writing {writer.staging} failed: {error.strerror or error}") from error
@@ -113,12 +113,12 @@ def make_folds(run: Path, config: Config, manifest: Manifest, number: int, folde
     if not 2 <= number <= len(split):
         raise UserError(f"--folds is {number}; it must lie between 2 and the {len(split)} images of {split.name!r}")
     if HELD in manifest.splits:
-        raise UserError(f"{manifest.folder} has a split {HELD!r}, a name that --folds needs; rename the split")
+        raise UserError(f"{manifest.source} has a split {HELD!r}, a name that --folds needs; rename the split")
     layout = RunLayout(run).folds(number) if folder is None else FoldsLayout(folder)
     plan = {
         "run": str(run.resolve()),
         "folds": number,
-        "data": str(manifest.folder.resolve()),
+        "data": manifest.where,
         "split": split.name,
         "images": len(split),
         "labels_crc32": f"{_labels_crc32(split):08x}",

@@ -87,7 +87,7 @@ def model_card(source: CardSource, mark: str) -> str:
 def _data_set(config: Config) -> Manifest | None:
     """The run's data set; None where it is no longer there."""
     try:
-        return Manifest(config.data.dir or DIGITS_DIR, config.data.image_root)
+        return Manifest.configured(config.data, DIGITS_DIR)
     except UserError:
         return None
 

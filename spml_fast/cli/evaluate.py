@@ -92,7 +92,7 @@ def evaluate(args: argparse.Namespace, out: OutputFile | None, device: torch.dev
     config = with_options(config, args.definition, args.batch_size)
     split = manifest.split(args.split or config.data.test_split or config.data.train_split)
     if len(split) == 0:
-        raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
+        raise UserError(f"split {split.name!r} of {manifest.source} has no images")
     alphas = args.alpha or sorted({1.0, config.model.alpha_eval})
     loader = make_eval_loader(config, split, classifier, device)
     saved = distributed.from_main(lambda: usable_decisions(args.run, manifest.classes))

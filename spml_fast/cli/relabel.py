@@ -8,6 +8,7 @@ from pathlib import Path
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
 from spml_fast.core.text import without_controls
+from spml_fast.core.urls import location
 
 DESCRIPTION = """Apply decisions about suggested labels to a Manifest and write a new version of it; the old one stays
 as it is, and images are not copied. Decisions are the table that `suggest --csv` writes, with a column `decision`:
@@ -23,7 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     usage = "--manifest DIR --decisions FILE --out DIR2 [OPTIONS]"
     parser = common.command_parser("relabel", usage, DESCRIPTION, EXAMPLES)
-    parser.add_argument("--manifest", type=Path, required=True, metavar="DIR", help="the data set's Manifest")
+    parser.add_argument("--manifest", type=location, required=True, metavar="DIR", help="the data set's Manifest")
     parser.add_argument("--decisions", type=Path, required=True, metavar="FILE", help="the table (CSV, JSONL, Parquet)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR2", help="new Manifest; never replaces anything")
     parser.add_argument(
@@ -33,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="accept rows without a decision that the model is at least so sure of (0.5 to 1)",
     )
     parser.add_argument("--split", help="of rows that name none; default train, or the data set's only split")
-    parser.add_argument("--image-root", type=Path, help="image folder, when it is not where it was at preparation")
+    parser.add_argument("--image-root", type=location, help="image folder, when it is not where it was at preparation")
     return common.parse(parser, argv)
 
 

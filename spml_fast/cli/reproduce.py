@@ -16,6 +16,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_text
 from spml_fast.core.outputs import OutputFile, writer_name
 from spml_fast.core.text import without_controls
+from spml_fast.core.urls import is_url
 from spml_fast.runs.layout import RunLayout
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     json_out = common.output_file(args, "json", "json", writer_name("reproduce"))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     runs = {e.name: [out / f"{e.name}-s{seed}" for seed in range(args.seeds)] for e in entries}
-    data = [] if args.data is None else ["--data.dir", os.path.abspath(args.data)]
+    data = [] if args.data is None else ["--data.dir", args.data if is_url(args.data) else os.path.abspath(args.data)]
     # What decides a run's figures, but for its seed, which is part of its folder's name.
     chosen = {e.name: ["--recipe", e.recipe, "--method", e.method, *e.options, *data, *more] for e in entries}
     for entry in entries:

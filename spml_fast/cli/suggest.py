@@ -190,7 +190,7 @@ def by_run(args: argparse.Namespace, device: torch.device) -> Found:
     config = with_batch_size(config, args.batch_size)
     split = manifest.split(args.split or config.data.train_split)
     if len(split) == 0:
-        raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
+        raise UserError(f"split {split.name!r} of {manifest.source} has no images")
     lists = judge(args, config, classifier, split, manifest.classes, f"judging the {split.name} split")
     if lists is not None:
         lists = [dataclasses.replace(found, runs=(str(args.run),)) for found in lists]

@@ -45,8 +45,9 @@ class DataConfig(Section):
     """Images and how they reach the model.
 
     Attributes:
-        dir: Manifest directory made by `spml-fast prepare`; null builds and uses the embedded digit scenes.
-        image_root: image folder, when it is not where it was at preparation.
+        dir: Manifest directory made by `spml-fast prepare`, or the URL of one on object storage (s3://bucket/set); null
+            builds and uses the embedded digit scenes.
+        image_root: image folder, or URL of the shards, when it is not where it was at preparation.
         image_size: side of the square model input in pixels.
         train_split: split to train on.
         train_labels: which of its labels training sees: observed, those that were left when the data set was prepared,
@@ -73,6 +74,10 @@ class DataConfig(Section):
             images of two windows are in memory, spread over the ranks.
         shuffle_block: samples that follow each other in the shards and are read in one go.
         read_threads: threads per process that read shards ahead.
+        cache_dir: folder that keeps what is read from object storage, for all processes of the machine; null for
+            spml_fast/remote in the user's cache.
+        cache_size: GB (10^9 bytes) of images that are kept there; 0 keeps none. What does not fit is read from the
+            store in every epoch.
         bad_images: what to do when a training image is missing, damaged or unreadable. stop ends the run with its name;
             replace shows another image of the epoch in its place and lists it in the run directory. Evaluation always
             stops.
@@ -105,6 +110,8 @@ class DataConfig(Section):
     shuffle_window: int = 8192
     shuffle_block: int = positive(64)
     read_threads: int = positive(4)
+    cache_dir: str | None = None
+    cache_size: float = not_negative(20.0)
     bad_images: Literal["stop", "replace"] = "stop"
     bad_image_limit: int = not_negative(100)
     max_pixels: int = positive(MAX_PIXELS)

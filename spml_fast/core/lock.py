@@ -25,6 +25,8 @@ from pathlib import Path
 
 from spml_fast.core.errors import UserError
 
+# In a folder that is read: a file for each process that says it reads it for long.
+READERS = ".readers"
 TOUCH = 15.0
 # Attributes of files on network disks may be cached for a minute.
 STALE = 120.0

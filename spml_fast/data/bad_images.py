@@ -25,6 +25,7 @@ from spml_fast.data.dali_graph import decode_graph
 from spml_fast.data.image_check import any_size, limit_text
 from spml_fast.data.manifest import Split
 from spml_fast.data.read_retry import read_patiently
+from spml_fast.data.remote.store import StoreError
 from spml_fast.data.shards import RESTORE_SHARD
 
 
@@ -218,6 +219,9 @@ def _problem(split: Split, sample: int, sized: bool, max_pixels: int) -> UserErr
             return None
         # Pillow's sentence says more than DALI's.
         size = _opened_size(split, sample, io.BytesIO(encoded), decode=not decoded)
+    except StoreError:
+        # No image is bad because nothing can be read.
+        raise
     except UserError as problem:
         return problem
     if all(known) and size != known:
@@ -257,5 +261,7 @@ def find_unreadable(split: Split, samples: Sequence[int]) -> Iterator[tuple[int,
     for sample in dict.fromkeys(samples):
         try:
             read_encoded(split, sample)
+        except StoreError:
+            raise
         except UserError as error:
             yield sample, error

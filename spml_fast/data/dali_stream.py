@@ -36,6 +36,8 @@ from spml_fast.data.bad_images import (
 from spml_fast.data.dali_graph import GraphOptions, graph
 from spml_fast.data.manifest import Split
 from spml_fast.data.read_retry import RETRY_PAUSES, may_pass
+from spml_fast.data.remote.shards import RemoteShards
+from spml_fast.data.remote.store import StoreError
 from spml_fast.data.shards import Encoded, PendingImages, ShardReader
 
 # Input of the graph by name: an array with one row per image, or a list of arrays.
@@ -130,9 +132,14 @@ class Stream:
         self._held: deque[list[Encoded | None]] = deque()
         self._current: object = None
         self._reader = ShardReader(split.shards, config.read_threads) if split.shards is not None else None
+        ahead = _IMAGES_PER_THREAD
+        if isinstance(split.shards, RemoteShards):
+            split.shards.use_cache(config.shuffle_block, int(config.cache_size * 1e9))
+            # A thread fetches a whole piece.
+            ahead = config.shuffle_block
         # Groups being read and, at the front, being used up: a window and the one after it, or some batches.
         self._ahead: deque[_ReadGroup] = deque()
-        self._groups = 2 if windowed else max(2, -(-_IMAGES_PER_THREAD * config.read_threads // batch_size))
+        self._groups = 2 if windowed else max(2, -(-ahead * config.read_threads // batch_size))
 
     def _source(self, requests: Iterator[BatchRequest]) -> Iterator[list[BatchRequest]]:
         """Requests that are taken together: one by one, or the groups that are read from shards."""
@@ -244,6 +251,9 @@ class Stream:
         # The reading threads and the inputs of a request name an image themselves.
         named = isinstance(error, UserError)
         if is_out_of_memory(error) or (named and not self._bad.replace) or not (named or built):
+            raise error
+        if isinstance(error, StoreError):
+            # No image is bad because nothing can be read.
             raise error
         found = find_bad(self._split, _samples(made), self._graph_options.cropped, self._max_pixels)
         if named:

@@ -33,6 +33,7 @@ from spml_fast.data.bad_images import BadImages, BatchRequest, read_size
 from spml_fast.data.dali_graph import GraphOptions
 from spml_fast.data.dali_stream import Inputs, Stream
 from spml_fast.data.manifest import Split
+from spml_fast.data.remote.shards import RemoteShards
 from spml_fast.data.sampler import EvalBatchIndex, EvalSampler, MicroBatchIndex, TrainSampler, Windows
 
 
@@ -100,6 +101,19 @@ def _check_views(views: tuple[str, ...], config: DataConfig) -> None:
         )
 
 
+def _check_shuffle(split: Split, config: DataConfig) -> None:
+    """Refuse random reads of more than the cache holds: each would be a request, in every epoch."""
+    if not isinstance(split.shards, RemoteShards) or config.shuffle == "window":
+        return
+    size, limit = split.shards.size / 1e9, config.cache_size
+    if size > limit:
+        raise UserError(
+            f"data.shuffle global reads the {size:,.3g} GB of split {split.name!r} at {split.image_root} in random "
+            f"order, and data.cache_size is {limit:g}: every image would be a request of its own; give --data.shuffle "
+            f"window, or a data.cache_size of {size * 1.01:,.3g} GB"
+        )
+
+
 class TrainLoader:
     """The training views of one rank.
 
@@ -144,6 +158,7 @@ class TrainLoader:
         make_sampler: Callable[..., TrainSampler] = TrainSampler,
     ) -> None:
         _check_views(views, config)
+        _check_shuffle(split, config)
         self.split, self.config, self.views, self.seed, self.device = split, config, views, seed, device
         self.sampler = make_sampler(
             len(split),

@@ -12,10 +12,13 @@
         template.npy            number of each image's template, uint16 or uint32 [N]
         known/ observed/        SparseLabels: all annotated labels, and those that training may see
         boxes.npy + boxes_indptr.npy   optional, float32 [K, 5] (class, x0, y0, x1, y1 as fractions), int64 [N + 1]
-        shards.json + shard_index.npy  when the images lie in tar shards: see data/shards.py
+        shards.json + shard_index.npy + shard_crc32.npy  when the images lie in tar shards: see data/shards.py
 
 A column whose values are all equal has no file: manifest.json holds the one value. All arrays are opened memory-mapped:
 a Manifest of nine million images opens without being read whole. What an array holds is checked when it is first used.
+
+A Manifest may lie on object storage, at a URL: its files are fetched into the local cache, whose arrays are mapped then
+(data/remote/mirror.py; manifest.json has their checksums), and its shards are read by ranges (data/remote/shards.py).
 """
 
 from __future__ import annotations
@@ -32,9 +35,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spml_fast.core import lock
+from spml_fast.core import env, lock
+from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular, partial_path, read_text, require_regular
+from spml_fast.core.lock import READERS as READERS
+from spml_fast.core.urls import Location, Url, is_url, join, location
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest_check import (
     ADVICE,
@@ -48,14 +54,14 @@ from spml_fast.data.manifest_check import (
     read_meta,
 )
 from spml_fast.data.read_retry import read_patiently
+from spml_fast.data.remote import cache, mirror
+from spml_fast.data.remote.shards import RemoteShards
 from spml_fast.data.shards import INDEX_FILE, SHARDS_FILE, Shards
 
 FORMAT = 1
 
 # In the folder of a Manifest that is being written: its writer holds a lock on it.
 LOCK = ".lock"
-# In the folder of a Manifest: a file for each process that says it reads it for long.
-READERS = ".readers"
 
 
 class Split:
@@ -66,13 +72,21 @@ class Split:
         image_root: folder that images' paths are relative to.
         info: its entry in manifest.json.
         num_classes: C, that its labels must be of; None where there are no labels.
+        cache: folder that keeps what is read of images on object storage; None for the user's cache.
 
     Raises:
         UserError: (when an array is first used) it is missing, damaged or has values out of range.
     """
 
-    def __init__(self, folder: Path, image_root: Path, info: Mapping[str, Any], num_classes: int | None = None) -> None:
-        self._num_classes = num_classes
+    def __init__(
+        self,
+        folder: Path,
+        image_root: Location,
+        info: Mapping[str, Any],
+        num_classes: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        self._num_classes, self._cache = num_classes, cache
         self.folder, self.image_root = folder, image_root
         self._size = int(info["size"])
         template = info.get("template")
@@ -157,8 +171,16 @@ class Split:
     def shards(self) -> Shards | None:
         """The tar shards that hold the images; None when each image is a file."""
         if not (self.folder / SHARDS_FILE).exists():
+            if isinstance(self.image_root, Url):
+                raise UserError(
+                    f"the images of {self.folder} are single files at {self.image_root}, and each would be a request; "
+                    f"pack them into shards: {mirror.UPLOAD_ADVICE}"
+                )
             return None
-        shards = Shards(self.folder, self.image_root)
+        if isinstance(self.image_root, Url):
+            shards: Shards = RemoteShards(self.folder, self.image_root, self._cache or default_cache())
+        else:
+            shards = Shards(self.folder, self.image_root)
         if len(shards) != self._size:
             raise invalid(self.folder / INDEX_FILE, f"it has {len(shards)} images instead of {self._size}")
         return shards
@@ -227,15 +249,25 @@ class Manifest:
     """A prepared data set, opened for reading.
 
     Args:
-        folder: the Manifest directory.
-        image_root: use this image folder instead of the one recorded at preparation.
+        folder: the Manifest directory, or the URL of one.
+        image_root: use this image folder, or URL, instead of the one recorded at preparation.
+        cache: folder that keeps what is read from object storage; None for `spml_fast/remote` in the user's cache.
+
+    Attributes:
+        source: the Manifest directory or URL, as it was given.
+        folder: where its files lie on the disk: the same directory or, of a URL, a folder of the cache.
+        image_root: what images' paths are relative to.
 
     Raises:
-        UserError: the folder is not a (whole) Manifest.
+        UserError: the folder is not a (whole) Manifest, or the URL cannot be read.
     """
 
-    def __init__(self, folder: str | Path, image_root: str | Path | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, image_root: str | Path | None = None, cache: str | Path | None = None
+    ) -> None:
+        self.source = location(folder)
+        kept = Path(cache) if cache is not None else default_cache()
+        self.folder = mirror.fetch_manifest(self.source, kept) if isinstance(self.source, Url) else self.source
         path = self.folder / "manifest.json"
         if not path.is_file():
             raise UserError(
@@ -252,12 +284,22 @@ class Manifest:
         self.name: str = meta["name"]
         self.meta: dict[str, Any] = meta
         self.classes = read_text(self.folder / "classes.txt", "utf-8").split("\n")[:-1]
-        root = Path(image_root) if image_root is not None else self.folder / meta["image_root"]
+        root = location(image_root) if image_root is not None else join(self.source, meta["image_root"])
         self.image_root = root
         self.splits = {
-            name: Split(self.folder / name, root, check_split_info(path, name, info), len(self.classes))
+            name: Split(self.folder / name, root, check_split_info(path, name, info), len(self.classes), kept)
             for name, info in meta["splits"].items()
         }
+
+    @classmethod
+    def configured(cls, config: DataConfig, folder: str | None = None) -> Manifest:
+        """The Manifest of a run's `data` section; `folder` stands for a `data.dir` that is null. Raises `UserError`."""
+        return cls(config.dir or str(folder), config.image_root, config.cache_dir)
+
+    @property
+    def where(self) -> str:
+        """Its URL, or its absolute path: what another process finds it by."""
+        return self.source if isinstance(self.source, Url) else str(self.source.resolve())
 
     def register_reader(self) -> Path | None:
         """Keep `prepare --overwrite` from replacing the Manifest while this process runs (not if it is read-only).
@@ -292,6 +334,16 @@ class Manifest:
         if name not in self.splits:
             raise UserError(f"{self.folder} has no split {name!r}; it has {', '.join(sorted(self.splits)) or 'none'}")
         return self.splits[name]
+
+
+def default_cache() -> Path:
+    """Where data on object storage is kept unless `data.cache_dir` says otherwise."""
+    return env.cache_home() / cache.FOLDER
+
+
+def may_exist(folder: str | Path) -> bool:
+    """Whether there is a Manifest in a folder, or may be one at a URL, which is not asked."""
+    return is_url(folder) or Path(folder, "manifest.json").is_file()
 
 
 def _locked(path: Path) -> bool:

@@ -1,10 +1,10 @@
-"""Reading again what a disk or a mount failed to give."""
+"""Reading again what a disk, a mount or a server failed to give."""
 
 from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -29,17 +29,28 @@ def may_pass(error: OSError) -> bool:
     return error.errno is not None and error.errno not in _LASTING
 
 
-def read_patiently(read: Callable[[], T]) -> T:
-    """What `read` returns; an input/output error is met by three more attempts, with pauses between them.
+def read_patiently(
+    read: Callable[[], T],
+    pauses: Sequence[float] | None = None,
+    note: Callable[[OSError, float], None] | None = None,
+) -> T:
+    """What `read` returns; an input/output error is met by further attempts, with pauses between them.
+
+    Args:
+        read: called once or more.
+        pauses: seconds before each further attempt; None takes `RETRY_PAUSES`.
+        note: called with each error that is met so, and the pause in seconds that follows.
 
     Raises:
         OSError: the last attempt's, or at once one that does not pass.
     """
-    for pause in RETRY_PAUSES:
+    for pause in RETRY_PAUSES if pauses is None else pauses:
         try:
             return read()
         except OSError as error:
             if not may_pass(error):
                 raise
+            if note is not None:
+                note(error, pause)
         time.sleep(pause)
     return read()

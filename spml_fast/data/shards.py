@@ -2,6 +2,7 @@
 
     MANIFEST/SPLIT/shards.json       name, bytes, samples and SHA-256 of every shard, in order
     MANIFEST/SPLIT/shard_index.npy   int64 [N, 3]: shard number, offset and size in bytes of every image
+    MANIFEST/SPLIT/shard_crc32.npy   uint32 [N]: CRC-32 of every image's bytes, compared where they come from a network
     IMAGE_ROOT/SPLIT-00000.tar ...   plain tar, one member per image: 000000123.jpg; tar and webdataset readers take it
 
 Images lie in the order of their sample indices, so consecutive samples are read without seeking. prepare/pack writes
@@ -17,7 +18,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,11 +30,11 @@ import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular, require_regular
-from spml_fast.core.progress import show_progress
+from spml_fast.core.urls import Location
 from spml_fast.data.manifest_check import load_array, read_meta
 from spml_fast.data.read_retry import read_patiently
 
-SHARDS_FILE, INDEX_FILE = "shards.json", "shard_index.npy"
+SHARDS_FILE, INDEX_FILE, CRC_FILE = "shards.json", "shard_index.npy", "shard_crc32.npy"
 # What to do about a damaged shard, for messages.
 RESTORE_SHARD = "restore the shard, or pack the images again"
 
@@ -126,7 +127,7 @@ class Shards:
         UserError: the index is missing or damaged.
     """
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, folder: Path, root: Location) -> None:
         self.folder, self.root = folder, root
         self.files = read_shard_files(folder / SHARDS_FILE)
         self.table: npt.NDArray[np.int64] = load_array(folder / INDEX_FILE)
@@ -175,6 +176,30 @@ class Shards:
         for task in _tasks(rows, len(samples)):
             self.read_spans(samples, rows, task, out)
         return [array for array in out if array is not None]
+
+    def jobs(self, samples: npt.NDArray[np.int64], threads: int, out: list[Encoded | None]) -> list[Callable[[], None]]:
+        """What threads have to do to read samples, in the order of the disk.
+
+        Args:
+            samples: int64 [n] sample indices.
+            threads: that will read.
+            out: n elements, which the jobs put the encoded images into.
+
+        Returns:
+            Jobs that may run at the same time; each raises `UserError` where an image cannot be read.
+        """
+        rows = np.asarray(self.table[samples])
+        return [partial(self.read_spans, samples, rows, task, out) for task in _tasks(rows, threads)]
+
+    def measure(self, number: int) -> tuple[int, str]:
+        """Bytes and SHA-256 of a whole shard; of one that has not the bytes it should the latter is empty.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        path = self.path(number)
+        size = os.stat(path).st_size
+        return size, file_sha256(path) if size == self.files[number].size else ""
 
     def _read_span(self, shard: int, buffers: list[memoryview], start: int) -> tuple[int, int]:
         """Fill buffers from a shard; (where reading ended, size of the shard in bytes). Raises `OSError`."""
@@ -385,52 +410,12 @@ class ShardReader:
 
     def submit(self, samples: npt.NDArray[np.int64]) -> PendingImages:
         """Start reading samples, int64 [n]; returns at once."""
-        rows = np.asarray(self.shards.table[samples])
         out: list[Encoded | None] = [None] * len(samples)
         futures: list[Future[None]] = []
-        for task in _tasks(rows, self.threads):
+        for job in self.shards.jobs(samples, self.threads, out):
             futures.append(Future())
-            self._jobs.put((futures[-1], partial(self.shards.read_spans, samples, rows, task, out)))
+            self._jobs.put((futures[-1], job))
         return PendingImages(futures, out)
-
-
-def check_shards(shards: Shards, threads: int = 4) -> int:
-    """Read every byte of a split's shards and compare the checksums. Returns the bytes read.
-
-    Raises:
-        UserError: a shard is missing, has another size or other bytes, or the index points outside it.
-    """
-    numbers = np.asarray(shards.table[:, 0])
-    ends = np.asarray(shards.table[:, 1] + shards.table[:, 2])
-    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(shards.files)):
-        raise UserError(f"{shards.folder / INDEX_FILE} names a shard that does not exist; pack the images again")
-
-    def check(number: int) -> int:
-        file, path = shards.files[number], shards.path(number)
-        rows = np.flatnonzero(numbers == number)
-        samples = f"samples {rows[0]} to {rows[-1]} of split {shards.folder.name!r}" if len(rows) else "no sample"
-        try:
-            size = os.stat(path).st_size
-            if size != file.size:
-                raise UserError(f"shard {path} ({samples}) has {size} bytes instead of {file.size}; {RESTORE_SHARD}")
-            if len(rows) != file.samples or ends[rows].max(initial=0) > size:
-                raise UserError(f"{shards.folder / INDEX_FILE} does not fit shard {path}; pack the images again")
-            checksum = file_sha256(path)
-        except OSError as error:
-            raise UserError(f"shard {path} ({samples}) cannot be read ({error.strerror}); {RESTORE_SHARD}") from error
-        if checksum != file.sha256:
-            raise UserError(
-                f"shard {path} ({samples}) is damaged: its checksum has changed since it was packed; {RESTORE_SHARD}"
-            )
-        return size
-
-    name, total = f"reading the shards of {shards.folder.name}", sum(file.size for file in shards.files)
-    with ThreadPoolExecutor(threads) as pool, show_progress(total >> 20, name, unit="MB") as advance:
-        read = 0
-        for size in pool.map(check, range(len(shards.files))):
-            advance((read + size >> 20) - (read >> 20))
-            read += size
-        return read
 
 
 def file_sha256(path: str | Path) -> str:

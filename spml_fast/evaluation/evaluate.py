@@ -309,7 +309,7 @@ def class_groups(manifest: Manifest, config: Config) -> npt.NDArray[np.int64] | 
         if number is None:
             return None
         raise UserError(
-            f"eval.groups sorts classes by their labels in split {name!r}, which {manifest.folder} does not have; "
+            f"eval.groups sorts classes by their labels in split {name!r}, which {manifest.source} does not have; "
             "set eval.groups to 0"
         )
     known = manifest.split(name).known

@@ -19,9 +19,11 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import move_into_place, partial_path
 from spml_fast.core.lock import readers
 from spml_fast.core.text import has_surrogates
+from spml_fast.core.urls import Location, Url, location
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import FORMAT, LOCK, READERS, Manifest, Split
-from spml_fast.data.shards import INDEX_FILE, SHARDS_FILE
+from spml_fast.data.manifest_check import load_array
+from spml_fast.data.shards import CRC_FILE, INDEX_FILE, SHARDS_FILE, file_sha256
 
 
 class ManifestWriter:
@@ -31,7 +33,8 @@ class ManifestWriter:
         folder: the Manifest directory to make.
         name: name of the data set.
         classes: class names in class-id order.
-        image_root: folder that the images' paths are relative to. A folder inside `staging` is stored relative.
+        image_root: folder, or URL, that the images' paths are relative to. A folder inside `staging` is stored
+            relative.
         overwrite: replace an older Manifest at `folder`.
 
     Attributes:
@@ -78,8 +81,9 @@ class ManifestWriter:
             weakref.finalize(self, os.close, self._lock())
         except OSError as error:
             raise UserError(f"{self.staging} cannot be written ({error.strerror})") from error
-        self.image_root = Path(image_root).resolve() if image_root is not None else None
-        if self.image_root is not None and self.image_root.is_relative_to(self.folder.resolve()):
+        root = location(image_root) if image_root is not None else None
+        self.image_root: Location | None = root.resolve() if isinstance(root, Path) else root
+        if isinstance(self.image_root, Path) and self.image_root.is_relative_to(self.folder.resolve()):
             # Replacing the folder would delete the images.
             shutil.rmtree(self.staging)
             raise UserError(f"the images lie inside {self.folder}; choose an --out outside {self.image_root}")
@@ -242,6 +246,8 @@ class ManifestWriter:
         if split.shards is not None:
             shutil.copyfile(split.folder / SHARDS_FILE, self.staging / name / SHARDS_FILE)
             np.save(self.staging / name / INDEX_FILE, np.asarray(split.shards.table)[rows])
+            if (split.folder / CRC_FILE).exists():
+                np.save(self.staging / name / CRC_FILE, load_array(split.folder / CRC_FILE)[rows])
 
     def _write_columns(
         self, folder: Path, size: int, width: npt.ArrayLike, height: npt.ArrayLike, orientation: npt.ArrayLike
@@ -274,18 +280,29 @@ class ManifestWriter:
             raise ValueError(f"{path.name}: {len(values)} values, {size} expected")
         np.save(path, values)
 
+    def _checksums(self) -> dict[str, dict[str, Any]]:
+        """Name -> size and SHA-256 of every file but images and manifest.json, for those who read it elsewhere."""
+        inside = [path for name in self.splits for path in (self.staging / name).rglob("*") if path.is_file()]
+        paths = [self.staging / "classes.txt", self.staging / "report.json", *sorted(inside)]
+        return {
+            path.relative_to(self.staging).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in paths
+        }
+
     def finish(self, report: dict[str, Any]) -> Manifest:
         """Write classes, report and manifest.json, then move the folder to its place."""
         (self.staging / "classes.txt").write_text("".join(f"{c}\n" for c in self.classes), encoding="utf-8")
         (self.staging / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
         root = "."
-        if self.image_root is not None:
+        if isinstance(self.image_root, Url):
+            root = str(self.image_root)
+        elif self.image_root is not None:
             staging = self.staging.resolve()
             inside = self.image_root.is_relative_to(staging)
             root = str(self.image_root.relative_to(staging) if inside else self.image_root)
         meta: dict[str, Any] = {"format": FORMAT, "name": self.name}
         meta |= {} if self.version is None else {"version": self.version}
-        meta |= {"image_root": root, "splits": self.splits}
+        meta |= {"image_root": root, "splits": self.splits, "files": self._checksums()}
         (self.staging / "manifest.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
         (self.staging / LOCK).unlink()
         if self.folder.exists():

@@ -60,7 +60,7 @@ def find_changes(manifest: Manifest, decisions: Decisions) -> dict[str, Changes]
     for decision in decisions.made.values():
         if decision.split not in manifest.splits:
             raise UserError(
-                f"{decision.where}: {manifest.folder} has no split {printable(decision.split)!r}; it has "
+                f"{decision.where}: {manifest.source} has no split {printable(decision.split)!r}; it has "
                 f"{', '.join(sorted(manifest.splits))}"
             )
         by_split[decision.split].append(decision)
@@ -92,7 +92,7 @@ def _split_changes(manifest: Manifest, split: Split, decisions: Sequence[Decisio
         if code != decision.label and decision.known not in (None, code):
             raise UserError(
                 f"{decision.where}: {printable(decision.path)}, {printable(name)} is {NAMES[code]} in "
-                f"{manifest.folder}, and was {NAMES[decision.known or 0]} when it was suggested; give the Manifest "
+                f"{manifest.source}, and was {NAMES[decision.known or 0]} when it was suggested; give the Manifest "
                 "that the suggestions are about"
             )
         kind = f"{NAMES[known if code == decision.label else code]} -> {NAMES[decision.label]}"
@@ -118,7 +118,7 @@ def _places(split: Split, paths: set[str]) -> dict[str, int]:
 def _no_image(manifest: Manifest, split: Split, decision: Decision) -> str:
     others = [s.name for s in manifest.splits.values() if s is not split and _places(s, {decision.path})]
     hint = f"; it is in split {others[0]} (--split {others[0]})" if others else ""
-    return f"{decision.where}: split {split.name} of {manifest.folder} has no image {printable(decision.path)!r}{hint}"
+    return f"{decision.where}: split {split.name} of {manifest.source} has no image {printable(decision.path)!r}{hint}"
 
 
 def relabel(manifest: Manifest, decisions: Decisions, source: Path, out: Path) -> tuple[Manifest, dict[str, Changes]]:
@@ -198,7 +198,7 @@ def _update_counts(report: dict[str, Any], name: str, known: SparseLabels, obser
 def _record(manifest: Manifest, decisions: Decisions, source: Path, changes: dict[str, Changes]) -> dict[str, Any]:
     """Where the new version comes from, for report.json."""
     return {
-        "from": str(manifest.folder.resolve()),
+        "from": manifest.where,
         "from_version": manifest.meta.get("version", "1"),
         "decisions": str(source.resolve()),
         "decisions_crc32": file_record(source).crc32,
@@ -243,6 +243,6 @@ def summary(old: Manifest, new: Manifest, decisions: Decisions, changes: dict[st
             lines.append(f"  and {len(order) - MAX_CLASSES:,} more classes (all are in {new.folder / 'report.json'})")
     if not any(found.rows for found in changes.values()):
         lines.append("no label changed")
-    lines.append(f"Manifest: {new.folder} (version {new.meta['version']}; {old.folder} is as it was)")
+    lines.append(f"Manifest: {new.folder} (version {new.meta['version']}; {old.source} is as it was)")
     lines.append(next_lines([command_line("train", "--data.dir", new.folder)]))
     return "\n".join(lines)

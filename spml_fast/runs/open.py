@@ -15,7 +15,7 @@ from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.data.bad_images import BadImages
 from spml_fast.data.loader import EvalLoader
-from spml_fast.data.manifest import Manifest, Split
+from spml_fast.data.manifest import Manifest, Split, may_exist
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import load_weights
 from spml_fast.prepare.datasets.digits import prepare_digits
@@ -33,12 +33,12 @@ def run_classes(run: Path, config: Config) -> list[str]:
     """
     path = RunLayout(run).classes
     if not path.is_file():
-        if config.data.dir is None or not Path(config.data.dir, "manifest.json").is_file():
+        if config.data.dir is None or not may_exist(config.data.dir):
             raise UserError(
                 f"{run} has no {path.name}, and its data set {config.data.dir} is not there either; "
                 f"copy {path.name} of the data set to {run}"
             )
-        return Manifest(config.data.dir, config.data.image_root).classes
+        return Manifest.configured(config.data).classes
     try:
         classes = read_classes(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -58,7 +58,7 @@ def open_data(config: Config) -> Manifest:
     """
     manifest = prepare_digits(Path(DIGITS_DIR)) if config.data.dir is None else None
     if manifest is None:
-        manifest = Manifest(str(config.data.dir), config.data.image_root)
+        manifest = Manifest.configured(config.data)
     if distributed.is_main():
         manifest.register_reader()
     return manifest
@@ -224,7 +224,7 @@ class RunContext:
         data = self.config.data
         chosen = self.manifest.split(name or (data.test_split if default == "test" else None) or data.train_split)
         if len(chosen) == 0:
-            raise UserError(f"split {chosen.name!r} of {self.manifest.folder} has no images")
+            raise UserError(f"split {chosen.name!r} of {self.manifest.source} has no images")
         return chosen
 
     def loader(self, split: Split) -> EvalLoader:

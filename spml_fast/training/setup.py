@@ -163,7 +163,7 @@ def load_data(config: Config) -> RunData:
     test = _optional_split(manifest, config.data.test_split, "test")
     for split in (train, val, test):
         if split is not None and len(split) == 0:
-            raise UserError(f"split {split.name!r} of {manifest.folder} has no images")
+            raise UserError(f"split {split.name!r} of {manifest.source} has no images")
     labels = train.observed if sees_observed(config) else train.known
     if not (labels.codes == POSITIVE).any():
         raise UserError(f"no image of split {train.name!r} has a positive label; nothing to learn from")
@@ -341,7 +341,7 @@ def resolved_config(
         started_from: the run that it started from and the checksum of its weights, where it did.
     """
     mean, std = input_normalisation(config, classifier)
-    folder = str(data.manifest.folder.resolve())
+    folder = data.manifest.where
     model = config.model
     if started_from is not None:
         model = dataclasses.replace(model, weights=started_from["run"], weights_crc32=started_from["weights_crc32"])

@@ -27,7 +27,8 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.image_check import check_bytes
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import Manifest, Split
-from spml_fast.data.shards import ShardFile, Shards, check_shards
+from spml_fast.data.shard_check import check_shards
+from spml_fast.data.shards import ShardFile, Shards
 from spml_fast.prepare.boxes import pixels_to_fractions
 from spml_fast.prepare.datasets import coco, csv_table, cub, id_lists, nuswide, voc
 from spml_fast.prepare.datasets.openimages import class_files, image_lists, label_files

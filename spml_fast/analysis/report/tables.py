@@ -13,7 +13,7 @@ import numpy as np
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import POSITIVE
-from spml_fast.data.manifest import Manifest
+from spml_fast.data.manifest import Manifest, may_exist
 from spml_fast.runs.read import Run, number
 
 # Okabe and Ito's colours, which most colour-blind people tell apart; the ninth group starts again with dashes.
@@ -252,10 +252,10 @@ def training_counts(groups: Sequence[RunGroup]) -> list[np.ndarray | None]:
 
 def _counts(run: Run) -> np.ndarray | None:
     folder = run.options.get("data.dir")
-    if folder is None or not Path(folder, "manifest.json").is_file():
+    if folder is None or not may_exist(folder):
         return None
     try:
-        manifest = Manifest(folder, run.options.get("data.image_root"))
+        manifest = Manifest(folder, run.options.get("data.image_root"), run.options.get("data.cache_dir"))
         name = str(run.options.get("data.train_split", "train"))
         return np.asarray(manifest.split(name).observed.class_counts(POSITIVE))
     except UserError as error:

@@ -6,9 +6,10 @@
     writer.py    one shard and its record
     run.py       all shards, over worker processes; resumes a run that was cut off
     result.py    the Manifest of the packed images
+    upload.py    shards and Manifest on object storage
     command.py   the command line
 
-Work is done in `OUT.packing` beside the final place, shard by shard:
+Work is done in `OUT.packing` beside the final place (of a URL, in the user's cache), shard by shard:
 
     plan.json plan.npz   the settings, and which samples each shard holds; a run that was cut off resumes from it
     shards/NAME.tar      under its final name only when it is whole

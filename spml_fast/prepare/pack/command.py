@@ -8,20 +8,26 @@ from pathlib import Path
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.invocation import command_line, next_lines
+from spml_fast.core.urls import location
 from spml_fast.data.manifest import Manifest
-from spml_fast.data.shards import check_shards
+from spml_fast.data.shard_check import check_shards
 from spml_fast.prepare.pack.options import PackOptions
 from spml_fast.prepare.pack.run import pack
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `spml-fast prepare shard`."""
-    parser.add_argument("--manifest", type=Path, help="Manifest whose images are packed")
-    parser.add_argument("--out", type=Path, help="Manifest to write; the shards lie in its folder shards")
+    parser.add_argument("--manifest", type=location, help="Manifest whose images are packed, or its URL")
     parser.add_argument(
-        "--check", type=Path, metavar="DIR", help="compare the shards of this Manifest with their checksums instead"
+        "--out", type=location, help="Manifest to write; the shards lie in its folder shards. A URL, s3://bucket/set"
     )
-    parser.add_argument("--image-root", type=Path, help="image folder, when it is not where it was at preparation")
+    parser.add_argument(
+        "--check", type=location, metavar="DIR", help="compare the shards of this Manifest with their checksums instead"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="folder of the unfinished work of an --out at a URL (default: a cache)"
+    )
+    parser.add_argument("--image-root", type=location, help="image folder, when it is not where it was at preparation")
     parser.add_argument(
         "--tars", type=Path, metavar="DIR", help="the images are in the tar files (also compressed) of this folder"
     )
@@ -53,7 +59,18 @@ def command(options: argparse.Namespace) -> str:
         return check(Manifest(options.check, options.image_root))
     if options.manifest is None or options.out is None:
         raise UserError("give --manifest and --out to pack images, or --check DIR to check shards")
-    names = ("manifest", "out", "image_root", "tars", "short_side", "quality", "leave_out", "verify", "overwrite")
+    names = (
+        "manifest",
+        "out",
+        "image_root",
+        "work",
+        "tars",
+        "short_side",
+        "quality",
+        "leave_out",
+        "verify",
+        "overwrite",
+    )
     chosen = {name: getattr(options, name) for name in names}
     packed = pack(PackOptions(**chosen, shard_size=int(options.shard_size * 1e6), workers=options.workers))
     return _summary(packed)
@@ -80,9 +97,9 @@ def _summary(manifest: Manifest) -> str:
     lines += report["notes"]
     if made["left_out"]:
         lines.append(f"left out: {made['left_out']:,} images (see {manifest.folder / 'report.json'})")
-    lines.append(f"Manifest: {manifest.folder}")
+    lines.append(f"Manifest: {manifest.source}")
     commands = [
-        command_line("train", "--data.dir", manifest.folder),
-        command_line("prepare", "shard", "--check", manifest.folder),
+        command_line("train", "--data.dir", manifest.source),
+        command_line("prepare", "shard", "--check", manifest.source),
     ]
     return "\n".join([*lines, next_lines(commands)])

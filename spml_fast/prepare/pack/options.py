@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.urls import Location, Url
 from spml_fast.data.image_check import Level
 
 
@@ -14,9 +15,10 @@ class PackOptions:
     """What to pack and how.
 
     Attributes:
-        manifest: Manifest whose images are packed.
-        out: Manifest to write; the shards lie in its folder `shards`.
-        image_root: image folder, when it is not where it was at preparation.
+        manifest: Manifest, or URL of one, whose images are packed.
+        out: Manifest to write; the shards lie in its folder `shards`. At a URL it is uploaded, and replaces nothing.
+        image_root: image folder, or URL of shards, when it is not where it was at preparation.
+        work: folder of the unfinished work where `out` is a URL; None for one in the user's cache.
         tars: folder of tar files that hold the images; None reads the Manifest's own files (or shards).
         short_side: images with a longer short side are shrunk to it, in pixels; None copies every byte.
         quality: JPEG quality of images that are shrunk, 1 to 95.
@@ -32,9 +34,10 @@ class PackOptions:
         UserError: a number is out of range.
     """
 
-    manifest: Path
-    out: Path
-    image_root: Path | None = None
+    manifest: Location
+    out: Location
+    image_root: Location | None = None
+    work: Path | None = None
     tars: Path | None = None
     short_side: int | None = None
     quality: int = 90
@@ -54,3 +57,10 @@ class PackOptions:
             raise UserError("--shard-size must be greater than 0")
         if self.workers is not None and self.workers < 1:
             raise UserError("--workers needs at least one process")
+        if isinstance(self.out, Url) and self.overwrite:
+            raise UserError(
+                f"--overwrite does not replace {self.out}: whoever reads it elsewhere cannot be seen; choose another "
+                "--out, or delete it first"
+            )
+        if self.work is not None and not isinstance(self.out, Url):
+            raise UserError("--work is for an --out on object storage; other work lies beside --out")

@@ -227,10 +227,11 @@ def _refuse_repeated(source: TarSource, contents: Mapping[int, _TarContents]) ->
 def _settings(manifest: Manifest, options: PackOptions, level: Level, tars: TarSource | None) -> dict[str, Any]:
     """What the content of the shards depends on."""
     paths = [] if tars is None else tars.paths
+    root = manifest.image_root
     return {
-        "manifest": str(manifest.folder.resolve()),
+        "manifest": manifest.where,
         "content": manifest.meta,
-        "image_root": str(manifest.image_root.resolve()),
+        "image_root": str(root.resolve() if isinstance(root, Path) else root),
         "short_side": options.short_side,
         "quality": options.quality if options.short_side is not None else None,
         "shard_size": options.shard_size,

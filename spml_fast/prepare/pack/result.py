@@ -16,12 +16,12 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.image_check import Level
 from spml_fast.data.labels import POSITIVE, SparseLabels
 from spml_fast.data.manifest import Manifest, Split
-from spml_fast.data.shards import INDEX_FILE, SHARDS_FILE, ShardFile
+from spml_fast.data.shards import CRC_FILE, INDEX_FILE, SHARDS_FILE, ShardFile
 from spml_fast.prepare.build import MAX_LISTED, count_labels
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.pack.options import PackOptions
 from spml_fast.prepare.pack.plan import IntArray, PackPlan, PlannedShard
-from spml_fast.prepare.pack.writer import ShardRecord, load_record
+from spml_fast.prepare.pack.writer import COLUMNS, ShardRecord, load_record
 from spml_fast.prepare.raw import RawSplit
 
 
@@ -75,7 +75,7 @@ def write_manifest(
         records = [record for entry in entries if (record := load_record(work, entry)) is not None]
         for record in records:
             left_out.add(split, record)
-        table = np.concatenate([record.table for record in records] or [np.empty((0, 6), np.int64)])
+        table = np.concatenate([record.table for record in records] or [np.empty((0, COLUMNS), np.int64)])
         if not len(table):
             raise UserError(f"no image of split {name!r} can be packed; delete {work}, and fix the images")
         known, observed = _write_split(writer, split, table)
@@ -96,7 +96,7 @@ def write_manifest(
         "splits": splits,
         "left_out": left_out.report(report.get("left_out", {"total": 0, "reasons": {}})),
         "shards": {
-            "manifest": str(manifest.folder.resolve()),
+            "manifest": manifest.where,
             "bytes": total,
             "short_side": options.short_side,
             "quality": options.quality if options.short_side is not None else None,
@@ -119,6 +119,7 @@ def _write_index(
     numbers = np.repeat(np.arange(len(used)), [counts[number] for number in used])
     files = [ShardFile(f"{entries[i].name}.tar", records[i].size, counts[i], records[i].sha256) for i in used]
     np.save(folder / INDEX_FILE, np.column_stack([numbers, table[:, 1:3]]).astype(np.int64))
+    np.save(folder / CRC_FILE, table[:, 6].astype(np.uint32))
     (folder / SHARDS_FILE).write_text(json.dumps([asdict(file) for file in files], indent=1), "utf-8")
     return files
 

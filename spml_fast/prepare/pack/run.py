@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from spml_fast.core import env
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import partial_path
 from spml_fast.core.progress import show_progress
+from spml_fast.core.urls import Url
 from spml_fast.data.image_check import Level, choose_level
 from spml_fast.data.manifest import Manifest, Split
 from spml_fast.prepare.manifest_writer import ManifestWriter
@@ -23,6 +26,7 @@ from spml_fast.prepare.pack.images import UnusableImageError, make_image, read_i
 from spml_fast.prepare.pack.options import PackOptions
 from spml_fast.prepare.pack.plan import PackPlan, TarSource, load_or_make_plan
 from spml_fast.prepare.pack.result import write_manifest
+from spml_fast.prepare.pack.upload import Upload
 from spml_fast.prepare.pack.workers import run_jobs
 from spml_fast.prepare.pack.writer import ShardWriter, is_whole
 from spml_fast.prepare.tar_source import member_bytes, member_path, read_members
@@ -48,12 +52,19 @@ class _Work:
     level: Level
     plan: PackPlan
     tars: TarSource | None
+    upload: Upload | None = None
     missing: list[int] = field(default_factory=list)
+
+    @property
+    def put(self) -> Callable[[Path], None] | None:
+        """What takes a whole shard to where it belongs."""
+        return None if self.upload is None else self.upload.put_shard
 
 
 def _check_shard(work: _Work, number: int) -> tuple[int, bool]:
     """(number, whether that shard of the plan is whole)."""
-    return number, is_whole(work.folder, work.plan.shards[number])
+    planned = work.plan.shards[number]
+    return number, is_whole(work.folder, planned) if work.upload is None else work.upload.is_whole(work.folder, planned)
 
 
 def _add_image(work: _Work, writer: ShardWriter, split: Split, row: int, read: Callable[[], bytes]) -> None:
@@ -77,7 +88,7 @@ def _pack_files(work: _Work, number: int) -> int:
     """Write one shard from images that can be read in any order. Returns the number of samples."""
     planned = work.plan.shards[number]
     split = work.manifest.splits[planned.split]
-    writer = ShardWriter(work.folder, planned)
+    writer = ShardWriter(work.folder, planned, work.put)
     try:
         for row in planned.rows.tolist():
             _add_image(work, writer, split, row, partial(read_image, split, row))
@@ -105,7 +116,7 @@ def _pack_tar(work: _Work, tar: int) -> int:
             if number is None:
                 continue
             if number not in writers:
-                writers[number] = ShardWriter(work.folder, shards[number])
+                writers[number] = ShardWriter(work.folder, shards[number], work.put)
             _add_image(work, writers[number], split, row, partial(member_bytes, path, archive, member))
             if writers[number].seen == len(shards[number].rows):
                 writers.pop(number).finish()
@@ -130,18 +141,14 @@ def pack(options: PackOptions) -> Manifest:
         UserError: the Manifest or its images cannot be used, or there is no room.
     """
     manifest = Manifest(options.manifest, options.image_root)
-    ManifestWriter.check_target(options.out, options.overwrite)
-    out = Path(os.path.abspath(options.out))
-    for used in (manifest.folder, manifest.image_root, options.tars):
-        if used is not None and used.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{used} lies inside --out {options.out} and is needed; choose another --out")
+    upload = Upload(options.out) if isinstance(options.out, Url) else None
+    folder = _work_folder(options, manifest)
     manifest.register_reader()
-    folder = out.with_name(out.name + ".packing")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             try:
-                return _pack(options, manifest, out, folder)
+                return _pack(options, manifest, folder, upload)
             finally:
                 if not (folder / "plan.json").exists():
                     # Done, or not begun.
@@ -172,18 +179,36 @@ def _choose_level(options: PackOptions, manifest: Manifest, report: Mapping[str,
     return choose_level(None, sum(len(split) for split in manifest.splits.values()))
 
 
-def _pack(options: PackOptions, manifest: Manifest, out: Path, folder: Path) -> Manifest:
+def _work_folder(options: PackOptions, manifest: Manifest) -> Path:
+    """Folder of the unfinished work. Raises `UserError` where the Manifest must not be written to `out`."""
+    if isinstance(options.out, Url):
+        name = hashlib.sha256(options.out.encode()).hexdigest()[:16]
+        return options.work or env.cache_home() / "spml_fast" / "packing" / name
+    ManifestWriter.check_target(options.out, options.overwrite)
+    out = Path(os.path.abspath(options.out))
+    for used in (manifest.source, manifest.image_root, options.tars):
+        if isinstance(used, Path) and used.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{used} lies inside --out {options.out} and is needed; choose another --out")
+    return out.with_name(out.name + ".packing")
+
+
+def _pack(options: PackOptions, manifest: Manifest, folder: Path, upload: Upload | None) -> Manifest:
     report_path = manifest.folder / "report.json"
     report = json.loads(report_path.read_text(encoding="utf-8")) if report_path.exists() else {}
     level = _choose_level(options, manifest, report)
     tars = None if options.tars is None else TarSource(options.tars, manifest.splits)
-    staging = partial_path(out)
+    if upload is not None:
+        # Before a byte is written there.
+        upload.claim(folder)
+        options = replace(options, out=folder / "manifest", work=None, overwrite=True)
+    assert isinstance(options.out, Path)
+    staging = partial_path(Path(os.path.abspath(options.out)))
     if not (folder / "shards").exists() and (staging / "shards").exists():
         # Cut off after the last shard, when the Manifest was being put in its place.
         os.rename(staging / "shards", folder / "shards")
     (folder / "shards").mkdir(exist_ok=True)
     plan = load_or_make_plan(folder, manifest, options, level, tars)
-    work = _Work(options, manifest, folder, level, plan, tars)
+    work = _Work(options, manifest, folder, level, plan, tars, upload)
     numbers = range(len(plan.shards))
     work.missing = sorted(
         number for number, whole in run_jobs(_check_shard, numbers, work, options.workers) if not whole
@@ -204,5 +229,7 @@ def _pack(options: PackOptions, manifest: Manifest, out: Path, folder: Path) -> 
         for count in counts:
             advance(count)
     packed = write_manifest(options, manifest, folder, plan, level, report)
+    if upload is not None:
+        packed = upload.publish(packed)
     (folder / "plan.json").unlink()
     return packed

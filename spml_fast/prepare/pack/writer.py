@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +19,9 @@ from spml_fast.core.io import atomic_write, flush_to_disk, move_into_place, part
 from spml_fast.data.shards import file_sha256
 from spml_fast.prepare.pack.images import PackedImage
 from spml_fast.prepare.pack.plan import IntArray, PlannedShard
+
+# Of the table of a shard's images: see `ShardRecord`.
+COLUMNS = 7
 
 
 class HashingFile:
@@ -47,14 +52,15 @@ class ShardWriter:
     Args:
         work: folder of the unfinished work.
         planned: the shard.
+        upload: takes the whole shard to where it belongs; None where that is the folder that it was written to.
 
     Attributes:
         planned: the shard.
         seen: samples that were added or left out.
     """
 
-    def __init__(self, work: Path, planned: PlannedShard) -> None:
-        self._work, self.planned = work, planned
+    def __init__(self, work: Path, planned: PlannedShard, upload: Callable[[Path], None] | None = None) -> None:
+        self._work, self.planned, self._upload = work, planned, upload
         self._final = work / "shards" / f"{planned.name}.tar"
         self._partial = partial_path(self._final)
         self._raw = open(self._partial, "wb")  # noqa: SIM115 (closed by `finish` or `close`)
@@ -62,7 +68,7 @@ class ShardWriter:
         # `tarfile` asks for no more of a file than to write and to tell.
         output: Any = self._file
         self._tar = tarfile.TarFile(fileobj=output, mode="w", format=tarfile.USTAR_FORMAT)
-        self._table: list[tuple[int, int, int, int, int, int]] = []
+        self._table: list[tuple[int, ...]] = []
         self._left_out: list[tuple[int, str, str]] = []
         self.seen = 0
 
@@ -73,7 +79,8 @@ class ShardWriter:
         info.size = len(image.data)
         offset = self._file.tell() + tarfile.BLOCKSIZE
         self._tar.addfile(info, io.BytesIO(image.data))
-        self._table.append((row, offset, info.size, image.width, image.height, image.orientation))
+        shown = image.width, image.height, image.orientation
+        self._table.append((row, offset, info.size, *shown, zlib.crc32(image.data)))
         self.seen += 1
 
     def leave_out(self, row: int, reason: str, detail: str) -> None:
@@ -87,8 +94,11 @@ class ShardWriter:
         flush_to_disk(self._raw)
         self._raw.close()
         move_into_place(self._partial, self._final)
+        if self._upload is not None:
+            self._upload(self._final)
+            self._final.unlink()
         meta = {"size": self._file.tell(), "sha256": self._file.sha256, "left_out": self._left_out}
-        table = np.array(self._table, np.int64).reshape(-1, 6)
+        table = np.array(self._table, np.int64).reshape(-1, COLUMNS)
         record = record_path(self._work, self.planned)
         with atomic_write(record, durable=True) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, table=table, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
@@ -103,7 +113,7 @@ class ShardRecord:
     """What a whole shard holds.
 
     Attributes:
-        table: int64 [n, 6]: row, offset, size in bytes, width, height and orientation of every image.
+        table: int64 [n, 7]: row, offset, size in bytes, width, height, orientation and CRC-32 of every image.
         size: bytes of the shard.
         sha256: its checksum, hexadecimal.
         left_out: (row, reason, detail) of the images that are not in it.
@@ -121,7 +131,7 @@ def record_path(work: Path, planned: PlannedShard) -> Path:
 
 
 def load_record(work: Path, planned: PlannedShard) -> ShardRecord | None:
-    """The record of a shard; None when it has none. Raises `UserError` when it is damaged."""
+    """The record of a shard; None when it has none, or an older version's. Raises `UserError` when it is damaged."""
     path = record_path(work, planned)
     if not path.exists():
         return None
@@ -129,8 +139,9 @@ def load_record(work: Path, planned: PlannedShard) -> ShardRecord | None:
         with np.load(path) as arrays:
             meta = json.loads(arrays["meta"].tobytes())
             left_out = [(row, reason, detail) for row, reason, detail in meta["left_out"]]
-            return ShardRecord(arrays["table"], meta["size"], meta["sha256"], left_out)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+            table = arrays["table"]
+            return ShardRecord(table, meta["size"], meta["sha256"], left_out) if table.shape[1] == COLUMNS else None
+    except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it, and repeat the command") from error
 
 
