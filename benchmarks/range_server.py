@@ -8,7 +8,9 @@ It prints its address and serves until it is ended. Tests give it faults: a func
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+import socket
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.parse import unquote
 
 
@@ -126,6 +129,7 @@ class RangeServer(ThreadingHTTPServer):
         self.folder, self.latency, self.rate, self.faults = folder, latency, rate, faults
         self.requests: list[tuple[str, str, int]] = []
         self._count_lock = threading.Lock()
+        self._open: set[socket.socket] = set()
 
     @property
     def url(self) -> str:
@@ -139,6 +143,17 @@ class RangeServer(ThreadingHTTPServer):
             self.requests.append((method, path, start))
         return self.faults(path, start, number) if self.faults is not None else None
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """A new connection."""
+        connection, address = super().get_request()
+        self._open.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        """A connection that ends."""
+        self._open.discard(request)
+        super().shutdown_request(request)
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that goes away is no error."""
 
@@ -151,6 +166,10 @@ class RangeServer(ThreadingHTTPServer):
     ) -> None:
         self.shutdown()
         self.server_close()
+        for connection in list(self._open):
+            # Else it would serve whoever is connected.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def main() -> int:

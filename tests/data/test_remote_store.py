@@ -50,6 +50,15 @@ def test_a_burst_of_refusals_is_waited_for(status, folder, no_pauses):
         assert data == DATA[1000:201_000] and store.traffic.repeated == 5 and len(server.requests) == 6
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_not_one_that_lacks_the_file(status, folder, no_pauses):
+    """fsspec says of either that the file does not exist."""
+    with serve(folder, faults=lambda path, start, number: Fault(status=status) if number < 4 else None) as server:
+        store = Store(location(server.url))
+        assert store.size(store.url / "a.bin") == len(DATA) and store.traffic.repeated == 2
+        assert store.size(store.url / "none") is None
+
+
 def test_pauses_grow_and_differ_from_process_to_process(folder, monkeypatch):
     pauses: list[float] = []
     said: list[str] = []

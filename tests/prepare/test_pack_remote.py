@@ -56,8 +56,11 @@ def test_what_is_written_is_what_would_lie_on_the_disk(files, s3: S3, tmp_path, 
 
 
 def test_the_command_line(files, s3: S3, tmp_path, capsys):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "mine").write_text("")
     run_prepare("shard", "--manifest", files.folder.parent, "--out", OUT, "--work", tmp_path / "w", "--workers", 2)
     assert f"Manifest: {OUT}" in capsys.readouterr().out
+    assert list((tmp_path / "w").iterdir()) == [tmp_path / "w" / "mine"], "what else lies there stays"
     run_prepare("shard", "--check", OUT)
     assert "every checksum is right" in capsys.readouterr().out
     # From there to the disk again, and relabelled data sets keep reading there.

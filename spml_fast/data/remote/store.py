@@ -49,6 +49,7 @@ _CREDENTIALS = {
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
     "abfs": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
+_GONE = (404, 410)
 # HTTP status codes that may pass.
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 509})
 # `errno` of S3's errors as s3fs gives them that may pass.
@@ -246,8 +247,11 @@ class Store:
         def attempt() -> int | None:
             try:
                 return self._size(url)
-            except FileNotFoundError:
-                return None
+            except FileNotFoundError as error:
+                hidden = _hidden(error, url)
+                if hidden is None or _status(hidden) in _GONE:
+                    return None
+                raise
 
         return self._patiently(url, attempt)
 
@@ -328,6 +332,13 @@ def _status(error: BaseException) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def _hidden(error: Exception, url: Url) -> Exception | None:
+    """What fsspec has called a missing file, of a web server that does not answer or is busy; None of one that is."""
+    cause = error.__cause__
+    web = url.scheme in ("http", "https")
+    return cause if web and isinstance(error, FileNotFoundError) and isinstance(cause, Exception) else None
+
+
 def _translated(error: Exception, url: Url) -> Exception:
     """What an exception of fsspec or a library below it means.
 
@@ -335,6 +346,7 @@ def _translated(error: Exception, url: Url) -> Exception:
         `OSError` with a number where it may pass, `StoreError` where it stays, the exception itself where it is a
         mistake of a program.
     """
+    error = _hidden(error, url) or error
     kind, status, code = type(error).__name__, _status(error), _code(error)
     library = type(error).__module__.partition(".")[0]
     said = code or (f"status {status}" if status is not None else str(error).strip().split("\n")[0] or kind)
@@ -343,7 +355,7 @@ def _translated(error: Exception, url: Url) -> Exception:
         return StoreError(f"there are no credentials for {url} ({said}); {login}")
     if code == "NoSuchBucket":
         return StoreError(f"{url}: there is no bucket {url.bucket}; check its name, and the region or endpoint")
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
+    if isinstance(error, FileNotFoundError) or status in _GONE:
         return StoreError(f"{url} does not exist; check the name")
     if isinstance(error, FileExistsError):
         return StoreError(f"{url} exists, and is not replaced; choose another place")

@@ -25,7 +25,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--check", type=location, metavar="DIR", help="compare the shards of this Manifest with their checksums instead"
     )
     parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="folder of the unfinished work of an --out at a URL (default: a cache)"
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="folder for the unfinished work of an --out at a URL (default: a cache)",
     )
     parser.add_argument("--image-root", type=location, help="image folder, when it is not where it was at preparation")
     parser.add_argument(

@@ -18,7 +18,7 @@ class PackOptions:
         manifest: Manifest, or URL of one, whose images are packed.
         out: Manifest to write; the shards lie in its folder `shards`. At a URL it is uploaded, and replaces nothing.
         image_root: image folder, or URL of shards, when it is not where it was at preparation.
-        work: folder of the unfinished work where `out` is a URL; None for one in the user's cache.
+        work: folder below which the unfinished work lies where `out` is a URL; None for one in the user's cache.
         tars: folder of tar files that hold the images; None reads the Manifest's own files (or shards).
         short_side: images with a longer short side are shrunk to it, in pixels; None copies every byte.
         quality: JPEG quality of images that are shrunk, 1 to 95.

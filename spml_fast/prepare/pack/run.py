@@ -183,7 +183,8 @@ def _work_folder(options: PackOptions, manifest: Manifest) -> Path:
     """Folder of the unfinished work. Raises `UserError` where the Manifest must not be written to `out`."""
     if isinstance(options.out, Url):
         name = hashlib.sha256(options.out.encode()).hexdigest()[:16]
-        return options.work or env.cache_home() / "spml_fast" / "packing" / name
+        # A folder of its own: it is removed when the work is done.
+        return (options.work or env.cache_home() / "spml_fast" / "packing") / name
     ManifestWriter.check_target(options.out, options.overwrite)
     out = Path(os.path.abspath(options.out))
     for used in (manifest.source, manifest.image_root, options.tars):
@@ -198,8 +199,7 @@ def _pack(options: PackOptions, manifest: Manifest, folder: Path, upload: Upload
     level = _choose_level(options, manifest, report)
     tars = None if options.tars is None else TarSource(options.tars, manifest.splits)
     if upload is not None:
-        # Before a byte is written there.
-        upload.claim(folder)
+        upload.check(folder)
         options = replace(options, out=folder / "manifest", work=None, overwrite=True)
     assert isinstance(options.out, Path)
     staging = partial_path(Path(os.path.abspath(options.out)))
@@ -208,6 +208,9 @@ def _pack(options: PackOptions, manifest: Manifest, folder: Path, upload: Upload
         os.rename(staging / "shards", folder / "shards")
     (folder / "shards").mkdir(exist_ok=True)
     plan = load_or_make_plan(folder, manifest, options, level, tars)
+    if upload is not None:
+        # Before anything else is written there, and once there is a plan that a run that is cut off resumes from.
+        upload.claim(folder)
     work = _Work(options, manifest, folder, level, plan, tars, upload)
     numbers = range(len(plan.shards))
     work.missing = sorted(

@@ -46,11 +46,11 @@ class Upload:
             raise UserError(f"--out {url} cannot be written: web servers are only read; name a bucket")
         self.url, self.store = url, Store(url)
 
-    def claim(self, work: Path) -> None:
-        """Note whose work it is, at the URL and in `work`.
+    def check(self, work: Path) -> bool:
+        """Whether the URL has the unfinished work of `work`; else it is empty.
 
         Raises:
-            UserError: there is a Manifest, unfinished work of somebody else, or anything else; or it cannot be written.
+            UserError: there is a Manifest, unfinished work of somebody else, or anything else; or nothing answers.
         """
         own = work / _CLAIM
         names = Store(self.url, OPENING_PAUSES).names(self.url)
@@ -59,13 +59,20 @@ class Upload:
         if _CLAIM in names:
             theirs = self.store.read(self.url / _CLAIM, _MOST)
             if own.exists() and own.read_bytes() == theirs:
-                return
+                return True
             raise UserError(
                 f"{self.url} holds unfinished work{_owner(theirs)}; repeat that command there, or delete what is at "
                 "the URL"
             )
         if names:
             raise UserError(f"{self.url} is not empty ({names[0]}), and is no Manifest; choose another --out")
+        return False
+
+    def claim(self, work: Path) -> None:
+        """Note whose work it is, at the URL and in `work`, unless that was done. Raises `UserError` as `check`."""
+        if self.check(work):
+            return
+        own = work / _CLAIM
         note = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "folder": str(work.resolve())}
         write_text(own, json.dumps(note))
         self.store.upload(own, self.url / _CLAIM, new=True)
