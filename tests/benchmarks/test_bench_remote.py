@@ -29,7 +29,7 @@ def test_every_row_is_measured(run_script: Run, tmp_path: Path) -> None:
     assert all(float(r["images_per_s"]) > 0 and r["cpu"] and r["torch"] for r in rows)
     asked = {(float(r["latency_ms"]), r["row"]): float(r["requests"]) for r in rows}
     for latency in (5.0, 20.0):
-        assert asked[latency, "first"] >= 6 and asked[latency, "second"] == 0 and asked[latency, "uncached"] >= 6
+        assert asked[latency, "first"] >= 6 and asked[latency, "second"] == 0 and asked[latency, "uncached"] >= 4
     assert set(COLUMNS) < rows[0].keys()
 
 
