@@ -74,7 +74,7 @@ def location(where: str | os.PathLike[str]) -> Location:
         raise UserError(f"{shown} names no bucket or host")
     if "@" in bucket and scheme in ("http", "https"):
         raise UserError(
-            f"a URL of {scheme} has a user and password in it, which config.yaml would keep; give them to fsspec "
+            f"a URL of {scheme} has a user and password in it, which runs would write down; give them to fsspec "
             "instead (docs/data.md, Data on object storage)"
         )
     if any(mark in rest for mark in "?#\0") or "::" in rest:

@@ -26,7 +26,7 @@ def test_paths_stay_paths_and_urls_are_tidied():
         ("ftp://host/a", "begins with ftp://, which is not read; the schemes are s3, gs"),
         ("file:///etc", "begins with file://"),
         ("s3:///a", "names no bucket"),
-        ("https://me:secret@host/a", "has a user and password in it, which config.yaml would keep"),
+        ("https://me:secret@host/a", "has a user and password in it, which runs would write down"),
         ("https://host/a?token=1", "has one of"),
         ("simplecache::s3://b/a", "is not"),
         ("s3://b/a::s3://c", "has one of"),

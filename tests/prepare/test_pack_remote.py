@@ -22,6 +22,8 @@ from tests.support.remote import s3 as s3
 from tests.support.shards import COUNT, checksums, make_files, pack_quietly
 
 need_s3()
+import s3fs  # noqa: E402 (after the skip)
+
 OUT = "s3://bucket/set"
 
 
@@ -143,6 +145,8 @@ def test_what_is_wrong_is_one_sentence(files, s3: S3, monkeypatch, no_pauses):
         Manifest(OUT)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
+    s3.fault = lambda method, path: None
+    s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match=r"there are no credentials for s3://bucket/set.*set AWS_PROFILE"):
         Manifest(OUT)
 
