@@ -137,9 +137,9 @@ def measure(split: Split, config: DataConfig, batch_size: int, rows: Sequence[st
         speeds = []
         for again in range(1 if rows[number] == "first" else repeats):
             traffic = split.shards.store.traffic if isinstance(split.shards, RemoteShards) else None
-            before = dataclasses.astuple(traffic)[:3] if traffic else (0, 0, 0)
+            before = (traffic.requests, traffic.received, traffic.repeated) if traffic else (0, 0, 0)
             speeds.append(epoch(loader, number + again)[0])
-            after = dataclasses.astuple(traffic)[:3] if traffic else (0, 0, 0)
+            after = (traffic.requests, traffic.received, traffic.repeated) if traffic else (0, 0, 0)
         found.append([statistics.median(speeds), *(float(b - a) for a, b in zip(before, after, strict=True))])
     return found
 
