@@ -128,7 +128,10 @@ class PieceCache:
                 if not self._reserve(len(data)):
                     self._full_until = time.monotonic() + _FULL
                     return False
-            path.parent.mkdir(exist_ok=True)
+                # Its size is on the disk before another process counts what is there.
+                path.parent.mkdir(exist_ok=True)
+                with partial.open("wb") as file:
+                    file.truncate(len(data))
             partial.write_bytes(data)
             move_into_place(partial, path)
         except OSError as error:
