@@ -38,7 +38,8 @@ setup(
     package_dir={"spml_fast": "spml_fast", "spml_kernels": "kernels/spml_kernels"},
     package_data={
         "spml_fast": ["py.typed"],
-        "spml_fast.analysis.report": ["*.html"],
+        "spml_fast.analysis.pages": ["*.css", "*.js"],
+        "spml_fast.analysis.report": ["*.html", "*.css", "*.js"],
         "spml_fast.analysis.review": ["*.html", "*.css", "*.js"],
         "spml_fast.cli": ["shells/*"],
         "spml_fast.runs.recipes": ["*.yaml"],

@@ -222,6 +222,7 @@ RUN_FILES = (
     "bad_images.csv",
     "model.safetensors",
     "decisions.json",
+    "evaluation.json",
     "options.json",
     "newest.json",
     "best.json",

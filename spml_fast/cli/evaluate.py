@@ -24,6 +24,7 @@ EXAMPLES = [
     ("--run RUN", "the test split"),
     ("--run RUN --alpha 1 5 --json out.json", "BoostLU's alpha is free at inference"),
     ("--run RUN --split val --definition voc", "another split and definition"),
+    ("--run RUN --record", "and what the report needs of a run of an earlier version"),
 ]
 Definition = Literal["sklearn", "rank", "voc"]
 
@@ -38,6 +39,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common.add_batch_size(parser)
     parser.add_argument("--per-class", action="store_true", help="also show the average precision of every class")
     parser.add_argument("--json", type=Path, help="write all metrics to this file")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="write the run's evaluation.json again, which its report shows curves, confusions and mistakes from",
+    )
     common.add_overwrite(parser)
     return common.parse(parser, argv)
 
@@ -85,6 +91,8 @@ def evaluate(args: argparse.Namespace, out: OutputFile | None, device: torch.dev
     """
     from spml_fast.core import distributed
     from spml_fast.evaluation.evaluate import class_groups, class_rows, evaluate_split, table_rows
+    from spml_fast.runs.evaluation_record import Recorder, headline_alpha, write_evaluation
+    from spml_fast.runs.layout import RunLayout
     from spml_fast.runs.open import load_run, make_eval_loader
     from spml_fast.training.console import print_columns, print_table
 
@@ -98,7 +106,10 @@ def evaluate(args: argparse.Namespace, out: OutputFile | None, device: torch.dev
     saved = distributed.from_main(lambda: usable_decisions(args.run, manifest.classes))
     groups = class_groups(manifest, config)
     task = f"evaluating the {split.name} split"
-    found = evaluate_split(classifier, loader, split, alphas, config, manifest.classes, groups, saved, task)
+    classes = manifest.classes
+    recorder = Recorder(split, headline_alpha(alphas, config), config, classes, saved)
+    looks = {"look": recorder.look} if args.record else {}
+    found = evaluate_split(classifier, loader, split, alphas, config, classes, groups, saved, task, **looks)
     if distributed.is_main():
         # Shown first: a file that cannot be written takes no figure away.
         for alpha in alphas:
@@ -110,3 +121,5 @@ def evaluate(args: argparse.Namespace, out: OutputFile | None, device: torch.dev
         report = {"split": split.name, "alpha": {f"{a:g}": found[a] for a in alphas}, "classes": manifest.classes}
         if out is not None:
             out.write_json(report)
+        if recorder.record is not None:
+            write_evaluation(RunLayout(args.run), recorder.record)

@@ -39,6 +39,8 @@ class Batch:
             oracles only.
         update_statistics: this micro-batch's part of what the method's `update_statistics` made ahead of the update
             (exact accumulation), else None; only the method knows its type (`Method.statistics_of`).
+        selected: bool [B, C], the unknown entries that the method's loss took for positives, noted by the loss in an
+            epoch's last update at least; None where nothing is noted. The log shows some.
     """
 
     views: dict[str, Tensor]
@@ -47,3 +49,4 @@ class Batch:
     global_size: int
     truth: Tensor | None = None
     update_statistics: object = None
+    selected: Tensor | None = None

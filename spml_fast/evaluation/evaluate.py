@@ -11,7 +11,7 @@ two alphas, against 9.7 GB of the two dense means.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -409,6 +409,7 @@ def evaluate_split(
     groups: npt.NDArray[np.int64] | None = None,
     decisions: Decisions | None = None,
     task: str | None = None,
+    look: Callable[[Scores], None] = lambda _: None,
 ) -> dict[float, dict[str, Any]]:
     """Metrics of a split at every alpha, on every rank (collective).
 
@@ -422,6 +423,7 @@ def evaluate_split(
         groups: int64 [C] from `class_groups`, or None.
         decisions: of the run, as in `measure`; rank 0's count.
         task: what its progress is called; None shows none.
+        look: called with the scores on rank 0, for what else is to be made of them.
 
     Returns:
         alpha -> metrics (per cent); ranks other than 0 get `map` alone.
@@ -439,6 +441,7 @@ def evaluate_split(
             metrics = measure(scores, split.known, alpha, config.eval, classes, groups, decisions)
             results[alpha] = metrics
             maps[i] = float("nan") if metrics["map"] is None else metrics["map"]
+        look(scores)
     # Rank 0 alone has measured, perhaps for longer than a collective waits.
     distributed.barrier()
     # NaN survives the sum, so every rank takes the same decisions.

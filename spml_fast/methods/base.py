@@ -40,6 +40,11 @@ class Progress:
     phase: str = "finetune"
     lr: float = 0.0
 
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether this is an epoch's last update."""
+        return self.update + 1 == self.epoch * self.updates_per_epoch
+
 
 @dataclass
 class LossOutput:

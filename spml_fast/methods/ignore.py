@@ -53,7 +53,7 @@ from spml_fast.core import distributed
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import no_autocast
-from spml_fast.data.labels import POSITIVE, LabelStore
+from spml_fast.data.labels import POSITIVE, UNKNOWN, LabelStore
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
 from spml_fast.methods.state.gap_histogram import GapHistogram
 from spml_fast.models.batchnorm import BnMode, bn_behaviour
@@ -341,6 +341,9 @@ class Ignore(Method[WeakAndMasked, UpdateStatistics]):
             batch.truth,
         )
         rejected, rejected_true, hidden = terms.counts.unbind()
+        if rejects and masked is not None and progress.ends_epoch:
+            # The kernel counts and keeps no mask; the log shows some at an epoch's end.
+            batch.selected = self._rejected(logits.detach(), masked, batch.labels)
         if ahead is None:
             kept = terms.ign.new_full((), entries)
             if rejects:
@@ -355,6 +358,12 @@ class Ignore(Method[WeakAndMasked, UpdateStatistics]):
         if batch.truth is not None:
             metrics |= {"selected_true_count": rejected_true, "hidden_positive_count": hidden}
         return LossOutput(loss, metrics)
+
+    def _rejected(self, logits: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
+        """The entries that are rejected, bool [B, C]."""
+        gap_threshold, average_threshold = self.thresholds()
+        rejected = (labels == UNKNOWN) & ((logits - masked).abs() > gap_threshold)
+        return rejected & (logits > average_threshold) if self.options.lat else rejected
 
     def statistics_forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> WeakAndMasked:
         """Logits of the weak and the masked view; the step itself then needs no masked view any more."""

@@ -162,7 +162,11 @@ def point_examples() -> list[PointExample]:
 
 
 def hidden_positives(selected: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Metrics of a selection of unknown entries: how many, and where the truth is known how many were positives."""
+    """Metrics of a selection of unknown entries: how many, and where the truth is known how many were positives.
+
+    The selection is noted on the batch.
+    """
+    batch.selected = selected
     metrics = {"selected_count": selected.sum()}
     if batch.truth is not None:
         hidden = (batch.labels == UNKNOWN) & (batch.truth == 1)

@@ -8,6 +8,7 @@ RUN/nonfinite.jsonl                updates whose loss or gradient was not finite
 RUN/results.json                   the final figures; a run that has it is finished
 RUN/model.safetensors              the best weights, whole
 RUN/decisions.json                 thresholds of the classes and calibration, made for those weights
+RUN/evaluation.json                curves, counts and hardest labels of every class on the test split, for the report
 RUN/options.json                   of `reproduce`: the options that the run was begun with
 RUN/.lock                          which process trains here
 RUN/folds-K/                       of `suggest --folds K`: folds.json, which says of what, and of each fold its data set
@@ -238,6 +239,11 @@ class RunLayout:
         """Thresholds of the classes and calibration, for the best weights."""
         return self.folder / "decisions.json"
 
+    @property
+    def evaluation(self) -> Path:
+        """What the last evaluation of the test split tells of every class, for the best weights."""
+        return self.folder / "evaluation.json"
+
     def export(self, kind: str) -> ExportLayout:
         """Where a command leaves a folder with the model, unless it is told otherwise."""
         return ExportLayout(self.folder / f"export-{kind}")
@@ -270,7 +276,7 @@ class RunLayout:
         if not self.folder.is_dir() or (self.config.is_file() and not (self.folder / MANIFEST).exists()):
             return []
         own = [self.config, self.deepspeed, self.classes, self.metrics, self.results, self.weights, self.options]
-        own.append(self.decisions)
+        own += [self.decisions, self.evaluation]
         names = {TENSORBOARD, TRACKERS, CHECKPOINTS, *(f.name + end for f in own for end in ("", ".partial"))}
         entries = [entry.name for entry in self.folder.iterdir()]
         # A Manifest has a list of classes too.

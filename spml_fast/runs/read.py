@@ -37,6 +37,7 @@ class Run:
         classes: class names, or None.
         restarts: how often the log goes back to updates or epochs that it had before.
         notes: what is missing or damaged, in sentences.
+        name: what a report calls it.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Run:
     classes: list[str] | None = None
     restarts: int = 0
     notes: list[str] = field(default_factory=list)
+    name: str = ""
 
     @property
     def alphas(self) -> dict[str, dict[str, Any]]:

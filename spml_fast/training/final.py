@@ -15,6 +15,7 @@ from spml_fast.data.manifest import Split
 from spml_fast.evaluation.decisions import Decisions
 from spml_fast.evaluation.evaluate import class_groups, evaluate_split
 from spml_fast.models.classifier import Classifier
+from spml_fast.runs.evaluation_record import Recorder, headline_alpha, write_evaluation
 from spml_fast.runs.open import input_normalisation, make_eval_loader
 from spml_fast.runs.write import write_results
 from spml_fast.training.decide import decide
@@ -56,28 +57,39 @@ def finish_run(trainer: Trainer) -> dict[str, Any]:
     if trainer.started_from is not None:
         results["started_from"] = trainer.started_from
     classes, say = data.manifest.classes, trainer.log.say
-    decisions = decide(trainer.classifier, trainer.val_loader, data.val, trainer.layout, config, classes, say)
+    with trainer.spent.on("thresholds"):
+        decisions = decide(trainer.classifier, trainer.val_loader, data.val, trainer.layout, config, classes, say)
+    record: dict[str, Any] | None = None
     if data.test is not None:
-        results |= _test(trainer, data.test, decisions)
+        with trainer.spent.on("test"):
+            tested, record = _test(trainer, data.test, decisions)
+        results |= tested
+    results["seconds"] = trainer.spent.take()
     if distributed.is_main():
         write_results(trainer.layout, results)
+        if record is not None:
+            write_evaluation(trainer.layout, record)
         maps = {alpha: metrics["map"] for alpha, metrics in results.get("alpha", {}).items()}
-        trainer.log.record("final", {k: v for k, v in results.items() if k != "alpha"} | {"test_map": maps})
+        trainer.log.record(
+            "final", {k: v for k, v in results.items() if k not in ("alpha", "seconds")} | {"test_map": maps}
+        )
         if trainer.trackers:
             trainer.trackers.finish(_summary(trainer, results, decisions))
     return results
 
 
-def _test(trainer: Trainer, split: Split, decisions: Decisions | None) -> dict[str, Any]:
-    """The test split's name, and its metrics by alpha."""
+def _test(trainer: Trainer, split: Split, decisions: Decisions | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The test split's name and its metrics by alpha; and on rank 0 what the report shows of its classes."""
     config = trainer.config
     alphas = config.eval.alphas or sorted({1.0, config.model.alpha_eval})
     loader = make_eval_loader(config, split, trainer.classifier, trainer.device)
     groups = class_groups(trainer.data.manifest, config)
     classes = trainer.data.manifest.classes
     task = f"evaluating the {split.name} split"
-    metrics = evaluate_split(trainer.classifier, loader, split, alphas, config, classes, groups, decisions, task)
-    return {"split": split.name, "alpha": {f"{alpha:g}": metrics[alpha] for alpha in alphas}}
+    recorder = Recorder(split, headline_alpha(alphas, config), config, classes, decisions)
+    evaluated = (trainer.classifier, loader, split, alphas, config, classes, groups, decisions, task)
+    metrics = evaluate_split(*evaluated, look=recorder.look)
+    return {"split": split.name, "alpha": {f"{alpha:g}": metrics[alpha] for alpha in alphas}}, recorder.record
 
 
 def _summary(trainer: Trainer, results: dict[str, Any], decisions: Decisions | None) -> Summary:

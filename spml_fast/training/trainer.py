@@ -33,6 +33,7 @@ from spml_fast.training.bad_image_list import list_bad_images
 from spml_fast.training.batchnorm_state import average_statistics, own_statistics
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.engine import Engine, deepspeed_config
+from spml_fast.training.examples import selected_examples
 from spml_fast.training.final import finish_run
 from spml_fast.training.logs import Meter, RunLog, memory_gib, selection_figures
 from spml_fast.training.memory import explain_out_of_memory
@@ -59,6 +60,7 @@ from spml_fast.training.setup import (
     set_prior,
 )
 from spml_fast.training.solved_phase import solve_phase
+from spml_fast.training.spent import Spent
 from spml_fast.training.state import restore_state, run_state
 from spml_fast.training.tracking import Trackers
 
@@ -110,12 +112,16 @@ class Trainer:
         self.saves = SaveTimes(config.run, self.run_dir, self.checkpoints, program)
         self.score = BestScore()
         self.trained_samples, self.trained_seconds, self.waited_seconds = 0, 0.0, 0.0
+        # Since the last line of an epoch.
+        self.spent = Spent()
         self.last_loss: float | None = None
         self.ema: ModelEmaV3 | None = None
         # The run that this one started from (runs/warm_start.py).
         self.started_from: dict[str, Any] | None = None
         # Of the epoch that is under way: its clock, and its sums on this rank.
         self.running: tuple[Meter, dict[str, Tensor]] | None = None
+        # Of the epoch's last update.
+        self.selected: list[list[Any]] = []
 
     def run(self) -> dict[str, Any]:
         """Train, then evaluate the best weights on the test split; returns what the closing table shows."""
@@ -253,8 +259,10 @@ class Trainer:
         }
         progress = self._progress(phase, epoch, update)
         if self.method.needs_train_scores(progress):
-            self._score_training_split()
+            with self.spent.on("scoring"):
+                self._score_training_split()
         figures |= self.method.on_epoch_end(progress)
+        figures |= {"selected_examples": self.selected} if self.selected else {}
         if config.data.bad_images == "replace":
             figures["bad_images"] = list_bad_images(self.loader.bad_images, self.layout)
         return figures
@@ -284,6 +292,8 @@ class Trainer:
             samples = batch.global_size / self.world
             figures.append({name: value.detach() for name, value in {"loss": loss * samples, **metrics}.items()})
             figures[-1]["samples"] = torch.full((), samples, device=self.device)
+        if progress.ends_epoch:
+            self.selected = selected_examples(batches[-1], self.data.train)
         for name, value in (item for step in figures if counts for item in step.items()):
             sums[name] = sums[name] + value if name in sums else value
         if self.ema is not None:
@@ -373,9 +383,10 @@ class Trainer:
         model = self.ema.module if self.ema is not None else self.classifier
         alpha = self.config.model.alpha_eval
         classes = self.data.manifest.classes
-        metrics = evaluate_split(
-            model, self.val_loader, self.data.val, [alpha], self.config, classes, task="validation"
-        )
+        with self.spent.on("validation"):
+            metrics = evaluate_split(
+                model, self.val_loader, self.data.val, [alpha], self.config, classes, task="validation"
+            )
         return float(metrics[alpha]["map"])
 
     def _finish_epoch(self, phase: Phase, epoch: int, score: float | None) -> None:
@@ -385,7 +396,7 @@ class Trainer:
             best = self.score.offer(score)
             if not math.isfinite(score):
                 self.log.say("validation mAP is not defined (no known labels in the split); these weights are kept")
-        figures = self.figures | ({"val_map": score} if score is not None else {})
+        figures = self.figures | ({"val_map": score} if score is not None else {}) | self.spent.take()
         self.log.record("epoch", {"phase": phase.name, "epoch": epoch} | figures)
         events = {f"epoch/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
         self._publish(events, self.samples_seen(phase, epoch * self.loader.updates_per_epoch))
@@ -398,6 +409,10 @@ class Trainer:
 
         Training goes on while it is written, unless the run or its phase ends with it.
         """
+        with self.spent.on("saving_within" if update else "saving"):
+            self._write_checkpoint(phase, epoch, update, best)
+
+    def _write_checkpoint(self, phase: Phase, epoch: int, update: int, best: bool) -> None:
         if not update:
             self.saves.agree()
         statistics = own_statistics(self.classifier, self.ema) if update else {}

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from spml_fast.analysis.report.health import health
-from spml_fast.analysis.report.page import make_page
-from spml_fast.analysis.report.plots import _plotted
-from spml_fast.analysis.report.tables import (
+from spml_fast.analysis.report.charts import drawn, epoch_charts, strip_chart
+from spml_fast.analysis.report.groups import (
     differing,
     group_runs,
     mean_text,
@@ -23,59 +21,22 @@ from spml_fast.analysis.report.tables import (
     summary,
     training_counts,
 )
+from spml_fast.analysis.report.health import health
+from spml_fast.analysis.report.page import make_page
+from spml_fast.analysis.report.svg import Chart, log_ticks, nice_ticks, tick_text
+from spml_fast.analysis.report.timing import time_parts, time_section
 from spml_fast.cli import report as report_command
-from spml_fast.cli.parse import parse_config
 from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
 from spml_fast.runs.read import Run, flatten, read_epochs, read_run
-from spml_fast.runs.recipe import to_yaml
 from spml_fast.training.logs import RunLog
-
-NAMES = ["cat", "<script>alert(1)</script>", "never there", "$x^2$ & Straße"]
-
-
-def make_run(
-    folder: Path,
-    *options: str,
-    names: list[str] = NAMES,
-    maps: list[float] | None = None,
-    losses: list[float | None] | None = None,
-    aps: list[float | None] | None = None,
-    finished: bool = True,
-    **results: Any,
-) -> Path:
-    """A run directory as train.py leaves it; `options` are those of the command line."""
-    folder.mkdir(parents=True)
-    maps = [50.0, 62.0, 62.4, 62.5] if maps is None else maps
-    losses = [1.0 / (i + 1) for i in range(len(maps))] if losses is None else losses
-    config = parse_config(["--run.dir", str(folder), "--train.epochs", "4", *options])
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (folder / "classes.txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
-    lines = [
-        {"kind": "epoch", "phase": "finetune", "epoch": i, "loss": loss, "val_map": value, "lr": 0.1, "seconds": 3.0}
-        for i, (value, loss) in enumerate(zip(maps, losses, strict=True), 1)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    if finished:
-        aps = [90.0, 80.0, None, 10.0] if aps is None else aps
-        known = [a for a in aps if a is not None]
-        metrics = {"map": statistics.mean(known), "OF1": 50.0, "CF1": 40.0, "per_class_ap": aps}
-        metrics |= dict.fromkeys(
-            ("map_zero", "map_skip_unlabelled", "map_skipping", "map_skip_one_sided"), metrics["map"]
-        )
-        figures = {"best_epoch": 4, "best_val_map": max(maps), "images_per_second": 100.0, "data_wait": 0.02}
-        figures |= {
-            "train_seconds": 30.0,
-            "alpha": {"1": metrics, "5": metrics | {"map": metrics["map"] + 1}},
-        } | results
-        (folder / "results.json").write_text(json.dumps(figures), encoding="utf-8")
-    return folder
+from tests.support.report import NAMES, make_recorded_run, make_run
 
 
 class Text(HTMLParser):
     """Text and addresses of a page; fails on tags that are not closed."""
 
-    VOID = ("meta", "img", "br", "line")
+    VOID = ("meta", "img", "br", "input", "path", "rect", "circle")
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -98,28 +59,82 @@ class Text(HTMLParser):
         assert tag in self.VOID
 
     def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] not in (["style"], ["script"]):
             self.parts.append(data)
 
 
+def class_table(page: str) -> dict:
+    """What the page's program shows of classes."""
+    return json.loads(re.search(r'<script type="application/json" id="class-data">(.+?)</script>', page, re.S)[1])
+
+
 def test_a_page_of_one_run(tmp_path):
-    page = Text(make_page([make_run(tmp_path / "one")]))
-    for text in (
-        "60.00",
-        "61.00",
-        "test mAP, plain",
-        "test mAP, BoostLU x5",
-        "None of this was found",
-        "All options",
-        "model.alpha_eval",
-        *NAMES[:2],
-        NAMES[3],
-    ):
+    made = make_page([make_run(tmp_path / "one")])
+    page = Text(made)
+    for text in ("60.00", "61.00", "test mAP, plain", "test mAP, BoostLU x5", "None of this was found", "All options"):
         assert text in page.text
-    # AP of a class without a positive is not defined.
-    assert NAMES[2] not in page.text
-    # Nothing is fetched from anywhere.
-    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "model.alpha_eval" in page.text
+    # AP of a class without a positive is not defined, and nothing stands in its place.
+    table = class_table(made)
+    assert table["names"] == NAMES and table["groups"][0]["ap"] == [90, 80, None, 10]
+    # A run without a record of its evaluation has none of what would be shown of it.
+    for section in ("mistakes", "confusions", "calibration", "selected", "data"):
+        assert f'<section id="{section}"' not in made
+    # Nothing is fetched from anywhere, and nothing that is not in the page may run.
+    assert all(link.startswith("data:image/jpeg;base64,") for link in page.links)
+    assert "default-src 'none'" in made and "unsafe" not in made
+
+
+def test_a_page_of_a_run_with_its_record(tmp_path):
+    names = [f"class {i}" for i in range(12)]
+    folder = make_recorded_run(tmp_path / "run", names=names)
+    made = make_page([folder])
+    record = json.loads((folder / "evaluation.json").read_text())
+    one = class_table(made)["groups"][0]
+    assert one["positives"] == record["positives"] and one["hits"] == record["decided"]["hits"]
+    assert one["thresholds"][-1] is not None, "a class without positives has the threshold of all"
+    assert one["curves"] == record["curves"] and one["run"] == one["label"] and one["split"] == "test"
+    for section in ("confusions", "calibration", "selected", "time", "classes"):
+        assert f'<section id="{section}"' in made
+    error = record["calibration"]["before"]["expected_calibration_error"]
+    assert f"{error:.2f}" in Text(made).text
+    # Weights that are others since: figures of the old ones are not shown, and the page says so.
+    (folder / "model.safetensors").write_bytes(b"other")
+    later = make_page([folder])
+    assert '<section id="confusions"' not in later and "curves" not in class_table(later)["groups"][0]
+    assert "evaluation.json was made for other weights" in Text(later).text
+    # A copy without its weights keeps them.
+    (folder / "model.safetensors").unlink()
+    assert '<section id="confusions"' in make_page([folder])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(format=2), "has format 2"),
+        (lambda r: r["positives"].pop(), "is for other classes"),
+        (lambda r: r["plain"]["hits"].__setitem__(0, "x"), "damaged"),
+        (lambda r: r["plain"]["hits"].__setitem__(0, -1), "damaged"),
+        (lambda r: r["curves"]["points"].__setitem__(0, 31), "damaged"),
+        (lambda r: r["curves"].update(data="no base64 <"), "damaged"),
+        (lambda r: r["confusions"]["pairs"][0].__setitem__(0, 99), "is for other classes"),
+        (lambda r: r["confusions"]["pairs"][0].__setitem__(2, None), "damaged"),
+        (lambda r: r["confusions"]["matrix"]["of"][0].pop(), "damaged"),
+        (lambda r: r["misses"][0].pop(), "damaged"),
+        (lambda r: r["misses"][0].__setitem__(3, "0.5"), "damaged"),
+        (lambda r: r["calibration"].pop("before"), "damaged"),
+        (lambda r: r.pop("weights"), "damaged"),
+        (lambda r: r.clear(), "damaged"),
+    ],
+)
+def test_a_damaged_record_is_told_of_and_left_out(tmp_path, change, message):
+    folder = make_recorded_run(tmp_path / "run", names=["a", "b", "c", "d"])
+    path = folder / "evaluation.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    page = make_page([folder])
+    assert message in Text(page).text and '<section id="confusions"' not in page and '<section id="classes"' in page
 
 
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
@@ -128,12 +143,16 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
     groups = group_runs([read_run(f) for f in (*seeds[:2], other, seeds[2])])
     assert [[r.folder.name for r in g.runs] for g in groups] == [["s0", "s1", "s2"], ["other"]]
     assert [g.label for g in groups] == [groups[0].options["method.name"], "an"]
-    page = Text(make_page([*seeds, other]))
+    made = make_page([*seeds, other])
+    page = Text(made)
     maps = [statistics.mean([90.0 + i, 80, 10]) for i in range(3)]
     assert f"{statistics.mean(maps):.2f} ± {statistics.stdev(maps):.2f}" in page.text
-    gains = page.text.index("where it does best")
-    # Class 1 gains most (80 to 99), class 0 loses most (91 to 50).
-    assert page.text.index(NAMES[1], gains) < page.text.index("Where it does worst") < page.text.index("cat", gains)
+    # Every run is a dot, and is called the same everywhere.
+    for name in ("s0", "s1", "s2"):
+        assert f"{groups[0].label}, seed {name[1]}: {maps[int(name[1])]:.2f}" in made
+    ap, deviation = (class_table(made)["groups"][0][name] for name in ("ap", "deviation"))
+    assert ap == [91.0, 80.0, None, 10.0] and deviation == [1.0, 0.0, None, 0.0]
+    assert class_table(made)["groups"][1]["deviation"] is None
 
 
 def test_labels_tell_groups_apart(tmp_path):
@@ -221,10 +240,10 @@ def test_damaged_results_are_named(tmp_path, text):
 
 
 def test_the_precision_of_nothing_is_not_drawn():
-    assert _plotted({"selected_count": 0.0, "selection_precision": 0.0}, "selection_precision") is None
-    assert _plotted({"selected_count": 8.0, "selection_precision": 0.0}, "selection_precision") == 0.0
-    assert _plotted({"selected_count": 0.0, "selection_recall": 0.0}, "selection_recall") == 0.0
-    assert _plotted({"t_gap": "high"}, "t_gap") is None
+    assert drawn({"selected_count": 0.0, "selection_precision": 0.0}, "selection_precision") is None
+    assert drawn({"selected_count": 8.0, "selection_precision": 0.0}, "selection_precision") == 0.0
+    assert drawn({"selected_count": 0.0, "selection_recall": 0.0}, "selection_recall") == 0.0
+    assert drawn({"t_gap": "high"}, "t_gap") is None
 
 
 def test_the_set_up_stands_in_few_lines(tmp_path):
@@ -286,21 +305,22 @@ def test_what_is_unhealthy_is_said(tmp_path, changes, message):
     assert not health(read_run(make_run(tmp_path / "fine", maps=[60.0, 70.0, 66.0, 64.0], losses=[1.0, 0.5, 0.6, 0.7])))
 
 
-def test_a_fifth_of_the_vocabulary_fits_on_a_page(tmp_path):
-    number = 9605
+def test_every_class_of_a_large_vocabulary_is_on_the_page(tmp_path):
+    number = 9668
     names = [f"class {i}" for i in range(number)]
     runs = [
         make_run(tmp_path / f"r{i}", "--method", m, names=names, aps=[(i * 7 + j) % 101 for j in range(number)])
         for i, m in enumerate(("an", "asl"))
     ]
     page = make_page(runs)
-    assert len(page) < 1_000_000 and len(re.findall("class [0-9]+<", page)) == 20
+    table = class_table(page)
+    assert len(page) < 1_000_000 and table["names"] == names and len(table["groups"][1]["ap"]) == number
 
 
 def test_runs_with_other_classes_are_compared_by_their_figures_alone(tmp_path):
     two = make_run(tmp_path / "two", "--method", "an", names=["a", "b"], aps=[1.0, 2.0])
     page = Text(make_page([make_run(tmp_path / "four"), two]))
-    assert "different classes" in page.text and "1.50" in page.text and "where it does best" not in page.text
+    assert "different classes" in page.text and "1.50" in page.text and "Find a class" not in page.text
 
 
 def test_small_helpers():
@@ -308,6 +328,9 @@ def test_small_helpers():
     assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 0}]) == ["b", "c"]
     assert mean_text([]) == mean_text([None]) == "-" and mean_text([2.0, None]) == "2.00"
     assert mean_text([1.0, 3.0], ".1f") == "2.0 ± 1.4"
+    assert nice_ticks(61.3, 84.2) == [60, 65, 70, 75, 80, 85] and nice_ticks(0, 0.07, 4) == [0, 0.02, 0.04, 0.06, 0.08]
+    assert nice_ticks(5, 5)[0] < 5 < nice_ticks(5, 5)[-1] and log_ticks(1, 100) == [1, 10, 100]
+    assert log_ticks(3, 101) == [1, 10, 100, 1000] and tick_text(40_000) == "40k" and tick_text(0.25) == "0.25"
     assert Run(Path("x"), {"train.epochs": 3, "train.linear_epochs": 2}).planned_epochs == 5
 
 
@@ -340,3 +363,76 @@ def test_what_users_get_wrong(tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml is not valid YAML in line 1"):
         make_page([run])
     assert not (tmp_path / "page.html").exists()
+    with pytest.raises(UserError, match="--images is 33; it must lie between 0 and 32"):
+        report_command.main([str(run), "--images", "33", "--out", str(tmp_path / "page.html")])
+
+
+def marks(svg: str, tag: str) -> list[dict[str, str]]:
+    """Attributes of the elements of a chart, which must be well-formed."""
+    return [dict(e.attrib) for e in ET.fromstring(svg).iter() if e.tag == tag]
+
+
+def test_lines_have_gaps_and_bars_begin_at_0(tmp_path):
+    chart = Chart("x", [0, 1, 2, 3], [0, 10])
+    chart.line([(0, 1.0), (1, None), (2, 3.0), (3, 4.0)], "g0")
+    (path,) = [p for p in marks(chart.svg(), "path") if "line" in p["class"]]
+    assert path["d"].count("M") == 2 and path["d"].count("L") == 1
+    run = read_run(make_recorded_run(tmp_path / "run", names=["a", "b", "c"]))
+    figure, head, rows = time_section(group_runs([run]))
+    bars = [r for r in marks(figure.svg, "rect") if r["class"].startswith("t")]
+    assert float(bars[0]["x"]) == 10 and head[1:-1] == list(time_parts(run)) and len(rows) == 1
+    widths = [float(bar["width"]) for bar in bars]
+    seconds = list(time_parts(run).values())
+    assert widths == pytest.approx([w / seconds[0] * widths[0] for w in seconds], abs=0.02)
+
+
+def test_where_the_time_went(tmp_path):
+    run = read_run(make_recorded_run(tmp_path / "run", names=["a", "b", "c"]))
+    # Four epochs of 3 s, 5% of them waiting; what was logged between and after.
+    assert time_parts(run) == pytest.approx(
+        {
+            "training": 11.4,
+            "waiting for data": 0.6,
+            "validation": 2.0,
+            "saving": 1.2,
+            "thresholds": 0.3,
+            "test": 1.1,
+        }
+    )
+    run.epochs[0]["saving_within_seconds"] = 1.0
+    assert time_parts(run)["training"] == pytest.approx(10.4) and time_parts(run)["saving"] == pytest.approx(2.2)
+    # An older run has logged the first two alone, and nothing is made up.
+    old = read_run(make_run(tmp_path / "old", data_wait=0.0))
+    assert set(time_parts(old)) == {"training", "waiting for data"}
+    assert time_section(group_runs([Run(Path("x"), {})])) is None
+
+
+def test_a_dot_for_every_run_that_has_the_figure(tmp_path):
+    runs = [read_run(make_run(tmp_path / str(i), "--run.seed", str(i), aps=[50.0 + i] * 4)) for i in range(3)]
+    (group,) = group_runs(runs)
+    values = {runs[0].name: 1.0, runs[1].name: float("nan"), runs[2].name: 3.0}
+    figure = strip_chart("x", [group], lambda run: values[run.name])
+    dots = marks(figure.svg, "circle")
+    assert len(dots) == 2 and "2.00 ± 1.41" in figure.svg
+    assert strip_chart("x", [group], lambda run: None) is None
+    # Mean and deviation lie within the axis.
+    spread = next(p for p in marks(figure.svg, "path") if "spread" in p["class"])["d"]
+    low, high = float(spread[1:].split()[0]), float(spread.split("H")[1])
+    assert 10 <= low < float(dots[0]["cx"]) < float(dots[1]["cx"]) < high <= 386
+
+
+def test_epochs_without_a_figure_are_gaps_of_the_mean(tmp_path):
+    runs = [make_run(tmp_path / str(i), "--run.seed", str(i), losses=[1.0, None, 0.4, 0.2]) for i in range(2)]
+    groups = group_runs([read_run(r) for r in runs])
+    (figure,) = epoch_charts(groups, ["loss"])
+    lines = [p for p in marks(figure.svg, "path") if "line" in p["class"]]
+    assert [("pale" in p["class"], p["d"].count("M")) for p in lines] == [(True, 2), (True, 2), (False, 2)]
+
+
+def test_one_name_for_a_run_everywhere(tmp_path):
+    same = [make_run(tmp_path / name, "--run.seed", "0") for name in ("a", "b")]
+    groups = group_runs([read_run(r) for r in same])
+    names = [run.name for run in groups[0].runs]
+    assert len(set(names)) == 2 and all(str(folder) in name for folder, name in zip(same, names, strict=True))
+    hostile = make_run(tmp_path / "\u202egnp", "--run.seed", "0")
+    assert "\u202e" not in re.sub(r"<bdi>/.*?</bdi>", "", make_page([*same, hostile]))

@@ -4,13 +4,7 @@
 // The page's data, the decisions so far, and what to do when a card is used: decide(row, what), select(place), open(place).
 const makeCards = (data, state, act) => {
   const $ = (id) => document.getElementById(id);
-  // Characters that would turn the text about or that nobody sees are spelled out.
-  const shown = (text) =>
-    text.replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g,
-      (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
-  const shortened = (text, most) =>
-    text.length <= most ? text : text.slice(0, Math.ceil(most / 2) - 1) + "…" + text.slice(text.length - Math.floor(most / 2));
-  const number = (value) => value.toLocaleString("en");
+  const { shown, shortened, number, element } = Shared;
   const className = (row) => shown(data.classes[data.rows.class[row]]);
   const image = (row) => data.images[data.rows.image[row]];
   const known = (row) => data.rows.known[row];
@@ -20,37 +14,11 @@ const makeCards = (data, state, act) => {
   const adds = (row) => Review.suggestionOf(known(row)) === "positive";
   const truth = (row) => (data.truth === null ? "?" : data.truth[row]);
 
-  function element(tag, attributes = {}, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name === "class") made.className = value;
-      else made.setAttribute(name, value);
-    }
-    made.append(...children);
-    return made;
-  }
-
-  // The map's cells as colours; the browser stretches them over the picture.
-  const COLOURS = [[199, 13, 33], [13, 71, 191]];
   function drawMap(canvas, row) {
     const text = data.rows.map[row];
     const choice = $("map").value;
     canvas.hidden = text === "" || choice === "off";
-    if (canvas.hidden) return;
-    const [height, width] = data.grid;
-    canvas.width = width;
-    canvas.height = height;
-    const context = canvas.getContext("2d");
-    const pixels = context.createImageData(width, height);
-    const raw = atob(text);
-    for (let k = 0; k < width * height; k += 1) {
-      const cell = (raw.charCodeAt(k) << 24) >> 24;
-      const value = choice === "for" ? Math.max(0, cell) : cell;
-      // Lifted, so that weak evidence is visible too.
-      const alpha = 0.72 * Math.abs(value / 127) ** 0.7;
-      pixels.data.set([...COLOURS[value < 0 ? 1 : 0], Math.round(255 * alpha)], 4 * k);
-    }
-    context.putImageData(pixels, 0, 0);
+    if (!canvas.hidden) Shared.drawCells(canvas, text, data.grid, choice === "for");
   }
 
   const KEYS = { accept: "A", reject: "R", skip: "S" };

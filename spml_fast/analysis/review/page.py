@@ -13,16 +13,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-import jinja2
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup
 
+from spml_fast.analysis.pages.inline import render_page
 from spml_fast.analysis.review.files import PAGE, THUMBNAIL_FOLDER, THUMBNAILS, Json, is_file
-from spml_fast.analysis.review.pictures import Pictures
+from spml_fast.analysis.review.pictures import Pictures, encoded_map, map_scale
 from spml_fast.analysis.suggest import KINDS, Suggestions
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_text
@@ -37,8 +35,6 @@ SCRIPTS = ("state.js", "cards.js", "filters.js", "view.js")
 SIDE, FOLDER_SIDE = 192, 384
 # Suggestions a list of one file: of photographs 180 MB by estimate; browsers hold half a GB as one text.
 MOST_IN_FILE = 5_000
-# Cells of a map beyond the scale's end are as strong as it.
-_LARGEST = 127
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def page_data(about: About, lists: Sequence[Suggestions], pictures: Pictures) ->
     runs = list(dict.fromkeys(run for found in lists for run in found.runs))
     maps = [pictures.maps.get((i, c)) for i, c in zip(index.tolist(), class_id.tolist(), strict=True)]
     there = [cells for cells in maps if cells is not None]
-    scale = _scale(there)
+    scale = map_scale(there)
     data: Json = {
         "run": about.run,
         "runs": [formula_safe_path(run) for run in runs],
@@ -93,7 +89,7 @@ def page_data(about: About, lists: Sequence[Suggestions], pictures: Pictures) ->
             "known": [KINDS.index(found.code) for found in lists for _ in range(len(found))],
             "probability": [repr(p) for found in lists for p in found.probability.tolist()],
             "run": [runs.index(found.runs[k]) for found in lists for k in found.run_places.tolist()],
-            "map": ["" if cells is None else _encoded(cells, scale) for cells in maps],
+            "map": ["" if cells is None else encoded_map(cells, scale) for cells in maps],
         },
         "grid": list(there[0].shape) if there else None,
         "signed": pictures.signed,
@@ -103,20 +99,6 @@ def page_data(about: About, lists: Sequence[Suggestions], pictures: Pictures) ->
     suggested = [data["split"], data["classes"], [image["path"] for image in data["images"]], rows]
     data["id"] = hashlib.sha256(json.dumps(suggested).encode()).hexdigest()[:16]
     return data
-
-
-def _scale(maps: Sequence[npt.NDArray[np.float16]]) -> float:
-    """The end of the colour scale: 99 per cent of all cells of the maps lie within plus and minus this."""
-    if not maps:
-        return 1.0
-    end = float(np.percentile(np.abs(np.concatenate([cells.ravel() for cells in maps])).astype(np.float32), 99))
-    return end if end > 0 and np.isfinite(end) else 1.0
-
-
-def _encoded(cells: npt.NDArray[np.float16], scale: float) -> str:
-    """A map's cells as int8 in base64, row by row."""
-    value = np.nan_to_num(cells.astype(np.float32) / scale)
-    return base64.b64encode((np.clip(value, -1, 1) * _LARGEST).round().astype(np.int8).tobytes()).decode()
 
 
 def _truth(lists: Sequence[Suggestions], split: Split) -> str:
@@ -132,15 +114,6 @@ def with_sources(data: Json, sources: Sequence[str]) -> Json:
     return data | {"images": [image | {"src": src} for image, src in zip(data["images"], sources, strict=True)]}
 
 
-def _part(name: str) -> str:
-    return resources.files("spml_fast.analysis.review").joinpath(name).read_text(encoding="utf-8")
-
-
-def _checksum(text: str) -> Markup:
-    """What a content security policy calls an inline script or style."""
-    return Markup("'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'")
-
-
 def render(data: Json, image_source: str) -> str:
     """The page.
 
@@ -148,22 +121,15 @@ def render(data: Json, image_source: str) -> str:
         data: as `page_data` gives it, `with_sources`.
         image_source: where the content security policy lets pictures come from.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spml_fast.analysis.review", ""), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    style, script = _part("review.css"), "".join(map(_part, SCRIPTS))
     run, split, manifest = (printable(data[name]) for name in ("run", "split", "manifest"))
-    return environment.get_template("review.html").render(
-        title=f"Review: {printable(Path(data['run']).name or data['run'])}",
-        about=f"{split} split of {manifest}, suggested by {run}",
-        signed=data["signed"],
-        image_source=Markup(image_source),
-        style=Markup(style),
-        style_hash=_checksum(style),
-        script=Markup(script),
-        script_hash=_checksum(script),
-        data=data,
-    )
+    values = {
+        "title": f"Review: {printable(Path(data['run']).name or data['run'])}",
+        "about": f"{split} split of {manifest}, suggested by {run}",
+        "signed": data["signed"],
+        "image_source": Markup(image_source),
+        "data": data,
+    }
+    return render_page("spml_fast.analysis.review", "review.html", ["review.css"], SCRIPTS, values)
 
 
 def page_output(out: Path, overwrite: bool) -> OutputFile:

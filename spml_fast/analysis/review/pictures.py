@@ -6,6 +6,7 @@ look alike. Maps are of the suggested classes alone.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 from collections import defaultdict
@@ -31,6 +32,8 @@ from spml_fast.runs.open import load_classifier, load_run_config
 # Images that are opened at a time; packed ones are unpacked for it.
 PART = 512
 JPEG_QUALITY = 82
+# Cells of a map beyond the scale's end are as strong as it.
+_LARGEST = 127
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,20 @@ def make_thumbnail(pixels: npt.NDArray[np.uint8], aspect: float, side: int) -> T
     file = io.BytesIO()
     Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS).save(file, "JPEG", quality=JPEG_QUALITY)
     return Thumbnail(file.getvalue(), width, height)
+
+
+def map_scale(maps: Sequence[npt.NDArray[np.float16]]) -> float:
+    """The end of the colour scale: 99 per cent of all cells of the maps lie within plus and minus this."""
+    if not maps:
+        return 1.0
+    end = float(np.percentile(np.abs(np.concatenate([cells.ravel() for cells in maps])).astype(np.float32), 99))
+    return end if end > 0 and np.isfinite(end) else 1.0
+
+
+def encoded_map(cells: npt.NDArray[np.float16], scale: float) -> str:
+    """A map's cells as int8 in base64, row by row."""
+    value = np.nan_to_num(cells.astype(np.float32) / scale)
+    return base64.b64encode((np.clip(value, -1, 1) * _LARGEST).round().astype(np.int8).tobytes()).decode()
 
 
 def pairs_by_run(lists: Sequence[Suggestions]) -> dict[str, dict[int, list[int]]]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from spml_fast.analysis.pages.inline import part
 from spml_fast.analysis.review import page as review_page
 from spml_fast.analysis.review.decisions import suggestion_cells
 from spml_fast.analysis.review.files import KNOWN, MARK, PAGE
@@ -264,8 +265,8 @@ def test_what_users_get_wrong(run: Path, tmp_path: Path) -> None:
 def test_kinds_are_those_of_the_page() -> None:
     """Places in `known` are those of the words that page and server use."""
     assert tuple(NAMES[code] for code in KINDS) == KNOWN
-    assert f"const KNOWN = {json.dumps(KNOWN)}" in review_page._part("state.js")
-    assert f"const HEADER = {json.dumps(DECISION_COLUMNS)}" in review_page._part("state.js")
+    assert f"const KNOWN = {json.dumps(KNOWN)}" in part("spml_fast.analysis.review", "state.js")
+    assert f"const HEADER = {json.dumps(DECISION_COLUMNS)}" in part("spml_fast.analysis.review", "state.js")
 
 
 def test_maps_are_of_the_run_that_judged(run: Path, small_digits: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Groups of runs, and the tables of the report."""
+"""Groups of runs that differ in their seed alone, and the tables about them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from typing import Any
 import numpy as np
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.io import printable
 from spml_fast.data.labels import POSITIVE
 from spml_fast.data.manifest import Manifest, may_exist
 from spml_fast.runs.read import Run, number
 
-# Okabe and Ito's colours, which most colour-blind people tell apart; the ninth group starts again with dashes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#8F7C00")
-
-DASHES = ("-", "--", ":", "-.")
+# Colours of the page's style, after Okabe and Ito's, which most colour-blind people tell apart; the ninth group starts
+# again with dashes.
+COLOURS = tuple(f"g{k}" for k in range(8))
+DASHES = ("", "7 4", "2 3", "8 3 2 3")
 
 # Options of the directory, the seed and resuming: runs that differ in these alone are repetitions of each other.
 REPETITION = ("run.dir", "run.seed", "run.resume", "run.keep", "run.save_updates")
 
 # Longer values of options are cut in the names of groups.
 LABEL_VALUE = 24
-
-# Rows of the tables of classes.
-CLASS_ROWS = 10
 
 
 @dataclass
@@ -38,8 +36,8 @@ class RunGroup:
     Attributes:
         runs: at least one.
         label: for people, different for every group.
-        colour: of its curves.
-        dash: of its curves, a line style of matplotlib.
+        colour: class of its marks in the page's style.
+        dash: of its lines, as SVG has it.
     """
 
     runs: list[Run]
@@ -63,13 +61,28 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
     for place, group in enumerate(groups):
         group.colour = COLOURS[place % len(COLOURS)]
         group.dash = DASHES[place // len(COLOURS) % len(DASHES)]
-        group.label = _label(group, groups)
-    for suffix in (lambda g: g.runs[0].folder.name, lambda g: str(groups.index(g) + 1)):
+        group.label = printable(_label(group, groups))
+    for suffix in (lambda g: printable(g.runs[0].folder.name), lambda g: str(groups.index(g) + 1)):
         labels = [g.label for g in groups]
         for group in groups:
             if labels.count(group.label) > 1:
                 group.label += f" ({suffix(group)})"
+    _name_runs(groups)
     return groups
+
+
+def _name_runs(groups: Sequence[RunGroup]) -> None:
+    """What every run is called everywhere: its setting's label, and where that has several runs the seed."""
+    for group in groups:
+        for run in group.runs:
+            run.name = group.label
+            if len(group.runs) > 1:
+                run.name += f", seed {option_text(run.options.get('run.seed'))}"
+    runs = [run for group in groups for run in group.runs]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name += f" ({printable(str(run.folder))})"
 
 
 def _label(group: RunGroup, groups: list[RunGroup]) -> str:
@@ -149,6 +162,12 @@ def setup_rows(runs: Sequence[Run]) -> list[tuple[str, str]]:
         for name, text in texts.items():
             rows.setdefault(name, []).append(text)
     return [(name, "; ".join(dict.fromkeys(texts))) for name, texts in rows.items()]
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Mean of those that are numbers; None where there is none."""
+    known = [v for value in values if (v := number(value)) is not None]
+    return statistics.fmean(known) if known else None
 
 
 def mean_text(values: Iterable[float | None], form: str = ".2f") -> str:
@@ -261,30 +280,3 @@ def _counts(run: Run) -> np.ndarray | None:
     except UserError as error:
         run.notes.append(f"labels of the training split are missing: {error}")
         return None
-
-
-ClassRow = tuple[str, list[str]]
-
-
-def class_tables(groups: Sequence[RunGroup], names: Sequence[str]) -> list[tuple[str, list[str], list[ClassRow]]]:
-    """Tables of a few classes: the best and the worst of a group, or where the first and the last group differ most."""
-    having = [(g, ap) for g in groups if (ap := class_ap(g)) is not None and len(ap) == len(names)]
-    if not having:
-        return []
-    first, last = having[0][1], having[-1][1]
-    score = last - first if len(having) > 1 else first
-    order = [int(i) for i in np.argsort(-score, kind="stable") if not np.isnan(score[i])]
-    head = [g.label for g, _ in having]
-    if len(having) == 1:
-        titles = ("Best classes", "Worst classes")
-    else:
-        titles = (f"{head[-1]} against {head[0]}: where it does best", "Where it does worst")
-
-    def rows(chosen: Iterable[int]) -> list[ClassRow]:
-        return [(names[c], ["-" if np.isnan(ap[c]) else f"{ap[c]:.1f}" for _, ap in having]) for c in chosen]
-
-    count = min(CLASS_ROWS, (len(order) + 1) // 2)
-    tables = [(titles[0], head, rows(order[:count]))]
-    if len(order) > count:
-        tables.append((titles[1], head, rows(order[: -count - 1 : -1][: len(order) - count])))
-    return tables
