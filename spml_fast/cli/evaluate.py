@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate and print."""
     args = parse(argv)
     common.check_at_least_one(args, "batch_size")
+    if args.record and (args.split is not None or args.alpha is not None):
+        raise UserError("--record is of the run's test split at its own alpha; leave out --split and --alpha")
     out = common.output_file(args, "json", "json", writer_name("evaluate"))
     with common.ranks() as device:
         evaluate(args, out, device)

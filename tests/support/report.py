@@ -63,11 +63,16 @@ def make_run(
     if finished:
         aps = [90.0, 80.0, None, 10.0] if aps is None else aps
         known = [a for a in aps if a is not None]
-        metrics = {"map": statistics.mean(known), "OF1": 50.0, "CF1": 40.0, "per_class_ap": aps}
+        metrics: dict[str, Any] = {"map": statistics.mean(known), "OF1": 50.0, "CF1": 40.0, "per_class_ap": aps}
         metrics |= dict.fromkeys(
             ("map_zero", "map_skip_unlabelled", "map_skipping", "map_skip_one_sided"), metrics["map"]
         )
-        figures = {"best_epoch": 4, "best_val_map": max(maps), "images_per_second": 100.0, "data_wait": 0.02}
+        figures: dict[str, Any] = {
+            "best_epoch": 4,
+            "best_val_map": max(maps),
+            "images_per_second": 100.0,
+            "data_wait": 0.02,
+        }
         figures |= {
             "train_seconds": 30.0,
             "alpha": {"1": metrics, "5": metrics | {"map": metrics["map"] + 1}},

@@ -63,8 +63,8 @@ def class_data(
         if found is not None:
             place, record = found
             thresholds = decided[place]
-            use = record["decided"] is not None and thresholds is not None
-            counted = record["decided"] if use else record["plain"]
+            thresholds = thresholds if record["decided"] is not None else None
+            counted = record["plain"] if thresholds is None else record["decided"]
             one |= {
                 "run": group.runs[place].name,
                 "split": record["split"],
@@ -73,7 +73,7 @@ def class_data(
                 "predicted": counted["predicted"],
                 "hits": counted["hits"],
                 "plain": record["threshold_probability"],
-                "thresholds": _thresholds(thresholds) if use else None,
+                "thresholds": None if thresholds is None else _thresholds(thresholds),
                 "curves": record["curves"],
             }
         elif (chosen := _first(decided)) is not None:

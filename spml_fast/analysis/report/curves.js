@@ -36,7 +36,6 @@ const makeCurves = (data, figures) => {
   const WIDE = 64;
   const HIGH = 24;
   function spark(group, row) {
-    if (!group.curves) return null;
     const line = svg("path", { d: path(points(group, row), (v) => 1 + v * (WIDE - 2), (v) => HIGH - 1 - v * (HIGH - 2)) });
     return svg("svg", { class: `spark ${group.colour}`, width: WIDE, height: HIGH, "aria-hidden": "true" }, svg("rect", { width: WIDE, height: HIGH, rx: 3 }), line);
   }

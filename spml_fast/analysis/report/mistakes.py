@@ -116,7 +116,7 @@ def selected_labels(run: Run, count: int) -> list[tuple[str, list[Wanted]]]:
     return [(f"Epoch {epochs[k][0]}", epochs[k][1][:count]) for k in places.tolist()]
 
 
-TOLD = {True: "a hidden positive", False: "not there: the method was wrong", None: "the truth is not known"}
+TOLD = {True: "right: a hidden positive", False: "wrong: not there", None: "the truth is not known"}
 
 
 def _logged_labels(epoch: dict[str, Any], classes: int) -> list[Wanted]:

@@ -24,6 +24,8 @@ const makeTable = (data, figures, act) => {
   const { element, shown, shortened, number } = Shared;
   const $ = (id) => document.getElementById(id);
   const narrow = matchMedia("(max-width: 40rem)");
+  // Where there is no room for every column.
+  const medium = matchMedia("(max-width: 60rem)");
   const text = (value, digits) => (value === null ? "–" : value === Infinity ? "never" : value.toFixed(digits));
   const names = data.names.map(shown);
   const folded = names.map((name) => name.toLowerCase());
@@ -43,36 +45,40 @@ const makeTable = (data, figures, act) => {
       const other = (row) => figures.ap(second, row);
       const gain = (row) => (figures.ap(first, row) === null || other(row) === null ? null : other(row) - figures.ap(first, row));
       add("against", `AP, ${shortened(second.label, 14)}`, "other", "4.6rem", other, (row) => text(other(row), 1));
-      add("gain", "difference", "±", "5rem", gain, (row) => (gain(row) > 0 ? "+" : "") + text(gain(row), 1), true);
+      add("gain", "difference", "±", "4.8rem", gain, (row) => (gain(row) > 0 ? "+" : "") + text(gain(row), 1));
     }
-    if (figures.there(first, "precision")) add("precision", "precision, %", "P", "5rem", ...per("precision", 1));
+    if (figures.there(first, "precision")) add("precision", "precision, %", "P", "4.6rem", ...per("precision", 1));
     if (figures.there(first, "recall")) add("recall", "recall, %", "R", "4.2rem", ...per("recall", 1));
-    if (!second && figures.there(first, "threshold")) add("threshold", "threshold", "from", "4.6rem", ...per("threshold", 3), true);
+    if (!second && figures.there(first, "threshold")) add("threshold", "threshold", "from", "4.5rem", ...per("threshold", 3), true);
     if (figures.there(first, "positives")) {
-      add("positives", "positives known", "+", "5rem", (row) => figures.positives(first, row), (row) => number(first.positives[row]));
-      if (!second) add("prevalence", "prevalence, %", "", "5.4rem", (row) => figures.prevalence(first, row), (row) => text(figures.prevalence(first, row), 2), true);
+      add("positives", "positives known", "+", "4.6rem", (row) => figures.positives(first, row), (row) => number(first.positives[row]), Boolean(second));
+      if (!second) add("prevalence", "prevalence, %", "", "5rem", (row) => figures.prevalence(first, row), (row) => text(figures.prevalence(first, row), 2), true);
     }
-    if (data.training && !second) add("training", "seen in training", "", "4.6rem", (row) => data.training[row], (row) => number(data.training[row]), true);
-    return made;
+    if (data.training && !second) add("training", "seen in training", "", "4.4rem", (row) => data.training[row], (row) => number(data.training[row]), true);
+    return made.filter((column) => !(medium.matches && column.extra));
   }
 
+  let settings = [];
+  const curve = () => Boolean(settings[0].curves) && !medium.matches;
+
   function setSettings(first, second) {
+    settings = [first, second];
     columns = columnsOf(first, second);
     if (!columns.some((column) => column.key === sort.key)) sort = { key: columns[Math.min(1, columns.length - 1)].key, down: true };
-    $("grid").style.setProperty("--tracks", columns.slice(1).map((c) => c.track).join(" ") + (first.curves ? " 4.6rem" : ""));
+    $("grid").style.setProperty("--tracks", columns.slice(1).map((c) => c.track).join(" ") + (curve() ? " 4.4rem" : ""));
     $("sort").replaceChildren(...columns.flatMap((column) => [true, false].map((down) =>
       element("option", { value: `${column.key} ${down}` }, `${column.label}, ${column.key === "name" ? (down ? "Z to A" : "A to Z") : down ? "highest first" : "lowest first"}`))));
-    drawHeads(first);
+    drawHeads();
     arrange();
   }
 
-  function drawHeads(first) {
+  function drawHeads() {
     const made = columns.map((column) => {
       const button = element("button", { type: "button" }, column.label);
       button.addEventListener("click", () => sortBy(column.key, sort.key === column.key ? !sort.down : column.down));
       return element("div", { role: "columnheader", "data-key": column.key }, button);
     });
-    if (first.curves) made.push(element("div", { role: "columnheader" }, element("span", { class: "muted" }, "curve")));
+    if (curve()) made.push(element("div", { role: "columnheader" }, element("span", { class: "muted" }, "curve")));
     $("heads").replaceChildren(...made);
     $("grid").setAttribute("aria-colcount", made.length);
   }
@@ -112,7 +118,7 @@ const makeTable = (data, figures, act) => {
   function makeRow(place) {
     const row = order[place];
     const cells = columns.map((column) => {
-      const cell = element("div", { role: "cell", ...(column.extra ? { class: "extra" } : {}), ...(column.short ? { "data-short": column.short } : {}) });
+      const cell = element("div", { role: "cell", ...(column.short ? { "data-short": column.short } : {}) });
       if (column.key === "name") {
         cell.append(element("bdi", { title: shortened(names[row], 400) }, shortened(names[row], 120)));
       } else {
@@ -120,8 +126,7 @@ const makeTable = (data, figures, act) => {
       }
       return cell;
     });
-    const spark = act.spark(row);
-    if (spark) cells.push(element("div", { role: "cell", class: "extra" }, spark));
+    if (curve()) cells.push(element("div", { role: "cell" }, act.spark(row)));
     const made = element("div", { role: "row", class: "row", tabindex: "-1", "data-place": place, "aria-rowindex": place + 1 }, ...cells);
     made.style.top = `${place * height()}px`;
     return made;
@@ -201,6 +206,7 @@ const makeTable = (data, figures, act) => {
     sortBy(key, down === "true");
   });
   narrow.addEventListener("change", () => draw(true));
+  medium.addEventListener("change", () => setSettings(...settings));
   addEventListener("beforeprint", () => draw(false, true));
   addEventListener("afterprint", () => draw(true));
   return { setSettings, sortBy, names };

@@ -21,6 +21,7 @@ from spml_fast.cli import relabel
 from spml_fast.core.outputs import DECISION_COLUMNS, OutputFile
 from spml_fast.core.text import formula_safe_path
 from spml_fast.data.manifest import Manifest
+from tests.support.browser import watched_tab
 from tests.support.review import BROWSER_OPTIONS, HOSTILE_CLASSES, MadePage, find_browser, make_review_page
 from tests.support.runs import environment
 
@@ -45,20 +46,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def tab(browser: Any) -> Iterator[Page]:
     """A tab of a new profile, in which no program may fail and nothing may ask the network."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
-    page = context.new_page()
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("request", lambda request: problems.append(request.url) if _outside(request.url) else None)
-    page.expected_problems = problems
-    yield page
-    context.close()
-    assert problems == []
-
-
-def _outside(url: str) -> bool:
-    return not url.startswith(("file:", "data:", "blob:", "http://127.0.0.1:"))
+    with watched_tab(browser, viewport={"width": 1280, "height": 800}, accept_downloads=True) as page:
+        yield page
 
 
 @pytest.fixture(scope="module")
