@@ -110,6 +110,8 @@ def confusions(entries: KnownEntries, sample: IntArray, predicted: BoolArray) ->
         in `elsewhere`. `matrix`: `classes`, those that the most confusions are about, and `count` and `of` of each pair
         of them as lists of rows a, 0 of which where a is b.
     """
+    if not (predicted & ~entries.positive).any():
+        return {"pairs": [], "matrix": None}
     number = entries.num_classes
     _, row = np.unique(sample, return_inverse=True)
     class_id = entries.class_id

@@ -120,7 +120,7 @@ def calibration_errors(groups: Sequence[RunGroup], found: Sequence[tuple[str, Re
             continue
         split, ends = one
         texts = [mean_text([(ends.get(end) or {}).get("expected_calibration_error")]) for end in ("before", "after")]
-        labels = sum(cell["entries"] for cell in ends["before"]["curve"])
+        labels = sum(cell["entries"] for cell in (ends.get("before") or {}).get("curve") or [])
         rows.append([group.runs[0].name if len(group.runs) > 1 else group.label, split, f"{labels:,}", *texts])
     head = ["", "split", "known labels", "calibration error, %", "after calibration, %"]
     return (head, rows) if rows else None
