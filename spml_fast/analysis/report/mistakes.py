@@ -157,7 +157,7 @@ def _readable(split: Split, wanted: Sequence[Wanted]) -> list[Wanted]:
         raise UserError("the data set has other images than when the run was made")
     there = same if split.shards is not None else [one for one in same if os.path.isfile(split.path(one.sample))]
     if not there:
-        raise UserError(f"its images are not at {printable(split.path(same[0].sample))} any more")
+        raise UserError(f"its images are not in {printable(str(split.image_root))} any more")
     return there
 
 
