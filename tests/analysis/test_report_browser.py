@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spml_fast.analysis.report.page import make_page
-from tests.support.browser import watched_tab
+from tests.support.browser import TIMEOUT, watched_tab
 from tests.support.report import make_large_run, make_recorded_run
 from tests.support.review import BROWSER_OPTIONS, HOSTILE_CLASSES, find_browser
 
@@ -29,7 +29,7 @@ NAMES = [f"class {i}" for i in range(40)]
 def browser() -> Iterator[Any]:
     """One browser for all tests, which have a profile each."""
     with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS)
+        found = driver.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS, timeout=TIMEOUT)
         yield found
         found.close()
 

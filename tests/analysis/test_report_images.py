@@ -42,18 +42,10 @@ def run(digits: Path, tmp_path: Path) -> Path:
     split = Manifest(digits).split("test")
     train = Manifest(digits).split("train")
     noted = [[3, train.relative_path(3), 1, True], [5, train.relative_path(5), 2, False]]
-    small = ("--model.backbone", "test_resnet", "--model.pretrained", "false", "--data.image_size", "64")
-    folder = make_run(
-        tmp_path / "run",
-        "--data.dir",
-        str(digits),
-        *small,
-        "--train.precision",
-        "fp32",
-        names=DIGITS,
-        aps=[50.0] * 10,
-        epoch={"selected_examples": noted},
-    )
+    options = ["--data.dir", str(digits), "--model.backbone", "test_resnet", "--model.pretrained", "false"]
+    options += ["--data.image_size", "64", "--train.precision", "fp32"]
+    epoch = {"selected_examples": noted}
+    folder = make_run(tmp_path / "run", *options, names=DIGITS, aps=[50.0] * 10, epoch=epoch)
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(len(split), 10)).astype(np.float32)
     paths = [split.relative_path(i) for i in range(len(split))]

@@ -6,6 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+# Milliseconds.
+TIMEOUT = 180_000
+
 
 def _outside(url: str) -> bool:
     return not url.startswith(("file:", "data:", "blob:", "http://127.0.0.1:"))
@@ -22,6 +25,8 @@ def watched_tab(browser: Any, **options: Any) -> Iterator[Any]:
         options: of the profile.
     """
     context = browser.new_context(**options)
+    # Enough on a machine that is busy with other things.
+    context.set_default_timeout(TIMEOUT)
     page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
