@@ -22,6 +22,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from spml_fast.core.errors import UserError, run_command
+from tests.support.browser import TIMEOUT
 from tests.support.review import BROWSER_OPTIONS, find_browser
 
 WIDE, NARROW, GAP = 1180, 390, 16
@@ -40,6 +41,7 @@ def shot(browser: Any, page: Path, width: int, height: int, dark: bool, section:
     """
     scheme = "dark" if dark else "light"
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    context.set_default_timeout(TIMEOUT)
     tab = context.new_page()
     tab.goto(page.resolve().as_uri())
     if section is not None:
@@ -71,7 +73,7 @@ def main() -> None:
     if not args.page.is_file() or args.out.suffix.lower() != ".png":
         raise UserError(f"give a page that is there, not {args.page}, and a picture named .png, not {args.out}")
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=BROWSER_OPTIONS)
+        browser = driver.chromium.launch(executable_path=program, args=BROWSER_OPTIONS, timeout=TIMEOUT)
         shots = [shot(browser, args.page, WIDE, args.height, False, args.wide)]
         shots += [shot(browser, args.page, NARROW, args.height, True, part) for part in args.narrow]
         browser.close()

@@ -52,7 +52,7 @@ const makeTable = (data, figures, act) => {
     if (!second && figures.there(first, "threshold")) add("threshold", "threshold", "from", "4.5rem", ...per("threshold", 3), true);
     if (figures.there(first, "positives")) {
       add("positives", "positives known", "+", "4.6rem", (row) => figures.positives(first, row), (row) => number(first.positives[row]), Boolean(second));
-      if (!second) add("prevalence", "prevalence, %", "", "5rem", (row) => figures.prevalence(first, row), (row) => text(figures.prevalence(first, row), 2), true);
+      if (!second) add("prevalence", "prevalence", "", "5rem", (row) => figures.prevalence(first, row), (row) => text(figures.prevalence(first, row), 1) + (figures.prevalence(first, row) === null ? "" : "%"), true);
     }
     if (data.training && !second) add("training", "seen in training", "", "4.4rem", (row) => data.training[row], (row) => number(data.training[row]), true);
     return made.filter((column) => !(medium.matches && column.extra));
