@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -200,16 +201,20 @@ def test_an_export_decides_as_the_run_does(calibrated: Path, tmp_path: Path, kin
 
 def test_the_report_shows_them(trained: Path, calibrated: Path, tmp_path: Path) -> None:
     page = make_page([calibrated])
-    assert "<h2>Decisions</h2>" in page and "highest F1" in page and "per-class" in page
-    for row in record(calibrated)["classes"]:
-        assert f"{row['threshold_probability']:.3f}" in page
-    assert "(all classes&#39;)" in page, "classes with few labels are marked"
+    heading = "<h2>Calibration and thresholds</h2>"
+    assert heading in page and "highest F1" in page and "per-class" in page
+    (text,) = re.findall(r'id="class-data">(.+?)</script>', page, re.S)
+    (shown,) = json.loads(text)["groups"]
+    rows = record(calibrated)["classes"]
+    assert shown["thresholds"] == [pytest.approx(row["threshold_probability"], rel=1e-3) for row in rows]
+    assert shown["pooled"] == [place for place, row in enumerate(rows) if row["from"] == "pooled"]
+    assert shown["pooled"], "classes with few labels are marked"
     both = make_page([trained, calibrated])
-    assert "<h2>Decisions</h2>" in both and str(trained) in both
+    assert heading in both and str(trained) in both
     stale = copy(calibrated, tmp_path / "run")
     (stale / "model.safetensors").write_bytes(b"other")
     page = make_page([stale])
-    assert "<h2>Decisions</h2>" not in page and "thresholds of classes are not shown" in page
+    assert heading not in page and "thresholds of classes are not shown" in page
 
 
 class TestOtherWeights:

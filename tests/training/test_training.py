@@ -108,9 +108,12 @@ class TestQuickStart:
         page = make_page([finished[0]])
         trained = json.loads((finished[0] / "results.json").read_text())
         for alpha in ("1", "5"):
-            assert f">{trained['alpha'][alpha]['map']:.2f}<" in page
+            assert f"<dd>{trained['alpha'][alpha]['map']:.2f} <" in page
         # A label that training saw is in the plot against labels, since the data set is there.
-        assert "AP against labels" in page and "2 of 2" in page
+        assert "AP against labels" in page and "of 2</span>" in page
+        # What the run has kept of its test, and what it rejected, is on the page.
+        assert '<section id="confusions"' in page and '<section id="time"' in page
+        assert set(trained["seconds"]) >= {"test_seconds", "thresholds_seconds"}
 
     def test_evaluate_gives_the_same_figures(self, finished: tuple[Path, str], run_script: Run, tmp_path: Path) -> None:
         run, _ = finished

@@ -48,7 +48,8 @@ def class_data(
         `names`; `training` (counts of the first group that has them, or None); and `groups`, each with its `label`,
         `colour`, `ap` and `deviation` in per cent; and of its first run that has them, named `run`: `positives`,
         `negatives`, `predicted`, `hits` of the split `split`, at `thresholds` (None: never) or, where these are
-        null, at `plain`, a probability; `curves`, `points` of each class and bytes in base64.
+        null, at `plain`, a probability; `pooled`, the classes that take the threshold of
+        all; `curves`, `points` of each class and bytes in base64.
     """
     rows = []
     for group, evaluated, decided in zip(groups, evaluations, decisions, strict=True):
@@ -74,6 +75,7 @@ def class_data(
                 "hits": counted["hits"],
                 "plain": record["threshold_probability"],
                 "thresholds": None if thresholds is None else _thresholds(thresholds),
+                "pooled": [] if thresholds is None else _pooled(thresholds),
                 "curves": record["curves"],
             }
         elif (chosen := _first(decided)) is not None:
@@ -88,9 +90,14 @@ def class_data(
 
 def _thresholds(record: Record) -> list[float | None]:
     return [
-        None if row["threshold_probability"] is None else round(row["threshold_probability"], 4)
+        None if row["threshold_probability"] is None else float(f"{row['threshold_probability']:.4g}")
         for row in record["classes"]
     ]
+
+
+def _pooled(record: Record) -> list[int]:
+    """Classes with few labels, which take the threshold of all classes together."""
+    return [place for place, row in enumerate(record["classes"]) if row["from"] == "pooled"]
 
 
 def _of_validation(name: str, record: Record) -> dict[str, Any]:
@@ -104,4 +111,5 @@ def _of_validation(name: str, record: Record) -> dict[str, Any]:
         "precision": [row["precision"] and round(row["precision"], 2) for row in rows],
         "recall": [row["recall"] and round(row["recall"], 2) for row in rows],
         "thresholds": _thresholds(record),
+        "pooled": _pooled(record),
     }

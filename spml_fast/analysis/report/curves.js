@@ -74,7 +74,7 @@ const makeCurves = (data, figures) => {
       const spread = figures.deviation(group, row);
       if (ap !== null) say("AP", `${ap.toFixed(2)}%${spread === null ? "" : ` ± ${spread.toFixed(2)}`}`);
       const threshold = figures.threshold(group, row);
-      if (threshold !== null) say("predicted from", threshold === Infinity ? "never" : threshold.toFixed(4));
+      if (threshold !== null) say(group.pooled.includes(row) ? "predicted from (all classes')" : "predicted from", thresholdText(threshold));
       for (const which of ["precision", "recall"]) {
         const value = figures[which](group, row);
         if (value !== null) say(which, `${value.toFixed(1)}%`);

@@ -20,13 +20,16 @@ const makeFigures = (data) => {
   return { ...figures, there };
 };
 
+// A threshold: a probability, which may be small, or infinite where a class is never predicted.
+const thresholdText = (value) => (value === null ? "–" : value === Infinity ? "never" : value < 0.01 ? value.toPrecision(2) : value.toFixed(3));
+
 const makeTable = (data, figures, act) => {
   const { element, shown, shortened, number } = Shared;
   const $ = (id) => document.getElementById(id);
   const narrow = matchMedia("(max-width: 40rem)");
   // Where there is no room for every column.
   const medium = matchMedia("(max-width: 60rem)");
-  const text = (value, digits) => (value === null ? "–" : value === Infinity ? "never" : value.toFixed(digits));
+  const text = (value, digits) => (value === null ? "–" : value.toFixed(digits));
   const names = data.names.map(shown);
   const folded = names.map((name) => name.toLowerCase());
   let columns = [];
@@ -49,7 +52,7 @@ const makeTable = (data, figures, act) => {
     }
     if (figures.there(first, "precision")) add("precision", "precision, %", "P", "4.6rem", ...per("precision", 1));
     if (figures.there(first, "recall")) add("recall", "recall, %", "R", "4.2rem", ...per("recall", 1));
-    if (!second && figures.there(first, "threshold")) add("threshold", "threshold", "from", "4.5rem", ...per("threshold", 3), true);
+    if (!second && figures.there(first, "threshold")) add("threshold", "threshold", "from", "4.5rem", per("threshold")[0], (row) => thresholdText(figures.threshold(first, row)), true);
     if (figures.there(first, "positives")) {
       add("positives", "positives known", "+", "4.6rem", (row) => figures.positives(first, row), (row) => number(first.positives[row]), Boolean(second));
       if (!second) add("prevalence", "prevalence", "", "5rem", (row) => figures.prevalence(first, row), (row) => text(figures.prevalence(first, row), 1) + (figures.prevalence(first, row) === null ? "" : "%"), true);
