@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--record",
         action="store_true",
-        help="write the run's evaluation.json again, which its report shows curves, confusions and mistakes from",
+        help="also make the run's record of its test again, of which its report shows curves, confusions and mistakes",
     )
     common.add_overwrite(parser)
     return common.parse(parser, argv)
