@@ -438,8 +438,7 @@ def evaluate_split(
     maps = torch.zeros(len(alphas), dtype=torch.float64, device=loader.device)
     if scores is not None:
         for i, alpha in enumerate(alphas):
-            metrics = measure(scores, split.known, alpha, config.eval, classes, groups, decisions)
-            results[alpha] = metrics
+            results[alpha] = metrics = measure(scores, split.known, alpha, config.eval, classes, groups, decisions)
             maps[i] = float("nan") if metrics["map"] is None else metrics["map"]
         look(scores)
     # Rank 0 alone has measured, perhaps for longer than a collective waits.
