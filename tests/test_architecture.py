@@ -145,6 +145,20 @@ def test_kernels_need_torch_and_triton_only():
         assert found <= allowed, f"{path.relative_to(ROOT)} imports {found - allowed}"
 
 
+def test_preparing_needs_no_pytorch():
+    """It takes seconds and half a gigabyte to load, which is a large part of preparing labels."""
+    graph = {module_name(p): p for p in OURS}
+    waiting = [name for name in graph if name.startswith("spml_fast.prepare")]
+    seen = set(waiting)
+    while waiting:
+        path = graph[waiting.pop()]
+        assert not uses(path, "torch") and not uses(path, "spml_kernels"), path.relative_to(ROOT)
+        new = (imported(path) & graph.keys()) - seen
+        seen |= new
+        waiting += new
+    assert "spml_fast.data.sparse_labels" in seen and "spml_fast.data.labels" not in seen
+
+
 @pytest.mark.parametrize(
     ("package", "owners"),
     [

@@ -41,7 +41,6 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular, partial_path, read_text, require_regular
 from spml_fast.core.lock import READERS as READERS
 from spml_fast.core.urls import Location, Url, is_url, join, location
-from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest_check import (
     ADVICE,
     MAX_SIDE,
@@ -57,6 +56,7 @@ from spml_fast.data.read_retry import read_patiently
 from spml_fast.data.remote import cache, mirror
 from spml_fast.data.remote.shards import RemoteShards
 from spml_fast.data.shards import INDEX_FILE, SHARDS_FILE, Shards
+from spml_fast.data.sparse_labels import SparseLabels
 
 FORMAT = 1
 

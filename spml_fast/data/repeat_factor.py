@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.labels import POSITIVE, SparseLabels
 from spml_fast.data.sampler import IntArray, TrainSampler, Windows
+from spml_fast.data.sparse_labels import POSITIVE, SparseLabels
 
 # Rows handled at a time.
 _ROWS = 1 << 20

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from spml_fast.core.errors import UserError
 from spml_fast.core.invocation import command_line, next_lines
 from spml_fast.data.image_check import CheckResults, Level, check_images, choose_level
-from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.data.manifest import Manifest
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.prepare import convert
 from spml_fast.prepare.boxes import TURNED_BACK, pixels_to_fractions, turn_fractions
 from spml_fast.prepare.label_encodings import observed_from_file

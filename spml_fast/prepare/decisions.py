@@ -11,7 +11,7 @@ from pathlib import Path
 from spml_fast.core.errors import UserError
 from spml_fast.core.outputs import ACCEPT, REJECT, SKIP
 from spml_fast.core.text import formula_safe, has_surrogates, printable
-from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE, UNKNOWN
 from spml_fast.prepare.table_files import Value, read_rows, row_word
 
 CODES = {"positive": POSITIVE, "negative": NEGATIVE, "unknown": UNKNOWN}

@@ -18,7 +18,7 @@ import numpy as np
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular
 from spml_fast.core.text import has_surrogates, parse_json
-from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
 from spml_fast.prepare.raw import RawDataset, RawSplit
 
 # What other programs call the splits.

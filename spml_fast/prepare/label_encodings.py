@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import require_regular
-from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.data.manifest_check import ARRAY_ERRORS
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels, class_dtype
 from spml_fast.prepare.observed_labels import CHUNK_ENTRIES
 
 ImportFormat = Literal["spml", "openimages", "nan", "soft"]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.text import parse_json
-from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE, UNKNOWN
 from spml_fast.prepare.image_table import class_text, shown_value
 
 Kind = Literal["names", "numbers", "multihot"]

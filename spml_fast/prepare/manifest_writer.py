@@ -20,10 +20,10 @@ from spml_fast.core.io import move_into_place, partial_path
 from spml_fast.core.lock import readers
 from spml_fast.core.text import has_surrogates
 from spml_fast.core.urls import Location, Url, location
-from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import FORMAT, LOCK, READERS, Manifest, Split
 from spml_fast.data.manifest_check import load_array
 from spml_fast.data.shards import CRC_FILE, INDEX_FILE, SHARDS_FILE, file_sha256
+from spml_fast.data.sparse_labels import SparseLabels
 
 
 class ManifestWriter:

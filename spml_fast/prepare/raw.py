@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from spml_fast.core.config import MAX_PIXELS
 from spml_fast.data.image_check import Level
-from spml_fast.data.labels import SparseLabels
+from spml_fast.data.sparse_labels import SparseLabels
 from spml_fast.prepare.label_encodings import ImportFormat
 from spml_fast.prepare.observed_labels import PUBLISHED_SEED, ObservationScheme
 

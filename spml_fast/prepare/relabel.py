@@ -15,8 +15,8 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.invocation import command_line, next_lines
 from spml_fast.core.io import file_record
 from spml_fast.core.text import formula_safe_path, printable
-from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
 from spml_fast.data.manifest import Manifest, Split
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
 from spml_fast.prepare.build import count_labels
 from spml_fast.prepare.decisions import Decision, Decisions, check_agree
 from spml_fast.prepare.manifest_writer import ManifestWriter

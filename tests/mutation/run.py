@@ -37,6 +37,7 @@ TARGETS = (
     "kernels/spml_kernels/*/reference.py",
     "spml_fast/evaluation/*.py",
     "spml_fast/data/labels.py",
+    "spml_fast/data/sparse_labels.py",
     "spml_fast/prepare/observed_labels.py",
     "spml_fast/prepare/label_encodings.py",
 )

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks.make_openimages import make_release
+from spml_fast.data.sparse_labels import SparseLabels
 from spml_fast.prepare.datasets.openimages import csv_blocks, grouping
+from spml_fast.prepare.datasets.openimages.grouping import group_rows
+from spml_fast.prepare.datasets.openimages.label_files import read_labels
 from tests.support.openimages import (
+    LABEL_HEADER,
     expected_labels,
     group_files,
+    group_plainly,
     write_labels,
 )
 
@@ -78,3 +87,78 @@ def test_many_classes_need_wider_numbers(tmp_path):
     grouped = group_files([path], classes=classes)
     assert grouped.human.classes.tolist() == [16_384, 39_999] and grouped.human.codes.tolist() == [0, 1]
     assert grouped.human.classes.dtype == np.int32
+
+
+# Class ids of every form, the last of which is not wanted.
+CLASS_FORMS = ["/m/0a", "/m/01c_0l", "/g/11b-c_x", "/oi/m_0dzf4", "/m/0other"]
+SOURCES = {"human": ["verification", "crowdsource-verification"], "machine": ["machine"]}
+CONFIDENCES = {"human": ["0", "1", "0.0", "1.0"], "machine": ["0.5", "0.6", "0.7", "0.9", "1.0"]}
+WAYS: dict[str, Callable[[str], str]] = {
+    "plain": lambda text: text,
+    "quoted": lambda text: "\n".join(",".join(f'"{w}"' for w in line.split(",")) for line in text.splitlines()) + "\n",
+    "windows": lambda text: text.replace("\n", "\r\n"),
+    "open end": lambda text: text.rstrip("\n"),
+    "empty lines": lambda text: text.replace("\n", "\n\n"),
+    "capitals": lambda text: "".join(line[:16].upper() + line[16:] + "\n" for line in text.splitlines()),
+}
+
+
+def random_file(
+    path: Path, rng: random.Random, kind: str, images: list[int], rows: int, in_order: bool, way: str
+) -> Path:
+    """A label file of any rows, repeated and contradictory ones among them."""
+    drawn = [(rng.choice(images), rng.choice(CLASS_FORMS)) for _ in range(rows)]
+    if in_order:
+        drawn.sort(key=lambda row: row[0])
+    lines = [f"{i:016x},{rng.choice(SOURCES[kind])},{name},{rng.choice(CONFIDENCES[kind])}\n" for i, name in drawn]
+    header, body = LABEL_HEADER, "".join(lines)
+    if way == "capitals":
+        path.write_text(header + WAYS[way](body), newline="")
+    else:
+        path.write_text(WAYS[way](header + body), newline="")
+    return path
+
+
+def entries(ids: np.ndarray, labels: SparseLabels) -> dict[tuple[int, int], int]:
+    """Everything that is listed, checked to be in the order that a Manifest needs."""
+    rows = labels.entry_rows()
+    keys = rows * len(CLASS_FORMS) + labels.classes
+    assert (np.diff(keys) > 0).all() and labels.indptr[0] == 0 and len(labels) == len(ids)
+    assert (labels.indptr.dtype, labels.classes.dtype, labels.codes.dtype) == (np.int64, np.int16, np.int8)
+    return dict(zip(zip(ids[rows].tolist(), labels.classes.tolist(), strict=True), labels.codes.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("policy", ["positive", "negative", "last", "drop"])
+def test_labels_are_those_of_the_plainest_reader(tmp_path, monkeypatch, policy, way):
+    rng, repeated, contradictions, overruled = random.Random(f"{policy} {way}"), 0, 0, 0
+    images = [0, 7, 2**63, 2**64 - 1, *(rng.getrandbits(64) for _ in range(12))]
+    for trial, in_order in enumerate((True, True, False)):
+        # Blocks that cut lines anywhere, and parts of few rows.
+        monkeypatch.setattr(csv_blocks, "BLOCK", rng.choice([100, 1000, 1 << 20]))
+        monkeypatch.setattr(grouping, "_CHUNK", rng.choice([1, 7, 1 << 15]))
+        human = [random_file(tmp_path / "a.csv", rng, "human", images, 80, in_order, way)]
+        if trial:
+            human.append(random_file(tmp_path / "b.csv", rng, "human", images, 9, in_order, way))
+        machine = [random_file(tmp_path / "m.csv", rng, "machine", images, 30, in_order, way)] if trial else []
+        expected = group_plainly(human, machine, CLASS_FORMS[:-1], policy, 0.7)
+        guesses = read_labels(machine, CLASS_FORMS[:-1], 0.7) if machine else None
+        found = group_rows(read_labels(human, CLASS_FORMS[:-1]), guesses, len(CLASS_FORMS) - 1, policy)
+        assert found.ids.dtype == np.uint64 and found.ids.tolist() == expected.ids
+        assert entries(found.ids, found.human) == expected.human
+        assert (found.machine is None) == (not machine)
+        assert found.machine is None or entries(found.ids, found.machine) == expected.machine
+        for name in ("named", "repeated", "conflicts", "overruled"):
+            assert getattr(found, name) == getattr(expected, name), name
+        repeated, contradictions = repeated + found.repeated, contradictions + found.conflicts
+        overruled += found.overruled
+    assert min(repeated, contradictions, overruled) > 0
+
+
+def test_images_without_a_wanted_class_and_files_without_rows(tmp_path):
+    path = write_labels(tmp_path / "labels.csv", [(1, C, 1), (2, A, 1), (3, C, 0), (4, C, 1)])
+    grouped = group_files([path])
+    assert grouped.ids.tolist() == [2] and grouped.named == 4 and grouped.human.rows([0]).tolist() == [[1, -1]]
+    for rows in ([], [(1, C, 1)]):
+        grouped = group_files([write_labels(tmp_path / "labels.csv", rows)])
+        assert len(grouped.ids) == len(grouped.human) == len(grouped.human.codes) == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.make_openimages import Release
@@ -95,3 +97,56 @@ def group_files(
     """
     machine_rows = None if machine is None else read_labels([machine], classes, threshold)
     return group_rows(read_labels(paths, classes), machine_rows, len(classes), conflicts)
+
+
+@dataclass
+class PlainlyGrouped:
+    """What `Grouped` says, as dictionaries of (image id, class number)."""
+
+    ids: list[int]
+    human: dict[tuple[int, int], int]
+    machine: dict[tuple[int, int], int]
+    named: int
+    repeated: int
+    conflicts: int
+    overruled: int
+
+
+def group_plainly(
+    paths: Sequence[Path], machine: Sequence[Path], classes: Sequence[str], conflicts: Conflicts, threshold: float
+) -> PlainlyGrouped:
+    """Labels by image, a row at a time.
+
+    Args:
+        paths: files of verified labels.
+        machine: files of machine labels.
+        classes: wanted class ids.
+        conflicts: as in `group_rows`.
+        threshold: confidence from which on a machine label counts.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    verified: dict[tuple[int, int], list[int]] = defaultdict(list)
+    guessed: dict[tuple[int, int], int] = defaultdict(int)
+    named = set()
+    for image, name, value in (row for path in paths for row in read_plainly(path)):
+        named.add(image)
+        if name in number:
+            verified[image, number[name]].append(int(value))
+    for image, name, value in (row for path in machine for row in read_plainly(path)):
+        named.add(image)
+        if name in number and value >= threshold:
+            guessed[image, number[name]] += 1
+    choices: dict[str, Callable[[list[int]], int]] = {"negative": min, "last": lambda codes: codes[-1]}
+    choose = choices.get(conflicts, max)
+    contradictory = {pair for pair, codes in verified.items() if len(set(codes)) == 2}
+    human = {p: choose(codes) for p, codes in verified.items() if conflicts != "drop" or p not in contradictory}
+    alone = {pair: 1 for pair in guessed if pair not in verified}
+    return PlainlyGrouped(
+        sorted({image for image, _ in (*human, *alone)}),
+        human,
+        alone,
+        len(named),
+        sum(len(codes) - 1 for codes in verified.values()),
+        len(contradictory),
+        sum(rows for pair, rows in guessed.items() if pair in verified),
+    )

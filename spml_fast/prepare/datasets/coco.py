@@ -19,7 +19,7 @@ import numpy as np
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular
 from spml_fast.core.text import has_surrogates, parse_json
-from spml_fast.data.labels import NEGATIVE, SparseLabels
+from spml_fast.data.sparse_labels import NEGATIVE, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register, require_folder
 from spml_fast.prepare.raw import RawDataset, RawSplit
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from spml_fast.core.errors import UserError
-from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, register, require_folder
 from spml_fast.prepare.datasets.csv_table import folder_name, read_classes
 from spml_fast.prepare.datasets.openimages.class_files import class_names, read_descriptions

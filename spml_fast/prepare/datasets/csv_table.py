@@ -24,7 +24,7 @@ from typing import ClassVar
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import read_lines
 from spml_fast.core.progress import watched
-from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE, UNKNOWN, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, register, require_folder
 from spml_fast.prepare.raw import Orientation, RawDataset, RawSplit
 from spml_fast.prepare.table_files import JSON_LINES, Value, read_rows, row_word

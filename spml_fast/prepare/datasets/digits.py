@@ -24,8 +24,8 @@ from PIL import Image
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.progress import show_progress
-from spml_fast.data.labels import NEGATIVE, SparseLabels
 from spml_fast.data.manifest import Manifest
+from spml_fast.data.sparse_labels import NEGATIVE, SparseLabels
 from spml_fast.prepare.build import build
 from spml_fast.prepare.datasets.base import Dataset, register
 from spml_fast.prepare.observed_labels import PUBLISHED_SEED, ObservationScheme

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.text import has_surrogates
-from spml_fast.data.labels import NEGATIVE, POSITIVE
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE
 from spml_fast.prepare.datasets.base import Dataset, register
 from spml_fast.prepare.datasets.csv_table import folder_name, read_classes
 from spml_fast.prepare.image_table import (

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.progress import show_progress
-from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE, UNKNOWN
 from spml_fast.prepare.datasets.base import Dataset, register
 from spml_fast.prepare.datasets.csv_table import folder_name, read_classes
 from spml_fast.prepare.hub_files import (

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import read_text
-from spml_fast.data.labels import NEGATIVE, UNKNOWN, SparseLabels
+from spml_fast.data.sparse_labels import NEGATIVE, UNKNOWN, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, register, require_folder
 from spml_fast.prepare.datasets.csv_table import folder_name, read_classes
 from spml_fast.prepare.raw import RawDataset, RawSplit

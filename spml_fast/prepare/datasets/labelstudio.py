@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.text import has_surrogates
-from spml_fast.data.labels import NEGATIVE, POSITIVE
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE
 from spml_fast.prepare.datasets.base import Dataset, register, require_folder
 from spml_fast.prepare.datasets.csv_table import folder_name, read_classes
 from spml_fast.prepare.image_table import (

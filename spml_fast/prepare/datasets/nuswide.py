@@ -37,7 +37,7 @@ import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import read_text
-from spml_fast.data.labels import NEGATIVE, SparseLabels
+from spml_fast.data.sparse_labels import NEGATIVE, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
 from spml_fast.prepare.label_encodings import load_array
 from spml_fast.prepare.raw import RawDataset, RawSplit

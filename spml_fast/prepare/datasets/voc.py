@@ -22,7 +22,7 @@ import numpy.typing as npt
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular, read_text
 from spml_fast.core.progress import watched
-from spml_fast.data.labels import NEGATIVE, SparseLabels
+from spml_fast.data.sparse_labels import NEGATIVE, SparseLabels
 from spml_fast.prepare.datasets.base import Dataset, add_val_fraction, register
 from spml_fast.prepare.raw import RawDataset, RawSplit
 

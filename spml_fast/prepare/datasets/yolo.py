@@ -26,7 +26,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import read_lines, read_text
 from spml_fast.core.progress import watched
 from spml_fast.data.image_files import CONVERTIBLE_SUFFIXES, image_suffixes, images_below
-from spml_fast.data.labels import NEGATIVE, POSITIVE
+from spml_fast.data.sparse_labels import NEGATIVE, POSITIVE
 from spml_fast.prepare.datasets.base import Dataset, register, require_folder
 from spml_fast.prepare.datasets.csv_table import folder_name
 from spml_fast.prepare.image_table import ImageRow, ImageTable, NamedBox, class_list, relative_to, shown_value

@@ -14,9 +14,9 @@ import numpy as np
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.image_check import Level
-from spml_fast.data.labels import POSITIVE, SparseLabels
 from spml_fast.data.manifest import Manifest, Split
 from spml_fast.data.shards import CRC_FILE, INDEX_FILE, SHARDS_FILE, ShardFile
+from spml_fast.data.sparse_labels import POSITIVE, SparseLabels
 from spml_fast.prepare.build import MAX_LISTED, count_labels
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from spml_fast.prepare.pack.options import PackOptions

@@ -6,7 +6,8 @@
 The official files, and the module that reads them:
 
     label CSV          ImageID,Source,LabelName,Confidence    0 absent, 1 present; machine labels 0.5 to 1.0
-                       label_files.py reads the rows, grouping.py makes labels by image, split_names.py says whose
+                       label_files.py reads the rows, grouping.py makes labels by image (growing_array.py holds both),
+                       split_names.py says whose
     image list         11 columns in V3, 12 with Rotation from V4 on: image_lists.py
     trainable classes  one class id (/m/01g317) per line; class_files.py
     class names        LabelName,DisplayName; V6 and V7 have that header, V3 to V5 none; class_files.py

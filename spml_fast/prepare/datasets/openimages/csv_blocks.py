@@ -17,8 +17,8 @@ import pyarrow.csv
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import require_regular
 
-# Bytes of a block, and bytes that one thread parses at a time.
-BLOCK, TASK = 32 << 20, 4 << 20
+# Bytes of a block. Memory of larger ones goes back to the system every time, and costs more than reading them.
+BLOCK = 8 << 20
 # Type of columns with few different values.
 DICTIONARY = pa.dictionary(pa.int32(), pa.binary())
 
@@ -54,7 +54,7 @@ def read_bytes(stream: Any, size: int, path: Path) -> bytes:
 
 
 def read_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset of the first byte, whole lines) of a file without its header line, some tens of MB at a time."""
+    """(offset of the first byte, whole lines) of a file without its header line, some MB at a time."""
     with open_file(path) as stream:
         rest = b""
         while b"\n" not in rest and (data := read_bytes(stream, BLOCK, path)):
@@ -64,7 +64,7 @@ def read_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
         while data := read_bytes(stream, BLOCK, path):
             end = data.rfind(b"\n") + 1
             if end:
-                whole = rest + data[:end]
+                whole = b"".join((rest, memoryview(data)[:end]))
                 yield offset, whole
                 offset += len(whole)
                 rest = data[end:]

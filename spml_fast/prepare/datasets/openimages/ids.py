@@ -9,10 +9,13 @@ import numpy.typing as npt
 
 CLASS_ID = re.compile(rb"/[a-z]+/[0-9a-z_-]+")
 IMAGE_ID = re.compile(r"[0-9a-fA-F]{16}")
-# Value of a hexadecimal digit by its ASCII code; 255 where it is none.
-_NIBBLE = np.full(256, 255, np.uint8)
-for _digits, _first in ((b"0123456789", 0), (b"abcdef", 10), (b"ABCDEF", 10)):
-    _NIBBLE[list(_digits)] = np.arange(_first, _first + len(_digits))
+_INVALID = 0xFFFF
+# Values of two ASCII characters as a uint16, the first of them in the low byte; `_INVALID` where they are no digits.
+_VALUES = np.full(1 << 16, _INVALID, np.uint16)
+_DIGITS = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
+for _first, _high in _DIGITS.items():
+    for _second, _low in _DIGITS.items():
+        _VALUES[_second << 8 | _first] = _high << 4 | _low
 
 
 def ids_from_hex(text: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
@@ -24,7 +27,7 @@ def ids_from_hex(text: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint64], n
     Returns:
         ids uint64 [N], and whether all 16 are hexadecimal digits, bool [N].
     """
-    nibbles = _NIBBLE[text]
-    valid: npt.NDArray[np.bool_] = nibbles.max(1, initial=0) < 16
-    values = np.ascontiguousarray(nibbles[:, 0::2] << 4 | nibbles[:, 1::2] & 15)
-    return values.view(">u8")[:, 0].astype(np.uint64), valid
+    values = _VALUES[np.ascontiguousarray(text).view("<u2")]
+    # Values of digits have no high byte.
+    high = values.view(np.uint64) & np.uint64(0xFF00FF00FF00FF00)
+    return values.astype(np.uint8).view(">u8")[:, 0].astype(np.uint64), (high[:, 0] | high[:, 1]) == 0

@@ -16,7 +16,7 @@ import pyarrow.compute
 import pyarrow.csv
 
 from spml_fast.core.errors import UserError
-from spml_fast.prepare.datasets.openimages.csv_blocks import DICTIONARY, TASK, check_header, explain_line, open_file
+from spml_fast.prepare.datasets.openimages.csv_blocks import BLOCK, DICTIONARY, check_header, explain_line, open_file
 from spml_fast.prepare.datasets.openimages.ids import IMAGE_ID, ids_from_hex
 from spml_fast.prepare.raw import RawSplit
 
@@ -60,7 +60,7 @@ def read_rotations(path: Path) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDA
         try:
             batches = pa.csv.open_csv(
                 stream,
-                pa.csv.ReadOptions(block_size=TASK),
+                pa.csv.ReadOptions(block_size=BLOCK),
                 pa.csv.ParseOptions(newlines_in_values=True),
                 pa.csv.ConvertOptions(
                     column_types={"ImageID": pa.binary(16), "Rotation": DICTIONARY},
