@@ -27,10 +27,12 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import sklearn
 from sklearn.metrics import average_precision_score
 
@@ -94,6 +96,70 @@ def gate(name: str, ours: np.ndarray, theirs: np.ndarray) -> float:
     return worst
 
 
+def dense_data(
+    num_rows: int, num_classes: int, mean_positives: float
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
+    """Scores float32 [N, C] and codes int8 [N, C]; positives score higher by about two standard deviations.
+
+    Args:
+        num_rows: N, images.
+        num_classes: C.
+        mean_positives: positive labels per image, spread over the classes after Zipf's law.
+    """
+    rng = np.random.default_rng(0)
+    fraction = 1 / np.arange(2, num_classes + 2)
+    fraction *= mean_positives / fraction.sum()
+    codes = (rng.random((num_rows, num_classes)) < fraction).astype(np.int8)
+    return rng.standard_normal(codes.shape, dtype=np.float32) + 2 * codes - np.float32(3), codes
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Annotated pairs in row order, as `Scores` of spml_fast/evaluation/evaluate.py holds them.
+
+    Attributes:
+        rows: int32 [P], image of each pair.
+        classes: int32 [P].
+        codes: int8 [P]; two labels in three are positive.
+        scores: float32 [P].
+        in_top_k: bool [P].
+        groups: int64 [C], five groups of classes, rarest first.
+    """
+
+    rows: npt.NDArray[np.int32]
+    classes: npt.NDArray[np.int32]
+    codes: npt.NDArray[np.int8]
+    scores: npt.NDArray[np.float32]
+    in_top_k: npt.NDArray[np.bool_]
+    groups: npt.NDArray[np.int64]
+
+
+def pair_data(num_rows: int, num_classes: int, num_pairs: int) -> Pairs:
+    """Distinct annotated pairs; class sizes follow Zipf's law.
+
+    Args:
+        num_rows: N, images.
+        num_classes: C.
+        num_pairs: P.
+    """
+    rng = np.random.default_rng(0)
+    fraction = 1 / np.arange(1, num_classes + 1)
+    # A pair drawn twice is dropped and drawn anew until there are enough distinct ones.
+    keys = np.empty(0, np.int64)
+    while len(keys) < num_pairs:
+        lacking = num_pairs - len(keys)
+        drawn = rng.integers(0, num_rows, lacking) * num_classes
+        drawn += rng.choice(num_classes, lacking, p=fraction / fraction.sum())
+        keys = np.unique(np.concatenate([keys, drawn]))
+    rows, classes = (a.astype(np.int32) for a in np.divmod(keys, num_classes))
+    codes = (rng.random(num_pairs) < 0.66).astype(np.int8)
+    scores = rng.standard_normal(num_pairs, dtype=np.float32) + codes
+    in_top_k = rng.random(num_pairs) < 0.2
+    # Training has about thirty times the labels, so its order of the classes is a little different.
+    training = rng.poisson(30 * num_pairs * fraction / fraction.sum())
+    return Pairs(rows, classes, codes, scores, in_top_k, metrics.groups_by_count(training))
+
+
 def dense_case(name: str, num_rows: int, num_classes: int, mean_positives: float, repeats: int) -> dict[str, Any]:
     """Fully labelled logits [N, C]; positives score higher by about two standard deviations.
 
@@ -107,11 +173,7 @@ def dense_case(name: str, num_rows: int, num_classes: int, mean_positives: float
     Returns:
         The row of the table: times in seconds, memory in bytes, and the worst difference of an AP (0..1).
     """
-    rng = np.random.default_rng(0)
-    fraction = 1 / np.arange(2, num_classes + 2)
-    fraction *= mean_positives / fraction.sum()
-    codes = (rng.random((num_rows, num_classes)) < fraction).astype(np.int8)
-    scores = rng.standard_normal(codes.shape, dtype=np.float32) + 2 * codes - np.float32(3)
+    scores, codes = dense_data(num_rows, num_classes, mean_positives)
     columns = [(codes[:, c], scores[:, c]) for c in range(num_classes)]
     groups = np.arange(num_classes) % 5
     ours = average_precision.average_precision(scores, codes)
@@ -140,23 +202,8 @@ def sparse_case(name: str, num_rows: int, num_classes: int, num_pairs: int, repe
     Returns:
         As `dense_case`, with `groups`: mAP in per cent of five groups of classes, rarest first.
     """
-    rng = np.random.default_rng(0)
-    fraction = 1 / np.arange(1, num_classes + 1)
-    # A pair drawn twice is dropped and drawn anew until there are enough distinct ones.
-    keys = np.empty(0, np.int64)
-    while len(keys) < num_pairs:
-        lacking = num_pairs - len(keys)
-        drawn = rng.integers(0, num_rows, lacking) * num_classes
-        drawn += rng.choice(num_classes, lacking, p=fraction / fraction.sum())
-        keys = np.unique(np.concatenate([keys, drawn]))
-    # As `Scores` of spml_fast/evaluation/evaluate.py holds them.
-    rows, classes = (a.astype(np.int32) for a in np.divmod(keys, num_classes))
-    codes = (rng.random(num_pairs) < 0.66).astype(np.int8)
-    scores = rng.standard_normal(num_pairs, dtype=np.float32) + codes
-    in_top_k = rng.random(num_pairs) < 0.2
-    # Training has about thirty times the labels, so its order of the classes is a little different.
-    training = rng.poisson(30 * num_pairs * fraction / fraction.sum())
-    groups = metrics.groups_by_count(training)
+    data = pair_data(num_rows, num_classes, num_pairs)
+    rows, classes, codes, scores, in_top_k, groups = (getattr(data, f.name) for f in fields(Pairs))
 
     order = np.argsort(classes, kind="stable")
     bounds = np.searchsorted(classes[order], np.arange(1, num_classes))
