@@ -91,6 +91,8 @@ def test_deepspeed_still_has_what_is_used():
         "assert 'deepspeed_shm_comm' in deepspeed.ops.__compatible_ops__\n"
         "assert callable(deepspeed.initialize) and callable(deepspeed.init_distributed)\n"
         "assert callable(deepspeed.zero.GatheredParameters)\n"
+        "import inspect\n"
+        "assert 'if self.enable_backward_allreduce' in inspect.getsource(deepspeed.DeepSpeedEngine)\n"
     )
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
@@ -140,3 +142,48 @@ def test_a_level_that_does_not_exist(logger, monkeypatch):
     monkeypatch.setenv("SPML_DEEPSPEED_LOG", "loud")
     with pytest.raises(UserError, match="SPML_DEEPSPEED_LOG is 'loud'; it must be debug, info, warning or error"):
         engine._deepspeed()
+
+
+ONE_RANK = """
+import sys
+from pathlib import Path
+import torch
+from spml_fast.core.config import EngineConfig, TrainConfig
+from spml_fast.training.engine import Engine, deepspeed_config, init_distributed, shutdown_distributed
+from spml_fast.training.optim import make_optimizer, make_schedule
+
+device = init_distributed()
+torch.manual_seed(0)
+layers = torch.nn.ModuleDict({"used": torch.nn.Conv2d(3, 4, 3), "idle": torch.nn.Conv2d(4, 4, 3)})
+layers.forward = lambda images: layers["used"](images).square().mean()
+train = TrainConfig(precision="fp32", batch_size=4, accumulation=2, optimizer="adamw")
+config = deepspeed_config(train, EngineConfig(tensorboard=False), 1, device, Path(sys.argv[1]))
+groups = [{"params": list(layers.parameters()), "lr": 0.1, "weight_decay": 0.5}]
+optimizer = make_optimizer(groups, train, fused=True)
+engine = Engine(layers, optimizer, make_schedule(optimizer, train, 10), config)
+copies = []
+engine._engine.buffered_allreduce_fallback = lambda **_: copies.append(1)
+
+images = torch.randn(2, 2, 3, 8, 8)
+used, idle = layers["used"].weight, layers["idle"].weight
+expected = torch.autograd.grad(sum(layers(part) for part in images) / 2, used)[0]
+before = idle.detach().clone()
+for number, part in enumerate(images):
+    engine.backward(engine(part))
+    assert (idle.grad is None) == (number == 0)
+    if number:
+        torch.testing.assert_close(used.grad, expected)
+        assert idle.grad.stride() == idle.stride() and not idle.grad.any()
+    engine.step()
+assert not copies
+torch.testing.assert_close(idle.detach(), before * (1 - 0.1 * 0.5))
+shutdown_distributed()
+"""
+
+
+def test_one_rank_averages_nothing(run_script, tmp_path):
+    """No gradient is copied, and parameters without one are updated all the same, as on several ranks."""
+    script = tmp_path / "one_rank.py"
+    script.write_text(ONE_RANK)
+    done = run_script(script, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -88,6 +88,45 @@ def test_fused_optimizers_do_the_same(name):
     assert not torch.allclose(ends[0], torch.ones(2, 2)) and torch.allclose(*ends, rtol=1e-5)
 
 
+def test_cpus_update_large_networks_in_one_kernel():
+    parameters = [torch.nn.Parameter(torch.zeros(1000, n)) for n in (600, 399)]
+    groups = [{"params": [p], "lr": 1.0} for p in parameters]
+    assert not optim.suits_fused(groups, torch.device("cpu")) and optim.suits_fused(groups, torch.device("cuda"))
+    assert optim.suits_fused([*groups, {"params": [torch.nn.Parameter(torch.zeros(1000))]}], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_run_goes_on_as_it_began(name):
+    """A checkpoint brings its own way of updating, and state of another memory layout is taken over whole."""
+    train = TrainConfig(optimizer=name, lr=0.1)
+    torch.manual_seed(0)
+    gradients = torch.randn(4, 8, 4, 3, 3)
+
+    def start(fused, layout):
+        parameter = torch.nn.Parameter(torch.ones(8, 4, 3, 3).contiguous(memory_format=layout))
+        groups = [{"params": [parameter], "lr": 0.1, "weight_decay": 0.1}]
+        return parameter, optim.make_optimizer(groups, train, fused)
+
+    def steps(parameter, optimizer, gradients):
+        for gradient in gradients:
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            optimizer.step()
+        return parameter.detach()
+
+    for began in (False, True):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            whole = steps(*start(began, layout), gradients)
+            first, saved = start(began, layout)
+            values = steps(first, saved, gradients[:2])
+            parameter, optimizer = start(not began, torch.channels_last)
+            with torch.no_grad():
+                parameter.copy_(values)
+            optimizer.load_state_dict(saved.state_dict())
+            optim.match_layouts(optimizer)
+            assert bool(optimizer.param_groups[0]["fused"]) == began
+            assert torch.equal(steps(parameter, optimizer, gradients[2:]), whole)
+
+
 def learning_rates(updates, peaks=(1.0,), **train):
     """Rates of each update, and the one after the last, per group."""
     train = TrainConfig(optimizer="adamw", **train)
