@@ -40,7 +40,7 @@ from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import atomic_write
 from spml_fast.core.outputs import writer_name
-from spml_fast.core.precision import autocast, autocast_dtype
+from spml_fast.core.precision import autocast, inference_dtype
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
@@ -182,7 +182,7 @@ def measure_maps(
             f"split {split.name!r} has no boxes to fit; prepare the data set from annotations with boxes "
             "(docs/data.md), or leave --box-accuracy out"
         )
-    dtype = autocast_dtype(precision, loader.device)
+    dtype = inference_dtype(precision, loader.device)
     names = [f.name for f in fields(MapTable)]
     columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
     with contextlib.nullcontext(loader) if task is None else loader.watched(task) as batches:

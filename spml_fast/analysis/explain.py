@@ -28,7 +28,7 @@ from spml_fast.analysis.predict import check_numbers, load_images, place_of, why
 from spml_fast.analysis.suggest import Suggestions
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
-from spml_fast.core.precision import autocast, autocast_dtype
+from spml_fast.core.precision import autocast, inference_dtype
 from spml_fast.data.image_files import ImageFiles
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.manifest import Split
@@ -195,7 +195,7 @@ def explain(
     Raises:
         UserError: a logit is not a number, or the head has no maps.
     """
-    dtype = autocast_dtype(config.train.precision, device)
+    dtype = inference_dtype(config.train.precision, device)
     for start, views in load_images(classifier, config, files, device):
         if views is None:
             yield _refused(files.path(start))

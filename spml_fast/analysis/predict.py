@@ -21,7 +21,7 @@ from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import csv_writer, move_into_place, partial_path, printable
 from spml_fast.core.outputs import CALIBRATED_COLUMNS, PREDICTION_COLUMNS, OutputFile
-from spml_fast.core.precision import autocast, autocast_dtype
+from spml_fast.core.precision import autocast, inference_dtype
 from spml_fast.core.text import formula_safe_path
 from spml_fast.data.image_check import check_image
 from spml_fast.data.image_files import ImageFiles
@@ -92,7 +92,7 @@ def predict(
     """
     if threshold is None and decisions is None:
         raise ValueError("without a threshold there must be decisions")
-    dtype = autocast_dtype(config.train.precision, device)
+    dtype = inference_dtype(config.train.precision, device)
     nothing = np.empty(0, np.int64), np.empty(0, np.float64)
     limits = np.full(len(classes), threshold) if decisions is None or threshold is not None else decisions.threshold
     for start, images in load_images(classifier, config, files, device):

@@ -29,7 +29,7 @@ from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_csv
 from spml_fast.core.outputs import SUGGESTION_COLUMNS
-from spml_fast.core.precision import autocast, autocast_dtype
+from spml_fast.core.precision import autocast, inference_dtype
 from spml_fast.core.text import formula_safe_path
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader
@@ -185,7 +185,7 @@ def find_suggestions(
     Raises:
         UserError: a logit is not a number.
     """
-    dtype, device = autocast_dtype(precision, loader.device), loader.device
+    dtype, device = inference_dtype(precision, loader.device), loader.device
     store = LabelStore(labels, device)
     size = per_class if per_class is not None else top
     if size is None:

@@ -153,7 +153,8 @@ class ModelConfig(Section):
         sync_bn: BatchNorm statistics over all ranks (GPUs only).
         drop_path: stochastic depth rate; null takes the backbone's default.
         grad_checkpointing: recompute activations in the backward, to save memory.
-        compile: torch.compile the backbone.
+        compile: torch.compile the backbone's training passes; auto does it where that pays for the minute that it
+            takes, which is tried where training is long enough (docs/operations.md). The run keeps what was chosen.
         prior_bias: start the head's biases at the logit of each class's fraction of positives among its observed labels
             (labels), or among all images (images: what assumed negative is headed for); none leaves them random.
         prior_floor: smallest fraction, and 1 minus the largest, that prior_bias takes.
@@ -175,7 +176,7 @@ class ModelConfig(Section):
     sync_bn: bool = False
     drop_path: float | None = None
     grad_checkpointing: bool = False
-    compile: bool = False
+    compile: Literal["auto"] | bool = False
     prior_bias: Literal["none", "labels", "images", "pictures"] = "none"
     prior_floor: float = 1e-3
 
@@ -210,8 +211,9 @@ class TrainConfig(Section):
         warmup_share: fraction of the updates during which the learning rate rises (one_cycle, cosine).
         clip: largest global gradient norm; 0 is off.
         ema_decay: decay of an exponential moving average of the weights (then evaluated and saved); 0 is off.
-        precision: bf16 runs the network under autocast; auto takes bf16 where it is faster (GPUs from sm_80, CPUs with
-            AMX) and fp32 elsewhere.
+        precision: bf16 runs the network under autocast; auto takes it on GPUs from sm_80, and on a CPU where steps of
+            the run's network, which are timed at the start, are 1.15 times as fast with it; fp32 elsewhere. The run
+            keeps what was chosen.
         best_of: which epochs compete for the best validation mAP, whose weights are kept: those of fine-tuning alone
             (finetune, as published), or those of the linear phase too (run), so that fine-tuning cannot lose what the
             linear phase had.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator
 
 import torch
@@ -10,14 +11,26 @@ import torch
 from spml_fast.core import env
 
 
-def prefers_bf16(device: torch.device) -> bool:
-    """Whether bf16 is the faster choice: GPUs from sm_80, CPUs with AMX.
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16: GPUs from sm_80, CPUs with AVX512-BF16 or AMX, ARM's with BF16.
 
-    CPUs with AVX512-BF16 alone have the instructions too, but autocast costs more than they save: a ResNet-50 step took
-    1.2 to 1.3 times as long as in fp32, measured on such a machine. `train.precision bf16` is there for them.
+    Others compute in bf16 too, by converting every operand, which is never faster than fp32.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def prefers_bf16(device: torch.device) -> bool:
+    """What `auto` means where nothing was measured: bf16 on GPUs from sm_80 and on CPUs with AMX.
+
+    A training decides by measuring on a CPU (`training/precision_choice.py`) and keeps what it found in its
+    config.yaml; `auto` stands in those of runs before 0.2.0 alone.
+    """
+    if device.type == "cuda":
+        return has_bf16(device)
     return bool(torch.cpu._is_amx_tile_supported())
 
 
@@ -54,6 +67,15 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "bf16" or (precision == "auto" and prefers_bf16(device)):
         return torch.bfloat16
     return None
+
+
+def inference_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """As `autocast_dtype`, of a network that is trained, which may be used on another machine than it was trained on.
+
+    Where there are no instructions for bf16 it computes in fp32: emulated convolutions would take many times as long.
+    """
+    dtype = autocast_dtype(precision, device)
+    return dtype if dtype is None or has_bf16(device) else None
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

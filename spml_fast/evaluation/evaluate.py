@@ -24,7 +24,7 @@ from spml_fast.core import distributed
 from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import Config, EvalConfig
 from spml_fast.core.errors import UserError
-from spml_fast.core.precision import autocast, autocast_dtype, no_cudnn_benchmark
+from spml_fast.core.precision import autocast, inference_dtype, no_cudnn_benchmark
 from spml_fast.data.labels import NEGATIVE, POSITIVE, UNKNOWN, LabelStore, SparseLabels
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Manifest, Split
@@ -431,7 +431,7 @@ def evaluate_split(
     check_alphas(alphas, classifier, config)
     was_training = classifier.training
     classifier.eval()
-    dtype = autocast_dtype(config.train.precision, loader.device)
+    dtype = inference_dtype(config.train.precision, loader.device)
     scores = score_split(classifier, loader, split.known, alphas, dtype, task)
     classifier.train(was_training)
     results: dict[float, dict[str, Any]] = {alpha: {} for alpha in alphas}

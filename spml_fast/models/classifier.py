@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -31,6 +32,7 @@ class ClassifierOutput:
         maps: [B, N, h, w] fp32 maps of the classes asked for, else None.
         masked: [B, 3, S, S] images masked by those maps, when that was asked for, else None.
         attention: [B, N, h, w] fp32 where the queries of the classes asked for look, else None.
+        beside: [B', C] fp32 logits at the alpha of the call, of the images given as `beside`, else None.
 
     Heads without a class activation map have their logits in `mean`, and alpha must be 1.
     """
@@ -41,6 +43,7 @@ class ClassifierOutput:
     maps: Tensor | None = None
     masked: Tensor | None = None
     attention: Tensor | None = None
+    beside: Tensor | None = None
 
     def at_alpha(self, alpha: float) -> Tensor:
         """Logits [B, C] fp32 with BoostLU's factor `alpha`, from the same pass; see `boosted_logits`."""
@@ -62,6 +65,12 @@ def boosted_logits(mean: Tensor, mean_relu: Tensor | None, alpha: float) -> Tens
     if mean_relu is None:
         raise ValueError("alpha other than 1 needs mean(relu M); call the classifier with boost=True")
     return mean + (alpha - 1) * mean_relu
+
+
+def _forward_features(backbone: Any, images: Tensor) -> Tensor:
+    """timm's features, as a function that `torch.compile` takes."""
+    features: Tensor = backbone.forward_features(images)
+    return features
 
 
 def check_alpha(alpha: float, name: str) -> None:
@@ -99,6 +108,9 @@ class Classifier(nn.Module):
         self.prior_bias, self.prior_floor = config.prior_bias, config.prior_floor
         self.frozen_parameters = frozen_parameters(self.backbone, config.freeze)
         self.freeze_backbone(False)
+        # See `compile_backbone`. A function of the backbone, so that copies of this module pass their own.
+        self._compiled: Callable[[nn.Module, Tensor], Tensor] | None = None
+        self.compiled_sizes: tuple[int, ...] = ()
 
     @torch.no_grad()
     def _probe(self, image_size: int, name: str) -> tuple[tuple[int, int], str]:
@@ -143,10 +155,19 @@ class Classifier(nn.Module):
                     module.train(False)
         return self
 
+    def compile_backbone(self) -> None:
+        """Have torch.compile make training passes of batches of `compiled_sizes` images, each when it first comes.
+
+        Others, and evaluation, go through the backbone as it is: no last batch of an epoch is compiled for, and figures
+        do not depend on how a run was trained.
+        """
+        self._compiled = torch.compile(_forward_features, dynamic=False)
+
     def features(self, images: Tensor) -> Tensor:
         """Feature map [B, h, w, K] of images [B, 3, S, S]; a view, contiguous for channels_last backbones."""
+        compiled = self._compiled if self.backbone.training and len(images) in self.compiled_sizes else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
-            out = self.backbone.forward_features(images)
+            out = (compiled or _forward_features)(self.backbone, images)
         if self.layout == "NCHW":
             return out.permute(0, 2, 3, 1)
         if self.layout == "NHWC":
@@ -160,6 +181,7 @@ class Classifier(nn.Module):
         boost: bool | None = None,
         classes: Tensor | None = None,
         mask: MaskOptions | None = None,
+        beside: Tensor | None = None,
     ) -> ClassifierOutput:
         """Logits of a batch.
 
@@ -169,9 +191,17 @@ class Classifier(nn.Module):
             boost: compute mean(relu M) even for alpha 1, so that `ClassifierOutput.at_alpha` works for every alpha.
             classes: int64 [B, N] classes whose maps are wanted, padded with -1.
             mask: give the images masked by these maps instead of the maps.
+            beside: [B', 3, S, S] further images, of which the logits alone are wanted, from the same pass through the
+                backbone; for backbones that keep images apart (`batchnorm.images_apart`).
         """
         source = images if mask is not None else None
-        return self.classify(self.features(images), alpha, boost, classes, source, mask)
+        if beside is None:
+            return self.classify(self.features(images), alpha, boost, classes, source, mask)
+        features = self.features(torch.cat([images, beside]))
+        first, second = features.split([len(images), len(beside)])
+        out = self.classify(first, alpha, boost, classes, source, mask)
+        out.beside = self.classify(second, alpha).logits
+        return out
 
     def classify(
         self,

@@ -9,8 +9,9 @@ from __future__ import annotations
 from spml_fast.reproduction.entries import PLAIN, STATEMENTS, Entry, Preset, Statement, better
 
 RECIPE = "finetune.yaml"
-# One small network at a size that two cores can train, and four epochs of everything: the same for every entry.
-NETWORK = ("--model.backbone", "tf_efficientnet_lite0", "--data.image_size", "128")
+# One small network at a size that two cores can train, and four epochs of everything: the same for every entry, in
+# fp32 on every processor.
+NETWORK = ("--model.backbone", "tf_efficientnet_lite0", "--data.image_size", "128", "--train.precision", "fp32")
 EPOCHS = ("--train.epochs", "4", "--train.batch_size", "16", "--train.patience", "0")
 # The head first: by steps, since not every method has a loss that a head can be solved for; or solved for, as the
 # recipe does where it can.

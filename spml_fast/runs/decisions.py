@@ -13,7 +13,7 @@ from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import FileRecord, file_record, read_text, write_json
-from spml_fast.core.precision import autocast_dtype
+from spml_fast.core.precision import inference_dtype
 from spml_fast.core.text import parse_json
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
@@ -57,7 +57,7 @@ def score_known(
     """
     was_training = classifier.training
     classifier.eval()
-    dtype = autocast_dtype(config.train.precision, loader.device)
+    dtype = inference_dtype(config.train.precision, loader.device)
     scores = score_split(classifier, loader, split.known, [config.model.alpha_eval], dtype, task)
     classifier.train(was_training)
     return scores

@@ -8,7 +8,7 @@ import torch
 
 from spml_fast.core import distributed
 from spml_fast.core.config import Config
-from spml_fast.core.precision import autocast, autocast_dtype, no_cudnn_benchmark
+from spml_fast.core.precision import autocast, inference_dtype, no_cudnn_benchmark
 from spml_fast.data.labels import POSITIVE
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Split
@@ -150,7 +150,7 @@ def example_images(
     batch = next(iter(loader))
     was_training = classifier.training
     classifier.eval()
-    with autocast(device, autocast_dtype(config.train.precision, device)), no_cudnn_benchmark():
+    with autocast(device, inference_dtype(config.train.precision, device)), no_cudnn_benchmark():
         logits = classifier(batch.views["eval"], alpha=classifier.alpha_eval).logits
     classifier.train(was_training)
     pixels = ((batch.views["eval"] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

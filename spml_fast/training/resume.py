@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -159,15 +159,31 @@ def defining_options(config: Config, manifest: Manifest, device: torch.device) -
     }
 
 
-def _defined_by_recipe(path: Path) -> dict[str, Any]:
+def _defined_by_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The same from the recipe of a run of a version before 0.2.0, as far as it tells; nothing where it is damaged."""
-    try:
-        recipe = flatten(read_recipe(str(path.absolute())))
-    except UserError:
+    if not recipe:
         return {}
     names = ("method.name", "data.image_size", "model.backbone", "model.head", "train.precision", "run.seed")
-    options = default_options(recipe.get("method.name")) | recipe
+    options = default_options(recipe.get("method.name")) | dict(recipe)
     return {name: options[name] for name in names if options.get(name) not in (None, "auto")}
+
+
+def precision_of(resume: Resume) -> Literal["fp32", "bf16"] | None:
+    """What a checkpoint's run computes in; None where it is of a version that did not write down what auto meant."""
+    value = _defined_before(resume).get("train.precision")
+    return value if value in ("fp32", "bf16") else None
+
+
+def recipe_of(resume: Resume) -> dict[str, Any]:
+    """The options in the config.yaml of a checkpoint's run, by `section.option`; none where it is damaged."""
+    try:
+        return flatten(read_recipe(str(CheckpointLayout(resume.checkpoint.folder).run.config.absolute())))
+    except UserError:
+        return {}
+
+
+def _defined_before(resume: Resume) -> Mapping[str, Any]:
+    return resume.checkpoint.defines or _defined_by_recipe(recipe_of(resume))
 
 
 def check_same_run(resume: Resume, defines: Mapping[str, Any], run_dir: Path) -> str | None:
@@ -185,7 +201,7 @@ def check_same_run(resume: Resume, defines: Mapping[str, Any], run_dir: Path) ->
         UserError: they differ.
     """
     checkpoint = resume.checkpoint
-    before = checkpoint.defines or _defined_by_recipe(CheckpointLayout(checkpoint.folder).run.config)
+    before = _defined_before(resume)
     names = [name for name in defines if name in before and before[name] != defines[name]]
     if not names:
         return None

@@ -239,8 +239,6 @@ def make_classifier(
         if device.type != "cuda":
             raise UserError("model.sync_bn needs GPUs; leave it off (statistics are averaged over ranks anyway)")
         classifier.backbone = synchronised(classifier.backbone)
-    if model.compile:
-        classifier.backbone.compile()
     return classifier
 
 

@@ -32,6 +32,7 @@ from spml_fast.training.advice import opening_notes
 from spml_fast.training.bad_image_list import list_bad_images
 from spml_fast.training.batchnorm_state import average_statistics, own_statistics
 from spml_fast.training.checkpoint import CheckpointPosition
+from spml_fast.training.compile_choice import compiled_sizes, settle_compile
 from spml_fast.training.engine import Engine, deepspeed_config
 from spml_fast.training.examples import selected_examples
 from spml_fast.training.final import finish_run
@@ -41,6 +42,7 @@ from spml_fast.training.module import TrainingModule
 from spml_fast.training.nonfinite import NonFiniteGuard
 from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups, suits_fused
 from spml_fast.training.pace import Pace
+from spml_fast.training.precision_choice import settle_precision
 from spml_fast.training.resume import Resume, check_same_run, defining_options, find_resume
 from spml_fast.training.save_times import SaveTimes
 from spml_fast.training.saving import RunCheckpoints
@@ -94,6 +96,8 @@ class Trainer:
         self.resume = distributed.from_main(lambda: find_resume(checkpoints, config.run.resume))
         # The weights that a run started from need not be there any more.
         self.classifier = make_classifier(config.model, classes, side, device, initial=self.resume is None)
+        config, chosen = settle_precision(config, self.classifier, self.resume, device)
+        self.config, self.notes = config, [*self.notes, *chosen]
         self.store = LabelStore(self.data.labels, device)
         set_prior(self.classifier, config, self.store, len(self.data.train))
         self.truth = make_truth(config, self.data.train, device)
@@ -106,6 +110,9 @@ class Trainer:
         self.phases = make_phases(config)
         updates = self.loader.updates_per_epoch
         self.total_updates = sum(p.epochs for p in self.phases) * updates
+        updated = self.phases[-1].epochs * updates
+        config, chosen = settle_compile(config, self.classifier, self.resume, device, updated)
+        self.config, self.notes = config, [*self.notes, *chosen]
         self.pace = Pace(self.phases, updates, config.train, self.data.val, device, config.eval.every)
         defines = defining_options(config, self.data.manifest, device)
         self.checkpoints = RunCheckpoints(self.layout, config.run.keep, defines)
@@ -172,6 +179,9 @@ class Trainer:
         config, train = self.config, self.config.train
         linear = phase.name == "linear"
         self.classifier.freeze_backbone(linear)
+        if config.model.compile:
+            self.classifier.compile_backbone()
+            self.classifier.compiled_sizes = compiled_sizes(config)
         updates = phase.epochs * self.loader.updates_per_epoch
         groups = parameter_groups(self.classifier, self.method, train, head_only=linear)
         optimizer = make_optimizer(groups, train, fused=suits_fused(groups, self.device))

@@ -32,6 +32,13 @@ def test_dtype_of_the_option():
     assert autocast_dtype("fp32", CPU) is None and autocast_dtype("bf16", CPU) == torch.bfloat16
 
 
+def test_networks_in_use_take_fp32_where_bf16_is_emulated(monkeypatch):
+    for able, expected in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(precision, "has_bf16", lambda device, able=able: able)
+        assert precision.inference_dtype("bf16", CPU) == expected and precision.inference_dtype("fp32", CPU) is None
+        assert autocast_dtype("bf16", CPU) == torch.bfloat16, "a training does what it was asked to"
+
+
 @pytest.fixture
 def algorithms(monkeypatch):
     """Whether cuDNN times, and whether algorithms must repeat; as they were, afterwards."""

@@ -191,7 +191,8 @@ class NotesPrecision(Scripted):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", None)])
-def test_the_network_runs_in_the_precision_of_training(precision, dtype):
+def test_the_network_runs_in_the_precision_of_training(precision, dtype, monkeypatch):
+    monkeypatch.setattr("spml_fast.core.precision.has_bf16", lambda device: True)
     mean = torch.tensor([[0.5], [-1.0]])
     scripted = NotesPrecision(mean, mean, 2)
     config = Config(method=get_method("an").Options(name="an"), train=TrainConfig(precision=precision))

@@ -349,7 +349,7 @@ class TestPhases:
         words = ["--data.dir", small_digits, "--run.dir", run, "--model.backbone", "test_resnet"]
         words += ["--model.weights", file, "--deepspeed.tensorboard", "false"]
         words += ["--data.image_size", 64, "--train.epochs", 1, "--train.lr", 1e-9]
-        words += ["--train.batch_size", 64, "--method", "an"]
+        words += ["--train.batch_size", 64, "--method", "an", "--train.precision", "fp32"]
         out = succeed(run_script("train.py", *words))
         assert "recipe: finetune, since --config names none" in out
         assert "train.linear auto: the head of the linear phase is solved for" in out

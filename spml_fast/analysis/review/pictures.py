@@ -24,7 +24,7 @@ from spml_fast.analysis.explain_samples import sample_files
 from spml_fast.analysis.predict import load_images
 from spml_fast.analysis.suggest import Suggestions
 from spml_fast.core.config import Config
-from spml_fast.core.precision import autocast, autocast_dtype
+from spml_fast.core.precision import autocast, inference_dtype
 from spml_fast.data.manifest import Split
 from spml_fast.models.classifier import Classifier
 from spml_fast.runs.open import load_classifier, load_run_config
@@ -162,7 +162,7 @@ def _look(
     side: int,
 ) -> Iterator[_Looked]:
     """Thumbnails and maps of some samples, whose classes are in `wanted`."""
-    dtype = autocast_dtype(config.train.precision, device)
+    dtype = inference_dtype(config.train.precision, device)
     with contextlib.ExitStack() as stack:
         files, aspects = sample_files(split, [Choice(i, "") for i in samples], stack)
         for start, views in load_images(classifier, config, files, device):
