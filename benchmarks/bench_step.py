@@ -1,17 +1,25 @@
-"""Whole training steps: images per second, where the time goes, and the same training written the usual way.
+"""Whole training steps: images per second, where the time goes, and the same training written in other ways.
 
-    python benchmarks/bench_step.py [--methods an ll_r ignore] [--backbone resnet50] [--image-size 224]
-                                    [--input {files,memory}] [--loop {deepspeed,torch}] [--json OUT] [--results DIR]
+    python benchmarks/bench_step.py [--methods an ll_r ignore] [--backbone resnet50] [--image-size 224] [--ways ...]
+                                    [--engine] [--input {files,memory}] [--loop {deepspeed,torch}] [--json OUT]
+                                    [--results DIR]
 
 Ways to train, each with the same images, labels, weights, optimizer and threads:
-    spml_fast   what launch/train.py does: DALI, DeepSpeed, channels_last, bf16 where it gains, kernels on a GPU
-    reference   the same with the ops in plain PyTorch (on a GPU only; elsewhere they are what runs)
+    spml_fast   what launch/train.py does: DALI, DeepSpeed, channels_last, the precision that `train.precision auto`
+                takes, freed memory kept (on a CPU), kernels on a GPU
+    bare        the same with PyTorch's own loop in the place of DeepSpeed's engine, to see what the engine costs
+                (`--engine` adds it)
+    reference   spml_fast with the ops in plain PyTorch (on a GPU; elsewhere they are what runs)
     plain       as the papers' released code trains: Pillow in a torch DataLoader with worker processes, contiguous
                 fp32, PyTorch's loop, the map of every class in memory, the loss read back after every step
-Before anything is timed, the losses of all of them must agree on the same images.
+    bf16        that loader and loop by somebody who knows PyTorch: bf16, channels_last, a fused optimizer
+    bf16_kept   bf16 with malloc set to keep freed memory (on a CPU)
+    fp32_kept   bf16_kept in fp32, which is faster on many CPUs
+Before anything is timed, the losses of all of them must agree on the same images. All take turns, and what is printed
+are medians over the rounds. How malloc treats freed memory belongs to a process, so ways that differ in it run in two.
 
 `--input memory` draws images on the device once instead of loading them (needs no DALI), `--loop torch` makes the
-updates of the first two with PyTorch's own loop in the same precision (needs no DeepSpeed): what is left is the
+updates of the first ways with PyTorch's own loop in the same precision (needs no DeepSpeed): what is left is the
 network, the method and the kernels. `--results` adds rows to a table of that folder, method after method.
 """
 
@@ -22,14 +30,16 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,8 +51,9 @@ from benchmarks.kernel_report import Row, file_name, merge_csv
 from benchmarks.kernel_report import machine as table_facts
 from benchmarks.machine import installed, machine
 from spml_fast.core import env
+from spml_fast.core.allocator import keep_freed_memory
 from spml_fast.core.batch import Batch
-from spml_fast.core.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
+from spml_fast.core.config import Config, DataConfig, EngineConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError, run_command
 from spml_fast.core.outputs import add_json_option, json_output
 from spml_fast.core.precision import autocast, autocast_dtype, set_cudnn_policy
@@ -52,13 +63,49 @@ from spml_fast.methods import Method, Progress, get_method, method_names
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.engine import Engine, deepspeed_config, init_distributed, shutdown_distributed
 from spml_fast.training.module import TrainingModule
-from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
+from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups, suits_fused
+from spml_fast.training.precision_choice import settle_precision
 from tests.support.pil import ReferenceViews
 
+CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARTS = ("data", "forward", "backward", "update")
 # Relative difference of the losses of the first step, by what the forward computes in.
 ALLOWED = {None: 1e-4, torch.bfloat16: 2e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a step is made.
+
+    Attributes:
+        ours: this program's loader, memory format and precision; else Pillow in a DataLoader.
+        loop: what makes the updates, `deepspeed` or `torch`; `--loop torch` changes that of all.
+        kernels: whether the ops may be kernels.
+        precision: of rivals.
+        usual: contiguous tensors, the optimizer as torch makes it, and the loss read back every step.
+        kept: whether malloc keeps freed memory (on a CPU).
+    """
+
+    ours: bool = False
+    loop: str = "torch"
+    kernels: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    usual: bool = False
+    kept: bool = False
+
+
+WAYS = {
+    "spml_fast": Way(ours=True, loop="deepspeed", kernels=True, kept=True),
+    "bare": Way(ours=True, kernels=True, kept=True),
+    "reference": Way(ours=True, loop="deepspeed", kept=True),
+    "plain": Way(usual=True),
+    "bf16": Way(precision="bf16"),
+    "bf16_kept": Way(precision="bf16", kept=True),
+    "fp32_kept": Way(kept=True),
+}
+ON_CPU = ("spml_fast", "plain", "bf16", "bf16_kept", "fp32_kept")
+ON_GPU = ("spml_fast", "reference", "plain", "bf16")
 # After every method's warm-up, where rejection and masked images cost time.
 EPOCH, EPOCHS = 6, 10
 
@@ -67,27 +114,27 @@ class Variant:
     """One way to train one method, from the same start as the others.
 
     Args:
-        name: `spml_fast`, `reference` or `plain`.
+        name: one of `WAYS`.
         method: name of the method.
         setup: what all variants have in common.
     """
 
     def __init__(self, name: str, method: str, setup: Setup) -> None:
-        self.name, self.setup = name, setup
-        self.plain = name == "plain"
+        self.name, self.setup, self.way = name, setup, WAYS[name]
+        self.layout = torch.contiguous_format if self.way.usual else torch.channels_last
         self.classifier = copy.deepcopy(setup.classifier)
         self.store = LabelStore(setup.labels, setup.device)
         options = get_method(method).Options
         self.method: Method = get_method(method)(options(name=method), self.store)
-        train = dataclasses.replace(setup.train, precision="fp32") if self.plain else setup.train
+        train = setup.train if self.way.ours else dataclasses.replace(setup.train, precision=self.way.precision)
         self.dtype = autocast_dtype(train.precision, setup.device)
         module = TrainingModule(self.classifier, self.method)
-        own_loop = self.plain or setup.loop == "torch"
+        own_loop = "torch" in (self.way.loop, setup.loop)
         if own_loop:
-            layout = torch.contiguous_format if self.plain else torch.channels_last
-            module.to(setup.device).to(memory_format=layout)
+            module.to(setup.device).to(memory_format=self.layout)
         groups = parameter_groups(self.classifier, self.method, train, head_only=False)
-        optimizer = make_optimizer(groups, train, fused=not self.plain and setup.device.type == "cuda")
+        fused = suits_fused(groups, setup.device) if self.way.ours else not self.way.usual
+        optimizer = make_optimizer(groups, train, fused)
         scheduler = make_schedule(optimizer, train, 10**6)
         self.engine: Engine | None = None
         if own_loop:
@@ -101,11 +148,9 @@ class Variant:
         """Views and sample indices, without end."""
         views, setup = self.method.views, self.setup
         if setup.split is None:
-            layout = torch.contiguous_format if self.plain else torch.channels_last
-            drawn = [({v: d[v].contiguous(memory_format=layout) for v in views}, i) for d, i in setup.drawn()]
-            yield from itertools.cycle(drawn)
+            yield from itertools.cycle([({v: self.laid_out(d[v]) for v in views}, i) for d, i in setup.drawn()])
             return
-        if self.plain:
+        if not self.way.ours:
             loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
                 ReferenceViews(setup.split, setup.data, views, mean=MEAN, std=STD),
                 batch_size=setup.train.batch_size,
@@ -116,7 +161,7 @@ class Variant:
                 pin_memory=setup.device.type == "cuda",
             )
             for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
-                given = {v: batch[v].to(setup.device, non_blocking=True) for v in views}
+                given = {v: self.laid_out(batch[v].to(setup.device, non_blocking=True)) for v in views}
                 yield given, batch["index"].to(setup.device)
         from spml_fast.data.loader import TrainLoader
 
@@ -135,11 +180,15 @@ class Variant:
             for (micro,) in ours.epoch(epoch):
                 yield micro.views, micro.index
 
+    def laid_out(self, images: Tensor) -> Tensor:
+        """Images in the memory format of this way."""
+        return images.contiguous(memory_format=self.layout)
+
     def loss(self, views: dict[str, Tensor], index: Tensor) -> Tensor:
         """Loss of a step; its forward alone."""
         batch = Batch(views, self.store.rows(index), index, len(index))
         progress = Progress(EPOCH, EPOCHS, (EPOCH - 1) * 100, 100, "finetune", self.setup.train.lr)
-        with contextlib.nullcontext() if self.name == "spml_fast" else env.reference_kernels():
+        with contextlib.nullcontext() if self.way.kernels else env.reference_kernels():
             if self.engine is not None:
                 loss: Tensor = self.engine(batch, progress)[0]
                 return loss
@@ -157,9 +206,9 @@ class Variant:
             lap("backward")
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.plain:
+            if self.way.usual:
                 loss.item()
-            else:
+            if self.way.ours:
                 self.scheduler.step()
         else:
             self.engine.backward(loss)
@@ -208,18 +257,31 @@ class Setup:
         return batches
 
 
-def check(variants: list[Variant]) -> float:
-    """Largest relative difference of the losses on the same images; `UserError` if it is too large to be rounding."""
-    views, index = next(variants[0].batches())
-    losses = {}
+def losses(variants: list[Variant]) -> dict[str, float]:
+    """Loss of every variant on the same images, noise that depends on the setup alone."""
+    views, index = variants[0].setup.drawn()[0]
+    found = {}
     for variant in variants:
-        given = {k: v.contiguous() for k, v in views.items()} if variant.plain else views
+        given = {name: variant.laid_out(views[name]) for name in variant.method.views}
         with torch.no_grad():
-            losses[variant.name] = float(variant.loss(given, index))
-    difference = max(abs(value - losses["plain"]) for value in losses.values()) / abs(losses["plain"])
-    if not difference <= ALLOWED[variants[0].dtype]:
-        raise UserError(f"the losses of a step are {losses}: not the same training, so nothing is timed")
-    return difference
+            found[variant.name] = float(variant.loss(given, index))
+    return found
+
+
+def check(found: dict[str, float], ours: torch.dtype | None) -> float:
+    """Largest relative difference of the losses; `UserError` if one is too large to be rounding.
+
+    Args:
+        found: by way.
+        ours: what this program's ways compute in.
+    """
+    dtypes = {name: ours if WAYS[name].ours else autocast_dtype(WAYS[name].precision, CPU) for name in found}
+    # fp32 among themselves, and bf16 to the first.
+    first = min(found, key=lambda name: dtypes[name] is not None)
+    apart = {name: abs(value - found[first]) / abs(found[first]) for name, value in found.items()}
+    if not all(difference <= ALLOWED[dtypes[name]] for name, difference in apart.items()):
+        raise UserError(f"the losses of a step are {found}: not the same training, so nothing is timed")
+    return max(apart.values())
 
 
 class Clock:
@@ -230,8 +292,7 @@ class Clock:
 
     def __init__(self, variant: Variant, steps: int) -> None:
         self.variant, self.steps, self.batches = variant, steps, variant.batches()
-        self.rates: list[float] = []
-        self.parts = dict.fromkeys(PARTS, 0.0)
+        self.warm = False
 
     def wait(self) -> None:
         """Wait until the device has nothing left to do."""
@@ -244,15 +305,17 @@ class Clock:
             self.variant.step(*next(self.batches), lambda part: None)
         self.wait()
 
-    def round(self) -> None:
+    def round(self) -> float:
         """Images per second of one round, from when what was loaded ahead while others trained is used up."""
-        self.run(2)
+        self.run(2 if self.warm else 4)
+        self.warm = True
         start = time.perf_counter()
         self.run(self.steps)
-        self.rates.append(self.variant.setup.train.batch_size * self.steps / (time.perf_counter() - start))
+        return self.variant.setup.train.batch_size * self.steps / (time.perf_counter() - start)
 
-    def split(self) -> None:
+    def split(self) -> dict[str, float]:
         """Seconds of the parts of a step."""
+        parts = dict.fromkeys(PARTS, 0.0)
         self.run(2)
         mark = time.perf_counter()
 
@@ -260,13 +323,14 @@ class Clock:
             nonlocal mark
             self.wait()
             now = time.perf_counter()
-            self.parts[part] += (now - mark) / self.steps
+            parts[part] += (now - mark) / self.steps
             mark = now
 
         for _ in range(self.steps):
             views, index = next(self.batches)
             lap("data")
             self.variant.step(views, index, lap)
+        return parts
 
     def memory(self) -> float | None:
         """Peak GiB on the GPU of one step, weights and what the loader holds of all variants included."""
@@ -278,26 +342,100 @@ class Clock:
         return torch.cuda.max_memory_allocated(device) / 2**30
 
 
-def time_all(variants: list[Variant], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Figures of every variant, by name; they take turns, so that a slow moment of the machine affects all of them."""
-    clocks = [Clock(variant, steps) for variant in variants]
-    for turn in range(rounds):
-        for clock in clocks:
-            if turn == 0:
-                clock.run(2)
-            clock.round()
+class Helper:
+    """Another process of this program, which has the ways that give freed memory back to the system.
+
+    Args:
+        names: these ways.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--serve", *names]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, **pipes)
+
+    def ask(self, question: str, *arguments: str) -> Any:
+        """Have it do something and give its answer. `UserError` where it ended instead."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps([question, *arguments]) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        raise UserError("the process with the other ways of training failed; its error stands above")
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate()
+
+
+# How a line with an answer begins; libraries print others.
+ANSWER = "@answer "
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answer what `Helper.ask` asks, until nobody does any more."""
+    variants: list[Variant] = []
+    clocks: dict[str, Clock] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        setup = make_setup(args, CPU, Path(scratch))
+        for line in sys.stdin:
+            question, *arguments = json.loads(line)
+            answer: Any = None
+            if question == "losses":
+                variants = [Variant(name, arguments[0], setup) for name in args.serve]
+                clocks = {v.name: Clock(v, args.steps) for v in variants}
+                answer = losses(variants)
+            elif question == "round":
+                answer = clocks[arguments[0]].round()
+            elif question == "split":
+                answer = clocks[arguments[0]].split()
+            print(ANSWER + json.dumps(answer), flush=True)
+
+
+class HelpersClock:
+    """As `Clock`, of a way that the helper has."""
+
+    def __init__(self, name: str, helper: Helper) -> None:
+        self.name, self.helper = name, helper
+
+    def round(self) -> float:
+        """As `Clock.round`."""
+        return float(self.helper.ask("round", self.name))
+
+    def split(self) -> dict[str, float]:
+        """As `Clock.split`."""
+        return dict(self.helper.ask("split", self.name))
+
+    def memory(self) -> None:
+        """Nothing: it is a CPU's."""
+
+
+def time_all(clocks: dict[str, Clock | HelpersClock], rounds: int) -> dict[str, dict[str, Any]]:
+    """Figures of every way, by name; they take turns, so that a slow moment of the machine affects all of them.
+
+    Args:
+        clocks: by way; ratios are to the first.
+        rounds: how many.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in clocks}
+    for _ in range(rounds):
+        for name, clock in clocks.items():
+            rates[name].append(clock.round())
             # What its loader makes ahead must not cost the next one its time.
             time.sleep(0.5)
+    first = next(iter(rates.values()))
     figures: dict[str, dict[str, Any]] = {}
-    for clock in clocks:
-        clock.split()
-        rate = statistics.median(clock.rates)
-        ratio = statistics.median(a / b for a, b in zip(clock.rates, clocks[0].rates, strict=True))
-        figures[clock.variant.name] = {
-            "images_per_second": rate,
-            "all": clock.rates,
-            "ratio": ratio,
-            "seconds": clock.parts,
+    for name, clock in clocks.items():
+        figures[name] = {
+            "images_per_second": statistics.median(rates[name]),
+            "all": rates[name],
+            "ratio": statistics.median(a / b for a, b in zip(rates[name], first, strict=True)),
+            "seconds": clock.split(),
             "memory_gib": clock.memory(),
         }
         time.sleep(0.5)
@@ -312,6 +450,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=method_names(), default=["an", "ll_r", "ignore"])
     parser.add_argument("--backbone", default="resnet50", help="a timm model, from random weights")
     parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="ways to train (default: all of the device)")
+    parser.add_argument("--engine", action="store_true", help="add `bare`, and say what DeepSpeed's engine costs")
+    parser.add_argument("--serve", nargs="+", choices=list(WAYS), help=argparse.SUPPRESS)
     parser.add_argument("--input", choices=["files", "memory"], default="files", help="load images, or draw them once")
     parser.add_argument("--loop", choices=["deepspeed", "torch"], default="deepspeed", help="what makes the updates")
     parser.add_argument("--images", type=Path, help="folder of JPEG images (default: generated, 640 x 480)")
@@ -319,7 +460,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=5.0, help="BoostLU's factor in training")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of all but plain")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of our own ways")
     parser.add_argument("--threads", type=int, default=0, help="loading threads or workers (default: all cores)")
     parser.add_argument("--steps", type=int, default=8, help="timed steps a round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -343,7 +484,7 @@ def start(args: argparse.Namespace) -> torch.device:
     """The device; with DeepSpeed, in a process group."""
     if args.loop == "deepspeed":
         return init_distributed()
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 
 
 def table_rows(args: argparse.Namespace, device: torch.device, method: str, figures: dict[str, Any]) -> list[Row]:
@@ -359,68 +500,131 @@ def table_rows(args: argparse.Namespace, device: torch.device, method: str, figu
     return rows
 
 
+def make_setup(args: argparse.Namespace, device: torch.device, scratch: Path) -> Setup:
+    """What all ways have in common: the same in every process."""
+    torch.manual_seed(0)
+    model = ModelConfig(backbone=args.backbone, pretrained=False, alpha_train=args.alpha)
+    split = None
+    if args.input == "files":
+        from benchmarks.bench_input import images
+
+        split = images(args.images, args.count, scratch)
+    count = args.count if split is None else len(split)
+    if count < args.batch_size:
+        raise UserError(f"{count} images are too few for batches of {args.batch_size}; give more")
+    observed = np.random.default_rng(0).integers(args.classes, size=count)
+    return Setup(
+        split,
+        SparseLabels.from_positives([[int(c)] for c in observed], args.classes, -1),
+        DataConfig(image_size=args.image_size, threads=args.threads or len(os.sched_getaffinity(0))),
+        TrainConfig(batch_size=args.batch_size, precision=args.precision),
+        EngineConfig(tensorboard=False),
+        Classifier(model, args.classes, args.image_size),
+        device,
+        scratch,
+        args.loop,
+    )
+
+
+def settle(setup: Setup, args: argparse.Namespace) -> None:
+    """Put fp32 or bf16 in the place of `auto`, as a run does, and say why."""
+    model = ModelConfig(backbone=args.backbone, pretrained=False, alpha_train=args.alpha)
+    options = get_method("an").Options(name="an")
+    config, notes = settle_precision(
+        Config(options, setup.data, model, setup.train), setup.classifier, None, setup.device
+    )
+    setup.train = config.train
+    for note in notes:
+        print(note)
+
+
+def report(timed: dict[str, dict[str, Any]]) -> None:
+    """Print the figures of a method."""
+    first = next(iter(timed))
+    for name, figures in timed.items():
+        parts = "".join(f"{part} {1000 * figures['seconds'][part]:.0f}, " for part in PARTS)
+        memory = "" if figures["memory_gib"] is None else f"{figures['memory_gib']:.1f} GiB, "
+        rate = f"{figures['images_per_second']:9.1f}   {parts}{memory}{figures['ratio']:.2f} x {first}"
+        print(f"{name:11s}{rate}", flush=True)
+    if {"spml_fast", "bare"} <= set(timed):
+        pairs = zip(timed["spml_fast"]["all"], timed["bare"]["all"], strict=True)
+        part = statistics.median(1 - ours / bare for ours, bare in pairs)
+        print(f"DeepSpeed's engine takes {100 * part:.1f}% of a step")
+
+
+def measure(args: argparse.Namespace, setup: Setup, names: list[str], helper: Helper | None) -> dict[str, Any]:
+    """Check and time every method.
+
+    Args:
+        args: the command line.
+        setup: what all ways have in common.
+        names: of the ways, in the order of the table.
+        helper: has some of them, or is not there.
+    """
+    result: dict[str, Any] = {}
+    device, theirs = setup.device, [] if helper is None else helper.names
+    for method in args.methods:
+        variants = {name: Variant(name, method, setup) for name in names if name not in theirs}
+        found = losses(list(variants.values())) | ({} if helper is None else helper.ask("losses", method))
+        difference = check(found, autocast_dtype(setup.train.precision, device))
+        print(f"\n{method}: losses agree to {difference:.1e}")
+        clocks: dict[str, Clock | HelpersClock] = {}
+        for name in names:
+            own = variants.get(name)
+            if own is not None:
+                clocks[name] = Clock(own, args.steps)
+            elif helper is not None:
+                clocks[name] = HelpersClock(name, helper)
+        timed = time_all(clocks, args.rounds)
+        if args.results is not None:
+            rows = table_rows(args, device, method, timed)
+            merge_csv(args.results / f"{file_name(rows[0]['gpu'])}_steps.csv", rows)
+        report(timed)
+        result[method] = {"losses_apart": difference, **timed}
+        for variant in variants.values():
+            variant.close()
+    return result
+
+
 def main() -> int:
     """Check, time and print."""
     args = parse()
     require(args)
+    if args.serve:
+        serve(args)
+        return 0
     out_file = json_output(args, "bench_step")
     device = start(args)
-    # For all variants: it is PyTorch's own, and one line in anybody's code.
+    on_gpu = device.type == "cuda"
+    # For all ways: they are PyTorch's and the system's own, and one line in anybody's code.
     set_cudnn_policy(device, deterministic=False)
-    torch.manual_seed(0)
-    machine_info = machine(device)
-    arguments = {k: str(v) for k, v in vars(args).items()}
-    result: dict[str, Any] = {"machine": machine_info, "arguments": arguments, "methods": {}}
-    model = ModelConfig(backbone=args.backbone, pretrained=False, alpha_train=args.alpha)
-    print(", ".join(f"{key} {value}" for key, value in machine_info.items() if value is not None))
-    print(
-        f"{args.backbone}, {args.classes} classes, alpha {args.alpha:g}, {args.image_size} px, batches of "
-        f"{args.batch_size}; images/s, and the parts of a step in ms"
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        split = None
-        if args.input == "files":
-            from benchmarks.bench_input import images
-
-            split = images(args.images, args.count, Path(scratch))
-        count = args.count if split is None else len(split)
-        if count < args.batch_size:
-            raise UserError(f"{count} images are too few for batches of {args.batch_size}; give more")
-        observed = np.random.default_rng(0).integers(args.classes, size=count)
-        setup = Setup(
-            split,
-            SparseLabels.from_positives([[int(c)] for c in observed], args.classes, -1),
-            DataConfig(image_size=args.image_size, threads=args.threads or len(os.sched_getaffinity(0))),
-            TrainConfig(batch_size=args.batch_size, precision=args.precision),
-            EngineConfig(tensorboard=False),
-            Classifier(model, args.classes, args.image_size),
-            device,
-            Path(scratch),
-            args.loop,
+    names = list(args.ways or (ON_GPU if on_gpu else ON_CPU))
+    names += ["bare"] if args.engine and "bare" not in names else []
+    apart = [] if on_gpu else [name for name in names if not WAYS[name].kept]
+    if not on_gpu and not keep_freed_memory() and apart:
+        raise UserError(
+            "malloc has settings of its own here, or is not glibc's (docs/environment.md), so that ways that differ in "
+            "it cannot be timed; give --ways spml_fast, or others of our own"
         )
-        names = ["spml_fast", "reference", "plain"] if device.type == "cuda" else ["spml_fast", "plain"]
-        for method in args.methods:
-            variants = [Variant(name, method, setup) for name in names]
-            difference = check(variants)
-            print(f"\n{method}: losses agree to {difference:.1e}")
-            figures_of: dict[str, Any] = {"losses_apart": difference}
-            result["methods"][method] = figures_of
-            timed = time_all(variants, args.steps, args.rounds)
-            if args.results is not None:
-                rows = table_rows(args, device, method, timed)
-                merge_csv(args.results / f"{file_name(rows[0]['gpu'])}_steps.csv", rows)
-            for name, figures in timed.items():
-                figures_of[name] = figures
-                parts = "".join(f"{part} {1000 * figures['seconds'][part]:.0f}, " for part in PARTS)
-                memory = "" if figures["memory_gib"] is None else f"{figures['memory_gib']:.1f} GiB, "
-                rate = f"{figures['images_per_second']:9.1f}   {parts}{memory}{figures['ratio']:.2f} x spml_fast"
-                print(f"{name:11s}{rate}", flush=True)
-            for variant in variants:
-                variant.close()
+    machine_info = machine(device)
+    print(", ".join(f"{key} {value}" for key, value in machine_info.items() if value is not None))
+    with tempfile.TemporaryDirectory() as scratch:
+        setup = make_setup(args, device, Path(scratch))
+        if any(WAYS[name].ours for name in names):
+            settle(setup, args)
+        print(
+            f"{args.backbone}, {args.classes} classes, alpha {args.alpha:g}, {args.image_size} px, batches of "
+            f"{args.batch_size}, {torch.get_num_threads()} threads; images/s, and the parts of a step in ms"
+        )
+        helper = Helper(apart) if apart else None
+        methods = measure(args, setup, names, helper)
+        if helper is not None:
+            helper.close()
     if args.loop == "deepspeed":
         shutdown_distributed()
     if out_file is not None:
-        out_file.write_json(result)
+        arguments = {k: str(v) for k, v in vars(args).items()}
+        out_file.write_json({"machine": machine_info, "arguments": arguments, "methods": methods})
     return 0
 
 

@@ -226,7 +226,7 @@ STEPS = (
         25,
         "ResNet-50 at 448 px, images in memory, PyTorch's loop",
         _train("--input", "memory", "--loop", "torch"),
-        items=lambda: 9,
+        items=lambda: 12,
     ),
     Step(
         "training steps, whole",
@@ -236,7 +236,7 @@ STEPS = (
         "the same with DALI and DeepSpeed",
         _train("--input", "files", "--loop", "deepspeed"),
         ("nvidia.dali", "deepspeed"),
-        items=lambda: 9,
+        items=lambda: 12,
     ),
     Step(
         "sanitizer",
