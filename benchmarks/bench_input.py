@@ -1,18 +1,24 @@
-"""Images per second of the loaders, against the usual ways of feeding a GPU, in one run on one machine.
+"""Images per second and processor time of the loaders, against the usual ways, in one run on one machine.
 
-    python benchmarks/bench_input.py [--images DIR] [--image-size 448] [--batch-size 16] [--json OUT]
+    python benchmarks/bench_input.py [--images DIR] [--image-size 448] [--batch-size 16] [--json OUT] [--csv OUT]
+    python benchmarks/bench_input.py --quick      a look at everything in a minute: few images, one round
 
-Loaders, each with the same decoding threads (or workers) and the same work:
-    spml_fast      spml_fast.data.loader: DALI fed with what the sampler decides
+Loaders, each with the same decoding threads (or workers):
+    spml_fast      spml_fast.data.loader, from files
     shards         the same, with the images in tar shards
     dali_readers   DALI with readers.file, random numbers and RandAugment of DALI's own
-    pil            torchvision transforms on Pillow images in a torch DataLoader with worker processes
-First the views are compared with Pillow's and torchvision's; wrong views are not timed.
+    pil            torchvision transforms on Pillow images in a torch DataLoader with worker processes, always as the
+                   papers have it: every image decoded, RandAugment of the strong view on the image in its own size
+A row is a view with an option of ours: `resized` has data.strong_from resized, `cached` data.cache. The loaders of a
+row take turns, and its figures are medians over the rounds. Processor time, of all threads and workers, says more
+than images per second where other programs use the machine. First the views are compared with Pillow's and
+torchvision's; wrong views are not timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import sys
@@ -20,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import machine
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError, run_command
-from spml_fast.core.outputs import add_json_option, json_output
+from spml_fast.core.io import write_csv
+from spml_fast.core.outputs import OutputFile, add_json_option, json_output
 from spml_fast.data.loader import EvalLoader, TrainLoader
 from spml_fast.data.manifest import Split
 from spml_fast.prepare.pack import PackOptions, pack
@@ -39,6 +46,46 @@ from tests.support.pil import ReferenceViews, make_split, photo
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MODES: dict[str, tuple[str, ...]] = {"eval": ("eval",), "weak": ("weak",), "weak+strong": ("weak", "strong")}
+COLUMNS = ("row", "loader", "images_per_second", "cpu_ms_per_image", "speed_over_pil", "cpu_over_pil", "rounds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is timed against each other.
+
+    Attributes:
+        mode: the views, of `MODES`.
+        options: of the `data` section, for our loaders.
+        loaders: methods of `Loaders`.
+    """
+
+    mode: str
+    options: dict[str, Any]
+    loaders: tuple[str, ...]
+
+
+def rows(cache: Path) -> dict[str, Row]:
+    """All rows by name; caches go to the folder `cache`."""
+    plain, ours = ("spml_fast", "shards", "dali_readers", "pil"), ("spml_fast", "pil")
+    resized, cached = {"strong_from": "resized"}, {"cache": str(cache)}
+    return {
+        **{mode: Row(mode, {}, plain) for mode in MODES},
+        "weak+strong resized": Row("weak+strong", resized, ours),
+        "eval cached": Row("eval", cached, ours),
+        "weak cached": Row("weak", cached, ours),
+        "weak+strong resized cached": Row("weak+strong", {**resized, **cached}, ours),
+    }
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and the workers that it has started."""
+    total, tick = time.process_time(), os.sysconf("SC_CLK_TCK")
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / tick
+    return total
+
+
 # Largest mean distance in grey levels from Pillow's and torchvision's views.
 ALLOWED = {"eval": 1.0, "weak": 1.0, "strong": 1.5}
 
@@ -61,8 +108,8 @@ def images(folder: Path | None, count: int, scratch: Path) -> Split:
 class Loaders:
     """One set of images, and the loaders to compare.
 
-    Each loader is a method that takes the mode and returns a function of the epoch, which loads one epoch and yields
-    the number of images of every batch.
+    Each loader is a method that takes the mode and options of the `data` section and returns a function of the epoch,
+    which loads one epoch and yields the number of images of every batch.
 
     Args:
         split: the images as files.
@@ -76,23 +123,24 @@ class Loaders:
         self.split, self.config, self.batch_size, self.device = split, config, batch_size, device
         self.packed = packed
 
-    def ours(self, mode: str) -> Callable[[int], Iterator[int]]:
+    def spml_fast(self, mode: str, **options: Any) -> Callable[[int], Iterator[int]]:
         """Our loaders, from files."""
-        return self._ours(self.split, mode)
+        return self._ours(self.split, mode, options)
 
-    def shards(self, mode: str) -> Callable[[int], Iterator[int]]:
+    def shards(self, mode: str, **options: Any) -> Callable[[int], Iterator[int]]:
         """Our loaders, from shards."""
-        return self._ours(self.packed, mode)
+        return self._ours(self.packed, mode, options)
 
-    def _ours(self, split: Split, mode: str) -> Callable[[int], Iterator[int]]:
+    def _ours(self, split: Split, mode: str, changes: dict[str, Any]) -> Callable[[int], Iterator[int]]:
         options: dict[str, Any] = {"batch_size": self.batch_size, "device": self.device, "mean": MEAN, "std": STD}
+        config = replace(self.config, **changes)
         if mode == "eval":
-            evaluation = EvalLoader(split, self.config, **options)
+            evaluation = EvalLoader(split, config, **options)
             return lambda epoch: (views.real for views in evaluation)
-        train = TrainLoader(split, self.config, views=MODES[mode], accumulation=1, seed=0, **options)
+        train = TrainLoader(split, config, views=MODES[mode], accumulation=1, seed=0, **options)
         return lambda epoch: (views.real for update in train.epoch(epoch) for views in update)
 
-    def dali_readers(self, mode: str) -> Callable[[int], Iterator[int]]:
+    def dali_readers(self, mode: str, **_: Any) -> Callable[[int], Iterator[int]]:
         """DALI with its own reader and RandAugment."""
         from nvidia.dali import fn, pipeline_def, types
         from nvidia.dali.auto_aug import rand_augment
@@ -147,7 +195,7 @@ class Loaders:
         )
         return lambda epoch: (len(batch[0]["index"]) for batch in iterator)
 
-    def pil(self, mode: str) -> Callable[[int], Iterator[int]]:
+    def pil(self, mode: str, **_: Any) -> Callable[[int], Iterator[int]]:
         """torchvision transforms on Pillow images, in worker processes."""
         data = ReferenceViews(self.split, self.config, MODES[mode], mean=MEAN, std=STD)
         loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
@@ -168,15 +216,21 @@ class Loaders:
 
         return epoch
 
-    def rate(self, batches: Iterator[int]) -> float:
-        """Images per second, without the batches that may have been made ahead of the epoch."""
-        for _ in range(self.config.prefetch):
-            next(batches)
+    def rate(self, batches: Iterator[int]) -> tuple[float, float]:
+        """Images per second, and milliseconds of processor time per image.
+
+        The batches that may have been made ahead of the epoch are left out of the first, and count in the second:
+        about as many are made ahead of the next one.
+        """
+        cpu, ahead = cpu_seconds(), 0
+        for _ in range(self.config.prefetch + 1):
+            ahead += next(batches)
         start = time.perf_counter()
         count = sum(batches)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return count / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return count / seconds, 1000 * (cpu_seconds() - cpu) / (count + ahead)
 
     def check(self, count: int = 24) -> dict[str, float]:
         """Mean distance in grey levels of our views from Pillow's and torchvision's, over some images."""
@@ -213,32 +267,36 @@ def slow_reads(loaders: Loaders, latency: float, rounds: int) -> dict[str, float
         epoch = loaders.shards("weak")
         sum(epoch(0))
         os.preadv = slow
-        rates[shuffle] = statistics.median(loaders.rate(epoch(turn)) for turn in range(1, rounds + 1))
+        rates[shuffle] = statistics.median(loaders.rate(epoch(turn))[0] for turn in range(1, rounds + 1))
         os.preadv = preadv
         print(f"{shuffle:12s}{rates[shuffle]:12.1f}", flush=True)
     loaders.config = config
     return rates
 
 
-def time_mode(loaders: Loaders, mode: str, rounds: int) -> dict[str, Any]:
-    """Images per second of every loader, in turns, so that a slow moment of the machine affects all of them."""
-    functions = {"spml_fast": loaders.ours, "shards": loaders.shards}
-    functions |= {"dali_readers": loaders.dali_readers, "pil": loaders.pil}
-    epochs = {name: make(mode) for name, make in functions.items()}
-    rates: dict[str, list[float]] = {name: [] for name in epochs}
+def time_row(loaders: Loaders, row: Row, rounds: int) -> dict[str, Any]:
+    """Figures of every loader of a row, in turns, so that a slow moment of the machine affects all of them."""
+    epochs = {name: getattr(loaders, name)(row.mode, **row.options) for name in row.loaders}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in epochs}
     for epoch in epochs.values():
         sum(epoch(0))
     for turn in range(1, rounds + 1):
         for name, epoch in epochs.items():
-            rates[name].append(loaders.rate(epoch(turn)))
+            measured[name].append(loaders.rate(epoch(turn)))
             # A loader's work ahead of its next epoch must not slow down the next loader.
             time.sleep(0.5)
-    # Round by round: loaders that took turns ran on the same machine.
-    ratio = {
-        name: statistics.median(a / b for a, b in zip(rates["spml_fast"], rates[name], strict=True))
-        for name in ("shards", "dali_readers", "pil")
-    }
-    return {"median": {name: statistics.median(values) for name, values in rates.items()}, "all": rates, "ratio": ratio}
+    result = {}
+    for name, values in measured.items():
+        # Round by round: loaders that took turns ran on the same machine.
+        pairs = list(zip(values, measured["pil"], strict=True))
+        result[name] = {
+            "images_per_second": statistics.median(rate for rate, _ in values),
+            "cpu_ms_per_image": statistics.median(cpu for _, cpu in values),
+            "speed_over_pil": statistics.median(ours[0] / theirs[0] for ours, theirs in pairs),
+            "cpu_over_pil": statistics.median(theirs[1] / ours[1] for ours, theirs in pairs),
+            "all": values,
+        }
+    return result
 
 
 def parse() -> argparse.Namespace:
@@ -247,38 +305,44 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--images", type=Path, help="folder of JPEG images (default: generated, 640 x 480)")
-    parser.add_argument("--count", type=int, default=256, help="how many images")
+    parser.add_argument("--count", type=int, help="how many images (default: 256; 48 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="few images and one round: a look, not a measurement")
     parser.add_argument("--image-size", type=int, default=448)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0, help="threads or workers (default: all cores)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed epochs of every loader")
-    parser.add_argument("--modes", nargs="*", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--rounds", type=int, help="timed epochs of every loader (default: 3; 1 with --quick)")
+    parser.add_argument("--rows", nargs="*", choices=list(rows(Path())), default=list(rows(Path())))
     parser.add_argument("--shuffle", choices=["global", "window"], default="global", help="of spml_fast and shards")
     parser.add_argument("--shard-size", type=float, default=256, metavar="MB", help="of shards, in 10^6 bytes")
     parser.add_argument("--read-latency", type=float, default=0, metavar="MS", help="also time shards on a slow mount")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path, metavar="OUT", help="write the table to this file")
     add_json_option(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.count = args.count or (48 if args.quick else 256)
+    args.rounds = args.rounds or (1 if args.quick else 3)
+    if args.quick:
+        args.batch_size = min(args.batch_size, 8)
+    return args
 
 
-def compare(args: argparse.Namespace, loaders: Loaders) -> dict[str, Any]:
+def compare(args: argparse.Namespace, loaders: Loaders, cache: Path) -> dict[str, Any]:
     """Check the views, time all loaders and print a table; returns the results."""
     distance = loaders.check()
-    result: dict[str, Any] = {"grey_levels_from_reference": distance, "images_per_second": {}}
+    result: dict[str, Any] = {"grey_levels_from_reference": distance, "rows": {}}
     print("grey levels from Pillow and torchvision: " + ", ".join(f"{k} {v:.2f}" for k, v in distance.items()))
     for view, value in distance.items():
         if value > ALLOWED[view]:
             raise UserError(f"the {view} view is {value:.2f} grey levels from the reference; nothing is timed")
-    head = f"{'spml_fast':>12s}{'shards':>9s}{'dali_readers':>14s}{'pil':>8s}"
-    print(f"\n{'':12s}{head}   images/s (median of {args.rounds})")
-    for mode in args.modes:
-        timed = result["images_per_second"][mode] = time_mode(loaders, mode, args.rounds)
-        rate = timed["median"]
-        print(
-            f"{mode:12s}{rate['spml_fast']:12.1f}{rate['shards']:9.1f}{rate['dali_readers']:14.1f}"
-            f"{rate['pil']:8.1f}   " + ", ".join(f"{value:.2f} x {name}" for name, value in timed["ratio"].items()),
-            flush=True,
-        )
+    print(f"\nmedians of {args.rounds}: images/s, milliseconds of processor time per image, and both over pil's")
+    for name in args.rows:
+        timed = result["rows"][name] = time_row(loaders, rows(cache)[name], args.rounds)
+        for loader, figures in timed.items():
+            print(
+                f"{name:28s}{loader:14s}{figures['images_per_second']:9.1f}/s{figures['cpu_ms_per_image']:9.2f} ms"
+                f"{figures['speed_over_pil']:8.2f} x{figures['cpu_over_pil']:7.2f} x",
+                flush=True,
+            )
     if args.read_latency:
         result["slow_reads"] = slow_reads(loaders, args.read_latency, args.rounds)
     return result
@@ -288,6 +352,9 @@ def main() -> int:
     """Parse the command line, compare, write the results."""
     args = parse()
     out_file = json_output(args, "bench_input")
+    table = None if args.csv is None else OutputFile(args.csv, "csv", ",".join(COLUMNS), "--csv", args.overwrite)
+    if table is not None:
+        table.check()
     # DALI's own RandAugment calls operators by their old names, and DALI turns the filters for its warnings back on.
     warnings.showwarning = lambda *args, **kwargs: None
     device = torch.device(args.device)
@@ -300,7 +367,7 @@ def main() -> int:
             split.folder.parent, Path(scratch) / "packed", shard_size=int(args.shard_size * 1e6), progress=False
         )
         loaders = Loaders(split, config, args.batch_size, device, pack(packing).split("train"))
-        if len(split) < (config.prefetch + 2) * args.batch_size:
+        if len(split) < (config.prefetch + 3) * args.batch_size:
             raise UserError(f"{len(split)} images are too few for batches of {args.batch_size}; give more")
         print(", ".join(f"{key} {value}" for key, value in hardware.items() if value is not None))
         print(
@@ -308,7 +375,12 @@ def main() -> int:
             f"batches of {args.batch_size}, {threads} threads or workers"
         )
         settings = {"machine": hardware, "threads": threads, "image_size": args.image_size}
-        result = {**settings, **compare(args, loaders)}
+        result = {**settings, **compare(args, loaders, Path(scratch) / "cache")}
+    if table is not None:
+        figures = [
+            (row, name, *(f[c] for c in COLUMNS[2:-1])) for row, r in result["rows"].items() for name, f in r.items()
+        ]
+        write_csv(table.path, COLUMNS, [(*cells, args.rounds) for cells in figures])
     if out_file is not None:
         out_file.write_json(result)
     return 0

@@ -30,6 +30,10 @@ def _betas(values: Sequence[float]) -> str | None:
     return None if fine else f"is {values}; it needs two numbers from 0 to below 1"
 
 
+def _cache(value: str) -> str | None:
+    return None if value else "is empty; it must be none, auto or a folder"
+
+
 def _different(values: Sequence[str]) -> str | None:
     twice = next((value for value in values if values.count(value) > 1), None)
     return None if twice is None else f"has {twice} twice"
@@ -62,6 +66,9 @@ class DataConfig(Section):
             the image's; 0 for none. For methods with one view, as the programs of ASL, SPLC, Hill and CSL.
         randaugment: which view RandAugment changes: strong, which IGNORE has, on the image in its own size; or weak,
             the only view of other methods, behind the resize and cutout, as in the same programs.
+        strong_from: what RandAugment of the strong view changes: original, the image in its own size (as published);
+            or resized, the cropped and resized one, which is less work and another augmentation: one pixel of the view
+            is moved or sharpened, not one of the image (docs/data.md).
         randaugment_ops: RandAugment operations per image in that view.
         randaugment_magnitude: RandAugment magnitude, 0 to 30.
         mean: per-channel mean in 0..1; null takes the backbone's.
@@ -82,6 +89,9 @@ class DataConfig(Section):
             replace shows another image of the epoch in its place and lists it in the run directory. Evaluation always
             stops.
         bad_image_limit: bad_images replace goes on with so many different bad images, and stops at one more.
+        cache: none decodes images anew in every epoch; auto keeps them decoded and resized in the Manifest's folder,
+            any other value in the folder of that name (docs/data.md). For sets that fit on a disk, and views that are
+            made of resized images: train_crop squash, and strong_from resized where there is a strong view.
         max_pixels: width x height up to which an image is decoded where the Manifest does not know its size; a known
             size is the limit itself, so that an image that was swapped for a huge one is an error.
     """
@@ -100,6 +110,7 @@ class DataConfig(Section):
     hflip: float = fraction(0.5)
     cutout: float = fraction(0.0)
     randaugment: Literal["strong", "weak"] = "strong"
+    strong_from: Literal["original", "resized"] = "original"
     randaugment_ops: int = 3
     randaugment_magnitude: int = 5
     mean: list[float] | None = ruled(None, channels)
@@ -114,6 +125,7 @@ class DataConfig(Section):
     cache_size: float = not_negative(20.0)
     bad_images: Literal["stop", "replace"] = "stop"
     bad_image_limit: int = not_negative(100)
+    cache: str = ruled("none", _cache)
     max_pixels: int = positive(MAX_PIXELS)
 
     def check(self) -> None:

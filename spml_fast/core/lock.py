@@ -140,7 +140,7 @@ def release_all() -> None:
 
 
 @contextlib.contextmanager
-def _guarded(path: Path) -> Iterator[int]:
+def guarded(path: Path) -> Iterator[int]:
     """An open file at `path`, made if it is not there, that other processes of this function wait for."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -177,7 +177,7 @@ def acquire(path: Path, what: str) -> None:
     """
     said, first = False, None
     while True:
-        with _guarded(path) as file:
+        with guarded(path) as file:
             owner = Owner.read(path)
             current = Owner.current()
             if owner is None or owner == current or not owner.uses(path):

@@ -123,8 +123,8 @@ def randaugment_matrices(
     magnitude: int,
     width: npt.ArrayLike,
     height: npt.ArrayLike,
-) -> npt.NDArray[np.float32]:
-    """Maps from output to input pixel coordinates of the geometric operations, float32 [n, 2, 3]; else the identity.
+) -> FloatArray:
+    """Maps from output to input pixel coordinates of the geometric operations, float64 [n, 2, 3]; else the identity.
 
     The same maps as torchvision hands to Pillow: shears keep the top left corner, rotations the centre, translations
     are whole pixels towards zero of a fraction of the image's side.
@@ -153,7 +153,7 @@ def randaugment_matrices(
         [np.stack([cos, sin, x - cos * x - sin * y], -1), np.stack([-sin, cos, y + sin * x - cos * y], -1)], 1
     )
     out[ops == 5] = rotation[ops == 5]
-    return out.astype(np.float32)
+    return out
 
 
 def randaugment_factor(magnitude: int, sign: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

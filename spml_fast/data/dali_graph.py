@@ -1,12 +1,11 @@
-"""The DALI graphs: decode, resize, flip, RandAugment, normalise; on the CPU or the GPU.
+"""The DALI graphs: on a GPU decode, resize, flip, RandAugment, normalise; without one, decode alone.
 
-With a GPU, nvJPEG decodes and everything after it runs on the GPU; without one the same graph runs on the CPU. One
-decode serves all views of an image.
+With a GPU, nvJPEG decodes and everything after it runs on the GPU; one decode serves all views of an image. Without
+one, cpu_views.py makes the views, faster than DALI's operators do on the CPU, which still run the whole graph in tests.
 
 Source: docs/sources.md#randaugment. RandAugment follows torchvision's operations on Pillow images: Pillow's blends cut
 fractions off while DALI rounds, so half a grey level (less a little, so that whole values stay whole) is taken off
-first. Every operation has a branch for the CPU where named arguments may come from the image itself, which is faster;
-on the GPU they may not, and plain arithmetic does the same.
+first. Named arguments may not come from the image itself on a GPU, so what depends on it is plain arithmetic.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from nvidia.dali import fn, math, pipeline_def, types
 
 # What is taken off a grey level before it is rounded, so that fractions are cut off.
 _CUT = 0.4999
-# From this many pixels per step on, Pillow's whole-number step changes no value by more than a grey level.
-_FINE_STEP = 255.0
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,13 @@ class GraphOptions:
         std: of each channel, in 0..1.
         gpu: run on the GPU.
         sharded: encoded images are handed in; else their paths are.
+        cached: resized images are handed in, and neither decoded nor resized.
         oriented: some images must be turned.
         flipped: some images are mirrored.
         cropped: images are cropped.
         randaugment_ops: RandAugment operations of the view that has them.
-        randaugment_view: that view; "strong" has them before its resize, "weak" behind it.
+        randaugment_view: that view.
+        randaugment_resized: it has them behind its crop and resize; else before.
         cutout: a square of the weak view is covered.
     """
 
@@ -47,17 +46,25 @@ class GraphOptions:
     std: tuple[float, ...]
     gpu: bool
     sharded: bool = False
+    cached: bool = False
     oriented: bool = False
     flipped: bool = False
     cropped: bool = False
     randaugment_ops: int = 0
     randaugment_view: str = "strong"
+    randaugment_resized: bool = False
     cutout: bool = False
+
+    @property
+    def in_threads(self) -> bool:
+        """Whether DALI decodes alone, and threads make the views (cpu_views.py)."""
+        return not self.gpu
 
     @property
     def has_branches(self) -> bool:
         """Whether images of a batch take different ways: only then must DALI rewrite the code, which takes a second."""
-        return self.oriented or (self.randaugment_view in self.views and self.randaugment_ops > 0)
+        augmented = self.randaugment_view in self.views and self.randaugment_ops > 0
+        return self.oriented or (augmented and not self.in_threads)
 
 
 def _scalar(name: str, dtype: Any = types.INT32) -> Any:
@@ -80,12 +87,8 @@ def _grey(image: Any) -> Any:
 
 def _contrast(image: Any, factor: Any, gpu: bool) -> Any:
     centre = math.floor(fn.reductions.mean(_grey(image)) + 0.5)
-    if gpu:
-        scale = _on_device(factor, gpu)
-        return fn.cast(image * scale + (centre * (1.0 - scale) - _CUT), dtype=types.UINT8)
-    return fn.brightness_contrast(
-        image, contrast=factor, contrast_center=centre, brightness_shift=-_CUT / 255.0, dtype=types.UINT8
-    )
+    scale = _on_device(factor, gpu)
+    return fn.cast(image * scale + (centre * (1.0 - scale) - _CUT), dtype=types.UINT8)
 
 
 def _color(image: Any, factor: Any, gpu: bool) -> Any:
@@ -94,33 +97,26 @@ def _color(image: Any, factor: Any, gpu: bool) -> Any:
     return fn.cast(image * scale + (grey * (1.0 - scale) - _CUT), dtype=types.UINT8)
 
 
-def _auto_contrast(image: Any, gpu: bool) -> Any:
+def _auto_contrast(image: Any) -> Any:
     low = fn.reductions.min(image, axes=[0, 1], keep_dims=True)
     width = fn.reductions.max(image, axes=[0, 1], keep_dims=True) - low
     # A channel with one value only stays as it is.
     varied = width > 0
     start = fn.cast(varied * low, dtype=types.FLOAT)
     unit = varied * (width / 255.0) + (varied ^ True) * 1.0
-    if gpu:
-        return fn.cast((image - start) / unit - _CUT, dtype=types.UINT8)
-    return fn.normalize(image, mean=start, stddev=unit, shift=-_CUT, dtype=types.UINT8, axes=[0, 1])
+    return fn.cast((image - start) / unit - _CUT, dtype=types.UINT8)
 
 
-def _equalize(image: Any, gpu: bool) -> Any:
+def _equalize(image: Any) -> Any:
     """Pillow's equalize by OpenCV's.
 
     Pillow counts the pixels below a value, OpenCV those up to it: the same on the negative. Besides, Pillow divides by
-    a whole number of pixels per step, which is corrected where it changes a value.
+    a whole number of pixels per step.
     """
     even = fn.equalize(image ^ _white()) ^ _white()
     high = fn.reductions.max(image, axes=[0, 1], keep_dims=True)
     below = fn.reductions.sum(fn.cast(image < high, dtype=types.FLOAT), axes=[0, 1], keep_dims=True)
-    step = math.floor(below / 255.0)
-    if gpu:
-        return _whole_step(image, even, below, step)
-    if fn.reductions.min(step) < _FINE_STEP:
-        even = _whole_step(image, even, below, step)
-    return even
+    return _whole_step(image, even, below, math.floor(below / 255.0))
 
 
 def _whole_step(image: Any, even: Any, below: Any, step: Any) -> Any:
@@ -155,24 +151,18 @@ def _randaugment(image: Any, step: int, gpu: bool) -> Any:
         elif op == 11:
             image = image ^ (_white() * (image >= _on_device(threshold, gpu)))
         elif op == 12:
-            image = _auto_contrast(image, gpu)
+            image = _auto_contrast(image)
         else:
-            image = _equalize(image, gpu)
+            image = _equalize(image)
     return image
 
 
-def _cutout_and_randaugment(image: Any, options: GraphOptions) -> Any:
-    """What the weak view gets behind its resize."""
-    if options.cutout:
-        inputs = {
-            name: fn.external_source(name=f"cutout_{name}", dtype=types.FLOAT, ndim=1)
-            for name in ("anchor", "shape", "fill_value")
-        }
-        image = fn.erase(image, axes=[0, 1], **inputs)
-    if options.randaugment_view == "weak":
-        for step in range(options.randaugment_ops):
-            image = _randaugment(image, step, options.gpu)
-    return image
+def _cutout(image: Any) -> Any:
+    inputs = {
+        name: fn.external_source(name=f"cutout_{name}", dtype=types.FLOAT, ndim=1)
+        for name in ("anchor", "shape", "fill_value")
+    }
+    return fn.erase(image, axes=[0, 1], **inputs)
 
 
 def _within_limit(encoded: Any, max_pixels: Any) -> Any:
@@ -186,9 +176,12 @@ def _within_limit(encoded: Any, max_pixels: Any) -> Any:
     return fn.slice(encoded, start=size * 0, shape=size + too_large, axes=[0], out_of_bounds_policy="error")
 
 
-@pipeline_def(enable_conditionals=True)
-def graph(options: GraphOptions) -> Any:
-    """Declare the pipeline; its inputs are those that the loaders' `_inputs` make, its outputs the views in order."""
+# Inputs of `_upright`; the views have more.
+DECODING_INPUTS = frozenset({"path", "encoded", "max_pixels", "turn", "turn_horizontal", "turn_vertical"})
+
+
+def _upright(options: GraphOptions) -> Any:
+    """Read, decode and turn: uint8 [H, W, 3]."""
     if options.sharded:
         # `Stream` keeps the arrays until a batch is handed out. On a GPU it may not be finished then, so DALI copies.
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not options.gpu)
@@ -205,22 +198,42 @@ def graph(options: GraphOptions) -> Any:
             if turn == 2:
                 image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
             image = fn.flip(image, horizontal=_scalar("turn_horizontal"), vertical=_scalar("turn_vertical"))
+    return image
+
+
+@pipeline_def(enable_conditionals=True)
+def graph(options: GraphOptions) -> Any:
+    """Declare the pipeline; its inputs are those that the loaders' `_inputs` make, its outputs the views in order."""
+    if options.cached:
+        image = _on_device(fn.external_source(name="resized", dtype=types.UINT8, ndim=3, layout="HWC"), options.gpu)
+    else:
+        image = _upright(options)
+    if options.in_threads:
+        return image
+    crop = {}
     if options.cropped:
-        crop_start = fn.external_source(name="crop_start", dtype=types.INT32, ndim=1)
-        crop_shape = fn.external_source(name="crop_shape", dtype=types.INT32, ndim=1)
+        crop = {
+            "start": fn.external_source(name="crop_start", dtype=types.INT32, ndim=1),
+            "shape": fn.external_source(name="crop_shape", dtype=types.INT32, ndim=1),
+        }
     outputs = []
     for view in options.views:
         out = image
-        if view == options.randaugment_view == "strong":
+        augmented = view == options.randaugment_view
+        if augmented and not options.randaugment_resized:
             for step in range(options.randaugment_ops):
                 out = _randaugment(out, step, options.gpu)
         if options.cropped:
-            out = fn.slice(out, start=crop_start, shape=crop_shape, axes=[0, 1])
-        out = fn.resize(
-            out, size=[options.image_size, options.image_size], interp_type=types.INTERP_TRIANGULAR, antialias=True
-        )
-        if view == "weak":
-            out = _cutout_and_randaugment(out, options)
+            out = fn.slice(out, axes=[0, 1], **crop)
+        if not options.cached:
+            out = fn.resize(
+                out, size=[options.image_size, options.image_size], interp_type=types.INTERP_TRIANGULAR, antialias=True
+            )
+        if view == "weak" and options.cutout:
+            out = _cutout(out)
+        if augmented and options.randaugment_resized:
+            for step in range(options.randaugment_ops):
+                out = _randaugment(out, step, options.gpu)
         outputs.append(
             # The mirror is free here, and the output is written once, in the layout that channels_last needs.
             fn.crop_mirror_normalize(

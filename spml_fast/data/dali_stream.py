@@ -1,5 +1,8 @@
 """Runs a DALI graph some batches ahead of the training loop, and names the image that it cannot decode.
 
+Where the graph decodes alone, what it decoded goes to the threads of cpu_views.py, one batch ahead of the consumer;
+DALI decodes the batches behind it at the same time.
+
 Images that are files are read by DALI's threads. Images in tar shards are read ahead by threads of shards.py, and their
 bytes are handed to DALI as they are (without a copy on the CPU): the same bytes, so the same batches.
 """
@@ -33,7 +36,9 @@ from spml_fast.data.bad_images import (
     find_unreadable,
     pixel_limits,
 )
-from spml_fast.data.dali_graph import GraphOptions, graph
+from spml_fast.data.cpu_views import CpuViews, PendingViews
+from spml_fast.data.dali_graph import DECODING_INPUTS, GraphOptions, graph
+from spml_fast.data.image_cache import ImageCache
 from spml_fast.data.manifest import Split
 from spml_fast.data.read_retry import RETRY_PAUSES, may_pass
 from spml_fast.data.remote.shards import RemoteShards
@@ -47,7 +52,7 @@ Inputs = dict[str, Any]
 _IMAGES_PER_THREAD = 4
 
 
-def _threads(config: DataConfig) -> int:
+def decoding_threads(config: DataConfig) -> int:
     """Decoding threads of this rank: as configured, or an equal part of the cores this process may use."""
     if config.threads > 0:
         return config.threads
@@ -94,6 +99,7 @@ class Stream:
         windowed: requests come in large groups, the windows of a shuffle.
         bad_images: what happens to images that cannot be used; None raises `UserError` at the first one.
         choose: which image stands in for one that cannot be used; needed where they are replaced.
+        cache: resized images that take the place of the split's, where DALI makes the views.
     """
 
     def __init__(
@@ -109,7 +115,9 @@ class Stream:
         windowed: bool = False,
         bad_images: BadImages | None = None,
         choose: Choice | None = None,
+        cache: ImageCache | None = None,
     ) -> None:
+        self._cache = cache
         self._split, self._graph_options, self._inputs, self._device = split, graph_options, inputs, device
         self._bad, self._choose = bad_images or BadImages(split), choose
         self._prefetch, self._max_pixels = prefetch, config.max_pixels
@@ -117,7 +125,7 @@ class Stream:
         self._regular = np.zeros(len(split) if split.shards is None else 0, np.bool_)
         self._pipeline_options = {
             "batch_size": batch_size,
-            "num_threads": _threads(config),
+            "num_threads": decoding_threads(config),
             "device_id": _device_id(device) if graph_options.gpu else None,
         }
         self._pipe: Any = None
@@ -130,11 +138,19 @@ class Stream:
         self._flight: deque[BatchRequest] = deque()
         # Encoded images of the batches in flight, which DALI reads in place.
         self._held: deque[list[Encoded | None]] = deque()
+        # Behind those: what threads make of images that DALI has decoded.
+        self._views = (
+            CpuViews(graph_options, batch_size, decoding_threads(config)) if graph_options.in_threads else None
+        )
+        self._viewing: deque[tuple[BatchRequest, PendingViews]] = deque()
+        # What the views of the batches in `_flight` need, where threads make them.
+        self._given: deque[Inputs] = deque()
         self._current: object = None
-        self._reader = ShardReader(split.shards, config.read_threads) if split.shards is not None else None
+        shards = split.shards if cache is None else None
+        self._reader = ShardReader(shards, config.read_threads) if shards is not None else None
         ahead = _IMAGES_PER_THREAD
-        if isinstance(split.shards, RemoteShards):
-            split.shards.use_cache(config.shuffle_block, int(config.cache_size * 1e9))
+        if isinstance(shards, RemoteShards):
+            shards.use_cache(config.shuffle_block, int(config.cache_size * 1e9))
             # A thread fetches a whole piece.
             ahead = config.shuffle_block
         # Groups being read and, at the front, being used up: a window and the one after it, or some batches.
@@ -156,12 +172,13 @@ class Stream:
         """
         count = (self._depth if self._pipe is not None else self._prefetch) - len(self._flight)
         # A new pipeline must have its queue filled at once.
-        needed = count if self._pipe is None else int(not self._flight)
+        needed = count if self._pipe is None else int(not self._undelivered)
         taken: list[Inputs] = []
         if self._reader is None:
             for (request,) in itertools.islice(source, count):
                 self._taken.append(request)
-                self._require_files(request.index)
+                if self._cache is None:
+                    self._require_files(request.index)
                 taken.append(self._all_inputs(request))
             return taken
         while len(taken) < count:
@@ -178,6 +195,8 @@ class Stream:
 
     def _all_inputs(self, request: BatchRequest) -> Inputs:
         """The graph's inputs, but for `encoded`."""
+        if self._cache is not None:
+            return {"resized": [self._cache.image(i) for i in request.index.tolist()], **self._inputs(request)}
         return {"max_pixels": pixel_limits(self._split, request.index, self._max_pixels), **self._inputs(request)}
 
     def _require_files(self, index: npt.NDArray[np.int64]) -> None:
@@ -213,25 +232,56 @@ class Stream:
             self._pipe = pipe
         for arrays in taken:
             for name, value in arrays.items():
-                self._pipe.feed_input(name, value)
+                if self._views is None or name in DECODING_INPUTS:
+                    self._pipe.feed_input(name, value)
             self._flight.append(self._taken.popleft())
             self._held.append(arrays.get("encoded", []))
+            self._given.append({name: value for name, value in arrays.items() if name not in DECODING_INPUTS})
         # The first run of a pipeline starts as many batches as its queue is deep; each later one starts one.
         for _ in range(1 if first else len(taken)):
             self._pipe.schedule_run()
 
     def _receive(self) -> tuple[BatchRequest, tuple[Tensor, ...]]:
         """Wait for the oldest batch in flight."""
-        if self._graph_options.gpu:
-            shared = self._pipe.share_outputs(cuda_stream=torch.cuda.current_stream(self._device))
+        if self._views is None:
+            received = self._receive_views()
         else:
-            shared = self._pipe.share_outputs()
+            while self._flight and len(self._viewing) < 2:
+                self._viewing.append(self._start_views(self._views))
+            request, pending = self._viewing[0]
+            received = request, pending.result()
+            self._viewing.popleft()
+        self._failures = 0
+        return received
+
+    def _receive_views(self) -> tuple[BatchRequest, tuple[Tensor, ...]]:
+        """Views that DALI made."""
+        on_gpu = self._graph_options.gpu
+        stream = {"cuda_stream": torch.cuda.current_stream(self._device)} if on_gpu else {}
+        shared = self._pipe.share_outputs(**stream)
         # The tensors keep DALI's memory alive; releasing only tells the executor that there is room again.
         views = tuple(from_dlpack(out.as_tensor()).permute(0, 3, 1, 2) for out in shared)
+        return self._release(), views
+
+    def _start_views(self, views: CpuViews) -> tuple[BatchRequest, PendingViews]:
+        """Wait for images that DALI decoded, and have threads make their views."""
+        (shared,) = self._pipe.share_outputs()
+        # The tensors keep DALI's memory alive.
+        images = [from_dlpack(shared[place]).numpy() for place in range(len(shared))]
+        given = self._given[0]
+        return self._release(), views.submit(images.__getitem__, len(images), given)
+
+    def _release(self) -> BatchRequest:
+        """Tell DALI that the outputs of the oldest batch have been taken; returns whose they are."""
         self._pipe.release_outputs()
         self._held.popleft()
-        self._failures = 0
-        return self._flight.popleft(), views
+        self._given.popleft()
+        return self._flight.popleft()
+
+    @property
+    def _undelivered(self) -> list[BatchRequest]:
+        """Requests that were started, oldest first."""
+        return [*(request for request, _ in self._viewing), *self._flight]
 
     def _without_bad(self, request: BatchRequest) -> BatchRequest:
         assert self._choose is not None
@@ -244,7 +294,7 @@ class Stream:
             UserError: an image cannot be used, and is not replaced.
             RuntimeError: `error`, when no image explains it and it has come again and again.
         """
-        made = [*self._flight, *self._taken]
+        made = [*self._undelivered, *self._taken]
         unread = [request for group in self._ahead for request in group.requests]
         built = self._pipe is not None
         self._forget()
@@ -273,20 +323,25 @@ class Stream:
     def _forget(self) -> None:
         """Throw away the pipeline and everything that was given to it."""
         self._pipe = None
+        self._stop_viewing()
         self._flight.clear()
         self._taken.clear()
         self._held.clear()
+        self._given.clear()
         self._stop_reading()
+
+    def _stop_viewing(self) -> None:
+        while self._viewing:
+            self._viewing.popleft()[1].cancel()
 
     def _discard(self) -> None:
         """Wait for everything in flight and throw it away."""
         self._stop_reading()
+        self._stop_viewing()
         try:
             while self._flight:
                 self._pipe.share_outputs()
-                self._pipe.release_outputs()
-                self._held.popleft()
-                self._flight.popleft()
+                self._release()
         except RuntimeError:
             # An image in a batch that is not wanted any more cannot be decoded; it is named if it is wanted again.
             self._forget()
@@ -300,7 +355,7 @@ class Stream:
         elif self._pipe is not None and self._depth < self._prefetch:
             self._discard()
             self._pipe = None
-        started = [*self._flight, *itertools.chain.from_iterable(group.requests for group in self._ahead)]
+        started = [*self._undelivered, *itertools.chain.from_iterable(group.requests for group in self._ahead)]
         first = list(itertools.islice(requests, len(started)))
         if [request.key for request in first] != [request.key for request in started]:
             self._discard()

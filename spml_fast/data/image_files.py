@@ -126,6 +126,11 @@ class ImageFiles(Split):
         self.width = self.height = np.broadcast_to(np.int32(0), len(paths))
         self.shards = None
 
+    @property
+    def manifest_folder(self) -> None:
+        """None: the images belong to no Manifest."""
+        return
+
     def relative_path(self, index: int) -> str:
         """The path as it was given."""
         return self.paths[index]

@@ -7,16 +7,21 @@ update and epoch to the next.
 Views, all float32 [B, 3, S, S] in channels_last memory, (value / 255 - mean) / std:
     eval    the image resized to S x S, aspect ratio ignored, antialiased triangular filter as Pillow's bilinear
     weak    crop (with `train_crop: random_resized`), resize, horizontal flip
-    strong  RandAugment on the image in its own size, crop (the weak view's box), resize, a flip of its own
+    strong  RandAugment on the image in its own size, crop (the weak view's box), resize, a flip of its own;
+            with `strong_from: resized`, RandAugment behind crop and resize
 RandAugment comes before the crop, as IGNORE's released code applies it to the whole image, and both views show the
-same box, so that the prediction for one view and the loss of the other are about the same content.
+same box, so that the prediction for one view and the loss of the other are about the same content. On a GPU the graph
+makes the views; without one it decodes, and threads make them (cpu_views.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +35,11 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.progress import watched
 from spml_fast.data import augment
 from spml_fast.data.bad_images import BadImages, BatchRequest, read_size
+from spml_fast.data.cached_stream import CachedStream
+from spml_fast.data.cpu_views import CpuViews
 from spml_fast.data.dali_graph import GraphOptions
-from spml_fast.data.dali_stream import Inputs, Stream
+from spml_fast.data.dali_stream import Inputs, Stream, decoding_threads
+from spml_fast.data.image_cache import CacheKind, ImageCache, Pixels, open_cache
 from spml_fast.data.manifest import Split
 from spml_fast.data.remote.shards import RemoteShards
 from spml_fast.data.sampler import EvalBatchIndex, EvalSampler, MicroBatchIndex, TrainSampler, Windows
@@ -90,17 +98,6 @@ def _to_device(index: npt.NDArray[np.int64], device: torch.device) -> Tensor:
     return tensor
 
 
-def _check_views(views: tuple[str, ...], config: DataConfig) -> None:
-    """Views that exist, with augmentation that suits them."""
-    if views not in (("weak",), ("weak", "strong")):
-        raise ValueError(f"views {views!r}")
-    if len(views) > 1 and (config.cutout or config.randaugment == "weak"):
-        raise UserError(
-            "data.cutout and data.randaugment weak are for methods with one view; this one has a weak view that stays "
-            "as it is, and a strong one"
-        )
-
-
 def _check_shuffle(split: Split, config: DataConfig) -> None:
     """Refuse random reads of more than the cache holds: each would be a request, in every epoch."""
     if not isinstance(split.shards, RemoteShards) or config.shuffle == "window":
@@ -112,6 +109,80 @@ def _check_shuffle(split: Split, config: DataConfig) -> None:
             f"order, and data.cache_size is {limit:g}: every image would be a request of its own; give --data.shuffle "
             f"window, or a data.cache_size of {size * 1.01:,.3g} GB"
         )
+
+
+def _check_cache(views: tuple[str, ...], config: DataConfig) -> None:
+    """Training views that are made of resized images alone."""
+    if config.cache == "none":
+        return
+    ending = "; set data.cache none, or"
+    if config.train_crop != "squash":
+        raise UserError(
+            f"data.cache keeps resized images, and data.train_crop {config.train_crop} crops the original ones"
+            f"{ending} data.train_crop squash"
+        )
+    if "strong" in views and config.randaugment_ops and config.strong_from != "resized":
+        raise UserError(
+            "data.cache keeps resized images, and RandAugment of the strong view changes the original ones"
+            f"{ending} data.strong_from resized"
+        )
+
+
+def _check_views(views: tuple[str, ...], config: DataConfig) -> None:
+    """Views that exist, with augmentation that suits them, and can be made of cached images where there are some."""
+    if views not in (("weak",), ("weak", "strong")):
+        raise ValueError(f"views {views!r}")
+    if len(views) > 1 and (config.cutout or config.randaugment == "weak"):
+        raise UserError(
+            "data.cutout and data.randaugment weak are for methods with one view; this one has a weak view that stays "
+            "as it is, and a strong one"
+        )
+    _check_cache(views, config)
+
+
+def _open_cache(split: Split, config: DataConfig, device: torch.device) -> ImageCache | None:
+    """The resized images of a Manifest's split, where `data.cache` says so; made if need be."""
+    if config.cache == "none" or split.manifest_folder is None:
+        return None
+    packages = ("torch", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+    def make() -> Iterator[Pixels]:
+        # Grey levels, which are whole numbers.
+        grey: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+        plain = dataclasses.replace(config, cache="none")
+        for batch in EvalLoader(split, plain, batch_size=32, device=device, world_size=1, rank=0, **grey):
+            levels = batch.views["eval"][: batch.real].permute(0, 2, 3, 1)
+            yield levels.to(torch.uint8).cpu().numpy()
+
+    return open_cache(config.cache, split, CacheKind(config.image_size, device.type, versions), make)
+
+
+def _make_stream(
+    split: Split,
+    options: GraphOptions,
+    inputs: Callable[[BatchRequest], Inputs],
+    cache: ImageCache | None,
+    **more: Any,
+) -> Stream | CachedStream:
+    """What makes batches of a split, or of its cache.
+
+    Args:
+        split: the images.
+        options: of the views.
+        inputs: request -> what the views need.
+        cache: the resized images; None decodes.
+        more: further arguments of `Stream`.
+    """
+    if cache is None or not options.in_threads:
+        return Stream(split, options, inputs, cache=cache, **more)
+    views = CpuViews(options, more["batch_size"], decoding_threads(more["config"]))
+    return CachedStream(cache, views, inputs, more["prefetch"])
 
 
 class TrainLoader:
@@ -137,8 +208,8 @@ class TrainLoader:
         bad_images: the images that this rank could not use so far (`data.bad_images`).
 
     Raises:
-        UserError: the split is too small for the ranks, or (while iterating) an image is missing or damaged, and is not
-            replaced.
+        UserError: the split is too small for the ranks, its views cannot be made of cached images, the cache cannot be
+            made, or (while iterating) an image is missing or damaged, and is not replaced.
     """
 
     def __init__(
@@ -170,6 +241,7 @@ class TrainLoader:
             Windows(config.shuffle_window, config.shuffle_block) if config.shuffle == "window" else None,
         )
         self.updates_per_epoch = self.sampler.updates_per_epoch
+        cache = _open_cache(split, config, device)
         self._graph_options = GraphOptions(
             views,
             config.image_size,
@@ -177,18 +249,21 @@ class TrainLoader:
             tuple(std),
             gpu=device.type == "cuda",
             sharded=split.shards is not None,
-            oriented=_is_oriented(split),
+            cached=cache is not None,
+            oriented=cache is None and _is_oriented(split),
             flipped=config.hflip > 0,
             cropped=config.train_crop == "random_resized",
             randaugment_ops=config.randaugment_ops if config.randaugment in views else 0,
             randaugment_view=config.randaugment,
+            randaugment_resized=config.randaugment == "weak" or config.strong_from == "resized",
             cutout=config.cutout > 0,
         )
         self.bad_images = BadImages(split, config.bad_images == "replace", config.bad_image_limit)
-        self._stream = Stream(
+        self._stream = _make_stream(
             split,
             self._graph_options,
             self._inputs,
+            cache,
             batch_size=self.sampler.largest_micro_batch,
             config=config,
             prefetch=max(1, config.prefetch),
@@ -197,8 +272,7 @@ class TrainLoader:
             bad_images=self.bad_images,
             choose=self._stand_in,
         )
-        # Of the last epoch in which an image was replaced.
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None  # of the last epoch with a replaced image
 
     def _stand_in(self, request: BatchRequest, place: int, attempt: int) -> int:
         """Sample that takes the place of a bad one: of the same position in the update after it, or in a later one."""
@@ -211,14 +285,14 @@ class TrainLoader:
 
     def _inputs(self, request: BatchRequest) -> Inputs:
         epoch, index, graph = request.key[0], request.index, self._graph_options
-        inputs = _paths(self.split, index)
+        inputs = {} if graph.cached else _paths(self.split, index)
         if graph.oriented:
             inputs |= _turns(self.split, index)
         if graph.flipped:
             for view in graph.views:
                 flips = augment.flips(self.seed, epoch, index, view, self.config.hflip)
                 inputs[f"flip_{view}"] = flips.astype(np.int32)
-        if graph.cropped or graph.randaugment_ops:
+        if graph.cropped or (graph.randaugment_ops and not graph.randaugment_resized):
             width, height = _sizes(self.split, index)
         if graph.cropped:
             box = augment.crop_boxes(self.seed, epoch, index, width, height, self.config.crop_scale)
@@ -227,8 +301,7 @@ class TrainLoader:
             anchor, shape, colour = augment.cutouts(self.seed, epoch, index, graph.image_size, self.config.cutout)
             inputs |= {"cutout_anchor": anchor, "cutout_shape": shape, "cutout_fill_value": colour}
         if graph.randaugment_ops:
-            if graph.randaugment_view == "weak":
-                # It has been resized.
+            if graph.randaugment_resized:
                 width = height = np.full(len(index), graph.image_size)
             magnitude = self.config.randaugment_magnitude
             ops, signs = augment.randaugment_choice(self.seed, epoch, index, graph.randaugment_ops)
@@ -237,7 +310,8 @@ class TrainLoader:
                 factor = augment.randaugment_factor(magnitude, sign)
                 inputs[f"op{step}"] = op
                 inputs[f"factor{step}"] = factor
-                inputs[f"matrix{step}"] = augment.randaugment_matrices(op, sign, magnitude, width, height)
+                matrix = augment.randaugment_matrices(op, sign, magnitude, width, height)
+                inputs[f"matrix{step}"] = matrix if graph.in_threads else matrix.astype(np.float32)
                 inputs[f"kernel{step}"] = _sharpness_kernels(factor)
                 inputs[f"mask{step}"] = np.full(len(index), augment.posterize_mask(magnitude), np.uint8)
                 inputs[f"threshold{step}"] = np.full(len(index), augment.solarize_threshold(magnitude), np.uint8)
@@ -290,7 +364,7 @@ class EvalLoader:
             at the first one: figures over fewer images would be other figures.
 
     Raises:
-        UserError: the split is empty, or (while iterating) an image is missing or damaged.
+        UserError: the split is empty, its cache cannot be made, or (while iterating) an image is missing or damaged.
     """
 
     def __init__(
@@ -313,6 +387,7 @@ class EvalLoader:
             distributed.world_size() if world_size is None else world_size,
             distributed.rank() if rank is None else rank,
         )
+        cache = _open_cache(split, config, device)
         self._graph_options = GraphOptions(
             ("eval",),
             config.image_size,
@@ -320,12 +395,14 @@ class EvalLoader:
             tuple(std),
             gpu=device.type == "cuda",
             sharded=split.shards is not None,
-            oriented=_is_oriented(split),
+            cached=cache is not None,
+            oriented=cache is None and _is_oriented(split),
         )
-        self._stream = Stream(
+        self._stream = _make_stream(
             split,
             self._graph_options,
             self._inputs,
+            cache,
             batch_size=min(batch_size, len(split)),
             config=config,
             # DALI wants its queue filled at the start, and an evaluation may be shorter than the queue.
@@ -348,7 +425,7 @@ class EvalLoader:
         return watched(self, task or "", enabled=shown, total=len(self.split), size=lambda batch: batch.global_size)
 
     def _inputs(self, request: BatchRequest) -> Inputs:
-        inputs = _paths(self.split, request.index)
+        inputs = {} if self._graph_options.cached else _paths(self.split, request.index)
         if self._graph_options.oriented:
             inputs |= _turns(self.split, request.index)
         return inputs

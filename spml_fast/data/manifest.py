@@ -95,6 +95,11 @@ class Split:
         self._hides_labels: bool | None = info.get("hides_labels")
 
     @property
+    def manifest_folder(self) -> Path | None:
+        """The Manifest that the split belongs to; None for images that belong to none."""
+        return self.folder.parent
+
+    @property
     def name(self) -> str:
         """The split's name."""
         return self.folder.name

@@ -15,14 +15,12 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ import numpy.typing as npt
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import open_regular, require_regular
 from spml_fast.core.urls import Location
+from spml_fast.core.workers import DaemonThreads
 from spml_fast.data.manifest_check import load_array, read_meta
 from spml_fast.data.read_retry import read_patiently
 
@@ -360,37 +359,8 @@ class PendingImages:
             future.cancel()
 
 
-_Job = tuple[Future[None], Callable[[], None]]
-
-
-def _read_jobs(jobs: SimpleQueue[_Job | None]) -> None:
-    """What a reading thread does until it is handed None."""
-    while (job := jobs.get()) is not None:
-        future, read = job
-        if not future.set_running_or_notify_cancel():
-            continue
-        try:
-            read()
-        except Exception as error:
-            # It is raised where the images are asked for.
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-        # A job holds images; they are not kept until the next one comes.
-        del job, future, read
-
-
-def _end_threads(jobs: SimpleQueue[_Job | None], threads: int) -> None:
-    """Let that many reading threads end."""
-    for _ in range(threads):
-        jobs.put(None)
-
-
 class ShardReader:
     """Reads images of a split on threads of its own, in the order of the disk.
-
-    The threads are daemons, which those of a `ThreadPoolExecutor` are not: a program that ends, or is interrupted, does
-    not wait until a window that is not needed any more has been read.
 
     Args:
         shards: the split's shards.
@@ -398,23 +368,12 @@ class ShardReader:
     """
 
     def __init__(self, shards: Shards, threads: int) -> None:
-        self.shards, self.threads = shards, threads
-
-    @cached_property
-    def _jobs(self) -> SimpleQueue[_Job | None]:
-        jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        for _ in range(self.threads):
-            threading.Thread(target=_read_jobs, args=(jobs,), name="shards", daemon=True).start()
-        weakref.finalize(self, _end_threads, jobs, self.threads)
-        return jobs
+        self.shards, self._threads = shards, DaemonThreads(threads, "shards")
 
     def submit(self, samples: npt.NDArray[np.int64]) -> PendingImages:
         """Start reading samples, int64 [n]; returns at once."""
         out: list[Encoded | None] = [None] * len(samples)
-        futures: list[Future[None]] = []
-        for job in self.shards.jobs(samples, self.threads, out):
-            futures.append(Future())
-            self._jobs.put((futures[-1], job))
+        futures = [self._threads.submit(job) for job in self.shards.jobs(samples, self._threads.threads, out)]
         return PendingImages(futures, out)
 
 

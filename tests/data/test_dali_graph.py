@@ -1,4 +1,4 @@
-"""The views of the DALI graph against Pillow and torchvision, and that its GPU form holds together."""
+"""The views against Pillow and torchvision, those that threads make and those of the whole DALI graph; its GPU form."""
 
 from __future__ import annotations
 
@@ -50,9 +50,13 @@ def test_eval_view_is_pillows_bilinear(source, photos, tmp_path):
     assert distance.mean() < 0.5 and distance.max() < 1.0
 
 
+@pytest.mark.parametrize("strong_from", ["original", "resized"])
 @pytest.mark.parametrize("crop", ["squash", "random_resized"])
-def test_training_views_are_torchvisions(crop, photos):
-    config = data_config(train_crop=crop, crop_scale=0.3)
+@pytest.mark.parametrize("arithmetic", ["cpu", "gpu"])
+def test_training_views_are_torchvisions(arithmetic, crop, strong_from, photos, monkeypatch):
+    if arithmetic == "gpu":
+        _use_dali_alone(monkeypatch)
+    config = data_config(train_crop=crop, crop_scale=0.3, strong_from=strong_from)
     loader = train_loader(photos, config)
     for epoch in range(2):
         batches = flat(loader.epoch(epoch))
@@ -64,15 +68,9 @@ def test_training_views_are_torchvisions(crop, photos):
         assert distances(strong, reference, "strong").max() < 2.5
 
 
-def _use_gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the expressions that are meant for the GPU on the CPU."""
-    randaugment = dali_graph._randaugment
-
-    def forced(image, step, gpu):
-        return randaugment(image, step, True)
-
-    monkeypatch.setattr(dali_graph, "_randaugment", forced)
-    monkeypatch.setattr(dali_graph, "_on_device", lambda value, gpu: value)
+def _use_dali_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the graph that is meant for the GPU on the CPU: DALI makes the views."""
+    monkeypatch.setattr(dali_graph.GraphOptions, "in_threads", False)
 
 
 def _one_op(split: Split, config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -92,7 +90,7 @@ def _one_op(split: Split, config: DataConfig, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("magnitude, arithmetic", [(5, "cpu"), (15, "cpu"), (30, "cpu"), (9, "gpu"), (30, "gpu")])
 def test_every_randaugment_operation_is_torchvisions(magnitude, arithmetic, tmp_path, monkeypatch):
     if arithmetic == "gpu":
-        _use_gpu_arithmetic(monkeypatch)
+        _use_dali_alone(monkeypatch)
     # At their own size images are not blurred by the resize, so every pixel of the operation is compared.
     names = [f"{i}.png" for i in range(28)]
     for i, name in enumerate(names):
@@ -118,7 +116,7 @@ def test_randaugment_of_other_shapes(tmp_path, monkeypatch):
 def test_equalize_and_autocontrast_of_poor_images(arithmetic, tmp_path, monkeypatch):
     """Flat images, images that are nearly all white, and single pixels: Pillow's special cases."""
     if arithmetic == "gpu":
-        _use_gpu_arithmetic(monkeypatch)
+        _use_dali_alone(monkeypatch)
     rng = np.random.default_rng(0)
     one_value = np.full((40, 40, 3), 77, np.uint8)
     few = np.full((40, 40, 3), 255, np.uint8)

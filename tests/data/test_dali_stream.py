@@ -59,8 +59,9 @@ def test_batches_stay_in_flight(photos):
     loader = train_loader(photos, data_config(prefetch=3), accumulation=2)
     last = loader.updates_per_epoch - 1
     for update, _ in enumerate(loader.epoch(0)):
-        flight = [request.key for request in loader._stream._flight]
-        assert len(flight) == 3
+        flight = [request.key for request in loader._stream._undelivered]
+        # Three that DALI decodes, and one that threads make views of.
+        assert len(flight) == 4
         # What follows the last update is the next epoch.
         assert flight[0] == ((0, update + 1, 0) if update < last else (1, 0, 0))
     first = next(loader.epoch(1))
@@ -255,8 +256,8 @@ def test_an_evaluation_is_made_to_its_end_after_an_input_output_error(tmp_path, 
 
 def test_threads_are_shared_by_the_ranks_of_a_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    assert dali_stream._threads(DataConfig(threads=3)) == 3
-    assert dali_stream._threads(DataConfig()) == 12
+    assert dali_stream.decoding_threads(DataConfig(threads=3)) == 3
+    assert dali_stream.decoding_threads(DataConfig()) == 12
     for ranks, threads in (("4", 3), ("8", 1), ("16", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert dali_stream._threads(DataConfig()) == threads
+        assert dali_stream.decoding_threads(DataConfig()) == threads

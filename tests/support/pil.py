@@ -139,7 +139,8 @@ class ReferenceViews(Dataset[dict[str, Any]]):
     def view(self, image: Image.Image, name: str, index: int) -> torch.Tensor:
         """One view of an image as shown."""
         side = self.config.image_size
-        if name == "strong":
+        resized = self.config.strong_from == "resized"
+        if name == "strong" and not resized:
             image = self._randaugment(image, index)
         if name != "eval" and self.config.train_crop == "random_resized":
             box = augment.crop_boxes(
@@ -147,6 +148,8 @@ class ReferenceViews(Dataset[dict[str, Any]]):
             )
             image = F.crop(image, *box[0].tolist())
         image = image.resize((side, side), Image.Resampling.BILINEAR)
+        if name == "strong" and resized:
+            image = self._randaugment(image, index)
         if name != "eval" and augment.flips(self.seed, self.epoch, [index], name, self.config.hflip)[0]:
             image = F.hflip(image)
         return F.normalize(F.to_tensor(image), self.mean, self.std)

@@ -8,6 +8,7 @@ import torch
 
 from spml_fast.core.config import Config, DataConfig, MethodOptions, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError
+from spml_fast.data.dali_graph import GraphOptions
 from spml_fast.training.memory import explain_out_of_memory
 from spml_fast.training.trainer import Trainer
 from tests.support.loading import data_config, make_photos, train_loader
@@ -31,11 +32,13 @@ def test_memory_that_cannot_be_had(allocate):
         assert setting in str(caught.value)
 
 
-def test_dali_says_it_too(tmp_path):
-    """It is asked for views of more than a million pixels a side."""
+@pytest.mark.parametrize("in_threads, says", [(True, "Unable to allocate"), (False, "bad_alloc")])
+def test_the_loader_says_it_too(in_threads, says, tmp_path, monkeypatch):
+    """Threads, or DALI, are asked for views of more than a million pixels a side."""
+    monkeypatch.setattr(GraphOptions, "in_threads", in_threads)
     loader = train_loader(make_photos(tmp_path), data_config(image_size=1500000), views=("weak",))
     with (
-        pytest.raises(UserError, match=r"memory ran out \(.*bad_alloc\); lower"),
+        pytest.raises(UserError, match=rf"memory ran out \(.*{says}.*\); lower"),
         explain_out_of_memory(CONFIG, CPU),
     ):
         next(loader.epoch(0))

@@ -1,0 +1,179 @@
+"""The views of decoded images on CPUs: crop, resize, RandAugment, flip, normalise; an image is a job of a thread.
+
+Without a GPU, DALI decodes alone. PyTorch resizes bytes as Pillow does, with the same antialiased triangular filter and
+whole-number weights, at a fifth of the time that DALI's CPU resize takes, and pillow_ops.py has RandAugment as
+torchvision does it. NumPy and Pillow compute without the interpreter's lock, so that threads do it at the same time;
+operators of PyTorch that would start threads of their own are not used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from spml_fast.core.workers import DaemonThreads
+from spml_fast.data.dali_graph import GraphOptions
+from spml_fast.data.pillow_ops import Operation, Pixels, randaugment
+
+# Batches of a view whose memory is kept for later ones: fresh memory costs a third of the normalisation.
+_KEPT = 4
+
+
+class _Batches:
+    """Memory for batches of one view, used again when nobody has a tensor of it any more."""
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self._shape = shape
+        self._kept: list[npt.NDArray[np.float32]] = []
+
+    def take(self) -> npt.NDArray[np.float32]:
+        """A batch to write to, float32 [B, S, S, 3], with anything in it."""
+        for batch in self._kept:
+            # Of the list, of this loop and of the call; a tensor of it would be one more.
+            if sys.getrefcount(batch) == 3:
+                return batch
+        if len(self._kept) == _KEPT:
+            del self._kept[0]
+        self._kept.append(np.empty(self._shape, np.float32))
+        return self._kept[-1]
+
+
+class PendingViews:
+    """Views that are being made."""
+
+    def __init__(self, futures: list[Future[None]], views: tuple[Tensor, ...]) -> None:
+        self._futures, self._views = futures, views
+
+    def result(self) -> tuple[Tensor, ...]:
+        """Wait, and return the views, float32 [B, 3, S, S] each in channels_last memory.
+
+        Raises:
+            RuntimeError: a crop lies outside of its image.
+        """
+        for future in self._futures:
+            future.result()
+        return self._views
+
+    def cancel(self) -> None:
+        """Do not start what has not been started."""
+        for future in self._futures:
+            future.cancel()
+
+
+def _resized(pixels: Pixels, side: int) -> Pixels:
+    """uint8 [H, W, 3] to [side, side, 3]."""
+    if pixels.shape[:2] == (side, side):
+        return pixels
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    out = functional.interpolate(image, size=(side, side), mode="bilinear", antialias=True)
+    return out[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def _mirrored(pixels: Pixels) -> Pixels:
+    out = np.empty_like(pixels)
+    # A channel at a time, because rows of three bytes are slow to copy.
+    for channel in range(3):
+        out[..., channel] = pixels[:, ::-1, channel]
+    return out
+
+
+class CpuViews:
+    """Makes the views of batches.
+
+    Args:
+        options: what to make.
+        batch_size: images of the largest batch.
+        threads: images at a time.
+    """
+
+    def __init__(self, options: GraphOptions, batch_size: int, threads: int) -> None:
+        self._options = options
+        side = options.image_size
+        self._batches = [_Batches((batch_size, side, side, 3)) for _ in options.views]
+        self._threads = DaemonThreads(threads, "views")
+        # One row of an image.
+        self._mean = np.tile(np.array([255.0 * m for m in options.mean], np.float32), side)
+        self._scale = np.tile(np.float32(1) / np.array([255.0 * s for s in options.std], np.float32), side)
+
+    def submit(self, image: Callable[[int], Pixels], count: int, inputs: dict[str, Any]) -> PendingViews:
+        """Start to make the views of a batch; returns at once.
+
+        Args:
+            image: place in the batch -> uint8 [H, W, 3], upright; threads call it.
+            count: images of the batch.
+            inputs: as the loaders' `_inputs` make them, arrays with a row per image.
+        """
+        batches = [batches.take()[:count] for batches in self._batches]
+        futures = [
+            self._threads.submit(partial(self._make, image, inputs, place, [batch[place] for batch in batches]))
+            for place in range(count)
+        ]
+        return PendingViews(futures, tuple(torch.from_numpy(batch).permute(0, 3, 1, 2) for batch in batches))
+
+    def _make(
+        self,
+        image: Callable[[int], Pixels],
+        inputs: dict[str, Any],
+        place: int,
+        outputs: Sequence[npt.NDArray[np.float32]],
+    ) -> None:
+        """All views of one image, written to `outputs`, float32 [S, S, 3] each."""
+        options, pixels = self._options, image(place)
+        plain: Pixels | None = None
+        for view, out in zip(options.views, outputs, strict=True):
+            changed = pixels
+            if view == options.randaugment_view == "strong" and not options.randaugment_resized:
+                changed = randaugment(pixels, self._operations(inputs, place))
+            if changed is pixels:
+                if plain is None:
+                    plain = self._cropped_and_resized(pixels, inputs, place)
+                small = plain
+            else:
+                small = self._cropped_and_resized(changed, inputs, place)
+            if view == "weak" and options.cutout:
+                small = _covered(small, inputs, place)
+            if view == options.randaugment_view and options.randaugment_resized:
+                small = randaugment(small, self._operations(inputs, place))
+            if options.flipped and inputs[f"flip_{view}"][place]:
+                small = _mirrored(small)
+            self._normalise(small, out)
+
+    def _operations(self, inputs: dict[str, Any], place: int) -> list[Operation]:
+        names = ("op", "factor", "matrix", "mask", "threshold")
+        return [
+            Operation(*(inputs[f"{name}{step}"][place] for name in names))
+            for step in range(self._options.randaugment_ops)
+        ]
+
+    def _cropped_and_resized(self, pixels: Pixels, inputs: dict[str, Any], place: int) -> Pixels:
+        if self._options.cropped:
+            top, left = inputs["crop_start"][place]
+            height, width = inputs["crop_shape"][place]
+            if top + height > pixels.shape[0] or left + width > pixels.shape[1]:
+                raise RuntimeError(f"a crop of {width} x {height} pixels lies outside of its image")
+            pixels = pixels[top : top + height, left : left + width]
+        return _resized(pixels, self._options.image_size)
+
+    def _normalise(self, pixels: Pixels, out: npt.NDArray[np.float32]) -> None:
+        rows = out.reshape(len(out), -1)
+        np.copyto(rows, pixels.reshape(rows.shape))
+        rows -= self._mean
+        rows *= self._scale
+
+
+def _covered(pixels: Pixels, inputs: dict[str, Any], place: int) -> Pixels:
+    """Cutout."""
+    top, left = inputs["cutout_anchor"][place].astype(int)
+    height, width = inputs["cutout_shape"][place].astype(int)
+    pixels = pixels.copy()
+    pixels[top : top + height, left : left + width] = inputs["cutout_fill_value"][place]
+    return pixels

@@ -1,0 +1,76 @@
+"""What threads make of decoded images: Pillow's resize, memory that is used again, errors that arrive."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spml_fast.data import cpu_views
+from spml_fast.data.cpu_views import CpuViews
+from spml_fast.data.dali_graph import GraphOptions
+from tests.support.pil import photo
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (150, 33), (448, 448), (17, 300), (1, 1)])
+@pytest.mark.parametrize("side", [64, 224])
+def test_the_resize_is_pillows(size, side):
+    image = photo(1, *size)
+    ours = cpu_views._resized(np.array(image), side)
+    theirs = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)).astype(int)
+    difference = np.abs(ours - theirs)
+    assert ours.dtype == np.uint8 and ours.flags.c_contiguous
+    assert difference.max() <= 1
+    # Tall images Pillow resizes in the other order, first the columns and then the rows.
+    assert difference.mean() < (0.25 if size == (17, 300) else 0.02)
+
+
+def _views(**options) -> CpuViews:
+    return CpuViews(GraphOptions(("eval",), 8, MEAN, STD, gpu=False, **options), 3, 2)
+
+
+def _pixels(place: int) -> np.ndarray:
+    return np.array(photo(place, 8, 8))
+
+
+def test_normalisation():
+    (batch,) = _views().submit(_pixels, 3, {}).result()
+    expected = torch.stack([torch.from_numpy(_pixels(i)) for i in range(3)]).permute(0, 3, 1, 2) / 255
+    expected = (expected - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(batch, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_is_used_again_when_nobody_has_it():
+    views = _views()
+    (first,) = views.submit(_pixels, 3, {}).result()
+    place = first.data_ptr()
+    (second,) = views.submit(_pixels, 2, {}).result()
+    assert second.data_ptr() != place
+    # Any tensor of it holds it, and what was computed from it does not.
+    part, mean = first[1:], float(first.mean())
+    del first
+    (third,) = views.submit(_pixels, 3, {}).result()
+    assert third.data_ptr() != place and float(third.mean()) == mean
+    del part
+    (fourth,) = views.submit(_pixels, 3, {}).result()
+    assert fourth.data_ptr() == place
+    # Consumers that keep everything get new memory every time, and no more is kept for them.
+    kept = [views.submit(_pixels, 3, {}).result()[0] for _ in range(10)]
+    assert len({batch.data_ptr() for batch in kept}) == 10
+    assert len(views._batches[0]._kept) == cpu_views._KEPT
+
+
+def test_errors_arrive():
+    def broken(place: int) -> np.ndarray:
+        if place == 1:
+            raise ZeroDivisionError
+        return _pixels(place)
+
+    with pytest.raises(ZeroDivisionError):
+        _views().submit(broken, 3, {}).result()
+    inputs = {"crop_start": np.array([[0, 0]] * 3), "crop_shape": np.array([[8, 8], [9, 8], [8, 8]])}
+    with pytest.raises(RuntimeError, match="a crop of 8 x 9 pixels lies outside"):
+        _views(cropped=True).submit(_pixels, 3, inputs).result()
