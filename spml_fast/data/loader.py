@@ -128,8 +128,8 @@ def _check_cache(views: tuple[str, ...], config: DataConfig) -> None:
         )
 
 
-def _check_views(views: tuple[str, ...], config: DataConfig) -> None:
-    """Views that exist, with augmentation that suits them, and can be made of cached images where there are some."""
+def _check_views(views: tuple[str, ...], split: Split, config: DataConfig) -> None:
+    """Views that exist, with augmentation that suits them, and images that can be had in this way and order."""
     if views not in (("weak",), ("weak", "strong")):
         raise ValueError(f"views {views!r}")
     if len(views) > 1 and (config.cutout or config.randaugment == "weak"):
@@ -138,6 +138,7 @@ def _check_views(views: tuple[str, ...], config: DataConfig) -> None:
             "as it is, and a strong one"
         )
     _check_cache(views, config)
+    _check_shuffle(split, config)
 
 
 def _open_cache(split: Split, config: DataConfig, device: torch.device) -> ImageCache | None:
@@ -228,8 +229,7 @@ class TrainLoader:
         rank: int | None = None,
         make_sampler: Callable[..., TrainSampler] = TrainSampler,
     ) -> None:
-        _check_views(views, config)
-        _check_shuffle(split, config)
+        _check_views(views, split, config)
         self.split, self.config, self.views, self.seed, self.device = split, config, views, seed, device
         self.sampler = make_sampler(
             len(split),

@@ -29,8 +29,7 @@ unboosted map. CALR's linear head, whose maps lack the bias, is not imitated. Wi
 so BatchNorm does not see it either; under exact accumulation the masked view belongs to the pass ahead of the update,
 which moves no BatchNorm statistics.
 
-Cost: three forwards and two backwards a step, 2.3 times assumed negative (a backward is two forwards). The weak and the
-strong view are one batch where the network keeps images apart (frozen BatchNorm, no dropout). Two speed
+Cost: three forwards and two backwards a step, 2.3 times assumed negative (a backward is two forwards). Two speed
 options change the result: masked_every (steps between two masked views; the others reject nothing) and masked_scale.
 
 Source: IGNORE (Song et al., ECCV 2024), first released as CALR; docs/sources.md#ignore.
@@ -57,7 +56,7 @@ from spml_fast.core.precision import no_autocast
 from spml_fast.data.labels import POSITIVE, UNKNOWN, LabelStore
 from spml_fast.methods.base import LossOutput, Method, MethodOptions, Progress, global_mean, register
 from spml_fast.methods.state.gap_histogram import GapHistogram
-from spml_fast.models.batchnorm import BnMode, bn_behaviour, images_apart
+from spml_fast.models.batchnorm import BnMode, bn_behaviour
 from spml_fast.models.heads import MaskOptions
 
 if TYPE_CHECKING:
@@ -273,23 +272,14 @@ class Ignore(Method[WeakAndMasked, UpdateStatistics]):
     def _masks_now(self, progress: Progress) -> bool:
         return self.options.ignore and progress.update % self.options.masked_every == 0
 
-    def _views(
-        self, classifier: Classifier, batch: Batch, masking: bool, strong: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Logits [B, C] of the weak view, and on demand the masked images and logits of the strong view.
-
-        Both views take one pass through a network that keeps images apart: the same to rounding, at the rate of a
-        batch of twice the size. BatchNorm that normalises by the batch must see each view by itself.
-        """
+    def _weak(self, classifier: Classifier, batch: Batch, masking: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, C] of the weak view and, on demand, the masked images."""
         alpha, images = classifier.alpha_train, batch.views["weak"]
-        beside = batch.views["strong"] if strong and images_apart(classifier.backbone) else None
-        classes = positive_classes(batch.labels, self.max_positives) if masking else None
-        mask = self.mask if masking else None
-        out = classifier(images, alpha=alpha, classes=classes, mask=mask, beside=beside)
-        second = out.beside
-        if strong and second is None:
-            second = classifier(batch.views["strong"], alpha=alpha).logits
-        return out.logits, out.masked, second
+        if not masking:
+            return classifier(images, alpha=alpha).logits, None
+        classes = positive_classes(batch.labels, self.max_positives)
+        out = classifier(images, alpha=alpha, classes=classes, mask=self.mask)
+        return out.logits, out.masked
 
     @torch.no_grad()
     def _masked(self, classifier: Classifier, images: Tensor) -> Tensor:
@@ -302,8 +292,10 @@ class Ignore(Method[WeakAndMasked, UpdateStatistics]):
     def forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> LossOutput:
         """All views of a micro-step, in the order weak, strong, masked."""
         o, ahead = self.options, self.statistics_of(batch)
-        masking = ahead is None and self._masks_now(progress)
-        logits, masked_images, strong = self._views(classifier, batch, masking, o.strong_aug or o.reg)
+        logits, masked_images = self._weak(classifier, batch, ahead is None and self._masks_now(progress))
+        strong = None
+        if o.strong_aug or o.reg:
+            strong = classifier(batch.views["strong"], alpha=classifier.alpha_train).logits
         masked = ahead.masked if ahead is not None else None
         if masked_images is not None:
             masked = self._masked(classifier, masked_images)
@@ -375,7 +367,7 @@ class Ignore(Method[WeakAndMasked, UpdateStatistics]):
 
     def statistics_forward(self, classifier: Classifier, batch: Batch, progress: Progress) -> WeakAndMasked:
         """Logits of the weak and the masked view; the step itself then needs no masked view any more."""
-        logits, images, _ = self._views(classifier, batch, self._masks_now(progress), strong=False)
+        logits, images = self._weak(classifier, batch, self._masks_now(progress))
         return WeakAndMasked(logits, None if images is None else self._masked(classifier, images))
 
     def update_statistics(

@@ -11,26 +11,12 @@ from torch import nn
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
 BnMode = Literal["update", "no_update", "eval"]
 
 
 def synchronised(module: nn.Module) -> nn.Module:
     """The module with BatchNorm statistics over all ranks in training (GPUs only)."""
     return convert_sync_batchnorm(module)
-
-
-def images_apart(module: nn.Module) -> bool:
-    """Whether what the module makes of an image depends on neither the other images of the batch nor a random draw.
-
-    It does with BatchNorm that normalises by the batch, and with dropout or stochastic depth at work. Without them two
-    batches give the same in one forward as in two.
-    """
-    training = [m for m in module.modules() if m.training]
-    # timm's stochastic depth and the like have a drop_prob.
-    random = any(m.p > 0 if isinstance(m, DROPOUTS) else bool(getattr(m, "drop_prob", None)) for m in training)
-    return not random and not any(isinstance(m, BATCH_NORMS) for m in training)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,6 @@ class ClassifierOutput:
         maps: [B, N, h, w] fp32 maps of the classes asked for, else None.
         masked: [B, 3, S, S] images masked by those maps, when that was asked for, else None.
         attention: [B, N, h, w] fp32 where the queries of the classes asked for look, else None.
-        beside: [B', C] fp32 logits at the alpha of the call, of the images given as `beside`, else None.
 
     Heads without a class activation map have their logits in `mean`, and alpha must be 1.
     """
@@ -43,7 +42,6 @@ class ClassifierOutput:
     maps: Tensor | None = None
     masked: Tensor | None = None
     attention: Tensor | None = None
-    beside: Tensor | None = None
 
     def at_alpha(self, alpha: float) -> Tensor:
         """Logits [B, C] fp32 with BoostLU's factor `alpha`, from the same pass; see `boosted_logits`."""
@@ -181,7 +179,6 @@ class Classifier(nn.Module):
         boost: bool | None = None,
         classes: Tensor | None = None,
         mask: MaskOptions | None = None,
-        beside: Tensor | None = None,
     ) -> ClassifierOutput:
         """Logits of a batch.
 
@@ -191,17 +188,9 @@ class Classifier(nn.Module):
             boost: compute mean(relu M) even for alpha 1, so that `ClassifierOutput.at_alpha` works for every alpha.
             classes: int64 [B, N] classes whose maps are wanted, padded with -1.
             mask: give the images masked by these maps instead of the maps.
-            beside: [B', 3, S, S] further images, of which the logits alone are wanted, from the same pass through the
-                backbone; for backbones that keep images apart (`batchnorm.images_apart`).
         """
         source = images if mask is not None else None
-        if beside is None:
-            return self.classify(self.features(images), alpha, boost, classes, source, mask)
-        features = self.features(torch.cat([images, beside]))
-        first, second = features.split([len(images), len(beside)])
-        out = self.classify(first, alpha, boost, classes, source, mask)
-        out.beside = self.classify(second, alpha).logits
-        return out
+        return self.classify(self.features(images), alpha, boost, classes, source, mask)
 
     def classify(
         self,

@@ -219,10 +219,10 @@ def compile_times(
 
 
 def compiled_sizes(config: Config) -> tuple[int, ...]:
-    """Images of the forwards that are compiled: of a rank's full step, or of two views of it in one batch.
+    """Images of the forwards that are compiled: of a rank's full step.
 
     An epoch's smaller last batch is not among them, so that nothing is compiled for it.
     """
     parts = distributed.world_size() * config.train.accumulation
     whole = {config.train.batch_size // parts, batch_of_a_step(config)}
-    return tuple(sorted(n * views for n in whole if n for views in (1, 2)))
+    return tuple(sorted(n for n in whole if n))

@@ -157,7 +157,7 @@ def check_line(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
         elif rest[0] == "-m" and rest[1].startswith("spml_kernels."):
             check_script(f"kernels/{rest[1].replace('.', '/')}.py", rest[2:], monkeypatch)
         elif script is None:
-            assert rest[:2] == ["-m", "venv"], " ".join(words)
+            assert "..." in rest or rest[:2] == ["-m", "venv"], " ".join(words)
         elif rest[script].startswith("launch/"):
             check_command([Path(rest[script]).stem, *rest[script + 1 :]], monkeypatch)
         else:

@@ -73,7 +73,9 @@ def test_the_guard_is_around_the_op_s_own_function(monkeypatch):
 def test_no_op_is_registered_without_the_guard():
     for path in KERNELS.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert ("custom_op(" in text) == (path == KERNELS / "common" / "ops.py"), path
+        # hub.py writes another name into that file.
+        known = (KERNELS / "common" / "ops.py", KERNELS / "devtools" / "hub.py")
+        assert ("custom_op(" in text) == (path in known), path
     names = [
         name for p in KERNELS.rglob("*.py") for name in re.findall(r'@define\("(spml::\w+)"\)', Path(p).read_text())
     ]

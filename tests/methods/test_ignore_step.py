@@ -84,30 +84,6 @@ class TestStep:
         second.step(second.batch(range(8)), at(5, 0))
         assert torch.equal(first.gradients(), second.gradients())
 
-    @pytest.mark.parametrize(
-        ("frozen", "drop", "passes"),
-        [(True, 0.0, [16, 8]), (False, 0.0, [8, 8, 8]), (True, 0.5, [8, 8, 8])],
-        ids=["frozen", "live BatchNorm", "dropout"],
-    )
-    def test_two_views_are_one_batch_where_that_is_exact(self, frozen, drop, passes, monkeypatch):
-        rigs, outs = [make_rig("ignore") for _ in range(2)], []
-        for rig in rigs:
-            rig.classifier.freeze_bn = frozen
-            rig.classifier.backbone.conv1 = nn.Sequential(rig.classifier.backbone.conv1, nn.Dropout(drop)).train()
-            rig.classifier.train()
-        seen = []
-        rigs[0].classifier.backbone.conv1.register_forward_pre_hook(lambda m, images: seen.append(len(images[0])))
-        for rig in rigs:
-            torch.manual_seed(1)
-            outs.append(rig.step(rig.batch(range(8)), at(5, 0)))
-            monkeypatch.setattr("spml_fast.methods.ignore.images_apart", lambda backbone: False)
-        assert seen == passes
-        gradients = [rig.gradients() for rig in rigs]
-        if len(passes) == 3:
-            assert torch.equal(*outs) and torch.equal(*gradients)
-        torch.testing.assert_close(*outs, rtol=1e-5, atol=0)
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-
     def test_hidden_positives_found_by_an_ideal_network(self):
         # The network's logits are known, so is what must be rejected: classes whose evidence the mask removed.
         codes = np.full((2, 4), -1)

@@ -115,8 +115,8 @@ class TestAgainstTorch:
     def test_logits_and_gradients(self, channels, layers):
         head = make(channels, encoder_layers=layers[0], decoder_layers=layers[1]).train()
         x = features(channels=channels).requires_grad_()
-        logits, mean_relu, maps, masked = head(x)
-        assert mean_relu is None and maps is None and masked is None
+        logits, mean_relu, maps, masked, attention = head(x)
+        assert mean_relu is None and maps is None and masked is None and attention is None
         wanted, _ = plain(head, x)
         # The position code is kept in fp32.
         torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=0)
@@ -163,13 +163,13 @@ class TestMaps:
         head, x = make().eval(), features()
         images = torch.randn(4, 3, 24, 40, dtype=D)
         options = MaskOptions(0.5, "per_image", 16)
-        _, _, maps, masked = head(x, True, self.CLASSES_OF_ROWS, images, options)
+        _, _, maps, masked, _ = head(x, True, self.CLASSES_OF_ROWS, images, options)
         assert maps is None
         wanted = map_mask(head(x, classes=self.CLASSES_OF_ROWS)[2], self.CLASSES_OF_ROWS, images, 0.5)
         assert torch.equal(masked, wanted) and (masked == 0).any()
         # Without a mask, or without images to mask, there are maps.
         for given in ((images, None), (None, options)):
-            _, _, maps, masked_too = head(x, True, self.CLASSES_OF_ROWS, *given)
+            _, _, maps, masked_too, _ = head(x, True, self.CLASSES_OF_ROWS, *given)
             assert masked_too is None and maps.shape == (4, 2, *GRID)
         assert torch.equal(masked[2], images[2])
 

@@ -64,13 +64,7 @@ def make_rig(name: str = "ignore", **options: object) -> Rig:
 
 
 def count_calls(classifier: Classifier) -> list[torch.Tensor]:
-    """The images of every view from now on, in order; two views may come in one forward."""
+    """The images of every forward from now on."""
     calls: list[torch.Tensor] = []
-
-    def note(module: torch.nn.Module, arguments: Any, options: Any) -> None:
-        calls.append(arguments[0])
-        if options.get("beside") is not None:
-            calls.append(options["beside"])
-
-    classifier.register_forward_pre_hook(note, with_kwargs=True)
+    classifier.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0]))
     return calls
