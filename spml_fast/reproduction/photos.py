@@ -63,12 +63,6 @@ def half_of_the_gap(means: dict[tuple[str, str], float]) -> bool:
     return gap > 0 and max(means[name] for name in names) - means["an", "1"] >= gap / 2
 
 
-def solved_head(means: dict[tuple[str, str], float]) -> bool:
-    """Whether the way in which the head is found matters more than the method that it is trained by."""
-    methods = [name for name in ("an", "ll_r", "ll_r_boost", "ignore", "em", "gr") if (name, "1") in means]
-    return means["an_solved", "1"] > max(means[name, alpha] for name in methods for alpha in ("1", "5"))
-
-
 PHOTOS = Preset(
     "photos",
     ENTRIES,
@@ -79,11 +73,6 @@ PHOTOS = Preset(
             "LL-R + BoostLU, IGNORE or EM closes at least half of the gap between assumed negative and full labels",
             ("full", "an", "ll_r_boost", "ignore", "em"),
             half_of_the_gap,
-        ),
-        Statement(
-            "assumed negative from a solved head beats every method whose head was trained by steps",
-            ("an_solved", "an", "ll_r", "ll_r_boost", "ignore", "em", "gr"),
-            solved_head,
         ),
     ),
     tuple(entry.name for entry in ENTRIES),
