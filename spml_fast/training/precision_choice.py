@@ -17,7 +17,7 @@ import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -25,7 +25,6 @@ from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.precision import has_bf16, prefers_bf16
 from spml_fast.models.classifier import Classifier
-from spml_fast.training.resume import Resume, precision_of
 from spml_fast.training.trials import (
     FAILURES,
     FEWEST_IMAGES,
@@ -39,6 +38,9 @@ from spml_fast.training.trials import (
     trial_network,
     what_failed,
 )
+
+if TYPE_CHECKING:
+    from spml_fast.training.resume import Resume
 
 Precision = Literal["fp32", "bf16"]
 # bf16 must be so many times as fast as fp32. Less is not worth its rounding, nor beyond the noise of a short timing.
@@ -106,6 +108,9 @@ def settle_precision(
         return config, []
     notes: list[str] = []
     if resume is not None:
+        # Reads recipes, which a benchmark without a run must not need.
+        from spml_fast.training.resume import precision_of
+
         # Of versions that did not write down what auto meant: what it meant then.
         chosen = precision_of(resume) or ("bf16" if prefers_bf16(device) else "fp32")
     elif device.type == "cuda":
