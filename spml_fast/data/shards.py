@@ -215,7 +215,9 @@ class Shards:
     ) -> None:
         """Raise `UserError` where a shard is missing or ends before the last image of a span."""
         try:
-            length = os.fstat(self.file(int(rows[span[0], 0])).fd).st_size
+            # Named, since another thread may forget the file, which closes with its last user.
+            file = self.file(int(rows[span[0], 0]))
+            length = os.fstat(file.fd).st_size
         except OSError as error:
             raise self._unreadable(int(samples[span[0]]), error) from error
         if length < int((rows[span, 1] + rows[span, 2]).max()):
