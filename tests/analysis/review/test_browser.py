@@ -323,7 +323,7 @@ def test_served_with_autosave(tab: Page, tmp_path: Path) -> None:
             expect(tab.locator("article img").first).to_have_js_property("complete", True)
             assert tab.evaluate("[...document.querySelectorAll('article img')].some(i => i.naturalWidth > 0)")
             server.send_signal(signal.SIGINT)
-            assert server.wait(30) == 0 and "next: spml-fast relabel --manifest" in server.stdout.read()
+            assert server.wait(30) == 0 and "next: python -m spml_fast relabel --manifest" in server.stdout.read()
     assert not tab.is_visible("#problem")
     tab.keyboard.press("a")
     expect(tab.locator("#problem")).to_contain_text("Not saved: spml-fast review does not answer. Export")
