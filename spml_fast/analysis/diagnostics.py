@@ -2,7 +2,8 @@
 
 BoostLU: Spearman's rank correlation, per (image, positive class), of a model's map with the map of a model trained with
 full labels, beside the correlation of a centred Gaussian with the latter; means of the highest and lowest five per cent
-of a map's cells, for positive and for negative labels.
+of a map's cells, for positive and for negative labels. Where training hides labels that are known, positive labels are
+told apart further: those that it sees, and hidden ones, which the loss of assumed negatives takes for absent.
 Large Loss: the pointing game, whether a map's peak lies in a box of its class. MaxBoxAcc, on request: whether a box
 around the high part of a map fits one of its class (localisation.py has both).
 
@@ -109,6 +110,8 @@ class MapTable:
         index: int64 [n] sample.
         class_id: int64 [n].
         positive: whether the label is positive, float64 0 or 1.
+        hidden: 1 where it is positive and training does not see it (`Split.observed`), 0 elsewhere; NaN where
+            this was not asked for.
         top, bottom: means of the highest and lowest cells.
         full_top, full_bottom: the same of the fully supervised model.
         correlation: of the map with that model's, for positive labels.
@@ -123,6 +126,7 @@ class MapTable:
     index: IntArray
     class_id: IntArray
     positive: FloatArray
+    hidden: FloatArray
     top: FloatArray
     bottom: FloatArray
     full_top: FloatArray
@@ -155,6 +159,7 @@ def measure_maps(
     negatives: int = 20,
     seed: int = 0,
     precision: str = "auto",
+    tell_hidden: bool = False,
     fit_boxes: bool = False,
     task: str | None = None,
 ) -> MapTable | None:
@@ -168,6 +173,7 @@ def measure_maps(
         negatives: known negatives of an image that are looked at, at most.
         seed: of their draw.
         precision: as `train.precision`.
+        tell_hidden: tell positive labels that training sees from hidden ones; for the split that was trained on.
         fit_boxes: find the boxes of the maps of positive labels, too, which takes longer than the maps.
         task: what its progress is called; None shows none.
 
@@ -209,6 +215,10 @@ def measure_maps(
                 continue
             part = _measure(maps, other, split, index[row], classes[row, column])
             part["positive"] = (known[row, classes[row, column]] == POSITIVE).astype(np.float64)
+            part["hidden"] = np.full(len(row), np.nan)
+            if tell_hidden:
+                seen = split.observed.rows(index)[row, classes[row, column]] == POSITIVE
+                part["hidden"] = part["positive"] * ~seen
             part |= _box_overlaps(maps, split, index[row], classes[row, column], part["positive"] == 1, fit_boxes)
             for name in ("correlation", "control"):
                 part[name][part["positive"] == 0] = np.nan
@@ -256,7 +266,7 @@ def _measure(
     index: IntArray,
     class_id: IntArray,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Columns of `MapTable`, except `positive` and MaxBoxAcc's, for n pairs with maps [n, h, w]."""
+    """Columns of `MapTable`, except those of labels and MaxBoxAcc's, for n pairs with maps [n, h, w]."""
     count, height, width = maps.shape
     part: dict[str, npt.NDArray[Any]] = {"index": index.astype(np.int64), "class_id": class_id}
     part["top"], part["bottom"] = extremes(maps)
@@ -315,17 +325,39 @@ def _quartiles(values: FloatArray) -> dict[str, float] | None:
     return {"p25": float(low), "p50": float(middle), "p75": float(high), "mean": float(values.mean())}
 
 
+def groups(table: MapTable) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which pairs bool [n] have a label of each kind: `positive` and `negative`.
+
+    Where positives are hidden, `observed_positive` and `hidden_positive` are the two parts of `positive`.
+    """
+    positive, hidden = table.positive == 1, table.hidden == 1
+    found = {"positive": positive, "negative": ~positive}
+    if hidden.any():
+        found |= {"observed_positive": positive & ~hidden, "hidden_positive": hidden}
+    return found
+
+
+def shown_groups(table: MapTable) -> dict[str, npt.NDArray[np.bool_]]:
+    """Those of `groups` that leave no pair to two of them, the name in words."""
+    found = groups(table)
+    if "hidden_positive" in found:
+        del found["positive"]
+    order = sorted(found, key=lambda name: ("positive" not in name, "hidden" in name))
+    return {name.replace("_", " "): found[name] for name in order}
+
+
 def summarise(table: MapTable) -> dict[str, Any]:
     """Figures for a report.
 
     Returns:
-        `pairs`: how many (image, class) pairs by label; `top` and `bottom`: quartiles by label of the model's
-        `model` and the fully supervised `full` maps; `correlation` and its `control`; `pointing`: `accuracy` over
-        pairs and `class_mean` over classes in per cent, `chance` for a peak anywhere, `pairs`; `boxes`: MaxBoxAcc as
-        `localisation.BoxAccuracy` has it. Parts that need another model or boxes are None without them.
+        `pairs`: how many (image, class) pairs by label, as `groups` has them; `top` and `bottom`: quartiles by label
+        of the model's `model` and the fully supervised `full` maps; `correlation` and its `control`, over positive
+        labels; `correlation_by_label`: the same of the parts of positive labels; `pointing`: `accuracy` over pairs
+        and `class_mean` over classes in per cent, `chance` for a peak anywhere, `pairs`; `boxes`: MaxBoxAcc as
+        `localisation.BoxAccuracy` has it. Parts that need another model, hidden labels or boxes are None without.
     """
-    positive = table.positive == 1
-    by_label = {"positive": positive, "negative": ~positive}
+    by_label = groups(table)
+    positive = by_label["positive"]
     out: dict[str, Any] = {"pairs": {name: int(chosen.sum()) for name, chosen in by_label.items()}}
     for end in ("top", "bottom"):
         model, full = getattr(table, end), getattr(table, f"full_{end}")
@@ -334,6 +366,8 @@ def summarise(table: MapTable) -> dict[str, Any]:
             for name, chosen in by_label.items()
         }
     out["correlation"], out["control"] = _quartiles(table.correlation), _quartiles(table.control)
+    parts = {name: _quartiles(table.correlation[chosen]) for name, chosen in by_label.items() if "_" in name}
+    out["correlation_by_label"] = parts if out["correlation"] is not None and parts else None
     boxed = ~np.isnan(table.hit) & positive
     out["pointing"] = out["boxes"] = None
     if boxed.any() and table.largest.shape[1]:
@@ -364,29 +398,37 @@ def plot(path: Path, table: MapTable, gaps: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    compared = not np.isnan(table.full_top).all()
-    widths = [5] * compared + [7 if compared else 5] + [5] * bool(gaps)
+    compared, kinds = not np.isnan(table.full_top).all(), shown_groups(table)
+    # Inches; every box has words below it.
+    boxes = 2 * len(kinds) * (2 if compared else 1)
+    widths = [5] * compared + [max(5, 0.8 * boxes)] + [5] * bool(gaps)
     size = (sum(widths), 4)
     figure, axes = pyplot.subplots(
         1, len(widths), figsize=size, width_ratios=widths, layout="constrained", squeeze=False
     )
     free = iter(axes[0])
-    positive = table.positive == 1
     if compared:
         axis = next(free)
-        for name, label in (("correlation", "this run"), ("control", "centred Gaussian")):
-            values = getattr(table, name)
-            axis.hist(values[~np.isnan(values)], np.linspace(-1, 1, 41), density=True, histtype="step", label=label)
+        positives = {name: chosen for name, chosen in shown_groups(table).items() if name != "negative"}
+        curves = [
+            (table.correlation[chosen], "this run" if len(positives) == 1 else f"this run, {name} labels")
+            for name, chosen in positives.items()
+        ]
+        for values, label in (*curves, (table.control, "centred Gaussian")):
+            values = values[~np.isnan(values)]
+            # Flat maps have no ranks.
+            if len(values):
+                axis.hist(values, np.linspace(-1, 1, 41), density=True, histtype="step", label=label)
         axis.set_xlabel("rank correlation with the fully supervised map")
         axis.set_ylabel("density over (image, positive class)")
         axis.legend(loc="upper left", frameon=False)
     axis = next(free)
     values, labels = [], []
     for end, title in (("top", "highest"), ("bottom", "lowest")):
-        for name, chosen in (("positive", positive), ("negative", ~positive)):
+        for name, chosen in kinds.items():
             for source, owner in ((end, "run"), (f"full_{end}", "full")) if compared else ((end, "run"),):
                 values.append(getattr(table, source)[chosen])
-                labels.append(f"{title} 5%\n{name}\n{owner}")
+                labels.append(f"{title} 5%\n{name.replace(' ', chr(10))}\n{owner}")
     axis.boxplot(values, showfliers=False, tick_labels=labels)
     axis.tick_params(axis="x", labelsize=7)
     axis.axhline(0, color="grey", linewidth=0.5)

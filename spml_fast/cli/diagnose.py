@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from spml_fast.core.outputs import OutputFile
 
-DESCRIPTION = """Highest and lowest cells of the maps of positive and negative labels; with --against, a run with full
-labels on the same data, the rank correlation of the maps of both; the pointing game where the data set has boxes, and
-MaxBoxAcc with --box-accuracy; for IGNORE the histogram of its gaps (train with --method.gap_histogram true). Starts
-under `deepspeed` and `torchrun` as well."""
+DESCRIPTION = """Highest and lowest cells of the maps of positive and negative labels, and of hidden positives on the
+training split; with --against, a run with full labels on the same data, the rank correlation of the maps of both; the
+pointing game where the data set has boxes, and MaxBoxAcc with --box-accuracy; for IGNORE the histogram of its gaps
+(train with --method.gap_histogram true). Starts under `deepspeed` and `torchrun` as well."""
 EXAMPLES = [
     ("--run RUN", "the test split"),
     ("--run RUN --against FULL --plot maps.png", "compared with a run with full labels"),
+    ("--run RUN --against FULL --split train", "hidden positives too, where the data set hides labels"),
     ("--run RUN --split val --json maps.json", "figures of another split for a program"),
 ]
 
@@ -54,16 +55,23 @@ def _shown(quartiles: dict[str, float] | None) -> str:
 def table_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures for people: medians with quartiles."""
     pairs = found["pairs"]
-    rows = [("pairs looked at", f"{pairs['positive']} positive, {pairs['negative']} negative")]
+    kinds = ["positive"]
+    if "hidden_positive" in pairs:
+        kinds = ["observed_positive", "hidden_positive"]
+    words = {kind: kind.replace("_", " ") for kind in (*kinds, "negative")}
+    rows = [("pairs looked at", ", ".join(f"{pairs[kind]} {name}" for kind, name in words.items()))]
     for end, title in (("top", "highest"), ("bottom", "lowest")):
-        for label in ("positive", "negative"):
-            cells = found[end][label]
+        for kind, name in words.items():
+            cells = found[end][kind]
             text = _shown(cells["model"])
             if cells["full"] is not None:
                 text += f"; full labels {_shown(cells['full'])}"
-            rows.append((f"{title} 5% of cells, {label} labels", text))
+            rows.append((f"{title} 5% of cells, {name} labels", text))
     if found["correlation"] is not None:
-        rows.append(("rank correlation with the full-label map", _shown(found["correlation"])))
+        parts = found["correlation_by_label"] or {"": found["correlation"]}
+        for kind, quartiles in parts.items():
+            name = f", {words[kind]} labels" if kind else ""
+            rows.append((f"rank correlation with the full-label map{name}", _shown(quartiles)))
         rows.append(("the same of a centred Gaussian", _shown(found["control"])))
     if found["pointing"] is not None:
         game = found["pointing"]
@@ -137,6 +145,7 @@ def diagnose(
         negatives=args.negatives,
         seed=args.seed,
         precision=config.train.precision,
+        tell_hidden=split.name == config.data.train_split and split.hides_labels,
         fit_boxes=args.box_accuracy,
         task=f"measuring the maps of the {split.name} split",
     )

@@ -23,6 +23,7 @@ from spml_fast.analysis.diagnostics import (
     summarise,
 )
 from spml_fast.analysis.localisation import THRESHOLDS, cells_in_boxes, overlaps
+from spml_fast.cli.diagnose import table_rows
 from spml_fast.core.config import DataConfig, ModelConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.outputs import OutputFile
@@ -164,6 +165,53 @@ def test_two_networks_on_scenes(small_digits: Path, tmp_path: Path) -> None:
     assert (tmp_path / "maps.png").stat().st_size > 10_000
     # Known as its own the next time.
     OutputFile(tmp_path / "maps.png", "png", "spml_fast diagnose", "--plot").check()
+
+
+def test_hidden_positives_are_a_kind_of_their_own(small_digits: Path, tmp_path: Path) -> None:
+    """One positive of an image is observed: the others are the hidden ones."""
+    manifest = Manifest(small_digits)
+    split = manifest.split("train")
+    assert split.hides_labels
+    torch.manual_seed(0)
+    first, second = (Classifier(ModelConfig(backbone="test_resnet", pretrained=False), 10, 64).eval() for _ in range(2))
+    half = [0.5, 0.5, 0.5]
+    loader = EvalLoader(
+        split, DataConfig(image_size=64), batch_size=32, device=torch.device("cpu"), mean=half, std=half
+    )
+    table = measure_maps(first, loader, split, full=second, negatives=2, tell_hidden=True)
+    assert table is not None
+    positives = int((split.known.rows(range(len(split))) == 1).sum())
+    summary = summarise(table)
+    assert summary["pairs"] == {
+        "positive": positives,
+        "negative": 2 * len(split),
+        "observed_positive": len(split),
+        "hidden_positive": positives - len(split),
+    }
+    seen = split.observed.rows(range(len(split)))
+    assert np.array_equal(table.hidden == 1, (table.positive == 1) & (seen[table.index, table.class_id] != 1))
+    for end in ("top", "bottom"):
+        chosen = getattr(table, end)[table.hidden == 1]
+        assert summary[end]["hidden_positive"]["model"]["p50"] == pytest.approx(np.median(chosen))
+    correlations = summary["correlation_by_label"]
+    assert set(correlations) == {"observed_positive", "hidden_positive"}
+    values = table.correlation[table.hidden == 1]
+    assert correlations["hidden_positive"]["mean"] == pytest.approx(np.nanmean(values))
+    words = dict(table_rows(summary))
+    assert words["pairs looked at"] == (
+        f"{len(split)} observed positive, {positives - len(split)} hidden positive, {2 * len(split)} negative"
+    )
+    assert [name for name in words if name.startswith("rank correlation")] == [
+        "rank correlation with the full-label map, observed positive labels",
+        "rank correlation with the full-label map, hidden positive labels",
+    ]
+    plot(tmp_path / "maps.png", table, [])
+    test = manifest.split("test")
+    assert test.hides_labels, "which nobody trains on"
+    alone = measure_maps(first, loader_for(manifest), test, negatives=2)
+    assert alone is not None and np.isnan(alone.hidden).all()
+    assert set(summarise(alone)["pairs"]) == {"positive", "negative"}
+    assert summarise(alone)["correlation_by_label"] is None
 
 
 def test_maps_of_different_sizes_are_refused(small_digits: Path) -> None:
