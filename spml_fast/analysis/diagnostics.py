@@ -414,11 +414,11 @@ def plot(path: Path, table: MapTable, gaps: list[dict[str, Any]]) -> None:
             (table.correlation[chosen], "this run" if len(positives) == 1 else f"this run, {name} labels")
             for name, chosen in positives.items()
         ]
-        for values, label in (*curves, (table.control, "centred Gaussian")):
-            values = values[~np.isnan(values)]
+        for correlations, label in (*curves, (table.control, "centred Gaussian")):
+            defined = correlations[~np.isnan(correlations)]
             # Flat maps have no ranks.
-            if len(values):
-                axis.hist(values, np.linspace(-1, 1, 41), density=True, histtype="step", label=label)
+            if len(defined):
+                axis.hist(defined, np.linspace(-1, 1, 41), density=True, histtype="step", label=label)
         axis.set_xlabel("rank correlation with the fully supervised map")
         axis.set_ylabel("density over (image, positive class)")
         axis.legend(loc="upper left", frameon=False)
