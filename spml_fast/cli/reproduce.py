@@ -8,13 +8,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_text
 from spml_fast.core.outputs import OutputFile, writer_name
+from spml_fast.core.progress import BETWEEN, Task, say, under_way
 from spml_fast.core.text import without_controls
 from spml_fast.core.urls import is_url
 from spml_fast.runs.layout import RunLayout
@@ -52,19 +55,44 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return args, [*(word for name in args.plugins for word in ("--plugins", name)), *more]
 
 
-def train(entry_dir: Path, words: list[str], ranks: int) -> None:
-    """One run, its output in train.log; `UserError` with the last line when it fails."""
+def train(entry_dir: Path, words: list[str], ranks: int, show: Callable[[str], None]) -> None:
+    """One run, its output in train.log; `UserError` with the last line when it fails.
+
+    Args:
+        entry_dir: of the run.
+        words: of `spml-fast train`.
+        ranks: of the run.
+        show: called with every line of its output.
+    """
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks), "--module"]
     head = [*([sys.executable, "-m"] if ranks == 1 else launcher), "spml_fast", "train"]
     entry_dir.mkdir(parents=True, exist_ok=True)
     log = entry_dir / "train.log"
-    with log.open("a", encoding="utf-8") as file:
-        status = subprocess.run([*head, *words], stdout=file, stderr=subprocess.STDOUT).returncode
-    if status:
-        lines = log.read_text(encoding="utf-8").strip().splitlines()
+    lines = list[str]()
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    with (
+        log.open("a", encoding="utf-8", buffering=1) as file,
+        subprocess.Popen([*head, *words], errors="replace", **output) as run,
+    ):
+        assert run.stdout is not None
+        try:
+            for line in run.stdout:
+                file.write(line)
+                if line.strip():
+                    lines.append(line.strip())
+                    show(lines[-1])
+        except BaseException:
+            run.kill()
+            raise
+    if run.returncode:
         errors = [line for line in lines if "error:" in line]
         last = (errors or lines or ["no output"])[-1]
-        raise UserError(f"a run failed ({last.strip()}); all of its output is in {log}")
+        raise UserError(f"a run failed ({last}); all of its output is in {log}")
+
+
+def show_line(task: Task, line: str) -> None:
+    """A line of a run's output as what is known of the task, which is shown now and then."""
+    task.change(task.name, task.done, line.split(BETWEEN), task.left)
 
 
 def check_arguments(args: argparse.Namespace, preset: Preset) -> None:
@@ -125,14 +153,16 @@ def main(argv: list[str] | None = None) -> int:
     todo = [(e, s) for s in range(args.seeds) for e in entries if not RunLayout(runs[e.name][s]).results.exists()]
     start = time.monotonic()
     for done, (entry, seed) in enumerate(todo):
-        left = f", about {(time.monotonic() - start) / done * (len(todo) - done) / 60:.0f} min left" if done else ""
-        console.print(f"run {done + 1} of {len(todo)}: {entry.name}, seed {seed}{left}")
+        left = (time.monotonic() - start) / done * (len(todo) - done) if done else None
+        name = f"run {done + 1} of {len(todo)}: {entry.name}, seed {seed}"
+        say(name if left is None else f"{name}, about {left / 60:.0f} min left")
         run = runs[entry.name][seed]
         words = ["--config", entry.recipe, "--method", entry.method, *entry.options]
         words += ["--run.seed", str(seed), "--run.dir", str(run), "--eval.alphas", json.dumps(entry.alphas)]
         words += (["--data.dir", args.data] if args.data else []) + more
         note_options(run, chosen[entry.name])
-        train(run, words, args.ranks)
+        with under_way(Task(name, len(todo), "", done, (), left)) as task:
+            train(run, words, args.ranks, partial(show_line, task))
     heads = {e.name: load_config(RunLayout(runs[e.name][0]).config).model.head for e in entries}
     rows = collect(runs, entries, heads)
     statements = check_claims(preset, rows)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from spml_fast.cli.parse import parse_config
+from spml_fast.cli.reproduce import show_line, train
+from spml_fast.core import progress
 from spml_fast.core.errors import UserError
 from spml_fast.models.heads import get_head
 from spml_fast.reproduction.presets import PRESETS, Entry, choose_entries, get_preset
@@ -177,3 +179,22 @@ def test_a_failed_run_is_one_sentence(small_digits: Path, run_script: Run, tmp_p
     done = run_script("reproduce.py", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith("error: a run failed") and "--train.epocs" in done.stderr
+
+
+def test_a_run_shows_what_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every line of its output goes to the log and to what is shown; an earlier attempt is over."""
+    (tmp_path / "train.log").write_text("error: of yesterday\n")
+    with pytest.raises(UserError, match=r"a run failed \(.*--train\.epocs"):
+        seen = list[str]()
+        train(tmp_path, ["--config", "digits", "--train.epocs", "2"], 1, seen.append)
+    assert any("--train.epocs" in line for line in seen)
+    log = (tmp_path / "train.log").read_text()
+    assert log.startswith("error: of yesterday\n") and all(line in log for line in seen)
+    monkeypatch.setattr(progress, "_display", progress.Display())
+    for name in ("FIRST", "EVERY"):
+        monkeypatch.setattr(progress, name, 0.0)
+    with progress.under_way(progress.Task("run 2 of 4: an, seed 1", 4, "", 1, (), 600.0)) as task:
+        show_line(task, "epoch 2/8 | loss 0.1")
+    assert capsys.readouterr().err == "run 2 of 4: an, seed 1 | 25% done | 10 min left | epoch 2/8 | loss 0.1\n"
