@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,8 +38,6 @@ from spml_fast.analysis.localisation import (
 )
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import atomic_write
-from spml_fast.core.outputs import writer_name
 from spml_fast.core.precision import autocast, inference_dtype
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.loader import EvalLoader
@@ -215,10 +212,7 @@ def measure_maps(
                 continue
             part = _measure(maps, other, split, index[row], classes[row, column])
             part["positive"] = (known[row, classes[row, column]] == POSITIVE).astype(np.float64)
-            part["hidden"] = np.full(len(row), np.nan)
-            if tell_hidden:
-                seen = split.observed.rows(index)[row, classes[row, column]] == POSITIVE
-                part["hidden"] = part["positive"] * ~seen
+            part["hidden"] = part["positive"] * (1.0 - _seen(split, index, tell_hidden)[row, classes[row, column]])
             part |= _box_overlaps(maps, split, index[row], classes[row, column], part["positive"] == 1, fit_boxes)
             for name in ("correlation", "control"):
                 part[name][part["positive"] == 0] = np.nan
@@ -232,6 +226,12 @@ def measure_maps(
     if not table.positive.any():
         raise UserError(f"split {split.name!r} has no known positive label; there are no maps to look at")
     return table
+
+
+def _seen(split: Split, index: IntArray, told: bool) -> FloatArray:
+    """Whether training sees that a label is positive, float64 [len(index), C]; NaN where this is not `told`."""
+    seen = (split.observed.rows(index) == POSITIVE).astype(np.float64)
+    return seen if told else np.full_like(seen, np.nan)
 
 
 def _gathered(
@@ -337,15 +337,6 @@ def groups(table: MapTable) -> dict[str, npt.NDArray[np.bool_]]:
     return found
 
 
-def shown_groups(table: MapTable) -> dict[str, npt.NDArray[np.bool_]]:
-    """Those of `groups` that leave no pair to two of them, the name in words."""
-    found = groups(table)
-    if "hidden_positive" in found:
-        del found["positive"]
-    order = sorted(found, key=lambda name: ("positive" not in name, "hidden" in name))
-    return {name.replace("_", " "): found[name] for name in order}
-
-
 def summarise(table: MapTable) -> dict[str, Any]:
     """Figures for a report.
 
@@ -383,69 +374,3 @@ def summarise(table: MapTable) -> dict[str, Any]:
             "chance": 100 * float(table.chance[boxed].mean()),
         }
     return out
-
-
-def plot(path: Path, table: MapTable, gaps: list[dict[str, Any]]) -> None:
-    """Density of rank correlations, boxes of the highest and lowest cells, and IGNORE's gaps where a run has them.
-
-    Args:
-        path: PNG file to write.
-        table: of `measure_maps`, with at least one positive.
-        gaps: epoch lines of metrics.jsonl that have a `gap_histogram`.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    compared, kinds = not np.isnan(table.full_top).all(), shown_groups(table)
-    # Inches; every box has words below it.
-    boxes = 2 * len(kinds) * (2 if compared else 1)
-    widths = [5] * compared + [max(5, 0.8 * boxes)] + [5] * bool(gaps)
-    size = (sum(widths), 4)
-    figure, axes = pyplot.subplots(
-        1, len(widths), figsize=size, width_ratios=widths, layout="constrained", squeeze=False
-    )
-    free = iter(axes[0])
-    if compared:
-        axis = next(free)
-        positives = {name: chosen for name, chosen in shown_groups(table).items() if name != "negative"}
-        curves = [
-            (table.correlation[chosen], "this run" if len(positives) == 1 else f"this run, {name} labels")
-            for name, chosen in positives.items()
-        ]
-        for correlations, label in (*curves, (table.control, "centred Gaussian")):
-            defined = correlations[~np.isnan(correlations)]
-            # Flat maps have no ranks.
-            if len(defined):
-                axis.hist(defined, np.linspace(-1, 1, 41), density=True, histtype="step", label=label)
-        axis.set_xlabel("rank correlation with the fully supervised map")
-        axis.set_ylabel("density over (image, positive class)")
-        axis.legend(loc="upper left", frameon=False)
-    axis = next(free)
-    values, labels = [], []
-    for end, title in (("top", "highest"), ("bottom", "lowest")):
-        for name, chosen in kinds.items():
-            for source, owner in ((end, "run"), (f"full_{end}", "full")) if compared else ((end, "run"),):
-                values.append(getattr(table, source)[chosen])
-                labels.append(f"{title} 5%\n{name.replace(' ', chr(10))}\n{owner}")
-    axis.boxplot(values, showfliers=False, tick_labels=labels)
-    axis.tick_params(axis="x", labelsize=7)
-    axis.axhline(0, color="grey", linewidth=0.5)
-    axis.set_ylabel("mean of cells")
-    if gaps:
-        axis = next(free)
-        last = gaps[-1]
-        histogram = last["gap_histogram"]
-        for kind in (k for k in histogram if k != "edges" and sum(histogram[k])):
-            counts = np.array(histogram[kind], np.float64)
-            # The first bin, below the lowest edge, has no place on a logarithmic axis and is not drawn.
-            axis.stairs(counts[1:-1] / counts.sum(), histogram["edges"], label=kind.replace("_", " "))
-        axis.axvline(last["t_gap"], color="black", linewidth=0.8, linestyle="--", label="threshold")
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel(f"logit gap, epoch {last['epoch']}")
-        axis.set_ylabel("fraction of entries of the kind")
-        axis.legend(frameon=False, fontsize=8)
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=120, metadata={"Software": writer_name("diagnose")})
-    pyplot.close(figure)

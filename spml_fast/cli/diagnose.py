@@ -121,7 +121,8 @@ def diagnose(
         plot_out: where the drawing goes.
         device: this rank's.
     """
-    from spml_fast.analysis.diagnostics import measure_maps, plot, summarise
+    from spml_fast.analysis.diagnostics import measure_maps, summarise
+    from spml_fast.analysis.diagnostics_plot import plot
     from spml_fast.core import distributed
     from spml_fast.runs.open import input_normalisation, load_run, make_eval_loader
     from spml_fast.runs.read import read_epochs

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from spml_fast.core.urls import is_url
 from spml_fast.runs.layout import RunLayout
 
 if TYPE_CHECKING:
-    from spml_fast.reproduction.entries import Preset
+    from spml_fast.reproduction.entries import Entry, Preset
 
 DESCRIPTION = """Train the papers' comparison and say which of their statements hold. Finished runs are kept and not
 repeated, so the command can be stopped and started again; with other options it wants another --out.
@@ -103,6 +103,41 @@ def check_arguments(args: argparse.Namespace, preset: Preset) -> None:
         raise UserError(f"preset {preset.name} needs --data.dir: {preset.needs_data}")
 
 
+def train_all(args: argparse.Namespace, entries: Sequence[Entry], runs: dict[str, list[Path]], more: list[str]) -> None:
+    """Train what is missing, a seed of every entry before the next.
+
+    Args:
+        args: the command line.
+        entries: of the preset.
+        runs: entry name -> run directories, one per seed.
+        more: options for every run.
+
+    Raises:
+        UserError: a run failed, or one that is there has other options.
+    """
+    from spml_fast.reproduction.reproduce import check_options, note_options
+
+    data = [] if args.data is None else ["--data.dir", args.data if is_url(args.data) else os.path.abspath(args.data)]
+    # What decides a run's figures, but for its seed, which is part of its folder's name.
+    chosen = {e.name: ["--recipe", e.recipe, "--method", e.method, *e.options, *data, *more] for e in entries}
+    for entry in entries:
+        for run in runs[entry.name]:
+            check_options(run, chosen[entry.name])
+    todo = [(e, s) for s in range(args.seeds) for e in entries if not RunLayout(runs[e.name][s]).results.exists()]
+    start = time.monotonic()
+    for done, (entry, seed) in enumerate(todo):
+        left = (time.monotonic() - start) / done * (len(todo) - done) if done else None
+        name = f"run {done + 1} of {len(todo)}: {entry.name}, seed {seed}"
+        say(name if left is None else f"{name}, about {left / 60:.0f} min left")
+        run = runs[entry.name][seed]
+        words = ["--config", entry.recipe, "--method", entry.method, *entry.options]
+        words += ["--run.seed", str(seed), "--run.dir", str(run), "--eval.alphas", json.dumps(entry.alphas)]
+        words += (["--data.dir", args.data] if args.data else []) + more
+        note_options(run, chosen[entry.name])
+        with under_way(Task(name, len(todo), "", done, (), left)) as task:
+            train(run, words, args.ranks, partial(show_line, task))
+
+
 def table_files(out: Path, overwrite: bool) -> list[OutputFile]:
     """The tables in the folder of runs, checked."""
     from spml_fast.reproduction.reproduce import CSV_HEADER, MARKDOWN_HEADER
@@ -128,9 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         as_markdown,
         as_table,
         check_claims,
-        check_options,
         collect,
-        note_options,
         plot,
         write_csv,
     )
@@ -144,25 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     json_out = common.output_file(args, "json", "json", writer_name("reproduce"))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     runs = {e.name: [out / f"{e.name}-s{seed}" for seed in range(args.seeds)] for e in entries}
-    data = [] if args.data is None else ["--data.dir", args.data if is_url(args.data) else os.path.abspath(args.data)]
-    # What decides a run's figures, but for its seed, which is part of its folder's name.
-    chosen = {e.name: ["--recipe", e.recipe, "--method", e.method, *e.options, *data, *more] for e in entries}
-    for entry in entries:
-        for run in runs[entry.name]:
-            check_options(run, chosen[entry.name])
-    todo = [(e, s) for s in range(args.seeds) for e in entries if not RunLayout(runs[e.name][s]).results.exists()]
-    start = time.monotonic()
-    for done, (entry, seed) in enumerate(todo):
-        left = (time.monotonic() - start) / done * (len(todo) - done) if done else None
-        name = f"run {done + 1} of {len(todo)}: {entry.name}, seed {seed}"
-        say(name if left is None else f"{name}, about {left / 60:.0f} min left")
-        run = runs[entry.name][seed]
-        words = ["--config", entry.recipe, "--method", entry.method, *entry.options]
-        words += ["--run.seed", str(seed), "--run.dir", str(run), "--eval.alphas", json.dumps(entry.alphas)]
-        words += (["--data.dir", args.data] if args.data else []) + more
-        note_options(run, chosen[entry.name])
-        with under_way(Task(name, len(todo), "", done, (), left)) as task:
-            train(run, words, args.ranks, partial(show_line, task))
+    train_all(args, entries, runs, more)
     heads = {e.name: load_config(RunLayout(runs[e.name][0]).config).model.head for e in entries}
     rows = collect(runs, entries, heads)
     statements = check_claims(preset, rows)

@@ -18,10 +18,10 @@ from spml_fast.analysis.diagnostics import (
     chosen_classes,
     extremes,
     measure_maps,
-    plot,
     rank_correlation,
     summarise,
 )
+from spml_fast.analysis.diagnostics_plot import plot
 from spml_fast.analysis.localisation import THRESHOLDS, cells_in_boxes, overlaps
 from spml_fast.cli.diagnose import table_rows
 from spml_fast.core.config import DataConfig, ModelConfig
