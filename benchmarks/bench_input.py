@@ -9,7 +9,8 @@ Loaders, each with the same decoding threads (or workers):
     dali_readers   DALI with readers.file, random numbers and RandAugment of DALI's own
     pil            torchvision transforms on Pillow images in a torch DataLoader with worker processes, always as the
                    papers have it: every image decoded, RandAugment of the strong view on the image in its own size
-A row is a view with an option of ours: `resized` has data.strong_from resized, `cached` data.cache. The loaders of a
+A row is a view with an option of ours: `resized` has data.strong_from resized, `reduced` data.decode reduced (which
+wants images twice as large as the view: --image-size 224 for those of 640 x 480), `cached` data.cache. The loaders of a
 row take turns, and its figures are medians over the rounds. Processor time, of all threads and workers, says more
 than images per second where other programs use the machine. First the views are compared with Pillow's and
 torchvision's; wrong views are not timed.
@@ -67,10 +68,13 @@ class Row:
 def rows(cache: Path) -> dict[str, Row]:
     """All rows by name; caches go to the folder `cache`."""
     plain, ours = ("spml_fast", "shards", "dali_readers", "pil"), ("spml_fast", "pil")
-    resized, cached = {"strong_from": "resized"}, {"cache": str(cache)}
+    resized, cached, reduced = {"strong_from": "resized"}, {"cache": str(cache)}, {"decode": "reduced"}
     return {
         **{mode: Row(mode, {}, plain) for mode in MODES},
         "weak+strong resized": Row("weak+strong", resized, ours),
+        "eval reduced": Row("eval", reduced, ours),
+        "weak reduced": Row("weak", reduced, ours),
+        "weak+strong resized reduced": Row("weak+strong", {**resized, **reduced}, ours),
         "eval cached": Row("eval", cached, ours),
         "weak cached": Row("weak", cached, ours),
         "weak+strong resized cached": Row("weak+strong", {**resized, **cached}, ours),

@@ -92,6 +92,9 @@ class DataConfig(Section):
         cache: none decodes images anew in every epoch; auto keeps them decoded and resized in the Manifest's folder,
             any other value in the folder of that name (docs/data.md). For sets that fit on a disk, and views that are
             made of resized images: train_crop squash, and strong_from resized where there is a strong view.
+        decode: full, or reduced: JPEGs at a half, a quarter or an eighth of their size where that is not below what the
+            view shows, which is less work and rounds differently (docs/data.md). Without a GPU only; what data.cache
+            keeps is decoded in full.
         max_pixels: width x height up to which an image is decoded where the Manifest does not know its size; a known
             size is the limit itself, so that an image that was swapped for a huge one is an error.
     """
@@ -126,6 +129,7 @@ class DataConfig(Section):
     bad_images: Literal["stop", "replace"] = "stop"
     bad_image_limit: int = not_negative(100)
     cache: str = ruled("none", _cache)
+    decode: Literal["full", "reduced"] = "full"
     max_pixels: int = positive(MAX_PIXELS)
 
     def check(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from spml_fast.core.config import MAX_PIXELS
 from spml_fast.core.errors import UserError
@@ -148,6 +148,11 @@ def _opened_size(split: Split, sample: int, source: str | io.BytesIO, decode: bo
                 image.load()
     except FileNotFoundError:
         raise
+    except UnidentifiedImageError as error:
+        # Pillow's own sentence has an address in memory.
+        raise UserError(
+            f"image {split.place(sample)} cannot be read (it is no image, or its header is damaged); {advice(split)}"
+        ) from error
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"image {split.place(sample)} cannot be read ({error}); {advice(split)}") from error
     return (width, height) if split.orientation[sample] < 5 else (height, width)

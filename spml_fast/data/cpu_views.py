@@ -24,6 +24,8 @@ from spml_fast.core.workers import DaemonThreads
 from spml_fast.data.dali_graph import GraphOptions
 from spml_fast.data.pillow_ops import Operation, Pixels, randaugment
 
+IntArray = npt.NDArray[np.integer[Any]]
+
 # Batches of a view whose memory is kept for later ones: fresh memory costs a third of the normalisation.
 _KEPT = 4
 
@@ -156,8 +158,10 @@ class CpuViews:
 
     def _cropped_and_resized(self, pixels: Pixels, inputs: dict[str, Any], place: int) -> Pixels:
         if self._options.cropped:
-            top, left = inputs["crop_start"][place]
-            height, width = inputs["crop_shape"][place]
+            start, shape = inputs["crop_start"][place], inputs["crop_shape"][place]
+            if self._options.reduced:
+                start, shape = _scaled(start, shape, inputs["full_shape"][place], pixels.shape[:2])
+            (top, left), (height, width) = start, shape
             if top + height > pixels.shape[0] or left + width > pixels.shape[1]:
                 raise RuntimeError(f"a crop of {width} x {height} pixels lies outside of its image")
             pixels = pixels[top : top + height, left : left + width]
@@ -168,6 +172,14 @@ class CpuViews:
         np.copyto(rows, pixels.reshape(rows.shape))
         rows -= self._mean
         rows *= self._scale
+
+
+def _scaled(start: IntArray, shape: IntArray, full: IntArray, reduced: tuple[int, ...]) -> tuple[IntArray, IntArray]:
+    """A crop of an image, (top, left) and (height, width), as that of the image in another size, at least one pixel."""
+    scale = np.array(reduced) / full
+    first = np.minimum(np.rint(start * scale).astype(np.int64), np.array(reduced) - 1)
+    end = np.rint((start + shape) * scale).astype(np.int64)
+    return first, np.maximum(end - first, 1)
 
 
 def _covered(pixels: Pixels, inputs: dict[str, Any], place: int) -> Pixels:

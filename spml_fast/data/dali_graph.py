@@ -31,6 +31,7 @@ class GraphOptions:
         gpu: run on the GPU.
         sharded: encoded images are handed in; else their paths are.
         cached: resized images are handed in, and neither decoded nor resized.
+        reduced: JPEGs are decoded at a fraction of their size, by threads (reduced_decoding.py).
         oriented: some images must be turned.
         flipped: some images are mirrored.
         cropped: images are cropped.
@@ -47,6 +48,7 @@ class GraphOptions:
     gpu: bool
     sharded: bool = False
     cached: bool = False
+    reduced: bool = False
     oriented: bool = False
     flipped: bool = False
     cropped: bool = False
@@ -176,8 +178,8 @@ def _within_limit(encoded: Any, max_pixels: Any) -> Any:
     return fn.slice(encoded, start=size * 0, shape=size + too_large, axes=[0], out_of_bounds_policy="error")
 
 
-# Inputs of `_upright`; the views have more.
-DECODING_INPUTS = frozenset({"path", "encoded", "max_pixels", "turn", "turn_horizontal", "turn_vertical"})
+# Inputs of `_upright`, and of the decoder of reduced images; the views have more.
+DECODING_INPUTS = frozenset({"path", "encoded", "max_pixels", "smallest", "turn", "turn_horizontal", "turn_vertical"})
 
 
 def _upright(options: GraphOptions) -> Any:

@@ -1,7 +1,7 @@
 """Runs a DALI graph some batches ahead of the training loop, and names the image that it cannot decode.
 
 Where the graph decodes alone, what it decoded goes to the threads of cpu_views.py, one batch ahead of the consumer;
-DALI decodes the batches behind it at the same time.
+DALI decodes the batches behind it at the same time. With `data.decode reduced` threads decode in its place.
 
 Images that are files are read by DALI's threads. Images in tar shards are read ahead by threads of shards.py, and their
 bytes are handed to DALI as they are (without a copy on the CPU): the same bytes, so the same batches.
@@ -41,6 +41,7 @@ from spml_fast.data.dali_graph import DECODING_INPUTS, GraphOptions, graph
 from spml_fast.data.image_cache import ImageCache
 from spml_fast.data.manifest import Split
 from spml_fast.data.read_retry import RETRY_PAUSES, may_pass
+from spml_fast.data.reduced_decoding import ReducingDecoder
 from spml_fast.data.remote.shards import RemoteShards
 from spml_fast.data.remote.store import StoreError
 from spml_fast.data.shards import Encoded, PendingImages, ShardReader
@@ -226,10 +227,13 @@ class Stream:
                 return
             self._depth = len(taken)
             options = self._graph_options
-            more = {"prefetch_queue_depth": self._depth, "enable_conditionals": options.has_branches}
-            pipe = graph(options=options, **more, **self._pipeline_options)
-            pipe.build()
-            self._pipe = pipe
+            if options.reduced:
+                self._pipe = ReducingDecoder(self._pipeline_options["num_threads"])
+            else:
+                more = {"prefetch_queue_depth": self._depth, "enable_conditionals": options.has_branches}
+                pipe = graph(options=options, **more, **self._pipeline_options)
+                pipe.build()
+                self._pipe = pipe
         for arrays in taken:
             for name, value in arrays.items():
                 if self._views is None or name in DECODING_INPUTS:

@@ -89,6 +89,31 @@ def _sizes(split: Split, index: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.i
     return width, height
 
 
+def _smallest(
+    split: Split,
+    index: npt.NDArray[np.int64],
+    side: int,
+    crop: npt.NDArray[np.integer[Any]] | None = None,
+    full: npt.NDArray[np.int64] | None = None,
+) -> npt.NDArray[np.int64]:
+    """Width and height as stored, int64 [n, 2], that an image needs for what a view shows of it to have `side` pixels.
+
+    Args:
+        split: the images.
+        index: int64 [n].
+        side: of the view.
+        crop: height and width of what it shows, [n, 2], of an image as shown; None for all of it.
+        full: height and width of the image as shown, int64 [n, 2].
+    """
+    need = np.full((len(index), 2), side, np.int64)
+    if crop is not None and full is not None:
+        # Rounded up: as many pixels of the crop as of the view.
+        need = -(-side * full // np.maximum(crop, 1)).astype(np.int64)
+    # Height and width as shown are width and height of an image that is stored on its side.
+    on_side = np.asarray(split.orientation[index]) >= 5
+    return np.where(on_side[:, None], need, need[:, ::-1])
+
+
 def _to_device(index: npt.NDArray[np.int64], device: torch.device) -> Tensor:
     """Sample indices as a tensor, int64 [n]."""
     tensor = torch.from_numpy(np.array(index))
@@ -128,7 +153,22 @@ def _check_cache(views: tuple[str, ...], config: DataConfig) -> None:
         )
 
 
-def _check_views(views: tuple[str, ...], split: Split, config: DataConfig) -> None:
+def _check_reduced(views: tuple[str, ...], config: DataConfig, device: torch.device) -> None:
+    """Training views that are made of smaller images."""
+    if config.decode == "full":
+        return
+    if device.type == "cuda":
+        raise UserError(
+            "data.decode reduced is for training without a GPU, which decodes whole images; set data.decode full"
+        )
+    if "strong" in views and config.randaugment_ops and config.strong_from != "resized":
+        raise UserError(
+            "data.decode reduced makes images smaller, and RandAugment of the strong view changes the original ones; "
+            "set data.decode full, or data.strong_from resized"
+        )
+
+
+def _check_views(views: tuple[str, ...], split: Split, config: DataConfig, device: torch.device) -> None:
     """Views that exist, with augmentation that suits them, and images that can be had in this way and order."""
     if views not in (("weak",), ("weak", "strong")):
         raise ValueError(f"views {views!r}")
@@ -138,6 +178,7 @@ def _check_views(views: tuple[str, ...], split: Split, config: DataConfig) -> No
             "as it is, and a strong one"
         )
     _check_cache(views, config)
+    _check_reduced(views, config, device)
     _check_shuffle(split, config)
 
 
@@ -156,7 +197,7 @@ def _open_cache(split: Split, config: DataConfig, device: torch.device) -> Image
     def make() -> Iterator[Pixels]:
         # Grey levels, which are whole numbers.
         grey: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
-        plain = dataclasses.replace(config, cache="none")
+        plain = dataclasses.replace(config, cache="none", decode="full")
         for batch in EvalLoader(split, plain, batch_size=32, device=device, world_size=1, rank=0, **grey):
             levels = batch.views["eval"][: batch.real].permute(0, 2, 3, 1)
             yield levels.to(torch.uint8).cpu().numpy()
@@ -229,7 +270,7 @@ class TrainLoader:
         rank: int | None = None,
         make_sampler: Callable[..., TrainSampler] = TrainSampler,
     ) -> None:
-        _check_views(views, split, config)
+        _check_views(views, split, config, device)
         self.split, self.config, self.views, self.seed, self.device = split, config, views, seed, device
         self.sampler = make_sampler(
             len(split),
@@ -250,6 +291,7 @@ class TrainLoader:
             gpu=device.type == "cuda",
             sharded=split.shards is not None,
             cached=cache is not None,
+            reduced=cache is None and config.decode == "reduced",
             oriented=cache is None and _is_oriented(split),
             flipped=config.hflip > 0,
             cropped=config.train_crop == "random_resized",
@@ -297,6 +339,11 @@ class TrainLoader:
         if graph.cropped:
             box = augment.crop_boxes(self.seed, epoch, index, width, height, self.config.crop_scale)
             inputs["crop_start"], inputs["crop_shape"] = box[:, :2].copy(), box[:, 2:].copy()
+            if graph.reduced:
+                inputs["full_shape"] = np.stack([height, width], 1)
+        if graph.reduced:
+            seen = inputs.get("crop_shape"), inputs.get("full_shape")
+            inputs["smallest"] = _smallest(self.split, index, graph.image_size, *seen)
         if graph.cutout:
             anchor, shape, colour = augment.cutouts(self.seed, epoch, index, graph.image_size, self.config.cutout)
             inputs |= {"cutout_anchor": anchor, "cutout_shape": shape, "cutout_fill_value": colour}
@@ -396,6 +443,8 @@ class EvalLoader:
             gpu=device.type == "cuda",
             sharded=split.shards is not None,
             cached=cache is not None,
+            # A GPU decodes whole images.
+            reduced=cache is None and config.decode == "reduced" and device.type != "cuda",
             oriented=cache is None and _is_oriented(split),
         )
         self._stream = _make_stream(
@@ -428,6 +477,8 @@ class EvalLoader:
         inputs = {} if self._graph_options.cached else _paths(self.split, request.index)
         if self._graph_options.oriented:
             inputs |= _turns(self.split, request.index)
+        if self._graph_options.reduced:
+            inputs["smallest"] = _smallest(self.split, request.index, self._graph_options.image_size)
         return inputs
 
     def __iter__(self) -> Iterator[MicroBatch]:

@@ -1,0 +1,151 @@
+"""JPEGs decoded at a half, a quarter or an eighth of their size, where the view is smaller still (`data.decode`).
+
+A JPEG stores blocks of 8 x 8 pixels by their frequencies; leaving out the high ones gives a smaller image for less work
+than decoding and shrinking it. DALI's decoders cannot do that on a CPU, Pillow's `draft` can: it takes the smallest
+size that is not below what is asked for. Other files, and JPEGs in CMYK, are decoded whole by DALI.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL.JpegImagePlugin import JpegImageFile
+
+from spml_fast.core.workers import DaemonThreads
+from spml_fast.data.dali_graph import decode_graph
+
+Pixels = npt.NDArray[np.uint8]
+
+# First bytes of a JPEG; Pillow's modes of those that become RGB in one way, which leaves CMYK out.
+_JPEG = b"\xff\xd8\xff"
+_PLAIN_MODES = ("RGB", "L")
+
+
+class _Dali(threading.local):
+    """DALI's decoder, an image at a time; every thread has its own."""
+
+    def __init__(self) -> None:
+        self._pipe: Any = None
+
+    def decode(self, encoded: bytes) -> Pixels:
+        """uint8 [H, W, 3], as stored; `RuntimeError` where it cannot be decoded."""
+        # A pipeline that has failed is of no more use.
+        pipe, self._pipe = self._pipe, None
+        if pipe is None:
+            pipe = decode_graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+            pipe.build()
+        pipe.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
+        (images,) = pipe.run()
+        self._pipe = pipe
+        return np.array(images.at(0))
+
+
+class ReducingDecoder:
+    """Decodes batches ahead of their consumer; called as a DALI pipeline is.
+
+    Args:
+        threads: images at a time.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = DaemonThreads(threads, "decode")
+        self._dali = _Dali()
+        self._fed: dict[str, deque[Any]] = {}
+        self._batches: deque[list[Future[None]]] = deque()
+        self._images: deque[list[Pixels | None]] = deque()
+
+    def feed_input(self, name: str, value: Any) -> None:
+        """An input of the next batch: an array, or a list of arrays, with a row per image."""
+        self._fed.setdefault(name, deque()).append(value)
+
+    def schedule_run(self) -> None:
+        """Start to decode what was fed."""
+        while all(self._fed.values()):
+            inputs = {name: values.popleft() for name, values in self._fed.items()}
+            count = len(inputs["smallest"])
+            images: list[Pixels | None] = [None] * count
+            jobs = [partial(self._decode_one, inputs, place, images) for place in range(count)]
+            self._batches.append([self._threads.submit(job) for job in jobs])
+            self._images.append(images)
+
+    def share_outputs(self) -> tuple[list[Pixels | None]]:
+        """Wait for the oldest batch, and return its images, uint8 [H, W, 3] each.
+
+        Raises:
+            RuntimeError: one of them cannot be decoded.
+        """
+        for future in self._batches[0]:
+            future.result()
+        return (self._images[0],)
+
+    def release_outputs(self) -> None:
+        """The oldest batch was taken."""
+        self._batches.popleft()
+        self._images.popleft()
+
+    def _decode_one(self, inputs: dict[str, Any], place: int, images: list[Pixels | None]) -> None:
+        if "encoded" in inputs:
+            encoded = inputs["encoded"][place].tobytes()
+        else:
+            path = inputs["path"][place].tobytes()
+            try:
+                with open(path, "rb") as file:
+                    encoded = file.read()
+            except OSError as error:
+                raise RuntimeError(f"{path!r} cannot be read") from error
+        width, height = inputs["smallest"][place].tolist()
+        limit = int(inputs["max_pixels"][place])
+        pixels = decode_reduced(encoded, (width, height), limit, self._dali.decode)
+        if "turn" in inputs:
+            turn, across, down = (int(inputs[name][place]) for name in ("turn", "turn_horizontal", "turn_vertical"))
+            pixels = _turned(pixels, turn, bool(across), bool(down))
+        images[place] = pixels
+
+
+def decode_reduced(
+    encoded: bytes, smallest: tuple[int, int], max_pixels: int, otherwise: Callable[[bytes], Pixels]
+) -> Pixels:
+    """Decode an image, a JPEG at the smallest size that is not below another one.
+
+    Args:
+        encoded: the file's content.
+        smallest: width and height that are needed, of the image as stored.
+        max_pixels: width x height up to which it is decoded.
+        otherwise: decodes what Pillow does not, or might not decode as DALI does.
+
+    Returns:
+        uint8 [H, W, 3], as stored: not turned.
+
+    Raises:
+        RuntimeError: it is larger, or cannot be decoded.
+    """
+    if encoded.startswith(_JPEG):
+        try:
+            # `Image.open` has a limit of its own, which is one for all threads.
+            with JpegImageFile(io.BytesIO(encoded)) as image:
+                if image.width * image.height > max_pixels:
+                    raise RuntimeError(f"an image of {image.width} x {image.height} pixels is too large")
+                if image.mode in _PLAIN_MODES:
+                    image.draft(None, smallest)
+                    return np.array(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError):
+            # DALI may be more patient with it; if not, whoever decoded it last says what is wrong.
+            pass
+    return otherwise(encoded)
+
+
+def _turned(pixels: Pixels, turn: int, across: bool, down: bool) -> Pixels:
+    """As dali_graph.py turns images: rows and columns swapped where `turn` is 2, then mirrored."""
+    if turn == 0:
+        return pixels
+    if turn == 2:
+        pixels = pixels.transpose(1, 0, 2)
+    return np.ascontiguousarray(pixels[:: -1 if down else 1, :: -1 if across else 1])
