@@ -124,9 +124,10 @@ class Stream:
         self._prefetch, self._max_pixels = prefetch, config.max_pixels
         # Files that have been seen to be regular ones: a pipe would keep DALI waiting for ever.
         self._regular = np.zeros(len(split) if split.shards is None else 0, np.bool_)
+        self._decoding_threads = decoding_threads(config)
         self._pipeline_options = {
             "batch_size": batch_size,
-            "num_threads": decoding_threads(config),
+            "num_threads": self._decoding_threads,
             "device_id": _device_id(device) if graph_options.gpu else None,
         }
         self._pipe: Any = None
@@ -228,7 +229,7 @@ class Stream:
             self._depth = len(taken)
             options = self._graph_options
             if options.reduced:
-                self._pipe = ReducingDecoder(self._pipeline_options["num_threads"])
+                self._pipe = ReducingDecoder(self._decoding_threads)
             else:
                 more = {"prefetch_queue_depth": self._depth, "enable_conditionals": options.has_branches}
                 pipe = graph(options=options, **more, **self._pipeline_options)

@@ -2,7 +2,8 @@
 
 A JPEG stores blocks of 8 x 8 pixels by their frequencies; leaving out the high ones gives a smaller image for less work
 than decoding and shrinking it. DALI's decoders cannot do that on a CPU, Pillow's `draft` can: it takes the smallest
-size that is not below what is asked for. Other files, and JPEGs in CMYK, are decoded whole by DALI.
+size that is not below what is asked for. Images that are too small for that, other files, and JPEGs in CMYK are decoded
+whole by DALI, which is faster at it.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def decode_reduced(
         encoded: the file's content.
         smallest: width and height that are needed, of the image as stored.
         max_pixels: width x height up to which it is decoded.
-        otherwise: decodes what Pillow does not, or might not decode as DALI does.
+        otherwise: decodes what is not made smaller.
 
     Returns:
         uint8 [H, W, 3], as stored: not turned.
@@ -133,7 +134,8 @@ def decode_reduced(
             with JpegImageFile(io.BytesIO(encoded)) as image:
                 if image.width * image.height > max_pixels:
                     raise RuntimeError(f"an image of {image.width} x {image.height} pixels is too large")
-                if image.mode in _PLAIN_MODES:
+                reducible = min(image.width // smallest[0], image.height // smallest[1]) >= 2
+                if reducible and image.mode in _PLAIN_MODES:
                     image.draft(None, smallest)
                     return np.array(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError):
