@@ -31,7 +31,6 @@ from torch import Tensor
 from spml_fast.core import distributed
 from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import DataConfig
-from spml_fast.core.errors import UserError
 from spml_fast.core.progress import watched
 from spml_fast.data import augment
 from spml_fast.data.bad_images import BadImages, BatchRequest, read_size
@@ -41,8 +40,8 @@ from spml_fast.data.dali_graph import GraphOptions
 from spml_fast.data.dali_stream import Inputs, Stream, decoding_threads
 from spml_fast.data.image_cache import CacheKind, ImageCache, Pixels, open_cache
 from spml_fast.data.manifest import Split
-from spml_fast.data.remote.shards import RemoteShards
 from spml_fast.data.sampler import EvalBatchIndex, EvalSampler, MicroBatchIndex, TrainSampler, Windows
+from spml_fast.data.view_checks import check_views
 
 
 def _paths(split: Split, index: npt.NDArray[np.int64]) -> Inputs:
@@ -114,6 +113,14 @@ def _smallest(
     return np.where(on_side[:, None], need, need[:, ::-1])
 
 
+def _own_part(world_size: int | None, rank: int | None) -> tuple[int, int]:
+    """Ranks of the data-parallel group and the number of this one; None asks torch.distributed."""
+    return (
+        distributed.world_size() if world_size is None else world_size,
+        distributed.rank() if rank is None else rank,
+    )
+
+
 def _to_device(index: npt.NDArray[np.int64], device: torch.device) -> Tensor:
     """Sample indices as a tensor, int64 [n]."""
     tensor = torch.from_numpy(np.array(index))
@@ -121,65 +128,6 @@ def _to_device(index: npt.NDArray[np.int64], device: torch.device) -> Tensor:
         # From pinned memory the copy does not make the host wait.
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
-
-
-def _check_shuffle(split: Split, config: DataConfig) -> None:
-    """Refuse random reads of more than the cache holds: each would be a request, in every epoch."""
-    if not isinstance(split.shards, RemoteShards) or config.shuffle == "window":
-        return
-    size, limit = split.shards.size / 1e9, config.cache_size
-    if size > limit:
-        raise UserError(
-            f"data.shuffle global reads the {size:,.3g} GB of split {split.name!r} at {split.image_root} in random "
-            f"order, and data.cache_size is {limit:g}: every image would be a request of its own; give --data.shuffle "
-            f"window, or a data.cache_size of {size * 1.01:,.3g} GB"
-        )
-
-
-def _check_cache(views: tuple[str, ...], config: DataConfig) -> None:
-    """Training views that are made of resized images alone."""
-    if config.cache == "none":
-        return
-    ending = "; set data.cache none, or"
-    if config.train_crop != "squash":
-        raise UserError(
-            f"data.cache keeps resized images, and data.train_crop {config.train_crop} crops the original ones"
-            f"{ending} data.train_crop squash"
-        )
-    if "strong" in views and config.randaugment_ops and config.strong_from != "resized":
-        raise UserError(
-            "data.cache keeps resized images, and RandAugment of the strong view changes the original ones"
-            f"{ending} data.strong_from resized"
-        )
-
-
-def _check_reduced(views: tuple[str, ...], config: DataConfig, device: torch.device) -> None:
-    """Training views that are made of smaller images."""
-    if config.decode == "full":
-        return
-    if device.type == "cuda":
-        raise UserError(
-            "data.decode reduced is for training without a GPU, which decodes whole images; set data.decode full"
-        )
-    if "strong" in views and config.randaugment_ops and config.strong_from != "resized":
-        raise UserError(
-            "data.decode reduced makes images smaller, and RandAugment of the strong view changes the original ones; "
-            "set data.decode full, or data.strong_from resized"
-        )
-
-
-def _check_views(views: tuple[str, ...], split: Split, config: DataConfig, device: torch.device) -> None:
-    """Views that exist, with augmentation that suits them, and images that can be had in this way and order."""
-    if views not in (("weak",), ("weak", "strong")):
-        raise ValueError(f"views {views!r}")
-    if len(views) > 1 and (config.cutout or config.randaugment == "weak"):
-        raise UserError(
-            "data.cutout and data.randaugment weak are for methods with one view; this one has a weak view that stays "
-            "as it is, and a strong one"
-        )
-    _check_cache(views, config)
-    _check_reduced(views, config, device)
-    _check_shuffle(split, config)
 
 
 def _open_cache(split: Split, config: DataConfig, device: torch.device) -> ImageCache | None:
@@ -270,14 +218,13 @@ class TrainLoader:
         rank: int | None = None,
         make_sampler: Callable[..., TrainSampler] = TrainSampler,
     ) -> None:
-        _check_views(views, split, config, device)
+        check_views(views, split, config, device)
         self.split, self.config, self.views, self.seed, self.device = split, config, views, seed, device
         self.sampler = make_sampler(
             len(split),
             batch_size,
             accumulation,
-            distributed.world_size() if world_size is None else world_size,
-            distributed.rank() if rank is None else rank,
+            *_own_part(world_size, rank),
             seed,
             Windows(config.shuffle_window, config.shuffle_block) if config.shuffle == "window" else None,
         )
@@ -350,18 +297,26 @@ class TrainLoader:
         if graph.randaugment_ops:
             if graph.randaugment_resized:
                 width = height = np.full(len(index), graph.image_size)
-            magnitude = self.config.randaugment_magnitude
-            ops, signs = augment.randaugment_choice(self.seed, epoch, index, graph.randaugment_ops)
-            for step in range(graph.randaugment_ops):
-                op, sign = ops[:, step].copy(), signs[:, step]
-                factor = augment.randaugment_factor(magnitude, sign)
-                inputs[f"op{step}"] = op
-                inputs[f"factor{step}"] = factor
-                matrix = augment.randaugment_matrices(op, sign, magnitude, width, height)
-                inputs[f"matrix{step}"] = matrix if graph.in_threads else matrix.astype(np.float32)
-                inputs[f"kernel{step}"] = _sharpness_kernels(factor)
-                inputs[f"mask{step}"] = np.full(len(index), augment.posterize_mask(magnitude), np.uint8)
-                inputs[f"threshold{step}"] = np.full(len(index), augment.solarize_threshold(magnitude), np.uint8)
+            inputs |= self._operations(epoch, index, width, height)
+        return inputs
+
+    def _operations(
+        self, epoch: int, index: npt.NDArray[np.int64], width: npt.NDArray[np.int64], height: npt.NDArray[np.int64]
+    ) -> Inputs:
+        """What RandAugment does to images, whose sides int64 [n] are those of the image that it changes."""
+        graph, magnitude = self._graph_options, self.config.randaugment_magnitude
+        inputs: Inputs = {}
+        ops, signs = augment.randaugment_choice(self.seed, epoch, index, graph.randaugment_ops)
+        for step in range(graph.randaugment_ops):
+            op, sign = ops[:, step].copy(), signs[:, step]
+            factor = augment.randaugment_factor(magnitude, sign)
+            inputs[f"op{step}"] = op
+            inputs[f"factor{step}"] = factor
+            matrix = augment.randaugment_matrices(op, sign, magnitude, width, height)
+            inputs[f"matrix{step}"] = matrix if graph.in_threads else matrix.astype(np.float32)
+            inputs[f"kernel{step}"] = _sharpness_kernels(factor)
+            inputs[f"mask{step}"] = np.full(len(index), augment.posterize_mask(magnitude), np.uint8)
+            inputs[f"threshold{step}"] = np.full(len(index), augment.solarize_threshold(magnitude), np.uint8)
         return inputs
 
     def _requests(self, epoch: int, start_update: int) -> Iterator[BatchRequest]:
@@ -431,8 +386,7 @@ class EvalLoader:
         self.sampler = EvalSampler(
             len(split),
             batch_size,
-            distributed.world_size() if world_size is None else world_size,
-            distributed.rank() if rank is None else rank,
+            *_own_part(world_size, rank),
         )
         cache = _open_cache(split, config, device)
         self._graph_options = GraphOptions(
