@@ -314,6 +314,26 @@ def test_data_sets_that_nobody_opens_are_removed_after_a_month(packed, tmp_path)
     assert not old.exists() and not read.exists()
 
 
+def test_a_data_set_that_somebody_opens_or_removes_is_left_alone(packed, tmp_path, monkeypatch):
+    held, gone = tmp_path / "manifests" / "abc", tmp_path / "manifests" / "def"
+    month = time.time() - 31 * 24 * 3600
+    for folder in (held, gone):
+        folder.mkdir(parents=True)
+        os.utime(folder, (month, month))
+    guarded = mirror.guarded
+
+    def removed(path, wait=True):
+        if path.name == "def.lock":
+            # Another process was faster.
+            gone.rmdir()
+        return guarded(path, wait)
+
+    monkeypatch.setattr(mirror, "guarded", removed)
+    with serve(served(packed)) as server, guarded(tmp_path / "manifests" / "abc.lock"):
+        opened(server, tmp_path)
+    assert held.exists() and not gone.exists()
+
+
 def test_checksums_of_a_packed_manifest(packed):
     meta = json.loads((packed.folder.parent / "manifest.json").read_text())
     for name, entry in meta["files"].items():
