@@ -1,4 +1,4 @@
-"""What looking at suggestions wins: decisions by the truth, and a measurement that refuses to measure something else."""
+"""What looking at suggestions wins: decisions by the truth, and figures of what is meant alone."""
 
 from __future__ import annotations
 
