@@ -209,7 +209,7 @@ def _touch_image(split: Split, monkeypatch) -> None:
 def _change_content_alone(split: Split, monkeypatch) -> None:
     """Another image of the same size and time, as a copy that keeps times leaves it."""
     path = Path(split.path(2))
-    before, other = path.stat(), path.with_name("other")
+    before, other = path.stat(), path.with_name("other.jpg")
     photo(77, 60 + 9 * 2, 90 - 4 * 2).save(other, quality=60)
     data = other.read_bytes()
     other.unlink()
