@@ -17,9 +17,11 @@ import os
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from spml_fast.core.io import atomic_write, failure_reason
 from spml_fast.core.lock import READERS, guarded, readers
 from spml_fast.core.text import parse_json
 from spml_fast.core.urls import Url
+from spml_fast.core.workers import DaemonThreads
 from spml_fast.data.remote.store import OPENING_PAUSES, Store, StoreError
 
 # Bytes of manifest.json at most; it has a line for every file and split.
@@ -129,11 +132,26 @@ def _size(path: Path) -> int | None:
 
 
 def _ranges(store: Store, url: Url, size: int) -> Iterator[bytes]:
-    """An object from its start to its end, several requests at a time."""
+    """An object from its start to its end, several requests at a time.
+
+    Whoever is interrupted meanwhile does not wait for requests that are under way, which may take minutes.
+    """
+    threads = DaemonThreads(_AT_A_TIME, "ranges")
+    waiting: deque[tuple[Future[None], list[bytes]]] = deque()
+
+    def fetch(at: int, out: list[bytes]) -> None:
+        out.append(store.read_range(url, at, min(_RANGE, size - at)))
+
     starts = iter(range(0, size, _RANGE))
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        while batch := list(itertools.islice(starts, _AT_A_TIME)):
-            yield from pool.map(lambda at: store.read_range(url, at, min(_RANGE, size - at)), batch)
+    while True:
+        for at in itertools.islice(starts, _AT_A_TIME - len(waiting)):
+            out: list[bytes] = []
+            waiting.append((threads.submit(partial(fetch, at, out)), out))
+        if not waiting:
+            return
+        future, found = waiting.popleft()
+        future.result()
+        yield found.pop()
 
 
 def _fetch(store: Store, url: Url, file: RemoteFile, path: Path) -> None:
