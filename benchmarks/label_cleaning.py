@@ -41,6 +41,7 @@ from spml_fast.evaluation.average_precision import average_precision
 from spml_fast.methods.assume_negative import AssumeNegative
 from spml_fast.methods.base import EntryLoss
 from spml_fast.models.classifier import Classifier
+from spml_fast.models.heads.cam import CamHead
 from spml_fast.prepare.observed_labels import draw_published
 from spml_fast.training.linear_probe import HeadObjective, solve
 
@@ -62,11 +63,12 @@ def mean_features(classifier: Classifier, split: Split, config: DataConfig) -> T
     """
     mean, std = classifier.input_normalisation()
     loader = EvalLoader(split, config, batch_size=32, device=torch.device("cpu"), mean=mean, std=std)
-    features = torch.empty(len(split), classifier.channels)
+    features, head = torch.empty(len(split), classifier.channels), classifier.head
+    assert isinstance(head, CamHead)
     for batch in loader:
         maps, index = classifier.features(batch.views["eval"][: batch.real]), batch.index[: batch.real]
         features[index] = maps.float().mean((1, 2))
-        theirs, head = classifier.classify(maps).logits, classifier.head
+        theirs = classifier.classify(maps).logits
         ours = torch.addmm(head.bias, features[index], head.weight.T)
         if not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max():
             raise UserError("the head of the mean features is not the classifier's; its figures would mean nothing")
