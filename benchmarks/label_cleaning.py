@@ -9,6 +9,9 @@ unknown labels that it gives the highest probability (of the training images the
 are decided by the truth, as a patient person would: accept, reject, or skip where the truth is unknown. Then the head
 is solved for again with the labels that are known now. Beside it as many unknown labels are decided that were drawn at
 random: the gain of knowing more labels, whichever they are. A row is the mean over draws with its standard deviation.
+
+First it is checked that what is measured is what is meant: a head on the mean features gives the classifier's own
+logits, deciding every unknown label gives the truth, and what was solved for is a minimum. Else nothing is printed.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from spml_fast.evaluation.average_precision import average_precision
 from spml_fast.methods.assume_negative import AssumeNegative
 from spml_fast.methods.base import EntryLoss
 from spml_fast.models.classifier import Classifier
+from spml_fast.models.heads.cam import CamHead
 from spml_fast.prepare.observed_labels import draw_published
 from spml_fast.training.linear_probe import HeadObjective, solve
 
@@ -45,18 +49,39 @@ Codes = npt.NDArray[np.int8]
 SPLITS = ("train", "val", "test")
 # Of those that `train.linear solve` tries, the ones that were taken on photographs, so that a trial takes seconds.
 PENALTIES = (1.0, 0.3, 0.1)
+# Largest difference of two ways to the same logits, as a part of the largest of them, and largest entry of the gradient
+# at a minimum.
+TOLERANCE, FLAT = 1e-4, 1e-4
 
 
 @torch.no_grad()
 def mean_features(classifier: Classifier, split: Split, config: DataConfig) -> Tensor:
-    """Mean feature of every image, fp32 [N, K]."""
+    """Mean feature of every image, fp32 [N, K].
+
+    Raises:
+        UserError: the classifier's head gives other logits of the images than of their mean features.
+    """
     mean, std = classifier.input_normalisation()
     loader = EvalLoader(split, config, batch_size=32, device=torch.device("cpu"), mean=mean, std=std)
-    features = torch.empty(len(split), classifier.channels)
+    features, head = torch.empty(len(split), classifier.channels), classifier.head
+    assert isinstance(head, CamHead)
     for batch in loader:
-        maps = classifier.features(batch.views["eval"][: batch.real])
-        features[batch.index[: batch.real]] = maps.float().mean((1, 2))
+        maps, index = classifier.features(batch.views["eval"][: batch.real]), batch.index[: batch.real]
+        features[index] = maps.float().mean((1, 2))
+        theirs = classifier.classify(maps).logits
+        ours = torch.addmm(head.bias, features[index], head.weight.T)
+        if not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max():
+            raise UserError("the head of the mean features is not the classifier's; its figures would mean nothing")
     return features
+
+
+def check_decisions(codes: Codes, truth: Codes) -> None:
+    """Raise `UserError` where somebody who decides every unknown label does not end at the truth, int8 [N, C]."""
+    unknown = np.flatnonzero(codes.ravel() < 0)
+    labels, accepted, skipped = decided(codes, truth, unknown)
+    hidden = int((truth == 1).sum()) - int((codes == 1).sum())
+    if not np.array_equal(labels, truth) or (accepted, skipped) != (hidden, int((truth < 0).sum())):
+        raise UserError("deciding every unknown label does not give the truth; decisions are counted wrongly")
 
 
 class Images:
@@ -78,11 +103,16 @@ class Images:
         """Test mAP in per cent of the head that labels int8 [N, C] give, and its logits of the training images.
 
         The penalty is chosen on the validation split's known labels.
+
+        Raises:
+            UserError: what was found is no minimum.
         """
         loss = EntryLoss(AssumeNegative.point)
         objective = HeadObjective(self.features["train"], torch.from_numpy(codes), loss)
         best: tuple[float, Tensor, Tensor] | None = None
         for solution in solve(objective, PENALTIES):
+            if not solution.gradient <= FLAT:
+                raise UserError(f"the head is no minimum: its gradient has an entry of {solution.gradient:.2g}")
             weight, bias = objective.head(solution.parameters)
             value = self._map("val", weight, bias)
             if best is None or value > best[0]:
@@ -108,8 +138,11 @@ def one_draw(images: Images, seed: int, numbers: list[int]) -> dict[str, Any]:
     truth = images.truth["train"]
     observed: SparseLabels = draw_published(images.known, seed)
     codes = observed.rows(range(len(truth)))
+    check_decisions(codes, truth)
     before, logits = images.train(codes)
     unknown = np.flatnonzero(codes.ravel() < 0)
+    if max(numbers) > len(unknown):
+        raise UserError(f"--decisions {max(numbers)}: only {len(unknown)} labels are unknown; give smaller numbers")
     ranked = unknown[np.argsort(-logits.ravel()[unknown], kind="stable")]
     shuffled = np.random.default_rng(seed).permutation(unknown)
     found: dict[str, Any] = {"before": before, "suggested": {}, "random": {}}
@@ -136,6 +169,8 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, nargs="+", default=[200, 500, 1000, 2000])
     add_json_option(parser)
     args = parser.parse_args()
+    if args.draws < 1 or min(args.decisions) < 1:
+        parser.error("--draws and --decisions are whole numbers from 1 on")
     output = json_output(args, "label_cleaning")
     manifest = Manifest(args.data)
     start = time.perf_counter()

@@ -66,12 +66,14 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         assert isinstance(server, RangeServer)
         path = server.folder / unquote(self.path).lstrip("/")
+        # Whoever can reach the port may ask: nothing outside of the folder, by .. or by a link, is served.
+        inside = path.resolve().is_relative_to(server.folder.resolve())
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
         fault = server.count(self.command, self.path, start) or Fault()
         if server.latency:
             time.sleep(server.latency)
-        if fault.status or not path.is_file():
+        if fault.status or not inside or not path.is_file():
             self.send_response(fault.status or 404)
             self.send_header("Content-Length", "0")
             self.end_headers()

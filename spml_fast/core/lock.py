@@ -139,24 +139,65 @@ def release_all() -> None:
                 path.unlink()
 
 
+def lock_open_file(descriptor: int, wait: bool = True) -> bool:
+    """Keep out whoever has opened the same file and locks it, threads of this process included, until it is closed.
+
+    Args:
+        descriptor: of the open file.
+        wait: for whoever holds it.
+
+    Returns:
+        Whether it is locked; False on a disk without locks.
+
+    Raises:
+        BlockingIOError: it is held by somebody else, and `wait` is false.
+        OSError: it cannot be locked.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            return False
+        raise
+    return True
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A lock file that is held.
+
+    Attributes:
+        descriptor: of the open file.
+        alone: no other process holds it; False on a disk without locks, where that is not known.
+    """
+
+    descriptor: int
+    alone: bool
+
+
 @contextlib.contextmanager
-def guarded(path: Path) -> Iterator[int]:
-    """An open file at `path`, made if it is not there, that other processes of this function wait for."""
+def guarded(path: Path, wait: bool = True) -> Iterator[Guarded]:
+    """An open file at `path`, made if it is not there, that other users of this function, threads too, wait for.
+
+    Args:
+        path: of the file.
+        wait: for whoever holds it.
+
+    Raises:
+        BlockingIOError: another one holds it, and `wait` is false.
+        OSError: the file cannot be made.
+    """
     while True:
+        # Its own description of the file: threads of one process wait for each other, too.
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                # A disk without locks: the file's content alone has to do.
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-                    raise
+            alone = lock_open_file(file, wait)
             try:
                 same = os.path.samestat(os.fstat(file), path.stat())
             except FileNotFoundError:
                 same = False
             if same:
-                yield file
+                yield Guarded(file, alone)
                 return
         finally:
             os.close(file)
@@ -177,12 +218,13 @@ def acquire(path: Path, what: str) -> None:
     """
     said, first = False, None
     while True:
-        with guarded(path) as file:
+        with guarded(path) as held:
+            # On a disk without locks the file's content alone has to do.
             owner = Owner.read(path)
             current = Owner.current()
             if owner is None or owner == current or not owner.uses(path):
-                os.ftruncate(file, 0)
-                os.pwrite(file, json.dumps(asdict(current)).encode(), 0)
+                os.ftruncate(held.descriptor, 0)
+                os.pwrite(held.descriptor, json.dumps(asdict(current)).encode(), 0)
                 _held.add(path)
                 return
             touched = path.stat().st_mtime

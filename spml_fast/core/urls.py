@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from spml_fast.core.errors import UserError
-from spml_fast.core.text import printable
+from spml_fast.core.text import has_surrogates, printable
 
 # What a URL may begin with.
 SCHEMES = ("s3", "gs", "http", "https", "az", "abfs")
@@ -53,6 +54,18 @@ def is_url(where: object) -> bool:
     return isinstance(where, str) and _URL.match(where) is not None
 
 
+def _is_valid_host(scheme: str, host: str) -> bool:
+    """Whether a web server's name and port can be ones; buckets have rules of their store."""
+    if scheme not in ("http", "https"):
+        return True
+    try:
+        parts = urlsplit(f"{scheme}://{host}")
+        # A port that is none, and a name that cannot be looked up, are noticed when they are asked for.
+        return (parts.port is None or parts.port > 0) and bool((parts.hostname or "").encode("idna"))
+    except ValueError:
+        return False
+
+
 def location(where: str | os.PathLike[str]) -> Location:
     """A path, or a checked URL where the text is one.
 
@@ -77,6 +90,10 @@ def location(where: str | os.PathLike[str]) -> Location:
             f"a URL of {scheme} has a user and password in it, which runs would write down; give them to fsspec "
             "instead (docs/data.md, Data on object storage)"
         )
+    if not _is_valid_host(scheme, bucket):
+        raise UserError(f"{shown} has no valid host and port: {printable(bucket)}")
+    if has_surrogates(rest):
+        raise UserError(f"{shown} is not UTF-8 text, as names on object storage are")
     if any(mark in rest for mark in "?#\0") or "::" in rest:
         raise UserError(f"{shown} has one of ? # ::; a data set is named by a plain URL")
     if any(part in ("", ".", "..") for part in key.split("/")) and key:

@@ -44,8 +44,9 @@ def _do_jobs(jobs: SimpleQueue[_Job | None]) -> None:
             continue
         try:
             work()
-        except Exception as error:
-            # It is raised where the result is asked for.
+        except BaseException as error:
+            # Whatever it is, it is raised where the result is asked for, as `concurrent.futures` does: a thread that
+            # ended with it would leave that one waiting for ever.
             future.set_exception(error)
         else:
             future.set_result(None)

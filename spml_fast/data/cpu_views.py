@@ -36,12 +36,19 @@ class _Batches:
     def __init__(self, shape: tuple[int, int, int, int]) -> None:
         self._shape = shape
         self._kept: list[npt.NDArray[np.float32]] = []
+        # As many as a batch has that nobody else refers to: how the loop and the call count is the interpreter's own
+        # business, and differs between versions of Python.
+        (self._unused,) = self._references([np.empty(0, np.float32)])
+
+    @staticmethod
+    def _references(batches: list[npt.NDArray[np.float32]]) -> list[int]:
+        """References to each batch of a list. A tensor or an array of its memory is one more."""
+        return [sys.getrefcount(batch) for batch in batches]
 
     def take(self) -> npt.NDArray[np.float32]:
         """A batch to write to, float32 [B, S, S, 3], with anything in it."""
-        for batch in self._kept:
-            # Of the list, of this loop and of the call; a tensor of it would be one more.
-            if sys.getrefcount(batch) == 3:
+        for batch, references in zip(self._kept, self._references(self._kept), strict=True):
+            if references == self._unused:
                 return batch
         if len(self._kept) == _KEPT:
             del self._kept[0]

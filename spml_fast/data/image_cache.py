@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
+import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import failure_reason, flush_to_disk, require_regular, write_json
 from spml_fast.core.lock import guarded
 from spml_fast.core.progress import show_progress
+from spml_fast.core.text import parse_json
+from spml_fast.core.urls import Url
 from spml_fast.data.bad_images import print_note
 from spml_fast.data.manifest import Split
 from spml_fast.data.shards import SHARDS_FILE
@@ -38,6 +40,8 @@ Pixels = npt.NDArray[np.uint8]
 
 _FORMAT = 1
 _ABOUT, _LOCK = "cache.json", "lock"
+# Seconds after which a file that is being written belongs to a process that was killed.
+_ABANDONED = 3600.0
 
 
 @dataclass(frozen=True)
@@ -55,22 +59,34 @@ class CacheKind:
     versions: dict[str, str]
 
 
+def _stamp(path: str) -> bytes:
+    """A file's name, size, and times of its content and of its last change of any kind.
+
+    Programs set the first time as they like (cp -p, rsync, tar), and the second one is the system's own, so a file that
+    was replaced by another one of its size and time is noticed.
+    """
+    try:
+        status = os.stat(path)
+        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    except OSError:
+        # Whoever makes the cache says what is wrong with it.
+        stamp = "missing"
+    return f"{path}\0{stamp}\n".encode("utf-8", "surrogateescape")
+
+
 def _source_digest(split: Split) -> str:
-    """Of the names, sizes and times of a split's images and of how they are turned; changes when an image does."""
+    """Of the files that hold a split's images and of how these are turned; changes when an image does."""
     digest = hashlib.sha256(np.ascontiguousarray(split.orientation, np.uint8).tobytes())
-    if split.shards is not None:
-        digest.update((split.folder / SHARDS_FILE).read_bytes())
-        digest.update(np.ascontiguousarray(split.shards.table).tobytes())
+    if split.shards is None:
+        for sample in range(len(split)):
+            digest.update(_stamp(split.path(sample)))
         return digest.hexdigest()
-    for sample in range(len(split)):
-        path = split.path(sample)
-        try:
-            status = os.stat(path)
-            stamp = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:
-            # Whoever makes the cache says what is wrong with it.
-            stamp = "missing"
-        digest.update(f"{path}\0{stamp}\n".encode("utf-8", "surrogateescape"))
+    digest.update((split.folder / SHARDS_FILE).read_bytes())
+    digest.update(np.ascontiguousarray(split.shards.table).tobytes())
+    if not isinstance(split.shards.root, Url):
+        # One that was damaged and has been restored; what comes from a store is compared with its checksums.
+        for number in range(len(split.shards.files)):
+            digest.update(_stamp(split.shards.path(number)))
     return digest.hexdigest()
 
 
@@ -169,10 +185,10 @@ def open_cache(
         if (cache := _opened(folder, facts, None)) is not None:
             return cache
         folder.mkdir(parents=True, exist_ok=True)
-        with guarded(folder / _LOCK):
+        with guarded(folder / _LOCK) as held:
             # Another rank or run may have made it meanwhile.
             if (cache := _opened(folder, facts, note)) is None:
-                _make(folder, facts, make, note)
+                _make(folder, facts, make, note, _left_behind(folder, held.alone))
                 cache = _opened(folder, facts, None)
     except OSError as error:
         reason = failure_reason(folder, error.errno, error.strerror, _file_bytes(len(split), kind.image_size))
@@ -187,7 +203,7 @@ def open_cache(
 def _opened(folder: Path, facts: dict[str, Any], note: Callable[[str], None] | None) -> ImageCache | None:
     """The cache in a folder, or None: there is none, one of something else, or a damaged one, which `note` is told."""
     try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        about = parse_json((folder / _ABOUT).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
@@ -206,16 +222,34 @@ def _opened(folder: Path, facts: dict[str, Any], note: Callable[[str], None] | N
     return None
 
 
+def _left_behind(folder: Path, alone: bool) -> dict[Path, int]:
+    """Files of images that nobody will open any more, of an older cache or a process that was killed, and their bytes.
+
+    Args:
+        folder: of the cache.
+        alone: nobody else makes a cache there now; else what was written to lately may be another process's.
+    """
+    left = {}
+    for path in folder.glob("images-*.bin"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            if alone or time.time() - status.st_mtime > _ABANDONED:
+                left[path] = status.st_size
+    return left
+
+
 def _make(
-    folder: Path, facts: dict[str, Any], make: Callable[[], Iterator[Pixels]], note: Callable[[str], None]
+    folder: Path,
+    facts: dict[str, Any],
+    make: Callable[[], Iterator[Pixels]],
+    note: Callable[[str], None],
+    left: Mapping[Path, int],
 ) -> None:
-    """Write all images, and then what names them."""
+    """Write all images, and then what names them; files that were left behind go first."""
     images, side = facts["images"], facts["image_size"]
     size, free = _file_bytes(images, side), shutil.disk_usage(folder).free
     about = f"{images:,} images of {side} x {side} px are {_gigabytes(size)}"
-    # Also what an earlier process left that was killed.
-    left = [path for path in folder.glob("images-*.bin")]
-    free += sum(path.stat().st_size for path in left)
+    free += sum(left.values())
     if size > free:
         raise UserError(
             f"data.cache: {about}, and {folder} has {_gigabytes(free)} free; give another folder as data.cache, a "

@@ -303,8 +303,9 @@ class Manifest:
 
     @property
     def where(self) -> str:
-        """Its URL, or its absolute path: what another process finds it by."""
-        return self.source if isinstance(self.source, Url) else str(self.source.resolve())
+        """Its URL, or its absolute path, as plain text: what another process finds it by."""
+        # Not a `Url`, which YAML refuses to write.
+        return str(self.source if isinstance(self.source, Url) else self.source.resolve())
 
     def register_reader(self) -> Path | None:
         """Keep `prepare --overwrite` from replacing the Manifest while this process runs (not if it is read-only).

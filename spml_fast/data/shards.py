@@ -171,9 +171,8 @@ class Shards:
         """Encoded images, uint8 arrays of their own, in the order of `index`; read in the order of the disk."""
         samples = np.asarray(index, np.int64)
         out: list[Encoded | None] = [None] * len(samples)
-        rows = np.asarray(self.table[samples])
-        for task in _tasks(rows, len(samples)):
-            self.read_spans(samples, rows, task, out)
+        for read in self.jobs(samples, len(samples), out):
+            read()
         return [array for array in out if array is not None]
 
     def jobs(self, samples: npt.NDArray[np.int64], threads: int, out: list[Encoded | None]) -> list[Callable[[], None]]:

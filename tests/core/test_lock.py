@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -159,3 +160,23 @@ def test_readers(tmp_path):
     lock.release_all()
     assert list(folder.iterdir()) == []
     lock.register_reader(tmp_path / "nowhere" / ".readers")
+
+
+def test_one_at_a_time_and_who_does_not_wait(tmp_path):
+    path = tmp_path / "lock"
+    with lock.guarded(path) as held:
+        assert held.alone
+        # A description of the file of its own: another thread of this process is kept out as well.
+        with pytest.raises(BlockingIOError), lock.guarded(path, wait=False):
+            pass
+    with lock.guarded(path, wait=False):
+        pass
+
+
+def test_a_disk_without_locks_says_so(tmp_path, monkeypatch):
+    def without(descriptor, flags):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", without)
+    with lock.guarded(tmp_path / "lock") as held, lock.guarded(tmp_path / "lock", wait=False) as other:
+        assert not held.alone and not other.alone

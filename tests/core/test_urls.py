@@ -32,6 +32,11 @@ def test_paths_stay_paths_and_urls_are_tidied():
         ("s3://b/a::s3://c", "has one of"),
         ("s3://b/../c", "has an empty part, or . or .. as one"),
         ("s3://b//c", "has an empty part"),
+        ("http://localhost:99999/a", "has no valid host and port: localhost:99999"),
+        ("https://host:x/a", "has no valid host and port"),
+        ("http://./a", "has no valid host and port"),
+        ("http://[::1/a", "has no valid host and port"),
+        ("s3://b/\ud800", "is not UTF-8 text"),
     ],
 )
 def test_other_urls_are_refused(where, says):

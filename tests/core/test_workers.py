@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that started them."""
+"""Worker processes that end with the process that started them, and threads whose errors arrive."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+
+import pytest
 
 from spml_fast.core import workers
 
@@ -47,3 +49,16 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         process.join()
         # Workers have inherited the lock, and would hold it.
         wait_for(is_free)
+
+
+@pytest.mark.parametrize("kind", [ValueError, SystemExit, KeyboardInterrupt])
+def test_whatever_a_job_raises_arrives(kind):
+    threads = workers.DaemonThreads(1, "test")
+
+    def fail() -> None:
+        raise kind("what it says")
+
+    with pytest.raises(kind, match="what it says"):
+        threads.submit(fail).result(30)
+    # The thread goes on.
+    assert threads.submit(lambda: None).result(30) is None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,17 @@ import numpy as np
 import pytest
 import torch
 
+from spml_fast.core import lock
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError
 from spml_fast.data import image_cache
 from spml_fast.data.cached_stream import CachedStream
 from spml_fast.data.dali_graph import GraphOptions
 from spml_fast.data.image_files import ImageFiles
-from spml_fast.data.manifest import Split
+from spml_fast.data.manifest import Manifest, Split
 from tests.support.loading import SIDE, data_config, eval_loader, flat, train_loader
 from tests.support.pil import make_split, photo
+from tests.support.shards import pack_quietly
 
 IMAGES = 11
 
@@ -174,7 +178,7 @@ def test_a_damaged_file_is_made_again(spoil, photos, capfd):
     assert len(list(folder(photos).glob("images-*.bin"))) == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", '{"format": 1, "images": 11}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", "[" * 100_000, '{"format": 1, "images": 11}'])
 def test_a_damaged_description_is_made_again(text, photos, capfd):
     read_everything(photos)
     (folder(photos) / "cache.json").write_text(text)
@@ -202,6 +206,20 @@ def _touch_image(split: Split, monkeypatch) -> None:
     os.utime(split.path(3), ns=(1, 1))
 
 
+def _change_content_alone(split: Split, monkeypatch) -> None:
+    """Another image of the same size and time, as a copy that keeps times leaves it."""
+    path = Path(split.path(2))
+    before, other = path.stat(), path.with_name("other.jpg")
+    photo(77, 60 + 9 * 2, 90 - 4 * 2).save(other, quality=60)
+    data = other.read_bytes()
+    other.unlink()
+    assert len(data) <= before.st_size
+    # What follows the end of a JPEG image is nothing.
+    path.write_bytes(data.ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
 def _turn_image(split: Split, monkeypatch) -> None:
     split.orientation = np.ones(IMAGES, np.uint8)
 
@@ -210,7 +228,7 @@ def _new_version(split: Split, monkeypatch) -> None:
     monkeypatch.setattr(image_cache, "_FORMAT", 99)
 
 
-@pytest.mark.parametrize("change", [_change_image, _touch_image, _turn_image, _new_version])
+@pytest.mark.parametrize("change", [_change_image, _change_content_alone, _touch_image, _turn_image, _new_version])
 def test_a_stale_cache_is_made_again(change, photos, monkeypatch, capfd):
     read_everything(photos)
     capfd.readouterr()
@@ -218,6 +236,40 @@ def test_a_stale_cache_is_made_again(change, photos, monkeypatch, capfd):
     same(eval_loader(photos, cached()), eval_loader(photos, cached(cache="none")))
     assert "differs), and is made again" in capfd.readouterr().err
     assert len(list(folder(photos).glob("images-*.bin"))) == 1
+
+
+def test_a_shard_that_was_restored_is_another_source(photos, tmp_path, capfd):
+    split = pack_quietly(photos.folder.parent, tmp_path / "shards").split("train")
+    shard = Path(split.shards.path(0))
+    packed = shard.read_bytes()
+    with shard.open("r+b") as file:
+        # Within the first image, behind its header: it still decodes, to other pixels.
+        file.seek(int(split.shards.table[0, 1] + split.shards.table[0, 2]) - 300)
+        file.write(bytes(8))
+    read_everything(split)
+    shard.write_bytes(packed)
+    capfd.readouterr()
+    split = Manifest(tmp_path / "shards").split("train")
+    same(eval_loader(split, cached()), eval_loader(split, cached(cache="none")))
+    assert "(source differs), and is made again" in capfd.readouterr().err
+
+
+def test_on_a_disk_without_locks_nothing_of_another_process_goes(photos, monkeypatch):
+    """Both make a cache; neither takes the other's file away."""
+    read_everything(photos)
+    place = folder(photos)
+    (place / "cache.json").unlink()
+    theirs, old = place / "images-11111111.bin", place / "images-22222222.bin"
+    theirs.write_bytes(b"half")
+    old.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+
+    def without(descriptor, flags):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", without)
+    read_everything(photos)
+    assert theirs.exists() and not old.exists()
 
 
 def test_too_little_space_is_said_before(photos, monkeypatch):

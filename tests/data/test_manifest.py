@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from spml_fast.core.errors import UserError
 from spml_fast.data.labels import SparseLabels
 from spml_fast.data.manifest import Manifest
+from spml_fast.data.remote import mirror
 from spml_fast.prepare.manifest_writer import ManifestWriter
 from tests.support.data import ODD_PATHS, small_labels, write_manifest
 
@@ -50,6 +52,15 @@ def test_round_trip(tmp_path):
     assert test.boxes is None and not test.hides_labels and test.observed is test.known
     assert test.orientation.tolist() == [1, 1]
     assert isinstance(train.width, np.memmap)
+
+
+def test_where_it_is_found_is_plain_text(tmp_path, monkeypatch):
+    """A run's config.yaml has it, and YAML refuses any other type."""
+    write_manifest(tmp_path / "m", tmp_path / "images")
+    monkeypatch.setattr(mirror, "fetch_manifest", lambda url, cache: tmp_path / "m")
+    for source, where in ((tmp_path / "m", str(tmp_path / "m")), ("s3://bucket/set/", "s3://bucket/set")):
+        found = Manifest(source).where
+        assert found == where and type(found) is str and yaml.safe_load(yaml.safe_dump({"dir": found}))["dir"] == where
 
 
 def test_other_image_folder(tmp_path):

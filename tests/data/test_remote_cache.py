@@ -44,11 +44,44 @@ def test_parts_of_a_piece_are_what_was_kept(tmp_path):
     assert cache.read(key(1), [(0, 4)]) is None
     assert cache.keep(key(1), data) and cache.keep(key(1), data)
     assert cache.read(key(1), [(0, 4), (90, 10)]) == [data[:4], data[90:]]
-    # One that was cut off, as a power cut leaves it.
-    (tmp_path / "pieces" / key(1)[:2] / key(1)).write_bytes(data[:95])
-    assert cache.read(key(1), [(90, 10)]) is None
     cache.drop(key(1))
     assert cache.read(key(1), [(0, 4)]) is None
+
+
+def test_a_piece_that_was_cut_off_is_kept_anew(tmp_path):
+    """As a power cut leaves it. It is no piece to keep, or it would be fetched in every epoch."""
+    cache = make(tmp_path, 1000)
+    data = bytes(range(100))
+    cache.keep(key(1), data)
+    (tmp_path / "pieces" / key(1)[:2] / key(1)).write_bytes(data[:95])
+    assert cache.read(key(1), [(90, 10)]) is None
+    assert cache.keep(key(1), data) and cache.read(key(1), [(90, 10)]) == [data[90:]]
+
+
+def test_a_piece_of_another_user_is_read(tmp_path, monkeypatch):
+    cache = make(tmp_path, 1000)
+    cache.keep(key(1), bytes(100))
+
+    def refused(*arguments, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert cache.read(key(1), [(0, 100)]) == [bytes(100)]
+
+
+def test_a_piece_counts_whole_while_it_is_written(tmp_path, monkeypatch):
+    cache, sizes, opened = make(tmp_path, 1000), [], Path.open
+
+    def watched(path, *arguments, **options):
+        file = opened(path, *arguments, **options)
+        if path.name.endswith(".partial"):
+            sizes.append(path.stat().st_size)
+        return file
+
+    monkeypatch.setattr(Path, "open", watched)
+    cache.keep(key(1), bytes(100))
+    # Once to reserve its place, and once to fill it.
+    assert sizes == [0, 100]
 
 
 def test_the_oldest_of_earlier_runs_go_first(tmp_path):
@@ -103,8 +136,14 @@ def test_several_processes_hold_the_limit_together(tmp_path):
 
 
 def _die_in_the_middle(folder: Path) -> None:
-    cache = make(folder, 1000)
-    Path.write_bytes = lambda path, data: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    cache, opened = make(folder, 1000), Path.open
+
+    def killed(path, mode="r", *arguments, **options):
+        if mode == "r+b":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return opened(path, mode, *arguments, **options)
+
+    Path.open = killed  # type: ignore[method-assign]
     with open(folder / "pieces" / "note", "w"):
         cache.keep(key(1), bytes(100))
 

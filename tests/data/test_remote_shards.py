@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -312,6 +313,51 @@ def test_data_sets_that_nobody_opens_are_removed_after_a_month(packed, tmp_path)
     with serve(served(packed)) as server:
         opened(server, tmp_path)
     assert not old.exists() and not read.exists()
+
+
+class _Halting:
+    """A store that gives the first parts of an object, and then takes its time."""
+
+    def __init__(self, parts: int) -> None:
+        self.go_on, self._stop = threading.Event(), parts * mirror._RANGE
+
+    def read_range(self, url: str, start: int, length: int) -> bytes:
+        if start >= self._stop:
+            self.go_on.wait(30)
+        return bytes([start // mirror._RANGE]) * min(length, 3)
+
+
+def test_a_large_file_comes_in_order_and_an_interrupt_does_not_wait():
+    size = 40 * mirror._RANGE + 2
+    assert b"".join(mirror._ranges(_Halting(100), "", size)) == bytes(n for n in range(41) for _ in range(3))[:-1]
+    store = _Halting(2)
+    parts = mirror._ranges(store, "", size)
+    assert [next(parts), next(parts)] == [bytes(3), b"\x01" * 3]
+    began = time.monotonic()
+    # As an exception in whoever reads does.
+    parts.close()
+    assert time.monotonic() - began < 10
+    store.go_on.set()
+
+
+def test_a_data_set_that_somebody_opens_or_removes_is_left_alone(packed, tmp_path, monkeypatch):
+    held, gone = tmp_path / "manifests" / "abc", tmp_path / "manifests" / "def"
+    month = time.time() - 31 * 24 * 3600
+    for folder in (held, gone):
+        folder.mkdir(parents=True)
+        os.utime(folder, (month, month))
+    guarded = mirror.guarded
+
+    def removed(path, wait=True):
+        if path.name == "def.lock":
+            # Another process was faster.
+            gone.rmdir()
+        return guarded(path, wait)
+
+    monkeypatch.setattr(mirror, "guarded", removed)
+    with serve(served(packed)) as server, guarded(tmp_path / "manifests" / "abc.lock"):
+        opened(server, tmp_path)
+    assert held.exists() and not gone.exists()
 
 
 def test_checksums_of_a_packed_manifest(packed):

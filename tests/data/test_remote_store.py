@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
+import socket
 import time
 
 import pytest
@@ -111,6 +113,28 @@ def test_what_does_not_pass_is_one_sentence(folder):
             assert "\n" not in str(caught.value) and len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENETUNREACH, "Network is unreachable"),
+        OSError(errno.EHOSTUNREACH, "No route to host"),
+        socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+    ],
+)
+def test_a_network_that_is_away_for_a_moment_is_waited_for(error, folder, monkeypatch, no_pauses):
+    with serve(folder) as server:
+        store = Store(location(server.url))
+        call, failures = store._call, iter([error, error])
+
+        def failing(*arguments, **options):
+            if (failure := next(failures, None)) is not None:
+                raise failure
+            return call(*arguments, **options)
+
+        monkeypatch.setattr(store, "_call", failing)
+        assert store.read_range(store.url / "a.bin", 0, 10) == DATA[:10] and store.traffic.repeated == 2
+
+
 def test_nobody_answers(folder, no_pauses):
     with serve(folder) as server:
         url = server.url
@@ -136,5 +160,15 @@ def test_mistakes_of_a_program_stay_what_they_are(folder, monkeypatch):
     with serve(folder) as server:
         store = Store(location(server.url))
         monkeypatch.setattr(store, "_call", lambda *args, **options: {}["nothing"])
-        with pytest.raises(KeyError):
+        with pytest.raises(KeyError) as caught:
             store.read_range(store.url / "a.bin", 0, 10)
+        assert caught.value.__cause__ is None
+
+
+def test_what_libraries_raise_is_told_from_mistakes():
+    """Whatever is imported counts; nothing is imported for it."""
+    import aiohttp
+
+    errors = module._request_errors()
+    assert issubclass(aiohttp.ClientPayloadError, errors) and issubclass(TimeoutError, errors)
+    assert not any(issubclass(kind, errors) for kind in (KeyError, TypeError, ValueError, RuntimeError))

@@ -118,6 +118,45 @@ def test_a_killed_command_resumes(after, files, s3: S3, tmp_path):
     assert len(written) == len(made.split("train").shards.files) - max(0, min(after - 1, 4))
 
 
+def _pack_and_die_at_the_end(files: Split) -> None:
+    Store.remove = lambda self, url: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    pack_remotely(files)
+
+
+def test_a_command_that_was_killed_behind_its_manifest_is_done(files, s3: S3, cache):
+    process = multiprocessing.get_context("fork").Process(target=_pack_and_die_at_the_end, args=(files,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL and {"manifest.json", "packing.json"} <= set(s3.objects("set"))
+    s3.requests.clear()
+    made = pack_remotely(files)
+    assert made.where == OUT and not any(method == "PUT" for method, _ in s3.requests)
+    assert "packing.json" not in s3.objects("set") and not list((cache / "packing").glob("*/*"))
+    with pytest.raises(UserError, match="already holds a Manifest"):
+        pack_remotely(files)
+
+
+def test_an_upload_whose_answer_was_lost_is_not_somebody_elses(s3: S3, tmp_path, monkeypatch, no_pauses):
+    path, url = tmp_path / "claim", location("s3://bucket/claim")
+    path.write_text("mine")
+    store = Store(location("s3://bucket"))
+    upload, lost = store._call_upload, iter([True, False, True])
+
+    def losing(*arguments) -> None:
+        upload(*arguments)
+        if next(lost):
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(store, "_call_upload", losing)
+    store.upload(path, url, new=True)
+    assert store.traffic.repeated == 1 and store.read(url, 100) == b"mine"
+    # Of the same size, and there from the start.
+    for text in ("mine", "othr"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"s3://bucket/claim exists, and is not replaced"):
+            store.upload(path, url, new=True)
+
+
 def test_slow_down_is_waited_for_on_both_ways(files, s3: S3, no_pauses):
     refused: dict[str, int] = {}
 
@@ -140,6 +179,8 @@ def test_what_is_wrong_is_one_sentence(files, s3: S3, monkeypatch, no_pauses):
         pack_remotely(files, "s3://nobucket/set")
     with pytest.raises(UserError, match="--out https://host/set cannot be written: web servers are only read"):
         pack_remotely(files, "https://host/set")
+    with pytest.raises(UserError, match=r"s3://No Name!/set/manifest\.json is no name that the store takes"):
+        Manifest("s3://No Name!/set")
     s3.fault = lambda method, path: (403, "AccessDenied")
     with pytest.raises(UserError, match=r"access to s3://bucket/set/manifest\.json is refused \(.*\), or it does not"):
         Manifest(OUT)

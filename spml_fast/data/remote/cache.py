@@ -16,16 +16,15 @@ stays (a hit for every image of that part), and the rest is read without being k
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import move_into_place
+from spml_fast.core.lock import guarded
 
 # Where data sets on object storage are kept, below the user's folder for caches.
 FOLDER = "spml_fast/remote"
@@ -36,27 +35,6 @@ _FULL = 30.0
 # Seconds after which a file that is being written belongs to a process that was killed.
 _ABANDONED = 3600.0
 _PARTIAL = ".partial"
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep other processes and threads out while the block runs; waits for them.
-
-    Raises:
-        OSError: the file cannot be made.
-    """
-    # Its own description of the file: threads of one process wait for each other, too.
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # A disk without locks: pieces are still whole or not there, and the limit is held less closely.
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-                raise
-        yield
-    finally:
-        os.close(file)
 
 
 class PieceCache:
@@ -97,20 +75,28 @@ class PieceCache:
         return self._folder / key[:2] / key
 
     def read(self, key: str, parts: Sequence[tuple[int, int]]) -> list[bytes] | None:
-        """Parts of a piece as (offset, bytes); None where the piece is not there, or not whole."""
+        """Parts of a piece as (offset, bytes); None where the piece is not there, or not whole.
+
+        A piece that is not whole, as a power cut leaves it, or that the disk fails to give, is removed: it would never
+        be kept again.
+        """
         try:
             file = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
         try:
             found = [os.pread(file, size, offset) for offset, size in parts]
-            # Marks it as used.
-            os.utime(file)
+            # Marks it as used. Another user's piece, or one on a read-only disk, is no worse without.
+            with contextlib.suppress(OSError):
+                os.utime(file)
         except OSError:
-            return None
+            found = []
         finally:
             os.close(file)
-        return found if all(len(data) == size for data, (_, size) in zip(found, parts, strict=True)) else None
+        if [len(data) for data in found] == [size for _, size in parts]:
+            return found
+        self.drop(key)
+        return None
 
     def drop(self, key: str) -> None:
         """Remove a piece that is damaged."""
@@ -124,15 +110,17 @@ class PieceCache:
             return True
         partial = path.with_name(f"{key}.{os.getpid()}-{threading.get_ident()}{_PARTIAL}")
         try:
-            with locked(self._folder / "lock"):
+            # On a disk without locks pieces are still whole or not there, and the limit is held less closely.
+            with guarded(self._folder / "lock"):
                 if not self._reserve(len(data)):
                     self._full_until = time.monotonic() + _FULL
                     return False
-                # Its size is on the disk before another process counts what is there.
+                # Its size is on the disk before another process counts what is there, and stays while it is written.
                 path.parent.mkdir(exist_ok=True)
                 with partial.open("wb") as file:
                     file.truncate(len(data))
-            partial.write_bytes(data)
+            with partial.open("r+b") as file:
+                file.write(data)
             move_into_place(partial, path)
         except OSError as error:
             with contextlib.suppress(OSError):

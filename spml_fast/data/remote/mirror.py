@@ -4,29 +4,33 @@
     CACHE/manifests/HASH.lock     held by the process that fetches them; the others of the machine wait
 
 The hash is of the URL and of manifest.json as it is now, which has the checksums of the other files: a data set that
-was replaced is another one, and one that is here is opened with a single request.
+was replaced is another one, and one that is here is opened with two requests: how large manifest.json is, and its
+content.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import atomic_write, failure_reason
-from spml_fast.core.lock import READERS, readers
+from spml_fast.core.lock import READERS, guarded, readers
 from spml_fast.core.text import parse_json
 from spml_fast.core.urls import Url
-from spml_fast.data.remote.cache import locked
+from spml_fast.core.workers import DaemonThreads
 from spml_fast.data.remote.store import OPENING_PAUSES, Store, StoreError
 
 # Bytes of manifest.json at most; it has a line for every file and split.
@@ -98,9 +102,9 @@ def fetch_manifest(url: Url, cache: Path) -> Path:
     folder = cache / "manifests" / hashlib.sha256(url.encode() + b"\0" + content).hexdigest()[:24]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_name(folder.name + ".lock")):
+        with guarded(_lock_of(folder)):
             if not _is_here(folder, files):
-                _remove_unused(folder.parent)
+                _remove_unused(folder)
                 for file in files:
                     _fetch(store, url, file, folder / file.name)
                 with atomic_write(folder / "manifest.json") as partial:
@@ -128,11 +132,26 @@ def _size(path: Path) -> int | None:
 
 
 def _ranges(store: Store, url: Url, size: int) -> Iterator[bytes]:
-    """An object from its start to its end, several requests at a time."""
+    """An object from its start to its end, several requests at a time.
+
+    Whoever is interrupted meanwhile does not wait for requests that are under way, which may take minutes.
+    """
+    threads = DaemonThreads(_AT_A_TIME, "ranges")
+    waiting: deque[tuple[Future[None], list[bytes]]] = deque()
+
+    def fetch(at: int, out: list[bytes]) -> None:
+        out.append(store.read_range(url, at, min(_RANGE, size - at)))
+
     starts = iter(range(0, size, _RANGE))
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        while batch := list(itertools.islice(starts, _AT_A_TIME)):
-            yield from pool.map(lambda at: store.read_range(url, at, min(_RANGE, size - at)), batch)
+    while True:
+        for at in itertools.islice(starts, _AT_A_TIME - len(waiting)):
+            out: list[bytes] = []
+            waiting.append((threads.submit(partial(fetch, at, out)), out))
+        if not waiting:
+            return
+        future, found = waiting.popleft()
+        future.result()
+        yield found.pop()
 
 
 def _fetch(store: Store, url: Url, file: RemoteFile, path: Path) -> None:
@@ -152,11 +171,17 @@ def _fetch(store: Store, url: Url, file: RemoteFile, path: Path) -> None:
             )
 
 
-def _remove_unused(folder: Path) -> None:
-    """Remove data sets that nobody reads, and nobody has opened for long."""
-    for old in folder.iterdir():
-        if old.is_dir() and time.time() - old.stat().st_mtime > _UNUSED and not readers(old / READERS):
-            shutil.rmtree(old, ignore_errors=True)
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".lock")
+
+
+def _remove_unused(kept: Path) -> None:
+    """Remove data sets beside `kept`, whose lock is held, that nobody reads, and nobody has opened for long."""
+    for old in [path for path in kept.parent.iterdir() if path != kept and path.is_dir()]:
+        # Somebody may be opening it, or removing it as well.
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), guarded(_lock_of(old), wait=False):
+            if time.time() - old.stat().st_mtime > _UNUSED and not readers(old / READERS):
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256_of(store: Store, url: Url, size: int) -> str:

@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,51 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Samples of a piece where nobody has said otherwise.
 _BLOCK = 64
 
-Spans = list[npt.NDArray[np.int64]]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Images of one shard that are to be read, in the order of the shard.
+
+    Attributes:
+        positions: int64 [k], where in `out` they belong.
+        samples: int64 [k], their sample indices.
+        rows: int64 [k, 3], their rows of the table: shard, offset and size in bytes.
+        out: of everything that is being read.
+    """
+
+    positions: IntArray
+    samples: IntArray
+    rows: IntArray
+    out: list[Encoded | None]
+
+    @property
+    def shard(self) -> int:
+        """Number of the shard."""
+        return int(self.rows[0, 0])
+
+    @property
+    def ends(self) -> IntArray:
+        """Byte behind each image, int64 [k]."""
+        ends: IntArray = self.rows[:, 1] + self.rows[:, 2]
+        return ends
+
+    def parts(self, start: int) -> list[tuple[int, int]]:
+        """(offset, bytes) of each image in what begins at byte `start` of the shard."""
+        return [(offset - start, size) for _, offset, size in self.rows.tolist()]
+
+    def cut(self, distance: int) -> list[_Wanted]:
+        """The same in parts, where the next image begins more than so many bytes behind the last one."""
+        cuts = np.flatnonzero(self.rows[1:, 1] - self.ends[:-1] > distance) + 1
+        parts = zip(*(np.split(array, cuts) for array in (self.positions, self.samples, self.rows)), strict=True)
+        return [_Wanted(positions, samples, rows, self.out) for positions, samples, rows in parts]
+
+    def put(self, images: Sequence[bytes]) -> None:
+        """Put the images where they belong."""
+        for position, image in zip(self.positions.tolist(), images, strict=True):
+            # Of its own memory, so that it is free as soon as the image is decoded; `bytes` already is.
+            self.out[position] = np.frombuffer(image, np.uint8)
 
 
 class RemoteShards(Shards):
@@ -83,19 +128,7 @@ class RemoteShards(Shards):
         if limit > 0 and (self._cache is None or self._cache.limit != limit):
             self._cache = PieceCache(self._folder, limit, self.store.tell)
 
-    def read(self, index: int) -> bytes:
-        """The encoded image of a sample, which is not kept. Raises `UserError`."""
-        return self.read_many([index])[0].tobytes()
-
-    def read_many(self, index: Sequence[int]) -> list[Encoded]:
-        """Encoded images, uint8 arrays of their own, in the order of `index`."""
-        samples = np.asarray(index, np.int64)
-        out: list[Encoded | None] = [None] * len(samples)
-        for read in self.jobs(samples, 1, out):
-            read()
-        return [array for array in out if array is not None]
-
-    def jobs(self, samples: npt.NDArray[np.int64], threads: int, out: list[Encoded | None]) -> list[Callable[[], None]]:
+    def jobs(self, samples: IntArray, threads: int, out: list[Encoded | None]) -> list[Callable[[], None]]:
         """A job for each piece that has some of the samples; see `Shards.jobs`."""
         if not len(samples):
             return []
@@ -104,7 +137,7 @@ class RemoteShards(Shards):
         order = np.lexsort((rows[:, 1], block, rows[:, 0]))
         cut = (np.diff(rows[order, 0]) != 0) | (np.diff(block[order]) != 0)
         spans = np.split(order, np.flatnonzero(cut) + 1)
-        return [partial(self._read_piece, samples, rows, span, out) for span in spans]
+        return [partial(self._read_piece, _Wanted(span, samples[span], rows[span], out)) for span in spans]
 
     def measure(self, number: int) -> tuple[int, str]:
         """Bytes and SHA-256 of a whole shard, which is read once. Raises `StoreError`."""
@@ -123,37 +156,30 @@ class RemoteShards(Shards):
         held = int(rows[:, 2].sum())
         return (start, end - start) if end - start <= 2 * held + _FETCH_THROUGH else None
 
-    def _read_piece(
-        self,
-        samples: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
-        span: npt.NDArray[np.int64],
-        out: list[Encoded | None],
-    ) -> None:
-        """Put images of one piece into `out`: from the cache, or from the store."""
-        piece = self._piece(int(samples[span[0]])) if self._cache is not None else None
+    def _read_piece(self, wanted: _Wanted) -> None:
+        """Read images of one piece: from the cache, or from the store."""
+        piece = self._piece(int(wanted.samples[0])) if self._cache is not None else None
         if piece is None or self._cache is None:
-            self._read_exactly(samples, rows, span, out)
+            self._read_exactly(wanted)
             return
-        shard = int(rows[span[0], 0])
         start, length = piece
-        key = f"{self.files[shard].sha256[:40]}-{start}-{length}"
-        parts = [(offset - start, size) for _, offset, size in rows[span].tolist()]
+        key = f"{self.files[wanted.shard].sha256[:40]}-{start}-{length}"
+        parts = wanted.parts(start)
         found = self._cache.read(key, parts)
         if found is not None:
-            if self._wrong(samples[span], found) is None:
-                _put(found, span, out)
+            if self._wrong(wanted.samples, found) is None:
+                wanted.put(found)
                 return
             self._cache.drop(key)
         if not self._cache.has_room:
-            self._read_exactly(samples, rows, span, out)
+            self._read_exactly(wanted)
             return
 
         def images() -> list[bytes]:
-            data = self._fetch_piece(key, shard, start, length)
+            data = self._fetch_piece(key, wanted.shard, start, length)
             return [data[offset : offset + size] for offset, size in parts]
 
-        _put(self._checked(samples[span], images), span, out)
+        wanted.put(self._checked(wanted.samples, images))
 
     def _fetch_piece(self, key: str, shard: int, start: int, length: int) -> bytes:
         """A whole piece from the store, which is kept; threads that want the same one share a request."""
@@ -178,37 +204,31 @@ class RemoteShards(Shards):
             with self._fetched_lock:
                 del self._fetched[key]
 
-    def _read_exactly(
-        self,
-        samples: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
-        span: npt.NDArray[np.int64],
-        out: list[Encoded | None],
-    ) -> None:
-        """Put images of one shard, in the order of the shard, into `out`; nothing is kept."""
-        ends = rows[span, 1] + rows[span, 2]
-        for part in np.split(span, np.flatnonzero(rows[span[1:], 1] - ends[:-1] > _FETCH_THROUGH) + 1):
-            shard, start = int(rows[part[0], 0]), int(rows[part[0], 1])
-            length = int((rows[part, 1] + rows[part, 2]).max()) - start
-            url = self.url / self.files[shard].name
-            places = [(offset - start, size) for _, offset, size in rows[part].tolist()]
+    def _read_exactly(self, wanted: _Wanted) -> None:
+        """Read images, and nothing that is far from them; nothing is kept."""
+        for near in wanted.cut(_FETCH_THROUGH):
+            self._read_near(near)
 
-            def images(
-                url: Url = url, start: int = start, length: int = length, places: list[tuple[int, int]] = places
-            ) -> list[bytes]:
-                data = self.store.read_range(url, start, length)
-                return [data[offset : offset + size] for offset, size in places]
+    def _read_near(self, wanted: _Wanted) -> None:
+        """Read images with one request."""
+        url = self.url / self.files[wanted.shard].name
+        start, stop = int(wanted.rows[0, 1]), int(wanted.ends.max())
+        parts = wanted.parts(start)
 
-            _put(self._checked(samples[part], images), part, out)
+        def images() -> list[bytes]:
+            data = self.store.read_range(url, start, stop - start)
+            return [data[offset : offset + size] for offset, size in parts]
 
-    def _wrong(self, samples: npt.NDArray[np.int64], images: Sequence[bytes]) -> int | None:
+        wanted.put(self._checked(wanted.samples, images))
+
+    def _wrong(self, samples: IntArray, images: Sequence[bytes]) -> int | None:
         """The first sample whose bytes have another checksum; None where all are right."""
         for sample, image in zip(samples.tolist(), images, strict=True):
             if zlib.crc32(image) != int(self.checksums[sample]):
                 return int(sample)
         return None
 
-    def _checked(self, samples: npt.NDArray[np.int64], fetch: Callable[[], list[bytes]]) -> list[bytes]:
+    def _checked(self, samples: IntArray, fetch: Callable[[], list[bytes]]) -> list[bytes]:
         """Images whose checksums are right, fetched again where they are not. Raises `UserError`."""
         wrong = 0
         for _ in range(_DAMAGED_READS):
@@ -228,10 +248,3 @@ class RemoteShards(Shards):
         if self._cache is not None and piece is not None:
             sha256 = self.files[int(self.table[sample, 0])].sha256
             self._cache.drop(f"{sha256[:40]}-{piece[0]}-{piece[1]}")
-
-
-def _put(images: Sequence[bytes], span: npt.NDArray[np.int64], out: list[Encoded | None]) -> None:
-    """Put images where their positions say."""
-    for position, image in zip(span.tolist(), images, strict=True):
-        # Of its own memory, so that it is free as soon as the image is decoded; `bytes` already is.
-        out[position] = np.frombuffer(image, np.uint8)

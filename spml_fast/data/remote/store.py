@@ -12,6 +12,7 @@ import copy
 import errno
 import http.client
 import importlib.util
+import itertools
 import os
 import random
 import ssl
@@ -52,16 +53,40 @@ _CREDENTIALS = {
 _GONE = (404, 410)
 # HTTP status codes that may pass.
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 509})
-# `errno` of S3's errors as s3fs gives them that may pass.
+# `errno` of errors that may pass: of S3's as s3fs gives them, and of a network that is away for a moment.
 _PASSING_NUMBERS = frozenset(
-    {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE}
+    {
+        *(errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE),
+        *(errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH),
+    }
 )
-# Libraries whose own exceptions about the network have no number.
+# What libraries raise besides errors of the system: they have no base in common.
+_EXCEPTIONS = {
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError", "ChecksumError"),
+    "google.auth.exceptions": ("GoogleAuthError",),
+    "azure.core.exceptions": ("AzureError",),
+    "urllib3.exceptions": ("HTTPError",),
+}
+# Those libraries whose exceptions without a number are about the network.
 _NETWORK = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "urllib3", "azure")
 
 
 def _print_note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _request_errors() -> tuple[type[Exception], ...]:
+    """What a request may raise that says something of the store or the network, of the libraries that are in use.
+
+    Anything else is a mistake of a program.
+    """
+    found: list[type[Exception]] = [OSError, EOFError, http.client.HTTPException]
+    for module, names in _EXCEPTIONS.items():
+        # Whatever raised it has been imported.
+        found += [getattr(sys.modules[module], name) for name in names if hasattr(sys.modules.get(module), name)]
+    return tuple(found)
 
 
 class StoreError(UserError):
@@ -179,9 +204,7 @@ class Store:
         def once() -> T:
             try:
                 return attempt()
-            except UserError:
-                raise
-            except Exception as error:
+            except _request_errors() as error:
                 raise _translated(error, url) from error
 
         def note(error: OSError, pause: float) -> None:
@@ -229,13 +252,18 @@ class Store:
             size = self._size(url)
             if size is not None and size > most:
                 raise StoreError(f"{url} has {size} bytes, too many for what it should be; name another place")
-            data: bytes = self._call(url, _CONNECT + _SILENCE + most / _SLOWEST, "cat_file")
-            self.traffic.add(received=len(data))
+            data = self._whole(url, most)
             if size is not None and len(data) != size:
                 raise OSError(errno.EIO, f"the answer has {len(data)} of {size} bytes")
             return data
 
         return self._patiently(url, attempt)
+
+    def _whole(self, url: Url, most: int) -> bytes:
+        """An object that is to have `most` bytes at most."""
+        data: bytes = self._call(url, _CONNECT + _SILENCE + most / _SLOWEST, "cat_file")
+        self.traffic.add(received=len(data))
+        return data
 
     def _size(self, url: Url) -> int | None:
         size = self._call(url, _CONNECT + _SILENCE, "info").get("size")
@@ -283,9 +311,16 @@ class Store:
         """
         size = path.stat().st_size
         options = {"mode": "create"} if new and url.scheme == "s3" else {}
+        attempts = itertools.count()
 
         def attempt() -> None:
-            self._call_upload(path, url, options, size)
+            again = next(attempts) > 0
+            try:
+                self._call_upload(path, url, options, size)
+            except FileExistsError:
+                # An earlier attempt may have arrived, and its answer been lost.
+                if not again or self._size(url) != size or self._whole(url, size) != path.read_bytes():
+                    raise
             written = self._size(url)
             if written != size:
                 raise OSError(errno.EIO, f"{written} of {size} bytes arrived")
@@ -339,13 +374,9 @@ def _hidden(error: Exception, url: Url) -> Exception | None:
     return cause if web and isinstance(error, FileNotFoundError) and isinstance(cause, Exception) else None
 
 
-def _translated(error: Exception, url: Url) -> Exception:
-    """What an exception of fsspec or a library below it means.
-
-    Returns:
-        `OSError` with a number where it may pass, `StoreError` where it stays, the exception itself where it is a
-        mistake of a program.
-    """
+def _translated(error: Exception, url: Url) -> OSError | StoreError:
+    """What an exception of fsspec or a library below it means: `OSError` with a number where it may pass, else
+    `StoreError`."""
     error = _hidden(error, url) or error
     kind, status, code = type(error).__name__, _status(error), _code(error)
     library = type(error).__module__.partition(".")[0]
@@ -353,6 +384,8 @@ def _translated(error: Exception, url: Url) -> Exception:
     login = _CREDENTIALS.get(url.scheme, "give them to fsspec (docs/data.md, Data on object storage)")
     if "Credential" in kind or kind in ("ProfileNotFound", "TokenRetrievalError"):
         return StoreError(f"there are no credentials for {url} ({said}); {login}")
+    if kind == "ParamValidationError":
+        return StoreError(f"{url} is no name that the store takes; check the bucket's and the rest")
     if code == "NoSuchBucket":
         return StoreError(f"{url}: there is no bucket {url.bucket}; check its name, and the region or endpoint")
     if isinstance(error, FileNotFoundError) or status in _GONE:
@@ -372,11 +405,10 @@ def _translated(error: Exception, url: Url) -> Exception:
     elif isinstance(error, ConnectionError | http.client.HTTPException | EOFError | ssl.SSLError):
         passing = not isinstance(error, ssl.SSLCertVerificationError)
     elif isinstance(error, OSError) and error.errno is not None:
-        passing = error.errno in _PASSING_NUMBERS
+        # Negative ones are of names that could not be looked up: a name server may be away for a moment as well.
+        passing = error.errno in _PASSING_NUMBERS or error.errno < 0
     else:
         passing = library in _NETWORK
-        if not passing and not isinstance(error, OSError):
-            return error
     if passing:
         return OSError(errno.EIO, said)
     return StoreError(f"{url} cannot be used ({said}); check the name and the settings of the store")

@@ -194,6 +194,9 @@ def _work_folder(options: PackOptions, manifest: Manifest) -> Path:
 
 
 def _pack(options: PackOptions, manifest: Manifest, folder: Path, upload: Upload | None) -> Manifest:
+    if upload is not None and (finished := upload.finished(folder)) is not None:
+        (folder / "plan.json").unlink()
+        return finished
     report_path = manifest.folder / "report.json"
     report = json.loads(report_path.read_text(encoding="utf-8")) if report_path.exists() else {}
     level = _choose_level(options, manifest, report)

@@ -46,6 +46,20 @@ class Upload:
             raise UserError(f"--out {url} cannot be written: web servers are only read; name a bucket")
         self.url, self.store = url, Store(url)
 
+    def finished(self, work: Path) -> Manifest | None:
+        """The Manifest that `work` was cut off behind: it is whole, and only the claim had to be removed; else None.
+
+        Raises:
+            UserError: nothing answers.
+        """
+        own = work / _CLAIM
+        if not own.exists() or not {_CLAIM, "manifest.json"} <= set(Store(self.url, OPENING_PAUSES).names(self.url)):
+            return None
+        if self.store.read(self.url / _CLAIM, _MOST) != own.read_bytes():
+            return None
+        self.store.remove(self.url / _CLAIM)
+        return Manifest(self.url)
+
     def check(self, work: Path) -> bool:
         """Whether the URL has the unfinished work of `work`; else it is empty.
 
