@@ -9,10 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from spml_kernels import cam_mask, cam_pool
 from spml_kernels.cam_mask.reference import cam_mask_reference
-from spml_kernels.cam_pool.backward import ALIGNED
 from spml_kernels.cam_pool.chunked import cam_pool_chunked
 from spml_kernels.cam_pool.reference import cam_pool_reference
-from spml_kernels.common.heuristics import LANES, WORD, cam_pool_chunks, cam_pool_launch, expand_rows
+from spml_kernels.common.heuristics import ALIGNED, LANES, WORD, cam_pool_chunks, cam_pool_launch, expand_rows
 from spml_kernels.common.jit import cdiv
 from torch import Tensor
 

@@ -30,9 +30,9 @@ FACTS = ("gpu", "torch", "triton", "commit")
 # What to change for a try, by how its name begins.
 CHANGES = {
     r"way (\w+), tile (.*)": "heuristics.{op}_way answers {0}, heuristics.{op}_launch has the tile {1}",
-    r"way (\w+), scratch of (.*)": "heuristics.{op}_way answers {0}, heuristics.scratch_bytes allows {1}",
+    r"way (\w+), scratch of (.*)": "heuristics.{op}_way answers {0}, heuristics.map_scratch_bytes allows {1}",
     r"way (\w+)": "heuristics.{op}_way answers {0}",
-    r"chunks of (.*)": "heuristics.CHUNK_BYTES is {0}",
+    r"chunks of (.*)": "heuristics.chunk_bytes gives {0}",
     r"tile (.*)": "heuristics.mask_launch gives {0}",
     r"several programs": "heuristics.SINGLE_LAUNCH_ENTRIES is below this shape",
 }
