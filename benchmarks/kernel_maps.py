@@ -196,7 +196,7 @@ def cam_mask_work(
         exact=reference,
         # Every image read and written; kernels may do with less where nothing is kept.
         floor={"fwd": head + 2 * size(specs[4:])},
-        residuals={"fwd": {"maps written, normalised, and read": 4 * maps, "names of classes": 16.0 * batch * chosen}},
+        residuals={"fwd": {"maps written, normalised, and read": 4 * maps, "names of classes": 24.0 * batch * chosen}},
         # A pixel on the threshold may fall to either side.
         tolerance=1e-2,
     )

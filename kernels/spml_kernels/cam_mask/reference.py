@@ -80,4 +80,5 @@ def cam_mask_reference(
 ) -> Tensor:
     """As `spml_kernels.cam_mask`."""
     maps = cam_map_reference(features_BHWK.detach(), weight_CK.detach(), bias_C.detach(), classes_BN)
-    return map_mask_reference(maps, classes_BN, images, threshold, norm, group)
+    known_BN = torch.where(classes_BN < len(weight_CK), classes_BN, -1)
+    return map_mask_reference(maps, known_BN, images, threshold, norm, group)

@@ -32,6 +32,7 @@ from spml_kernels.common.heuristics import (
     cam_pool_chunks,
     expand_classes,
     expand_rows,
+    expand_warps,
     images_per_tile,
 )
 from spml_kernels.common.jit import LAUNCH, cdiv
@@ -132,7 +133,7 @@ def _expand(
         TOUCHED=images_per_tile(WORD, cells),
         LINES=each // WORD,
         BLOCK=block,
-        num_warps=8,
+        num_warps=expand_warps(classes),
         **LAUNCH,
     )
 

@@ -72,7 +72,7 @@ def cam_map(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> 
         features: [B, H, W, K].
         weight: [C, K].
         bias: [C].
-        classes: int64 [B, N] class ids; -1 gives a map of zeros.
+        classes: int64 [B, N] class ids; -1, or whatever is not within 0..C-1, gives a map of zeros.
 
     Returns:
         [B, N, H, W], fp32 (fp64 for fp64 input), signed, bias included.

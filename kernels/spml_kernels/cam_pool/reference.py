@@ -27,6 +27,7 @@ def cam_pool_reference(
 def cam_map_reference(features_BHWK: Tensor, weight_CK: Tensor, bias_C: Tensor, classes_BN: Tensor) -> Tensor:
     """As `spml_kernels.cam_map`."""
     features, weight, bias = _accumulate(features_BHWK), _accumulate(weight_CK), _accumulate(bias_C)
-    chosen = classes_BN.clamp(min=0)
+    known_BN = (classes_BN >= 0) & (classes_BN < len(weight))
+    chosen = torch.where(known_BN, classes_BN, 0)
     maps = torch.einsum("bhwk,bnk->bnhw", features, weight[chosen]) + bias[chosen][:, :, None, None]
-    return torch.where((classes_BN >= 0)[:, :, None, None], maps, torch.zeros_like(maps))
+    return torch.where(known_BN[:, :, None, None], maps, torch.zeros_like(maps))

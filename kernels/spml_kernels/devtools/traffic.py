@@ -250,7 +250,9 @@ def _class_map(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     if ids is None:
         # All there, and all different.
         ids = [place % len(a["weight_ptr"]) for place in range(images * chosen)]
-    read = written = seen = 0
+    ids = [i if i < len(a["weight_ptr"]) else -1 for i in ids]
+    read = seen = 0
+    written = 8 * images * chosen
     used: set[int] = set()
     for image in range(images):
         row = ids[image * chosen :][:chosen]
@@ -263,7 +265,8 @@ def _class_map(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
                 lanes = {max(i, 0) for i in part} | ({0} if len(part) < together else set())
                 used |= lanes
                 read += cells * channels * features + blocks * len(lanes) * (channels * weight + bias)
-        read += 8 * blocks * chosen
+        # The first program of an image reads its ids twice.
+        read += 8 * (blocks + 1) * chosen
     unique = seen * cells * channels * features + len(used) * (channels * weight + bias) + 8 * images * chosen
     return Moved(unique, read, written)
 

@@ -22,6 +22,7 @@ from spml_kernels.common.heuristics import (
     cam_pool_launch,
     expand_classes,
     expand_rows,
+    expand_warps,
     images_per_tile,
 )
 from spml_kernels.devtools.aot import Case
@@ -175,7 +176,7 @@ def _other_cases(arch: int) -> Iterator[Case]:
                 "BLOCK": expand_classes(classes),
             },
             (*pointers, "out_stride", *aligned),
-            8,
+            expand_warps(classes),
             streamed=False,
         )
 
