@@ -10,6 +10,7 @@ is made where another launch than the shipped one is at least `MARGIN` faster, b
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -160,6 +161,10 @@ def report(folders: list[Path]) -> Iterator[str]:
     others = {(c["gpu"], c["commit"]) for c in checks} - {(s["gpu"], s["commit"]) for s in steps}
     if others:
         raise UserError(f"checks.csv is of {others.pop()}, another machine or commit than the session; leave it out")
+    for path in (folder / "ceilings.json" for folder in folders):
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))["workspace_mb"]
+            yield f"cuBLAS keeps {kept:.1f} MB of workspace, which no figure of extra memory holds."
     yield ""
     rows = [[s["step"], s["status"], f"{s['seconds']:.0f}", f"{s['planned_s']:.0f}"] for s in steps]
     yield from table(["step", "outcome", "seconds", "planned"], rows)
