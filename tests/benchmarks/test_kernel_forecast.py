@@ -24,7 +24,9 @@ from tests.support.paths import ROOT
 
 def machine_code(*lines: str) -> str:
     """As cuobjdump prints it: an address and an instruction, and a line of its encoding."""
-    return "\n".join(f"        /*{16 * n:04x}*/    {line} ;    /* 0x0 */\n        /* 0x1 */" for n, line in enumerate(lines))
+    return "\n".join(
+        f"        /*{16 * n:04x}*/    {line} ;    /* 0x0 */\n        /* 0x1 */" for n, line in enumerate(lines)
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,9 @@ def test_sums_come_after_products_and_loops_turn():
     work = cam_work(128, 14, 2048, 5000, torch.bfloat16)
     launch = next(s for s in launches_of(work, "fused", "fwd") if s.name == "_cam_pool_fwd_kernel")
     # 32 turns of 95, of which the longest way has one; slices of 64 cells lie in 1 + 63 / 196 images.
-    found = forecast([launch], Known(_cam_pool_fwd_kernel=known(8, 2000, (95, 200, 200, 200, 200))), work.flops["fwd"], 0)
+    found = forecast(
+        [launch], Known(_cam_pool_fwd_kernel=known(8, 2000, (95, 200, 200, 200, 200))), work.flops["fwd"], 0
+    )
     warp = 2000 + 31 * 95 + 4 * 63 / 196 * 200
     assert found.issued == pytest.approx(32 * 8 * launch.grid[0] * warp)
     assert found.products == pytest.approx(work.flops["fwd"] / (PRODUCTS * CARD.half * 1e6))

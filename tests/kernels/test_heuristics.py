@@ -194,7 +194,7 @@ def test_memory_of_cam_pool_beside_its_outputs():
 
 @pytest.mark.parametrize("shape", [(128, 196, 5000), (32, 1024, 5000), (64, 196, 9605)])
 def test_memory_of_products_by_pytorch(shape):
-    """In inference a tenth of a bf16 map, and chunks that fill a card of 132 multiprocessors with tiles of 128 x 128."""
+    """In inference a tenth of a bf16 map, and chunks that fill 132 multiprocessors with tiles of 128 x 128."""
     batch, cells, classes = shape
     rows, tiles = batch * cells, cam_pool_launch(*shape, 2048, True, 90, "vendor").tiles
     cam, stride = rows * classes * 2, -(-classes // ALIGNED) * ALIGNED

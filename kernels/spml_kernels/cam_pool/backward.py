@@ -38,6 +38,7 @@ from spml_kernels.common.heuristics import (
 from spml_kernels.common.jit import LAUNCH, cdiv
 from spml_kernels.common.ops import define
 
+
 @define("spml::cam_pool_backward")
 def cam_pool_backward_op(
     grad_mean: Tensor, grad_relu: Tensor, features: Tensor, weight: Tensor, bits: Tensor, want_x: bool, want_w: bool
