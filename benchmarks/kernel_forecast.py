@@ -8,8 +8,8 @@ Every launch takes the longest of three times: its bytes at `BYTES` of the card'
 for sm_90, loops as often as they turn; one program alone uses one multiprocessor). What cam_pool's forward does after
 its products, which nothing overlaps, is added to them. Launches follow each other with
 `GAP` microseconds in between, as in a CUDA graph. PyTorch's operations are taken to be bound by bytes and products.
-What no forecast here knows: waiting (latency, barriers, one program a multiprocessor), and what torch.compile makes; its
-best would be the floor, in one launch each way. Needs no GPU; takes a minute or two.
+What no forecast here knows: waiting (latency, barriers, one program a multiprocessor), and what torch.compile makes;
+its best would be the floor, in one launch each way. Needs no GPU; takes a minute or two.
 """
 
 from __future__ import annotations
