@@ -181,6 +181,8 @@ def test_ids_that_are_no_class_give_maps_of_zeros():
     features, weight, bias = random_inputs()
     maps = cam_map(features, weight, bias, torch.tensor([[7, 6], [2**40, 0], [-9, 3]]))
     assert not maps[:, 0].any() and all(maps[b, 1].any() for b in range(3))
+    # Of one class too, where there is no other to look up in its place.
+    assert not cam_map(features, weight[:1], bias[:1], torch.tensor([[-1], [1], [-1]])).any()
 
 
 def test_maps_are_differentiable_and_padding_gets_nothing():
