@@ -28,7 +28,8 @@ op against fp64; where it fails the fused op is not timed and its row says why. 
 do_bench: launch gaps included, level-2 cache cold; `graph_p50` of do_bench_cudagraph: no gaps, cache warm; both are
 judged. `enqueue_us` is the host's time for one call. `pair_ratio` is the op over the bare product timed in turn, A B A
 B. A card that has waited is kept busy until its clock is up. GB/s is the floor's bytes over p50, `copy` and `matmul`
-the shares of the copy and product rates measured on this card. `extra_mb` is peak memory beyond outputs and gradients.
+the shares of the copy and product rates measured on this card. `extra_mb` is peak memory beyond outputs and gradients,
+without cuBLAS's workspace, which is printed.
 cam_pool runs with dense signs and with one positive cell in a hundred: half the cells of a fiftieth of an image's
 classes, scattered (sparse, the worst case) or neighbours with Zipf's frequencies (zipf). A process that a kernel breaks
 costs the shape it was at, and is followed by another. Rows go to benchmarks/results/<gpu>_kernels.csv
@@ -85,7 +86,8 @@ def worker(given: str) -> int:
     task = json.loads(given)
     card = Card()
     if task["ops"] == "ceilings":
-        facts = {"ceilings": card.ceilings(), "machine": machine(torch.cuda.get_device_name(), task["commit"])}
+        facts = {"ceilings": card.ceilings(), "workspace_mb": card.workspace()}
+        facts["machine"] = machine(torch.cuda.get_device_name(), task["commit"])
         # Whole or not at all: a session may end this process at any time.
         write_json(Path(task["events"]), facts)
         return 0
@@ -127,6 +129,7 @@ def bench(options: argparse.Namespace) -> tuple[list[Row], int]:
         return [], 1
     print(", ".join(f"{k} {v}" for k, v in facts["machine"].items()), f"python {platform.python_version()}")
     print(", ".join(f"{k} {v:.0f} {'GB/s' if k == 'copy' else 'TFLOP/s'}" for k, v in facts["ceilings"].items()))
+    print(f"cuBLAS keeps {facts['workspace_mb']:.1f} MB of workspace, which extra_mb leaves out")
     card = file_name(facts["machine"]["gpu"])
     table = options.results / f"{card}_{'sweep' if options.sweep else 'kernels'}.csv"
     given = {**facts, "small": options.quick, "shapes": options.shapes, "table": str(table)}

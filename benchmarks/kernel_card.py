@@ -143,6 +143,15 @@ class Card:
         peak = torch.cuda.max_memory_allocated() - before
         return peak / 1e6, (peak - tensor_bytes(results)) / 1e6
 
+    def workspace(self) -> float:
+        """Megabytes that cuBLAS keeps on this device once it has multiplied; `peak` leaves them out."""
+        operand = torch.randn(1024, 1024, device=self.device, dtype=torch.bfloat16)
+        torch.mm(operand, operand)
+        self.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch._C._cuda_clearCublasWorkspaces()
+        return (before - torch.cuda.memory_allocated()) / 1e6
+
     def free(self) -> None:
         """Give cached memory back."""
         torch.cuda.empty_cache()

@@ -74,7 +74,12 @@ def _with_mask_tile(rows: int, columns: int, warps: int) -> Context:
 
 def _with_scratch(megabytes: int) -> Context:
     """Scratch of the forward by PyTorch's products, which keeps it small on its own account."""
-    return lambda: adapted("scratch_bytes", lambda _: megabytes << 20)
+    return lambda: adapted("map_scratch_bytes", lambda _: megabytes << 20)
+
+
+def _with_chunks(megabytes: int) -> Context:
+    """Chunks of the backward, whatever the card's cache."""
+    return lambda: mock.patch.object(heuristics, "chunk_bytes", lambda _: megabytes << 20)
 
 
 def _with_number(name: str, value: int) -> Context:
@@ -98,7 +103,7 @@ def cam_pool_sweep(small: bool) -> Iterator[KernelWork]:
                 yield _try(work, f"way {way}, tile {tile}", FORWARD, take, _with_tile(*tile))
         # The gradient of few classes is one chunk, whatever its size.
         for size in CHUNK_MEGABYTES if classes > 80 else ():
-            yield _try(work, f"chunks of {size} MB", BACKWARD, _with_number("CHUNK_BYTES", size << 20))
+            yield _try(work, f"chunks of {size} MB", BACKWARD, _with_chunks(size))
 
 
 def large_loss_sweep(small: bool) -> Iterator[KernelWork]:

@@ -10,6 +10,7 @@ is made where another launch than the shipped one is at least `MARGIN` faster, b
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -30,9 +31,9 @@ FACTS = ("gpu", "torch", "triton", "commit")
 # What to change for a try, by how its name begins.
 CHANGES = {
     r"way (\w+), tile (.*)": "heuristics.{op}_way answers {0}, heuristics.{op}_launch has the tile {1}",
-    r"way (\w+), scratch of (.*)": "heuristics.{op}_way answers {0}, heuristics.scratch_bytes allows {1}",
+    r"way (\w+), scratch of (.*)": "heuristics.{op}_way answers {0}, heuristics.map_scratch_bytes allows {1}",
     r"way (\w+)": "heuristics.{op}_way answers {0}",
-    r"chunks of (.*)": "heuristics.CHUNK_BYTES is {0}",
+    r"chunks of (.*)": "heuristics.chunk_bytes gives {0}",
     r"tile (.*)": "heuristics.mask_launch gives {0}",
     r"several programs": "heuristics.SINGLE_LAUNCH_ENTRIES is below this shape",
 }
@@ -160,6 +161,10 @@ def report(folders: list[Path]) -> Iterator[str]:
     others = {(c["gpu"], c["commit"]) for c in checks} - {(s["gpu"], s["commit"]) for s in steps}
     if others:
         raise UserError(f"checks.csv is of {others.pop()}, another machine or commit than the session; leave it out")
+    for path in (folder / "ceilings.json" for folder in folders):
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))["workspace_mb"]
+            yield f"cuBLAS keeps {kept:.1f} MB of workspace, which no figure of extra memory holds."
     yield ""
     rows = [[s["step"], s["status"], f"{s['seconds']:.0f}", f"{s['planned_s']:.0f}"] for s in steps]
     yield from table(["step", "outcome", "seconds", "planned"], rows)

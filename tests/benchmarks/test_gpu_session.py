@@ -207,14 +207,18 @@ def test_results_do_not_go_among_other_files(tmp_path):
         check_folder(tmp_path / "notes.txt")
 
 
-BLOCKED = """
-import importlib.abc, sys
-NAMES = ("deepspeed", "jsonargparse", "docstring_parser", "nvidia.dali")
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if any(name == n or name.startswith(n + ".") for n in NAMES):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Blocker())
+# Nothing is installed but torch, triton, timm and what they bring; what a library merely looks for is not there either.
+BLOCK = """
+import sys
+from importlib.machinery import PathFinder
+NAMES = ("deepspeed", "jsonargparse", "docstring_parser", "nvidia.dali", "rich", "pyarrow", "matplotlib", "sklearn",
+    "scipy", "pandas", "tensorboard", "psutil", "onnx", "onnxruntime", "transformers", "pytest", "hypothesis")
+found = PathFinder.find_spec
+def find_spec(cls, name, path=None, target=None):
+    return None if any(name == n or name.startswith(n + ".") for n in NAMES) else found(name, path, target)
+PathFinder.find_spec = classmethod(find_spec)
+"""
+BLOCKED = f"""{BLOCK}
 import benchmarks.gpu_session, benchmarks.session_report, benchmarks.kernel_precompile, benchmarks.bench_kernels
 import benchmarks.bench_step, tests.gpu_check
 from benchmarks.session_plan import SELECTIONS, steps_of
@@ -223,8 +227,13 @@ for selection in SELECTIONS.values():
     assert selection.works()
 assert not installed("nvidia.dali") and not installed("deepspeed") and installed("torch")
 print(*[step.name for step in steps_of(None, installed)], sep=",")
-loaded = [n for n in sys.modules if n.split(".")[0] in ("deepspeed", "jsonargparse", "docstring_parser", "matplotlib")]
+loaded = [n for n in sys.modules if any(n == name or n.startswith(name + ".") for name in NAMES)]
 assert not loaded, loaded
+"""
+REHEARSED = f"""{BLOCK}
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -233,6 +242,29 @@ def test_everything_about_kernels_works_with_torch_triton_and_timm_alone():
     assert done.returncode == 0, done.stderr
     names = done.stdout.strip().splitlines()[-1].split(",")
     assert "training steps" in names and not any("whole" in name for name in names) and len(names) == len(STEPS) - 2
+
+
+@pytest.mark.parametrize("part", [[], ["--part", "1"], ["--part", "2"]], ids=lambda part: part[-1] if part else "all")
+def test_the_command_is_rehearsed_with_torch_triton_and_timm_alone(part, tmp_path):
+    words = ["benchmarks/gpu_session.py", "--out", str(tmp_path / "new"), "--dry-run", "--commit", "abc", *part]
+    done = subprocess.run([sys.executable, "-c", REHEARSED, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    steps = steps_of(int(part[-1]) if part else None, lambda module: module not in ("nvidia.dali", "deepspeed"))
+    assert all(f" {step.name}: {step.what}" in done.stdout for step in steps) and "whole" not in done.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_training_step_runs_with_torch_triton_and_timm_alone(tmp_path):
+    """The step of the plan that needs none of the other libraries, on the CPU and at the smallest size."""
+    words = ["benchmarks/bench_step.py", "--input", "memory", "--loop", "torch", "--methods", "an", "--steps", "1"]
+    words += ["--rounds", "1", "--count", "2", "--batch-size", "2", "--image-size", "32", "--backbone", "test_resnet"]
+    words += ["--results", str(tmp_path), "--commit", "abc"]
+    done = subprocess.run([sys.executable, "-c", REHEARSED, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (table,) = tmp_path.glob("*_steps.csv")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert any(row["provider"] == "spml_fast" and float(row["images_per_second"]) > 0 for row in rows)
 
 
 def test_without_a_gpu_a_session_says_so_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -79,7 +79,7 @@ def test_numbers_of_the_sweep_reach_the_ops():
             assert len(heuristics.cam_pool_chunks(*shape)) > shipped
     for work in of("cam_pool", "way vendor, scratch of 16 MB"):
         with work.around():
-            assert forward.scratch_bytes(10, 10, 2) == 16 << 20
+            assert forward.map_scratch_bytes(10, 10, 2, 128) == 16 << 20
     for work in of("large_loss", "several programs"):
         assert heuristics.large_loss_single_launch(16) is not None
         with work.around():

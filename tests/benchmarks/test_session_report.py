@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     rows = [{"set": "checks" if n.startswith("ops") else "sweep", "item": n, "status": s, **FACTS} for n, s in pieces]
     merge_csv(out / "compile.csv", rows, key=("set", "item"))
     merge_csv(out / "checks.csv", [{"check": "repeat", "outcome": "passed", "note": "all", **FACTS}], key=("check",))
+    (out / "ceilings.json").write_text(json.dumps({"ceilings": CEILINGS, "workspace_mb": 33.5, "machine": FACTS}))
     step = {"op": "step", "shape": "ll_r resnet50 448 px B 32 C 80", "mode": "memory torch", "status": "ok", **FACTS}
     step |= {"images_per_second": 812.3, "forward_s": 0.01, "backward_s": 0.02, "memory_gib": 9.5}
     merge_csv(out / "some_card_steps.csv", [{**step, "provider": "spml_fast"}])
@@ -60,6 +62,7 @@ def test_a_report_has_everything_that_was_measured(folder):
     assert "| headline | ok | 62 | 120 |" in text or "| headline | ok | 61 | 120 |" in text
     assert "Against fp64: 1 of 2 pieces passed.\n- ops (2): FAILED AssertionError: two runs differ" in text
     assert "- repeat: passed, all" in text
+    assert "cuBLAS keeps 33.5 MB of workspace" in text
     # 2 ms by the made-up clock, host 7 us, the best eager form of three, chunked, bare product, times in turn.
     place = "cam_pool fp32 B 2 HW 5x5 K 8 C 4 dense, step"
     cam = next(line for line in text.splitlines() if line.startswith(f"| {place} |"))

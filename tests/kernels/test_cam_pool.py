@@ -177,6 +177,14 @@ def test_maps_of_chosen_classes():
             torch.testing.assert_close(maps[b, n], expected, rtol=0, atol=1e-13)
 
 
+def test_ids_that_are_no_class_give_maps_of_zeros():
+    features, weight, bias = random_inputs()
+    maps = cam_map(features, weight, bias, torch.tensor([[7, 6], [2**40, 0], [-9, 3]]))
+    assert not maps[:, 0].any() and all(maps[b, 1].any() for b in range(3))
+    # Of one class too, where there is no other to look up in its place.
+    assert not cam_map(features, weight[:1], bias[:1], torch.tensor([[-1], [1], [-1]])).any()
+
+
 def test_maps_are_differentiable_and_padding_gets_nothing():
     features, weight, bias = (t.requires_grad_() for t in random_inputs(B=1, H=2, W=2, K=3, C=4))
     assert torch.autograd.gradcheck(lambda *x: cam_map(*x, torch.tensor([[2, -1, 2]])), (features, weight, bias))

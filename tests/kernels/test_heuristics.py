@@ -7,6 +7,7 @@ import itertools
 import pytest
 from spml_kernels.cam_pool.chunked import chunk_size
 from spml_kernels.common.heuristics import (
+    ALIGNED,
     CAM_POOL_WAYS,
     CHUNK_BYTES,
     EXPAND_ROWS,
@@ -17,6 +18,7 @@ from spml_kernels.common.heuristics import (
     cam_pool_launch,
     cam_pool_way,
     cam_pool_wide,
+    chunk_bytes,
     class_map_launch,
     columns_launch,
     expand_rows,
@@ -26,6 +28,7 @@ from spml_kernels.common.heuristics import (
     label_rows_launch,
     large_loss_single_launch,
     large_loss_way,
+    map_scratch_bytes,
     mask_launch,
     next_power_of_two,
     normalise_launch,
@@ -189,10 +192,34 @@ def test_memory_of_cam_pool_beside_its_outputs():
     assert len(chunks) <= 14 and max(c.rows for c in chunks) * 5000 * 2 <= CHUNK_BYTES
 
 
+@pytest.mark.parametrize("shape", [(128, 196, 5000), (32, 1024, 5000), (64, 196, 9605)])
+def test_memory_of_products_by_pytorch(shape):
+    """In inference a tenth of a bf16 map, and chunks that fill 132 multiprocessors with tiles of 128 x 128."""
+    batch, cells, classes = shape
+    rows, tiles = batch * cells, cam_pool_launch(*shape, 2048, True, 90, "vendor").tiles
+    cam, stride = rows * classes * 2, -(-classes // ALIGNED) * ALIGNED
+    scratch = map_scratch_bytes(rows, classes, 2, tiles.rows)
+    chunk = scratch // (4 * stride) // tiles.rows * tiles.rows
+    slots = 16 * classes * -(-rows // tiles.rows)
+    assert chunk // 128 * -(-classes // 128) >= 132 and scratch + slots <= cam / 10
+
+
+def test_chunks_grow_with_the_cache_and_do_not_shrink_with_it():
+    assert [chunk_bytes(mib << 20) >> 20 for mib in (0, 6, 40, 50, 126)] == [32, 32, 32, 33, 84]
+    shape = (128 * 196, 5000, 5008, 2048, 2, True)
+    assert cam_pool_chunks(*shape) == cam_pool_chunks(*shape, 6 << 20) == cam_pool_chunks(*shape, 50 << 20)
+    assert len(cam_pool_chunks(*shape, 126 << 20)) < len(cam_pool_chunks(*shape))
+
+
 def test_few_classes_are_one_chunk():
     for classes in (20, 80):
         assert len(cam_pool_chunks(128 * 196, classes, -(-classes // 16) * 16, 2048, 2, True)) == 1
     assert len(cam_pool_chunks(128 * 196, 80, 80, 2048, 2, False)) == 1
+    # The last cells of a map of 49 * 128 are no multiple of a program's.
+    assert len(cam_pool_chunks(128 * 49, 312, 320, 1280, 2, True)) == 1
+    # In fp32 too; and where PyTorch multiplies, so that features are read once.
+    assert len(cam_pool_chunks(128 * 196, 80, 80, 2048, 4, True)) == 1
+    assert map_scratch_bytes(128 * 196, 80, 2, 256) == 128 * 196 * 80 * 4
     assert len(cam_pool_chunks(128 * 196, 312, 320, 2048, 2, True)) == 2
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from spml_kernels.cam_pool.tiles import launch_of
+from spml_kernels.cam_pool.tiles import cache_of, launch_of
 from spml_kernels.common import dispatch, ops
 from spml_kernels.common.heuristics import CAM_POOL_WAYS, LARGE_LOSS_SELECTS
 from spml_kernels.large_loss.op import way_of
@@ -80,6 +81,14 @@ def test_no_op_is_registered_without_the_guard():
         name for p in KERNELS.rglob("*.py") for name in re.findall(r'@define\("(spml::\w+)"\)', Path(p).read_text())
     ]
     assert len(names) >= 10 and len(set(names)) == len(names)
+
+
+def test_the_cache_is_that_of_the_tensor_s_card(monkeypatch):
+    cards = {torch.device("cuda", 1): SimpleNamespace(L2_cache_size=50 << 20)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    with torch._subclasses.FakeTensorMode():
+        tensor = torch.empty(2, device="cuda:1")
+    assert cache_of(tensor) == 50 << 20 and cache_of(torch.empty(2)) == 0
 
 
 def test_rocm_takes_the_reference(monkeypatch):

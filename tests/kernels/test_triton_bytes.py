@@ -123,7 +123,7 @@ def test_formulas_give_what_is_counted(work: KernelWork, other: bool, monkeypatc
     if other:
         monkeypatch.setattr(tiles, "DEFAULT", (90, "vendor"))
         monkeypatch.setattr(heuristics, "SMALL_BYTES", 1)
-        monkeypatch.setattr(heuristics, "CHUNK_BYTES", 64 << 10)
+        monkeypatch.setattr(heuristics, "chunk_bytes", lambda _: 64 << 10)
     inputs = work.inputs("cpu")
     seen = kernels(count(make_call(work, "fused", "step" if work.leaves else "fwd", inputs)))
     assert seen
@@ -153,7 +153,7 @@ def test_tiling_of_cam_pool_and_no_map_in_memory(monkeypatch):
     """Every tile of classes reads the features once, every tile of cells the weights; no map is in memory at once."""
     monkeypatch.setattr(heuristics, "EXPAND_ROWS", 64)
     monkeypatch.setattr(heuristics, "SMALL_BYTES", 1)
-    monkeypatch.setattr(heuristics, "CHUNK_BYTES", 64 * 320 * 4)
+    monkeypatch.setattr(heuristics, "chunk_bytes", lambda _: 64 * 320 * 4)
     # Products whose result is wider than their operands are made of fp32 copies without a GPU; fp32 needs none.
     work = cam_work(2, 16, 16, 320, torch.float32)
     cam = 512 * 320 * 4

@@ -195,6 +195,18 @@ def test_groups_are_independent(device):
     assert torch.equal(whole, torch.cat(parts))
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_ids_that_are_no_class_count_as_none(norm, device):
+    """Nothing is looked up outside of the weights, and neither a group nor the union has them."""
+    features, weight, bias, classes, images = draw(4, (6, 6), (40, 40), chosen=3, device=device)
+    none = torch.where(torch.arange(3, device=device) == 1, -1, classes)
+    for far in (9, 2**31, 2**62, -5):
+        other = torch.where(torch.arange(3, device=device) == 1, far, classes)
+        found, wanted = (cam_mask(features, weight, bias, ids, images, 0.45, norm, 2) for ids in (other, none))
+        assert torch.equal(found, wanted)
+    check([features, weight, bias, other, images], norm=norm)
+
+
 def test_several_positives_take_the_union(device):
     features, weight, bias, _, images = draw(2, (6, 6), (16, 48), device=device)
     ids = torch.tensor([[1, -1, -1], [-1, -1, 4], [-1, 7, -1], [1, 7, 4]], device=device)

@@ -43,6 +43,7 @@ def way(request, device):
         if small:
             patch.setattr(heuristics, "SMALL_BYTES", 1)
             patch.setattr(heuristics, "CHUNK_BYTES", 64 << 10)
+            patch.setattr(heuristics, "chunk_bytes", lambda _: 64 << 10)
         patch.setenv("SPML_CAM_POOL", request.param)
         # Two programs, so that each takes several tiles where there are more.
         patch.setattr(tiles, "FULL_GPU", 2)
@@ -120,7 +121,7 @@ def test_chunks_of_cells(dtype, spare, device, monkeypatch):
     # Many chunks: first in the end of dX, then in memory of their own; without dX all in memory of their own.
     monkeypatch.setattr(heuristics, "SMALL_BYTES", 1)
     monkeypatch.setattr(heuristics, "EXPAND_ROWS", 64)
-    monkeypatch.setattr(heuristics, "CHUNK_BYTES", 128 * 80 * dtype.itemsize)
+    monkeypatch.setattr(heuristics, "chunk_bytes", lambda _: 128 * 80 * dtype.itemsize)
     batch, side, channels, classes = 9, 7, 40, 70
     chunks = heuristics.cam_pool_chunks(batch * side * side, classes, 80, channels, dtype.itemsize, spare)
     assert len(chunks) > 4 and {c.own for c in chunks} == ({True, False} if spare else {True})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,6 +24,9 @@ def need_data(*parts: str) -> Path:
     path = find_data(*parts)
     if path is not None:
         return path
+    # Benchmarks use this file where pytest is not installed.
+    import pytest
+
     name = "/".join(parts)
     if os.environ.get("SPML_TEST_DATA"):
         pytest.fail(f"SPML_TEST_DATA is set to {os.environ['SPML_TEST_DATA']}, which has no {name}")

@@ -11,7 +11,9 @@ def _class_map_kernel(
     weight_ptr,
     bias_ptr,
     ids_ptr,
+    known_ptr,
     maps_ptr,
+    classes,
     chosen,
     cells,
     channels,
@@ -24,8 +26,9 @@ def _class_map_kernel(
 
     Args:
         features_ptr: [B, cells, channels]; weight_ptr: [C, channels]; bias_ptr: [C].
-        ids_ptr: int64 [B, chosen], -1 for none.
-        maps_ptr: fp32 [B, chosen, cells], not written for -1.
+        ids_ptr: int64 [B, chosen], -1 for none; what is not within 0..classes-1 is none.
+        known_ptr: the same shape, ids written with -1 for none.
+        maps_ptr: fp32 [B, chosen, cells], not written for none.
     """
     blocks = tl.cdiv(cells, BLOCK_P)
     image = (tl.program_id(0) // blocks).to(tl.int64)
@@ -33,9 +36,16 @@ def _class_map_kernel(
     k = tl.arange(0, BLOCK_K)
     # Lanes past the last cell repeat it and are dropped at the end: loads need no mask for them.
     x_lane = tl.minimum(cell, cells - 1)[:, None] * channels + k[None, :]
+    if tl.program_id(0) % blocks == 0:
+        # By itself, since a loop that does both keeps a number on the stack with some compilers.
+        for place in range(0, chosen):
+            one = tl.load(ids_ptr + image * chosen + place)
+            tl.store(known_ptr + image * chosen + place, tl.where((one >= 0) & (one < classes), one, -1))
     for first in range(0, chosen, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         ids = tl.load(ids_ptr + image * chosen + n, mask=n < chosen, other=-1)
+        # An id that is no class would be looked up outside of the weights.
+        ids = tl.where((ids >= 0) & (ids < classes), ids, -1)
         if tl.max(ids, 0) >= 0:
             cls = tl.maximum(ids, 0)
             x_ptr = features_ptr + image * cells * channels

@@ -49,8 +49,9 @@ def cam_mask(
         features: [B, h, w, K], any floating dtype; channels-last feature memory is contiguous in this shape.
         weight: [C, K] class weights.
         bias: [C].
-        classes: int64 [B, N] observed classes of each image, padded with -1. Several give the union of their masks;
-            a row without any keeps its whole image and takes no part in the normalisation.
+        classes: int64 [B, N] observed classes of each image, padded with -1, which whatever is not within 0..C-1 counts
+            as. Several give the union of their masks; a row without any keeps its whole image and takes no part in the
+            normalisation.
         images: [B, 3, S, S].
         threshold: a pixel is kept where the normalised, upsampled map is greater.
         norm: over what the map M is normalised.
@@ -217,13 +218,16 @@ def cam_mask_op(
         return _copy(images)
     classes = classes.contiguous()
     maps = torch.empty(batch, chosen, height, width, dtype=torch.float32, device=features.device)
+    known = torch.empty_like(classes)
     launch = class_map_launch(channels, chosen)
     _class_map_kernel[(batch * cdiv(cells, launch.cells),)](
         features.contiguous(),
         weight.contiguous(),
         bias.contiguous(),
         classes,
+        known,
         maps,
+        len(weight),
         chosen,
         cells,
         channels,
@@ -234,8 +238,8 @@ def cam_mask_op(
         num_warps=launch.warps,
         **LAUNCH,
     )
-    _normalise(maps, maps, classes, norm, group)
-    return _apply(maps, classes, images, threshold)
+    _normalise(maps, maps, known, norm, group)
+    return _apply(maps, known, images, threshold)
 
 
 @cam_mask_op.register_fake

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from spml_kernels.cam_pool.reference import cam_map_reference
+from spml_kernels.cam_pool.reference import known_classes, map_of_known
 
 
 def positive_classes_reference(codes_BC: Tensor, width: int) -> Tensor:
@@ -79,5 +79,6 @@ def cam_mask_reference(
     group: int,
 ) -> Tensor:
     """As `spml_kernels.cam_mask`."""
-    maps = cam_map_reference(features_BHWK.detach(), weight_CK.detach(), bias_C.detach(), classes_BN)
-    return map_mask_reference(maps, classes_BN, images, threshold, norm, group)
+    known_BN = known_classes(classes_BN, len(weight_CK))
+    maps = map_of_known(features_BHWK.detach(), weight_CK.detach(), bias_C.detach(), known_BN)
+    return map_mask_reference(maps, known_BN, images, threshold, norm, group)

@@ -23,20 +23,20 @@ from torch import Tensor
 
 from spml_kernels.cam_pool.kernels import _cam_pool_expand_kernel
 from spml_kernels.cam_pool.products import wide_product
+from spml_kernels.cam_pool.tiles import cache_of
 from spml_kernels.common.heuristics import (
+    ALIGNED,
     CHUNK_BYTES,
     WORD,
     Chunk,
     cam_pool_chunks,
     expand_classes,
     expand_rows,
+    expand_warps,
     images_per_tile,
 )
 from spml_kernels.common.jit import LAUNCH, cdiv
 from spml_kernels.common.ops import define
-
-# Elements that a row of scratch is a multiple of: what Triton looks for in a number to make wide stores.
-ALIGNED = 16
 
 
 @define("spml::cam_pool_backward")
@@ -64,7 +64,7 @@ def cam_pool_backward_op(
         scale = (torch.maximum(grad_mean.abs().amax(), grad_relu.abs().amax()) / cells).clamp(min=1e-30)
     parts = torch.empty(cdiv(rows, expand_rows(classes)), classes, **make)
     stride = cdiv(classes, ALIGNED) * ALIGNED
-    chunks = cam_pool_chunks(rows, classes, stride, channels, dtype.itemsize, want_x)
+    chunks = cam_pool_chunks(rows, classes, stride, channels, dtype.itemsize, want_x, cache_of(features))
     own = torch.empty(max((c.rows for c in chunks if c.own), default=0) * stride, dtype=dtype, device=features.device)
     weights = _WeightSum(weight, dtype, want_w, len(chunks), scale)
     for chunk in chunks:
@@ -134,7 +134,7 @@ def _expand(
         TOUCHED=images_per_tile(WORD, cells),
         LINES=each // WORD,
         BLOCK=block,
-        num_warps=8,
+        num_warps=expand_warps(classes),
         **LAUNCH,
     )
 

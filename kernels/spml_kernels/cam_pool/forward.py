@@ -8,8 +8,8 @@ Cells of one image follow those of another, so a tile holds the end of one image
 more. Sums of whole images are final; the two others go to a buffer of two slots per tile, which a second kernel adds up
 in a fixed order.
 On Hopper large maps take a persistent form of that kernel: operands are copied by tensor descriptors, also during the
-sums. Where card or compiler suit neither, PyTorch makes the products of a chunk of classes, and a kernel sums them in
-the same way. `heuristics.cam_pool_way` chooses, the variable SPML_CAM_POOL takes one of the three.
+sums. Where card or compiler suit neither, PyTorch makes the products of a chunk of cells, and a kernel sums them in the
+same way. `heuristics.cam_pool_way` chooses, the variable SPML_CAM_POOL takes one of the three.
 What is kept is one bit per cell, the sign, 32 cells of one class to a word: making the map again instead would be a
 fourth product beside the three that forward and backward need anyway, a bit costs 1/16 of a bf16 map.
 The gradients are in `backward`, all kernels in `kernels`.
@@ -35,7 +35,7 @@ from spml_kernels.cam_pool.reference import cam_map_reference, cam_pool_referenc
 from spml_kernels.cam_pool.tiles import constants, descriptor, launch_of, most_images, precision, sums
 from spml_kernels.common.autograd import without_gradient
 from spml_kernels.common.dispatch import use_triton
-from spml_kernels.common.heuristics import LANES, WORD, CamPoolLaunch, scratch_bytes
+from spml_kernels.common.heuristics import ALIGNED, LANES, WORD, CamPoolLaunch, map_scratch_bytes
 from spml_kernels.common.jit import LAUNCH, cdiv
 from spml_kernels.common.ops import define
 
@@ -72,7 +72,7 @@ def cam_map(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> 
         features: [B, H, W, K].
         weight: [C, K].
         bias: [C].
-        classes: int64 [B, N] class ids; -1 gives a map of zeros.
+        classes: int64 [B, N] class ids; -1, or whatever is not within 0..C-1, gives a map of zeros.
 
     Returns:
         [B, N, H, W], fp32 (fp64 for fp64 input), signed, bias included.
@@ -192,20 +192,23 @@ def _persistent(
 def _vendor(
     launch: CamPoolLaunch, x: Tensor, w: Tensor, bias: Tensor, mean: Tensor, relu: Tensor, part: Tensor, bits: Tensor
 ) -> None:
-    """Products by PyTorch into fp32 scratch for a chunk of classes, summed by a kernel.
+    """Products by PyTorch into fp32 scratch for a chunk of cells, summed by a kernel.
 
-    Rounded to half precision, a cell whose product and bias nearly cancel would change its sign.
+    Features are read once, and all weights for every chunk, from the cache where they fit. Rounded to half precision, a
+    cell whose product and bias nearly cancel would change its sign.
     """
     batch, height, width, channels = x.shape
     cells, classes, tiles = height * width, len(w), launch.tiles
-    rows = batch * cells
-    fit = scratch_bytes(rows, classes, x.element_size()) // (4 * rows)
-    size = min(max(fit // LANES, 1), cdiv(classes, LANES)) * LANES
-    cam = torch.empty(rows, size, dtype=torch.float32, device=x.device)
-    for first in range(0, classes, size):
-        number = min(size, classes - first)
-        wide_product(x.view(rows, channels), w[first : first + number].T, cam[:, :number])
-        _cam_pool_reduce_kernel[(cdiv(rows, tiles.rows) * cdiv(number, tiles.classes),)](
+    rows, stride = batch * cells, cdiv(classes, ALIGNED) * ALIGNED
+    fit = map_scratch_bytes(rows, classes, x.element_size(), tiles.rows) // (4 * stride)
+    # Chunks begin where tiles do.
+    size = rows if fit >= rows else max(fit // tiles.rows, 1) * tiles.rows
+    cam = torch.empty(min(size, rows), stride, dtype=torch.float32, device=x.device)
+    x = x.view(rows, channels)
+    for first in range(0, rows, size):
+        number = min(size, rows - first)
+        wide_product(x[first : first + number], w.T, cam[:number, :classes])
+        _cam_pool_reduce_kernel[(cdiv(number, tiles.rows) * cdiv(bits.shape[1], tiles.classes),)](
             cam,
             bias,
             mean,
@@ -215,7 +218,7 @@ def _vendor(
             rows,
             first,
             number,
-            size,
+            stride,
             classes,
             cells,
             bits.shape[1],

@@ -348,7 +348,7 @@ def _cam_pool_finish_kernel(
         tl.store(relu_ptr + out, total_relu * scale, mask=inside)
 
 
-@jit(do_not_specialize=["rows", "first_cls"])
+@jit(do_not_specialize=["rows", "first", "number"])
 def _cam_pool_reduce_kernel(
     map_ptr,
     bias_ptr,
@@ -357,7 +357,7 @@ def _cam_pool_reduce_kernel(
     part_ptr,
     bits_ptr,
     rows,
-    first_cls,
+    first,
     number,
     map_stride,
     classes,
@@ -373,16 +373,21 @@ def _cam_pool_reduce_kernel(
     """As the forward kernel, from products that are in memory.
 
     Args:
-        map_ptr: [rows, map_stride], products of the classes from first_cls on, without bias.
-        number: of these classes; the last chunk may have fewer than others.
+        map_ptr: [number, map_stride], products of the cells from `first` on, without bias; columns past the last class
+            may hold anything.
+        first: a multiple of BLOCK_R.
+        number: of these cells; the last chunk may have fewer than others.
         The other arguments are those of `_cam_pool_fwd_kernel`.
     """
-    tiles = tl.cdiv(number, BLOCK_C)
+    # Rows of signs are written to their end.
+    tiles = tl.cdiv(stride, BLOCK_C)
     tile_r = tl.program_id(0) // tiles
-    lane = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_cls = tl.program_id(0) % tiles * BLOCK_C
+    lane = first_cls + tl.arange(0, BLOCK_C)
     row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     place = map_ptr + row.to(tl.int64)[None, :] * map_stride + lane[:, None]
-    acc = tl.load(place, mask=(row < rows)[None, :] & (lane < number)[:, None], other=0.0).to(tl.float32)
+    # Rows are read whole: their length is a multiple of what one load takes, the number of classes need not be.
+    acc = tl.load(place, mask=(row < number)[None, :] & (lane < map_stride)[:, None], other=0.0)
     _end_tile(
         acc,
         bias_ptr,
@@ -390,8 +395,8 @@ def _cam_pool_reduce_kernel(
         relu_ptr,
         part_ptr,
         bits_ptr,
-        tile_r,
-        first_cls + tl.program_id(0) % tiles * BLOCK_C,
+        first // BLOCK_R + tile_r,
+        first_cls,
         rows,
         classes,
         cells,

@@ -24,9 +24,19 @@ def cam_pool_reference(
     return mean_BC, cam_BPC.relu().mean(1)
 
 
-def cam_map_reference(features_BHWK: Tensor, weight_CK: Tensor, bias_C: Tensor, classes_BN: Tensor) -> Tensor:
-    """As `spml_kernels.cam_map`."""
+def known_classes(classes_BN: Tensor, number: int) -> Tensor:
+    """Class ids with -1 in the place of what is not below `number`."""
+    return torch.where(classes_BN < number, classes_BN, -1)
+
+
+def map_of_known(features_BHWK: Tensor, weight_CK: Tensor, bias_C: Tensor, classes_BN: Tensor) -> Tensor:
+    """As `spml_kernels.cam_map`, for ids below C."""
     features, weight, bias = _accumulate(features_BHWK), _accumulate(weight_CK), _accumulate(bias_C)
     chosen = classes_BN.clamp(min=0)
     maps = torch.einsum("bhwk,bnk->bnhw", features, weight[chosen]) + bias[chosen][:, :, None, None]
     return torch.where((classes_BN >= 0)[:, :, None, None], maps, torch.zeros_like(maps))
+
+
+def cam_map_reference(features_BHWK: Tensor, weight_CK: Tensor, bias_C: Tensor, classes_BN: Tensor) -> Tensor:
+    """As `spml_kernels.cam_map`."""
+    return map_of_known(features_BHWK, weight_CK, bias_C, known_classes(classes_BN, len(weight_CK)))

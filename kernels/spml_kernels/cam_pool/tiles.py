@@ -43,6 +43,11 @@ def launch_of(features: Tensor, classes: int, way: str | None = None) -> CamPool
     return cam_pool_launch(*shape, channels, half, capability, way, sms)
 
 
+def cache_of(tensor: Tensor) -> int:
+    """Bytes of the level-2 cache of a tensor's card; 0 without one."""
+    return torch.cuda.get_device_properties(tensor.device).L2_cache_size if tensor.is_cuda else 0
+
+
 def constants(dtype: torch.dtype, tiles: CamPoolTiles) -> dict[str, Any]:
     """Constants that both matrix kernels take, for operands of this type. Sums are fp32 in every case."""
     return {

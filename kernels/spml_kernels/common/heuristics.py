@@ -266,7 +266,9 @@ def cam_pool_launch(
     if channels < step:
         step = max(16, next_power_of_two(channels))
     if way == "vendor":
-        return CamPoolLaunch(way, CamPoolTiles(128, 64, step, 8, 1), 1)
+        # Tall tiles have few sums of images that lie in several. 4 loads of 128 bits a thread in 61 registers: 32 warps
+        # a multiprocessor on Hopper.
+        return CamPoolLaunch(way, CamPoolTiles(256, 32, step, 16, 1), 1)
     programs = 0
     # Rows of operands begin at multiples of 16 bytes, and cards before Hopper have no engine for copies of tiles.
     if way == "persistent" and half and channels % 8 == 0 and capability >= 90:
@@ -284,10 +286,27 @@ def cam_pool_launch(
 EXPAND_ROWS = 256
 EXPAND_CLASSES = 256
 
+# Elements that a row of scratch is a multiple of: what Triton looks for in a number to make wide loads and stores.
+ALIGNED = 16
+
 # Scratch that stays in the level-2 cache between the kernel that writes it and the product that reads it (50 MB on an
-# H100, 40 on an A100), and scratch that is never worth avoiding.
+# H100, 40 on an A100), and scratch that is never worth avoiding; a whole map may be twice as large, for which a second
+# chunk would be three launches more.
 CHUNK_BYTES = 32 << 20
 SMALL_BYTES = 4 << 20
+
+
+def chunk_bytes(cache: int) -> int:
+    """Bytes of a chunk of the map's gradient: two thirds of the cache where that is more than `CHUNK_BYTES`.
+
+    Args:
+        cache: bytes of the card's level-2 cache; 0 where it is not known.
+
+    Every chunk reads and writes the weights' gradient and reads the weights, 10 C K bytes with bf16 features; a chunk
+    that leaves the cache is written to memory and read twice, 6 C bytes a cell. So below 5/3 K cells (34 MB at C 5000,
+    K 2048) a chunk costs more than its staying in the cache saves: small caches do not make chunks small.
+    """
+    return max(CHUNK_BYTES, cache * 2 // 3)
 
 
 def expand_rows(classes: int) -> int:
@@ -296,8 +315,18 @@ def expand_rows(classes: int) -> int:
 
 
 def expand_classes(classes: int) -> int:
-    """Classes of one program that writes a chunk."""
-    return min(EXPAND_CLASSES, max(32, next_power_of_two(classes)))
+    """Classes of one program that writes a chunk.
+
+    Few classes are cut into small pieces: 128 at once by 8 warps take up to 128 registers, of which one is spilled in
+    fp32 with triton 3.8 on Hopper, 64 spill one with triton 3.6; 32 by 4 warps take 70 to 92 with every version on
+    record. Programs are many enough, and move the same bytes.
+    """
+    return EXPAND_CLASSES if classes > 128 else 32
+
+
+def expand_warps(classes: int) -> int:
+    """Warps of one program that writes a chunk."""
+    return 8 if classes > 128 else 4
 
 
 class Chunk(NamedTuple):
@@ -314,8 +343,14 @@ class Chunk(NamedTuple):
     own: bool
 
 
+def _allowed(rows: int, classes: int, size: int, tenth: int) -> int:
+    """Scratch of cam_pool for some cells of the map: all of a small map, else what a tenth of the map leaves."""
+    whole = rows * cdiv(classes, ALIGNED) * ALIGNED * size
+    return whole if whole <= 2 * SMALL_BYTES else min(CHUNK_BYTES, max(SMALL_BYTES, tenth))
+
+
 def scratch_bytes(rows: int, classes: int, size: int) -> int:
-    """Memory of its own that cam_pool may take for a chunk: in the backward, with signs and sums, a tenth of the map.
+    """Memory of its own that cam_pool's backward may take for a chunk: with signs and sums, a tenth of the map.
 
     Args:
         rows: cells of all images.
@@ -324,10 +359,28 @@ def scratch_bytes(rows: int, classes: int, size: int) -> int:
     """
     # The signs' rows of classes are a little longer than C.
     kept = rows * (classes + LANES) // 8 + 4 * classes * cdiv(rows, expand_rows(classes))
-    return min(CHUNK_BYTES, max(SMALL_BYTES, rows * classes * size // 10 - kept))
+    return _allowed(rows, classes, size, rows * classes * size // 10 - kept)
 
 
-def cam_pool_chunks(rows: int, classes: int, stride: int, channels: int, size: int, spare: bool) -> list[Chunk]:
+def map_scratch_bytes(rows: int, classes: int, size: int, tile: int) -> int:
+    """Memory that the forward by PyTorch's products may take for a chunk of the map: with sums, a tenth of the map.
+
+    Args:
+        rows: cells of all images.
+        classes: C.
+        size: bytes of an element of the features.
+        tile: cells of a tile, for which there are four sums a class.
+
+    Signs, where they are kept, come on top: they are less than the features' gradient up to C = 16 K, which is not
+    there yet, so that the most memory is taken in the backward.
+    """
+    # Products are kept in fp32, whatever the features are.
+    return _allowed(rows, classes, 4, rows * classes * size // 10 - 16 * classes * cdiv(rows, tile))
+
+
+def cam_pool_chunks(
+    rows: int, classes: int, stride: int, channels: int, size: int, spare: bool, cache: int = 0
+) -> list[Chunk]:
     """Chunks of cells for cam_pool's backward, from the first to the last.
 
     Args:
@@ -337,20 +390,23 @@ def cam_pool_chunks(rows: int, classes: int, stride: int, channels: int, size: i
         channels: K.
         size: bytes of an element.
         spare: whether the features' gradient is made, so that its end can be lent.
+        cache: bytes of the card's level-2 cache; 0 where it is not known.
 
     Every chunk reads and writes the weights' gradient, so there should be few; a chunk that leaves the cache is read
     from memory by both products.
     """
-    own = scratch_bytes(rows, classes, size) // (stride * size)
-    most = CHUNK_BYTES // (stride * size)
+    most = chunk_bytes(cache) // (stride * size)
+    own = min(scratch_bytes(rows, classes, size) // (stride * size), most)
     chunks: list[Chunk] = []
     first = 0
     while first < rows:
         left = rows - first
         # The chunk's own gradient and its scratch fit into what is left, less what aligning the scratch takes.
         lent = min(most, (left * channels - stride) // (stride + channels)) if spare else 0
-        number = max(own, lent, EXPAND_ROWS) // EXPAND_ROWS * EXPAND_ROWS
-        chunks.append(Chunk(first, min(number, left), number > lent))
+        fit = max(own, lent, EXPAND_ROWS)
+        # Chunks begin at multiples, and the last may end anywhere.
+        number = left if fit >= left else fit // EXPAND_ROWS * EXPAND_ROWS
+        chunks.append(Chunk(first, number, number > lent))
         first += number
     return chunks
 

@@ -79,6 +79,8 @@ class Report:
         spills: number of instructions that write to the stack.
         matrix: kinds of matrix instructions found.
         read: whether triton's disassembler knows the card; without it there are no loads, stores, spills and matrix.
+        longest: instructions of the longest way through the kernel with every loop taken once.
+        loops: the same of every loop that has no other within, in the order of the code.
     """
 
     registers: int
@@ -90,6 +92,8 @@ class Report:
     spills: int
     matrix: tuple[str, ...]
     read: bool = True
+    longest: int = 0
+    loops: tuple[int, ...] = ()
 
     def occupancy(self, arch: int) -> float:
         """Share of a multiprocessor's threads that can be resident, by registers and shared memory."""
@@ -124,6 +128,45 @@ def _widths(sass: str, instruction: str) -> dict[int, int]:
     return dict(sorted(widths.items()))
 
 
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+
+
+def instructions(sass: str) -> tuple[int, tuple[int, ...]]:
+    """Instructions of the longest way through a kernel, and of every innermost loop.
+
+    What a warp issues, if it takes the longer side of every branch: of two sides of one test only one is counted.
+
+    Args:
+        sass: the kernel as `cuobjdump -sass` prints it.
+    """
+    code = [(int(m[1], 16), m[2] is not None, m[3], m[4]) for m in _INSTRUCTION.finditer(sass)]
+    places = {address: place for place, (address, *_) in enumerate(code)}
+    follow: list[list[int]] = []
+    back: list[tuple[int, int]] = []
+    for place, (_, guarded, name, operands) in enumerate(code):
+        following = [] if name == "EXIT" and not guarded else [place + 1]
+        if name.startswith("BRA"):
+            # The address may follow a predicate or a uniform register.
+            target = places[int(operands.split()[-1], 16)]
+            if target > place:
+                following = [target, place + 1] if guarded else [target]
+            elif target < place:
+                back.append((target, place))
+        follow.append([p for p in following if p < len(code)])
+
+    def longest(first: int, last: int) -> int:
+        """From one place to another; 0 where no way leads there."""
+        length = {first: 1}
+        for place in range(first, last):
+            for other in follow[place] if place in length else ():
+                length[other] = max(length.get(other, 0), length[place] + 1)
+        return length.get(last, 0)
+
+    ends = [place for place, (_, guarded, name, _) in enumerate(code) if name == "EXIT" and not guarded]
+    inner = [loop for loop in back if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in back)]
+    return max((longest(0, end) for end in ends), default=0), tuple(longest(*loop) for loop in sorted(inner))
+
+
 def compiled_code(case: Case, arch: int) -> Any:
     """Triton's compiled kernel for sm_`arch`, made without a GPU; `asm` holds its stages, `ttir` to `cubin`."""
     from triton.backends.compiler import GPUTarget
@@ -155,6 +198,7 @@ def compile_case(case: Case, arch: int) -> Report:
         loads[width] = loads.get(width, 0) + count
     if copies := len(re.findall(r"\bUTMALDG", sass)):
         loads[1024] = copies
+    longest, loops = instructions(sass)
     kinds = ("HGMMA", "HMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "OMMA")
     return Report(
         registers=numbers["REG"],
@@ -166,6 +210,8 @@ def compile_case(case: Case, arch: int) -> Report:
         spills=len(re.findall(r"\bSTL\b", sass)),
         matrix=tuple(k for k in kinds if re.search(rf"\b{k}\b", sass)),
         read="EXIT" in sass,
+        longest=longest,
+        loops=loops,
     )
 
 

@@ -178,12 +178,14 @@ def _cam_pool_finish(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
 
 @formula("_cam_pool_reduce_kernel")
 def _cam_pool_reduce(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
-    rows, cells, number = a["rows"], a["cells"], a["number"]
-    data = rows * number * _width(a["map_ptr"])
-    touched = sum(_tiles_touched(p, cells, a["BLOCK_R"]) for p in range(rows // cells))
-    lanes = min(cdiv(number, a["BLOCK_C"]) * a["BLOCK_C"], a["stride"] - a["first_cls"])
-    bits = 4 * cdiv(rows, 32) * lanes if a["BITS"] else 0
-    return Moved(data + 4 * number, data + 4 * number * cdiv(rows, a["BLOCK_R"]), 8 * number * touched + bits)
+    first, number, cells, classes = a["first"], a["number"], a["cells"], a["classes"]
+    data = number * a["map_stride"] * _width(a["map_ptr"])
+    tiles = range(first // a["BLOCK_R"], cdiv(first + number, a["BLOCK_R"]))
+    # An image is in a tile's sums where they share a cell.
+    ends = [(t * a["BLOCK_R"], min((t + 1) * a["BLOCK_R"], a["rows"])) for t in tiles]
+    touched = sum((stop - 1) // cells - start // cells + 1 for start, stop in ends)
+    bits = 4 * cdiv(number, 32) * a["stride"] if a["BITS"] else 0
+    return Moved(data + 4 * classes, data + 4 * classes * len(tiles), 8 * classes * touched + bits)
 
 
 @formula("_cam_pool_expand_kernel")
@@ -248,7 +250,9 @@ def _class_map(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     if ids is None:
         # All there, and all different.
         ids = [place % len(a["weight_ptr"]) for place in range(images * chosen)]
-    read = written = seen = 0
+    ids = [i if i < len(a["weight_ptr"]) else -1 for i in ids]
+    read = seen = 0
+    written = 8 * images * chosen
     used: set[int] = set()
     for image in range(images):
         row = ids[image * chosen :][:chosen]
@@ -261,7 +265,8 @@ def _class_map(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
                 lanes = {max(i, 0) for i in part} | ({0} if len(part) < together else set())
                 used |= lanes
                 read += cells * channels * features + blocks * len(lanes) * (channels * weight + bias)
-        read += 8 * blocks * chosen
+        # The first program of an image reads its ids twice.
+        read += 8 * (blocks + 1) * chosen
     unique = seen * cells * channels * features + len(used) * (channels * weight + bias) + 8 * images * chosen
     return Moved(unique, read, written)
 

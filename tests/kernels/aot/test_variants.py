@@ -14,6 +14,8 @@ if not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton, not interpreting", allow_module_level=True)
 
 import spml_kernels
+from spml_kernels.common import heuristics
+from spml_kernels.common.heuristics import CAM_POOL_WAYS
 from spml_kernels.devtools.counting import Launch, count
 
 from spml_fast.methods import get_method
@@ -87,12 +89,32 @@ def test_short_batches_of_losses(rows):
         assert len(found) == 1, name
 
 
-def test_short_batches_of_maps():
+@pytest.mark.parametrize("way", CAM_POOL_WAYS)
+def test_short_batches_of_maps(way, monkeypatch):
+    """Forward and backward, one chunk of cells or several: all kernels of a way."""
+    monkeypatch.setenv("SPML_CAM_POOL", way)
+    monkeypatch.setattr(heuristics, "SMALL_BYTES", 1)
+    monkeypatch.setattr(heuristics, "CHUNK_BYTES", 256 << 10)
+
     def batches() -> None:
         for rows in BATCHES:
-            features = torch.empty(rows, 7, 7, 64, device="meta", dtype=torch.bfloat16)
+            features = torch.empty(rows, 7, 7, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
             weight, bias = torch.empty(CLASSES, 64, device="meta"), torch.empty(CLASSES, device="meta")
-            spml_kernels.cam_pool(features, weight, bias)
+            means = spml_kernels.cam_pool(features, weight.requires_grad_(), bias.requires_grad_())
+            torch.autograd.grad(sum(mean.sum() for mean in means), (features, weight, bias))
 
-    launches = [launch for launch in count(batches) if launch.name == "_cam_pool_fwd_kernel"]
-    assert len(launches) == len(BATCHES) and len(variants(launches)["_cam_pool_fwd_kernel"]) == 1
+    launches = [launch for launch in count(batches) if launch.kernel is not None]
+    first = {"tile": "fwd", "persistent": "persistent", "vendor": "reduce"}[way]
+    found = variants(launches)
+    assert set(found) == {f"_cam_pool_{name}_kernel" for name in (first, "finish", "expand")}
+    assert len(launches) > 3 * len(BATCHES) and all(len(kinds) == 1 for kinds in found.values()), found
+
+
+def test_short_batches_of_masked_images():
+    def batches() -> None:
+        for rows in BATCHES:
+            head = (torch.empty(*shape, device="meta") for shape in ((rows, 7, 7, 64), (CLASSES, 64), (CLASSES,)))
+            ids = torch.empty(rows, 1, dtype=torch.int64, device="meta")
+            spml_kernels.cam_mask(*head, ids, torch.empty(rows, 3, 64, 64, device="meta"), 0.5)
+
+    assert all(len(kinds) == 1 for kinds in variants(count(batches)).values())

@@ -33,13 +33,14 @@ def aot_cases(arch: int = 90) -> Iterator[Case]:
                 "weight_ptr": "*fp32",
                 "bias_ptr": "*fp32",
                 "ids_ptr": "*i64",
+                "known_ptr": "*i64",
                 "maps_ptr": "*fp32",
             }
             yield Case(
                 "cam_mask maps",
                 f"{dtype} K {channels} HW {cells}x{cells} N {chosen}",
                 _class_map_kernel,
-                {**pointers, **dict.fromkeys((*numbers, "cells", "channels"), "i32")},
+                {**pointers, **dict.fromkeys(("classes", *numbers, "cells", "channels"), "i32")},
                 {
                     **one,
                     "EVEN": channels % launch.channels == 0,

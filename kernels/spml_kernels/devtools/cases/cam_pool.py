@@ -22,6 +22,7 @@ from spml_kernels.common.heuristics import (
     cam_pool_launch,
     expand_classes,
     expand_rows,
+    expand_warps,
     images_per_tile,
 )
 from spml_kernels.devtools.aot import Case
@@ -145,7 +146,7 @@ def _other_cases(arch: int) -> Iterator[Case]:
         data, numbers = shape.pointer, {name: kind for name, kind in shape.types.items() if name != "channels"}
         aligned = tuple(name for name in shape.aligned if name != "channels")
         maps: dict[str, str | tuple[str, ...]] = {"map_ptr": "*fp32", **_RESULTS}
-        chunk: dict[str, str | tuple[str, ...]] = {"first_cls": "i32", "number": "i32", "map_stride": "i32"}
+        chunk: dict[str, str | tuple[str, ...]] = {"first": "i32", "number": "i32", "map_stride": "i32"}
         yield Case(
             "cam_pool sums",
             shape.name,
@@ -156,13 +157,7 @@ def _other_cases(arch: int) -> Iterator[Case]:
                 "BLOCK_R": shape.launch.tiles.rows,
                 "BLOCK_C": shape.launch.tiles.classes,
             },
-            # All chunks but the last have a multiple of 64 classes; where there is one alone, it has C.
-            (
-                *maps,
-                "map_stride",
-                *(("number",) if shape.classes >= LANES or shape.classes % 16 == 0 else ()),
-                *aligned,
-            ),
+            (*maps, "map_stride", *aligned),
             shape.launch.tiles.warps,
         )
         means = ("mean_ptr", "relu_ptr", "scale_ptr")
@@ -181,7 +176,7 @@ def _other_cases(arch: int) -> Iterator[Case]:
                 "BLOCK": expand_classes(classes),
             },
             (*pointers, "out_stride", *aligned),
-            8,
+            expand_warps(classes),
             streamed=False,
         )
 
