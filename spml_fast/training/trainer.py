@@ -33,6 +33,7 @@ from spml_fast.training.bad_image_list import list_bad_images
 from spml_fast.training.batchnorm_state import average_statistics, own_statistics
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.compile_choice import compiled_sizes, settle_compile
+from spml_fast.training.earlier_choices import earlier_choices
 from spml_fast.training.engine import Engine, deepspeed_config
 from spml_fast.training.examples import selected_examples
 from spml_fast.training.final import finish_run
@@ -96,7 +97,8 @@ class Trainer:
         self.resume = distributed.from_main(lambda: find_resume(checkpoints, config.run.resume))
         # The weights that a run started from need not be there any more.
         self.classifier = make_classifier(config.model, classes, side, device, initial=self.resume is None)
-        config, chosen = settle_precision(config, self.classifier, self.resume, device)
+        earlier = distributed.from_main(lambda: earlier_choices(self.resume, self.layout, config))
+        config, chosen = settle_precision(config, self.classifier, earlier, device)
         self.config, self.notes = config, [*self.notes, *chosen]
         self.store = LabelStore(self.data.labels, device)
         set_prior(self.classifier, config, self.store, len(self.data.train))
@@ -111,7 +113,7 @@ class Trainer:
         updates = self.loader.updates_per_epoch
         self.total_updates = sum(p.epochs for p in self.phases) * updates
         updated = self.phases[-1].epochs * updates
-        config, chosen = settle_compile(config, self.classifier, self.resume, device, updated)
+        config, chosen = settle_compile(config, self.classifier, earlier, device, updated)
         self.config, self.notes = config, [*self.notes, *chosen]
         self.pace = Pace(self.phases, updates, config.train, self.data.val, device, config.eval.every)
         defines = defining_options(config, self.data.manifest, device)
