@@ -438,12 +438,7 @@ class Engine:
     @contextlib.contextmanager
     def collectives_within(self, span: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         """Inside, averaging of gradients, and every other collective, runs within a span."""
-        averaging, others = ["allreduce_gradients"], _deepspeed().comm
-        with (
-            wrapped(self._engine, averaging, span),
-            wrapped(dist, COLLECTIVES, span),
-            wrapped(others, COLLECTIVES, span),
-        ):
+        with wrapped(self._engine, ["allreduce_gradients"], span), all_within([dist, _deepspeed().comm], span):
             yield
 
     def close(self) -> None:
