@@ -253,5 +253,9 @@ def test_a_run_says_and_keeps_it(run_script, small_digits: Path, tmp_path: Path)
     file.write_text(json.dumps(entries))
     again, output = train("first", 2)
     assert again == first and "train.precision auto" not in output and "changed options: train.epochs 1 -> 2" in output
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / "config.yaml").write_text((tmp_path / "first" / "config.yaml").read_text())
+    begun, output = train("third", 1)
+    assert begun == first and f"train.precision auto: {first}, as an earlier start of this run chose" in output
     new, output = train("second", 1)
     assert new == other and "measured by an earlier run" in output
