@@ -9,9 +9,23 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 # Of PyTorch and DeepSpeed, whichever of them there are.
-COLLECTIVES = ("all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_into_tensor", "all_gather_coalesced")
-COLLECTIVES += ("all_gather_object", "allgather_fn", "reduce", "reduce_scatter", "reduce_scatter_fn")
-COLLECTIVES += ("reduce_scatter_tensor", "reduce_scatter_single", "broadcast", "broadcast_object_list", "barrier")
+COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "allgather_fn",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_fn",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor",
+)
 
 
 @contextlib.contextmanager
