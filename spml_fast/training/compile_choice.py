@@ -157,7 +157,7 @@ def _measured_choice(config: Config, classifier: Classifier, device: torch.devic
         return None if PART * training < USUAL_SECONDS else compile_times(trial, dtype)
 
     try:
-        times, text = cache.times(key, CompileTimes, measure, text=CompileTimes.sentence)
+        times, text = cache.times(key, CompileTimes, measure)
     except trials.FAILURES as error:
         return False, f"compiling could not be tried ({trials.what_failed(error)})"
     if times is None:

@@ -117,7 +117,7 @@ def _measured_choice(config: Config, classifier: Classifier, device: torch.devic
     trial = trials.trial_of(config, classifier, device)
     cache, key = trials.TimesCache("precision"), trials.trial_key(config, trial)
     try:
-        times, text = cache.times(key, PrecisionTimes, lambda: precision_times(trial), text=PrecisionTimes.sentence)
+        times, text = cache.times(key, PrecisionTimes, lambda: precision_times(trial))
     except trials.FAILURES as error:
         return "fp32", f"bf16 could not be measured ({trials.what_failed(error)})"
     assert times is not None

@@ -37,8 +37,19 @@ if TYPE_CHECKING:
 WARM_UP = 3
 # A view that the method makes of another one, as IGNORE's masked one.
 DERIVED = "derived view"
-ORDER = (spans.DATA, spans.DECODING, spans.VIEWS, spans.LABELS, spans.FORWARD, spans.METHOD, spans.BACKWARD)
-ORDER += (spans.COMMUNICATION, spans.OPTIMIZER, spans.SAVING, spans.OTHER)
+ORDER = (
+    spans.DATA,
+    spans.DECODING,
+    spans.VIEWS,
+    spans.LABELS,
+    spans.FORWARD,
+    spans.METHOD,
+    spans.BACKWARD,
+    spans.COMMUNICATION,
+    spans.OPTIMIZER,
+    spans.SAVING,
+    spans.OTHER,
+)
 
 
 class Profile(Protocol):

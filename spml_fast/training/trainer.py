@@ -316,8 +316,8 @@ class Trainer:
             # DeepSpeed divides by the number of micro-steps, which may differ in size by a sample.
             weight = train.accumulation * self.method.fraction_of_update(batch.global_size, micro_batch.update_size)
             # What checkpointing computes again has moved BatchNorm's statistics before.
-            recomputed = "no_update" if self.config.model.grad_checkpointing else "update"
-            with span(spans.BACKWARD), bn_behaviour(self.classifier, recomputed):
+            again = self.config.model.grad_checkpointing
+            with span(spans.BACKWARD), bn_behaviour(self.classifier, "no_update" if again else "update"):
                 self.engine.backward(loss if weight == 1 else loss * weight)
             with span(spans.OPTIMIZER):
                 counts = self.guard.step(loss.detach(), progress)

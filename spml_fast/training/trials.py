@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -24,7 +24,15 @@ from spml_fast.core.precision import autocast
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.engine import micro_batch_size
 
-T = TypeVar("T")
+
+class Times(Protocol):
+    """What a trial found, as a dataclass."""
+
+    def sentence(self) -> str:
+        """What was measured."""
+
+
+T = TypeVar("T", bound=Times)
 # Images of a timed step are as many as take about STEP seconds, and these at least: BatchNorm has nothing to normalise
 # in one image whose map is one cell.
 STEP, FEWEST_IMAGES = 0.25, 2
@@ -180,16 +188,13 @@ class TimesCache:
         self.problem: str | None = None
         self._values: dict[str, dict[str, Any]] = {}
 
-    def times(
-        self, key: str, make: Callable[..., T], measure: Callable[[], T | None], *, text: Callable[[T], str]
-    ) -> tuple[T | None, str]:
+    def times(self, key: str, make: Callable[..., T], measure: Callable[[], T | None]) -> tuple[T | None, str]:
         """Times of an earlier run, or new ones, which are kept.
 
         Args:
             key: what they depend on.
-            make: makes them of what is kept of them, a dataclass; raises `ValueError` or `TypeError` for anything else.
+            make: makes them of what is kept of them; raises `ValueError` or `TypeError` for anything else.
             measure: makes new ones, or None where that is not worth it.
-            text: says them.
 
         Returns:
             The times, and half a sentence about them; None and nothing where there are none.
@@ -199,9 +204,9 @@ class TimesCache:
         """
         times = self._read(key, make)
         if times is not None:
-            return times, f"{text(times)}, measured by an earlier run ({self.path})"
+            return times, f"{times.sentence()}, measured by an earlier run ({self.path})"
         times = measure()
-        return (None, "") if times is None else (times, text(times) + self._write(key, times))
+        return (None, "") if times is None else (times, times.sentence() + self._write(key, times))
 
     def _read(self, key: str, make: Callable[..., T]) -> T | None:
         """Times under a key; None where there are none, or the file is damaged."""
