@@ -222,7 +222,7 @@ def test_sizes():
 @pytest.mark.slow
 def test_compiled_runs_resume_bit_for_bit(run_script, small_digits: Path, tmp_path: Path):
     """Real compiling: a run that is cut between its epochs ends where the whole one does, near the one without."""
-    words = ["--data.dir", small_digits, "--config", "digits", "--train.schedule", "constant", "--train.batch_size", 40]
+    words = ["--config", "digits", "--data.dir", small_digits, "--train.schedule", "constant", "--train.batch_size", 40]
     words += ["--data.val_split", "null", "--data.test_split", "null", "--deepspeed.tensorboard", "false"]
     words += ["--plugins", ROOT / "tests" / "support" / "tiny_network.py", "--model.backbone", "tiny_network"]
     words += ["--data.image_size", 32]

@@ -231,7 +231,7 @@ def test_measuring_leaves_everything_as_it_was(classifier, monkeypatch):
 def test_a_run_says_and_keeps_it(run_script, small_digits: Path, tmp_path: Path):
     """Its config.yaml has what it took; times of another outcome change new runs and no resumed one."""
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    words = ["--data.dir", small_digits, "--config", "digits", "--train.precision", "auto", "--train.batch_size", 32]
+    words = ["--config", "digits", "--data.dir", small_digits, "--train.precision", "auto", "--train.batch_size", 32]
     words += ["--data.test_split", "null"]
 
     def train(name, epochs):

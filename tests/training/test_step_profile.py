@@ -21,6 +21,7 @@ from spml_fast.training import step_profile
 from spml_fast.training.collectives import COLLECTIVES, all_within, wrapped
 from spml_fast.training.setup import Phase
 from spml_fast.training.step_profile import NoProfile, Plan, plan, profiled_epoch
+from tests.support.paths import ROOT
 from tests.support.runs import read_metrics
 
 CPU = torch.device("cpu")
@@ -220,10 +221,12 @@ def test_a_method_of_an_instance_is_the_class_s_again():
 
 WORDS = ["--config", "digits_ignore", "--train.schedule", "constant", "--train.batch_size", 48, "--method.warm_up", 0]
 WORDS += ["--data.val_split", "null", "--data.test_split", "null", "--deepspeed.tensorboard", "false"]
+WORDS += ["--plugins", ROOT / "tests" / "support" / "tiny_network.py", "--model.backbone", "tiny_network"]
+WORDS += ["--data.image_size", 32]
 
 
 def train(run_script, data, run, *words, **more):
-    done = run_script("train.py", "--data.dir", data, *WORDS, "--run.dir", run, *words, **more)
+    done = run_script("train.py", *WORDS, "--data.dir", data, "--run.dir", run, *words, **more)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
