@@ -21,7 +21,7 @@ from spml_fast.models.classifier import Classifier
 from spml_fast.runs.open import input_normalisation, make_eval_loader
 from spml_fast.training.engine import Engine, deepspeed_config
 from spml_fast.training.module import TrainingModule
-from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
+from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups, suits_fused
 
 
 class OwnTraining:
@@ -76,7 +76,7 @@ class OwnTraining:
             std=std,
         )
         groups = parameter_groups(self.classifier, method, train, head_only=False)
-        optimizer = make_optimizer(groups, train, fused=device.type == "cuda")
+        optimizer = make_optimizer(groups, train, fused=suits_fused(groups, device))
         schedule = make_schedule(optimizer, train, options.epochs * self.loader.updates_per_epoch)
         self._scratch = tempfile.TemporaryDirectory()
         settings = deepspeed_config(train, self.config.deepspeed, 1, device, Path(self._scratch.name))

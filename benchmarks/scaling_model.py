@@ -138,14 +138,13 @@ def variant_of(method: str, args: argparse.Namespace, classes: int, size: int, f
         None,
         SparseLabels.from_positives([[int(c)] for c in observed], classes, -1),
         DataConfig(image_size=size, threads=1),
-        TrainConfig(batch_size=args.batch_size * distributed.world_size(), precision="fp32"),
+        # Every rank draws its own part.
+        TrainConfig(batch_size=args.batch_size, precision="fp32"),
         EngineConfig(tensorboard=False),
         Classifier(ModelConfig(backbone=SMALL, pretrained=False), classes, size),
         torch.device("cpu"),
         folder,
     )
-    # Every rank draws its own part.
-    setup.train = TrainConfig(batch_size=args.batch_size, precision="fp32")
     return Variant("spml_fast", method, setup)
 
 

@@ -8,8 +8,8 @@ with its loss, the optimizer and the evaluator; the loop around them is the scri
 * images are squashed to the square without augmentation in both programs, and the learning rate is constant;
 * no mixup, no exponential moving average, no checkpoints, no distribution, no torch.compile, none of which is its
   default or ours here;
-* weights and images are channels_last, which the script does with --channels-last, and on a GPU the optimizer is the
-  fused one where PyTorch has it: the rival is the fastest that its options make it.
+* weights and images are channels_last, which the script does with --channels-last, and the optimizer is the fused one:
+  the rival is the fastest that its options make it.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class TimmTraining:
         model.to(device=device, memory_format=torch.channels_last)
         criterion = LOSSES[options.loss][0]
         self.task = MultiLabelClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
-        fused = {"fused": True} if device.type == "cuda" else {}
-        self.optimizer = create_optimizer_v2(model, "adamw", lr=options.lr, weight_decay=options.weight_decay, **fused)
+        decay = options.weight_decay
+        self.optimizer = create_optimizer_v2(model, "adamw", lr=options.lr, weight_decay=decay, fused=True)
         self.train_loader, self.eval_loader = (
             self._loader(split, options, training) for split, training in zip(splits, (True, False), strict=True)
         )

@@ -149,6 +149,7 @@ def add_train(tables: Tables) -> None:
         ("--config", [*recipe_names(), FILE], "a recipe"),
         ("--method", method_names(), "the loss"),
         ("--method.name", method_names(), "the loss"),
+        ("--profile", [], "measure where the time of so many updates goes"),
         ("--plugins", [FILE], "import this module or file first"),
         ("--print_config", [FLAG], "print the configuration and exit"),
     ):

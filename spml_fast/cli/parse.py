@@ -35,6 +35,8 @@ def _option_values(argv: Sequence[str], *names: str) -> list[str]:
     return values
 
 
+# Short for others.
+SHORT = {"--method": "--method.name", "--profile": "--run.profile"}
 HELP = {"-h", "--help"}
 
 
@@ -106,8 +108,7 @@ def parse_words(
     for value in _option_values(argv, "--run.plugins"):
         names = yaml.safe_load(value)
         given += [str(name) for name in names] if isinstance(names, list) else [value]
-    argv = [f"--method.name={a.partition('=')[2]}" if a.startswith("--method=") else a for a in argv]
-    argv = ["--method.name" if a == "--method" else a for a in argv]
+    argv = [SHORT.get(name, name) + equals + value for name, equals, value in (a.partition("=") for a in argv)]
     plugins = load_plugins(given)
     for path, recipe in recipes:
         plugins += require_plugins(named_plugins(recipe), f"recipe {path}")

@@ -360,6 +360,8 @@ class RunConfig(Section):
             the first need a package (docs/operations.md).
         tracker_images: test images that trackers show with their predictions at the end; 0 sends none.
         tracker_options: options by tracker, for example {wandb: {project: birds, mode: offline}}.
+        profile: measure where the time of so many updates goes, in an epoch of each phase, and keep a trace of them
+            (docs/performance.md); null does not.
         plugins: modules, or paths of .py files, to import first because they register the run's method, head or data
             set; --plugins NAME adds one.
     """
@@ -378,6 +380,7 @@ class RunConfig(Section):
     trackers: list[str] = ruled(["tensorboard"], _different)
     tracker_images: int = not_negative(8)
     tracker_options: dict[str, Any] = field(default_factory=dict)
+    profile: int | None = positive(None)
     plugins: list[str] = field(default_factory=list)
 
 

@@ -26,6 +26,7 @@ from spml_fast.core import env
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError, is_out_of_memory
 from spml_fast.core.io import require_regular
+from spml_fast.core.spans import DECODING, VIEWS, span
 from spml_fast.data.bad_images import (
     BadImages,
     BatchRequest,
@@ -254,7 +255,8 @@ class Stream:
             while self._flight and len(self._viewing) < 2:
                 self._viewing.append(self._start_views(self._views))
             request, pending = self._viewing[0]
-            received = request, pending.result()
+            with span(VIEWS):
+                received = request, pending.result()
             self._viewing.popleft()
         self._failures = 0
         return received
@@ -263,14 +265,16 @@ class Stream:
         """Views that DALI made."""
         on_gpu = self._graph_options.gpu
         stream = {"cuda_stream": torch.cuda.current_stream(self._device)} if on_gpu else {}
-        shared = self._pipe.share_outputs(**stream)
+        with span(DECODING):
+            shared = self._pipe.share_outputs(**stream)
         # The tensors keep DALI's memory alive; releasing only tells the executor that there is room again.
         views = tuple(from_dlpack(out.as_tensor()).permute(0, 3, 1, 2) for out in shared)
         return self._release(), views
 
     def _start_views(self, views: CpuViews) -> tuple[BatchRequest, PendingViews]:
         """Wait for images that DALI decoded, and have threads make their views."""
-        (shared,) = self._pipe.share_outputs()
+        with span(DECODING):
+            (shared,) = self._pipe.share_outputs()
         # The tensors keep DALI's memory alive.
         images = [from_dlpack(shared[place]).numpy() for place in range(len(shared))]
         given = self._given[0]

@@ -9,6 +9,8 @@ RUN/results.json                   the final figures; a run that has it is finis
 RUN/model.safetensors              the best weights, whole
 RUN/decisions.json                 thresholds of the classes and calibration, made for those weights
 RUN/evaluation.json                curves, counts and hardest labels of every class on the test split, for the report
+RUN/profile/trace.json             of `run.profile`: what PyTorch's profiler saw of some updates; trace-2.json and so on
+RUN/profile/steps.json             where the time of those updates went
 RUN/options.json                   of `reproduce`: the options that the run was begun with
 RUN/.lock                          which process trains here
 RUN/folds-K/                       of `suggest --folds K`: folds.json, which says of what, and of each fold its data set
@@ -34,6 +36,7 @@ FOLDER/spml_fast.json              checksum of the weights, written last
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +47,7 @@ TRACKERS = "trackers"
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CHECKPOINTS = "checkpoints"
+PROFILE = "profile"
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,16 @@ class RunLayout:
         """What the last evaluation of the test split tells of every class, for the best weights."""
         return self.folder / "evaluation.json"
 
+    def free_profile(self) -> tuple[Path, Path]:
+        """Where the next profile's trace and figures go: names that no profile of the run has yet."""
+        folder = self.folder / PROFILE
+        for number in itertools.count(1):
+            end = f"-{number}.json" if number > 1 else ".json"
+            pair = folder / f"trace{end}", folder / f"steps{end}"
+            if not any(path.exists() for path in pair):
+                return pair
+        raise AssertionError("numbers do not end")
+
     def export(self, kind: str) -> ExportLayout:
         """Where a command leaves a folder with the model, unless it is told otherwise."""
         return ExportLayout(self.folder / f"export-{kind}")
@@ -277,7 +291,7 @@ class RunLayout:
             return []
         own = [self.config, self.deepspeed, self.classes, self.metrics, self.results, self.weights, self.options]
         own += [self.decisions, self.evaluation]
-        names = {TENSORBOARD, TRACKERS, CHECKPOINTS, *(f.name + end for f in own for end in ("", ".partial"))}
+        names = {TENSORBOARD, TRACKERS, CHECKPOINTS, PROFILE, *(f.name + end for f in own for end in ("", ".partial"))}
         entries = [entry.name for entry in self.folder.iterdir()]
         # A Manifest has a list of classes too.
         if MANIFEST not in entries and self.checkpoints.newest.exists():

@@ -266,6 +266,7 @@ def run_help(prog: str, method: str, head: str) -> str:
     lines += ["", "general:", "  -h, --help", "  --config RECIPE"]
     lines += [" " * 8 + "YAML file, or the name of a recipe; may be given several times, and later ones win"]
     lines += ["  --method METHOD", " " * 8 + "short for --method.name METHOD"]
+    lines += ["  --profile N", " " * 8 + "short for --run.profile N"]
     lines += ["  --plugins MODULE", " " * 8 + "import this module (or FILE.py) first, which registers methods or heads"]
     lines += ["  --print_config", " " * 8 + "print the configuration that all of this gives, and exit", ""]
     for name, cls in SECTIONS.items():

@@ -22,20 +22,10 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.core.progress import duration
 from spml_fast.models.classifier import Classifier
-from spml_fast.training.resume import Resume, recipe_of
-from spml_fast.training.trials import (
-    FAILURES,
-    FEWEST_IMAGES,
-    TimesCache,
-    batch_of_a_step,
-    images_of_a_trial,
-    in_turn,
-    seconds_text,
-    step_seconds,
-    trial_key,
-    trial_network,
-    what_failed,
-)
+from spml_fast.training import trials
+from spml_fast.training.earlier_choices import EarlierChoices
+from spml_fast.training.engine import micro_batch_size
+from spml_fast.training.trials import Trial, step_seconds
 
 # What compiling was seen to take (ResNet-50 and tf_efficientnet_lite0 on two cores: 26 to 70 s), and the part of the
 # training that may be risked on finding out whether it pays.
@@ -84,21 +74,21 @@ class CompileTimes:
     def sentence(self) -> str:
         """What was measured."""
         return (
-            f"a step of {self.images} image(s) takes {seconds_text(self.plain)}, and compiled "
-            f"{seconds_text(self.compiled)} ({self.gain:.2f} times as fast); compiling takes "
-            f"{seconds_text(self.compiling)}"
+            f"a step of {self.images} image(s) takes {trials.seconds_text(self.plain)}, and compiled "
+            f"{trials.seconds_text(self.compiled)} ({self.gain:.2f} times as fast); compiling takes "
+            f"{trials.seconds_text(self.compiling)}"
         )
 
 
 def settle_compile(
-    config: Config, classifier: Classifier, resume: Resume | None, device: torch.device, updates: int
+    config: Config, classifier: Classifier, earlier: EarlierChoices | None, device: torch.device, updates: int
 ) -> tuple[Config, list[str]]:
     """The configuration with true or false in the place of `model.compile auto`, and notes (collective).
 
     Args:
         config: the run's; its precision is settled.
         classifier: the network on the CPU, with what the run asks of it in training; not changed.
-        resume: a run that is resumed keeps what it began with.
+        earlier: of a run that has begun, which keeps them; None for another.
         device: what the ranks compute on.
         updates: of the run that train the backbone.
 
@@ -113,15 +103,25 @@ def settle_compile(
         if obstacle is not None:
             raise UserError(f"model.compile true cannot be used here: {obstacle}; set model.compile to false")
         return config, []
-    notes: list[str] = []
-    if resume is not None:
-        chosen = recipe_of(resume).get("model.compile") is True
-    elif obstacle is not None:
+    if earlier is not None:
+        chosen = earlier.compiled and obstacle is None
+        notes = earlier.notes("model.compile", str(chosen).lower())
+        if chosen is not earlier.compiled:
+            # Another machine than it began on: it rounds differently from here on, and goes on.
+            notes = [f"model.compile auto: false from here on; the run was compiled until now, but {obstacle}"]
+    elif (obstacle := obstacle or obstacle_to_timing(config)) is not None:
         chosen, notes = False, [f"model.compile auto: false; {obstacle}"]
     else:
         chosen, note = distributed.from_main(lambda: _measured_choice(config, classifier, device, updates))
         notes = [f"model.compile auto: {str(chosen).lower()}; {note}"]
     return dataclasses.replace(config, model=dataclasses.replace(config.model, compile=chosen)), notes
+
+
+def obstacle_to_timing(config: Config) -> str | None:
+    """Why rank 0 cannot time steps by itself; None where it can."""
+    if config.model.sync_bn and distributed.world_size() > 1:
+        return "model.sync_bn has ranks wait for each other, so that none can time steps; model.compile true compiles"
+    return None
 
 
 def obstacle_to_compiling(config: Config, device: torch.device) -> str | None:
@@ -147,75 +147,67 @@ def has_compiler() -> bool:
 
 def _measured_choice(config: Config, classifier: Classifier, device: torch.device, updates: int) -> tuple[bool, str]:
     """Whether to compile, and why: half a sentence. Nothing that goes wrong here ends a run."""
-    cache, key = TimesCache("compile"), trial_key(config, classifier, device) + config.train.precision
-    times, earlier = cache.read(key, CompileTimes), f", measured by an earlier run ({cache.path})"
-    dtype, batch, size = autocast_dtype(config.train.precision, device), batch_of_a_step(config), config.data.image_size
+    trial, dtype = trials.trial_of(config, classifier, device), autocast_dtype(config.train.precision, device)
+    cache, key = trials.TimesCache("compile"), trials.trial_key(config, trial) + config.train.precision
+    steps, training = config.train.accumulation * updates, 0.0
+
+    def measure() -> CompileTimes | None:
+        nonlocal training
+        training = steps * plain_seconds(trial, dtype)
+        return None if PART * training < USUAL_SECONDS else compile_times(trial, dtype)
+
     try:
-        if times is None:
-            plain = plain_seconds(classifier, batch, size, dtype, device)
-            training = plain * config.train.accumulation * updates
-            if PART * training < USUAL_SECONDS:
-                return False, f"compiling takes about {duration(USUAL_SECONDS)}, training {duration(training)}"
-            times = compile_times(classifier, batch, size, dtype, device)
-            earlier = cache.write(key, times)
-    except FAILURES as error:
-        return False, f"compiling could not be tried ({what_failed(error)})"
-    training = times.plain * batch / times.images * config.train.accumulation * updates
-    return times.pays(training), f"{times.sentence()}, training {duration(training)}{earlier}"
+        times, text = cache.times(key, CompileTimes, measure)
+    except trials.FAILURES as error:
+        return False, f"compiling could not be tried ({trials.what_failed(error)})"
+    if times is None:
+        return False, f"compiling takes about {duration(USUAL_SECONDS)}, training {duration(training)}"
+    training = steps * times.plain * trial.batch / times.images
+    return times.pays(training), f"{text}; training takes {duration(training)}"
 
 
-def plain_seconds(
-    classifier: Classifier, batch: int, size: int, dtype: torch.dtype | None, device: torch.device
-) -> float:
+def plain_seconds(trial: Trial, dtype: torch.dtype | None) -> float:
     """Seconds of a step of the run as it is, estimated from one of a few images.
 
     Args:
-        classifier: on the CPU; not changed.
-        batch: images of a rank's step.
-        size: their side in pixels.
+        trial: which network.
         dtype: autocast's, or None.
-        device: where it runs.
     """
-    images = min(FEWEST_IMAGES, batch)
-    with trial_network(classifier, device) as network:
-        seconds = [step_seconds(network, images, size, dtype) for _ in range(3)]
-    return min(seconds) * batch / images
+    with trial.network() as network:
+        seconds = [step_seconds(network, trial.fewest, trial.size, dtype) for _ in range(3)]
+    return min(seconds) * trial.batch / trial.fewest
 
 
-def compile_times(
-    classifier: Classifier, batch: int, size: int, dtype: torch.dtype | None, device: torch.device
-) -> CompileTimes:
+def compile_times(trial: Trial, dtype: torch.dtype | None) -> CompileTimes:
     """Compile a copy of a network, and time forward and backward of it and of the plain one in turn.
 
     Args:
-        classifier: on the CPU; not changed.
-        batch: images of a rank's step.
-        size: their side in pixels.
+        trial: which network.
         dtype: autocast's, or None.
-        device: where it runs.
 
     Raises:
         RuntimeError, MemoryError, OSError: memory ran out, or the network or the compiler fails.
     """
     try:
-        with trial_network(classifier, device) as network:
-            step_seconds(network, min(FEWEST_IMAGES, batch), size, dtype)
-            images = images_of_a_trial(network, batch, size, dtype)
+        with trial.network() as network:
+            step_seconds(network, trial.fewest, trial.size, dtype)
+            images = trials.images_of_a_step(trial, network, dtype)
 
             def step(*sizes: int) -> float:
                 network.compiled_sizes = sizes
-                return step_seconds(network, images, size, dtype)
+                return step_seconds(network, images, trial.size, dtype)
 
             network.compile_backbone()
             step()
             compiling = step(images)
             step(images)
-            times = in_turn(step, lambda: step(images))
+            times = trials.in_turn(step, lambda: step(images))
     finally:
         # What the run compiles begins anew.
         torch._dynamo.reset()
     plain, compiled = (statistics.median(values) for values in zip(*times, strict=True))
-    return CompileTimes(images, batch, plain, compiled, max(compiling - compiled, 1e-3), [a / b for a, b in times])
+    gains = [a / b for a, b in times]
+    return CompileTimes(images, trial.batch, plain, compiled, max(compiling - compiled, 1e-3), gains)
 
 
 def compiled_sizes(config: Config) -> tuple[int, ...]:
@@ -223,6 +215,6 @@ def compiled_sizes(config: Config) -> tuple[int, ...]:
 
     An epoch's smaller last batch is not among them, so that nothing is compiled for it.
     """
-    parts = distributed.world_size() * config.train.accumulation
-    whole = {config.train.batch_size // parts, batch_of_a_step(config)}
+    world = distributed.world_size()
+    whole = {config.train.batch_size // (world * config.train.accumulation), micro_batch_size(config.train, world)}
     return tuple(sorted(n for n in whole if n))

@@ -6,7 +6,8 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from spml_fast.runs.layout import TENSORBOARD
 from spml_fast.training import peers
 from spml_fast.training.async_save import FileContent, HostCopy
 from spml_fast.training.cluster import set_environment
+from spml_fast.training.collectives import all_within, wrapped
 from spml_fast.training.optim import match_layouts, restore_schedule_options, schedule_options
 from spml_fast.training.tensor_files import first_line, read_tensors, write_tensors
 from spml_fast.training.watch import watch_launchers
@@ -431,6 +433,12 @@ class Engine:
             yield
             return
         with _deepspeed().zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0 if change else None):
+            yield
+
+    @contextlib.contextmanager
+    def collectives_within(self, span: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Inside, averaging of gradients, and every other collective, runs within a span."""
+        with wrapped(self._engine, ["allreduce_gradients"], span), all_within([dist, _deepspeed().comm], span):
             yield
 
     def close(self) -> None:

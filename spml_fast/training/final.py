@@ -19,7 +19,7 @@ from spml_fast.runs.evaluation_record import Recorder, headline_alpha, write_eva
 from spml_fast.runs.open import input_normalisation, make_eval_loader
 from spml_fast.runs.write import write_results
 from spml_fast.training.decide import decide
-from spml_fast.training.logs import memory_gib
+from spml_fast.training.logs import device_name, memory_gib
 from spml_fast.training.trackers.base import Example, Summary
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def finish_run(trainer: Trainer) -> dict[str, Any]:
         "train_seconds": trainer.trained_seconds,
         "memory_gib": memory_gib(trainer.device),
         "ranks": trainer.world,
-        "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else trainer.device.type,
+        "device": device_name(trainer.device),
     }
     if trainer.started_from is not None:
         results["started_from"] = trainer.started_from

@@ -54,10 +54,19 @@ class Meter:
         finally:
             self.waited += time.perf_counter() - before
 
+    def leave_out(self, seconds: float) -> None:
+        """Have time that just passed count for nothing."""
+        self.start += seconds
+
     @property
     def wait_fraction(self) -> float:
         """Fraction of the time spent waiting for data on this rank, 0..1."""
         return self.waited / max(self.seconds, 1e-9)
+
+
+def device_name(device: torch.device) -> str:
+    """What the GPU is called; `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def memory_gib(device: torch.device) -> float:

@@ -72,6 +72,10 @@ class Pace:
         self.rate = measured * self.update_size / max(self._now() - self._since, 1e-9)
         return self.line(epoch, done)
 
+    def leave_out(self, seconds: float) -> None:
+        """Have time that just passed count for nothing."""
+        self._since += seconds
+
     def measured(self, rate: float, images: int) -> str:
         """Take a rate of the present phase that was measured elsewhere; returns the line about the cost.
 

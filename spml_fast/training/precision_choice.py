@@ -25,22 +25,11 @@ from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.precision import has_bf16, prefers_bf16
 from spml_fast.models.classifier import Classifier
-from spml_fast.training.trials import (
-    FAILURES,
-    FEWEST_IMAGES,
-    TimesCache,
-    batch_of_a_step,
-    images_of_a_trial,
-    in_turn,
-    seconds_text,
-    step_seconds,
-    trial_key,
-    trial_network,
-    what_failed,
-)
+from spml_fast.training import trials
+from spml_fast.training.trials import Trial, step_seconds
 
 if TYPE_CHECKING:
-    from spml_fast.training.resume import Resume
+    from spml_fast.training.earlier_choices import EarlierChoices
 
 Precision = Literal["fp32", "bf16"]
 # bf16 must be so many times as fast as fp32. Less is not worth its rounding, nor beyond the noise of a short timing.
@@ -87,82 +76,74 @@ class PrecisionTimes:
 
     def sentence(self) -> str:
         """What was measured."""
+        fp32, bf16 = map(trials.seconds_text, (self.fp32, self.bf16))
         return (
-            f"a step of {self.images} image(s) takes {seconds_text(self.fp32)} in fp32 and {seconds_text(self.bf16)} "
-            f"in bf16, {self.gain:.2f} times as fast in steps of {self.batch} (taken from {GAIN:g} on)"
+            f"a step of {self.images} image(s) takes {fp32} in fp32 and {bf16} in bf16, "
+            f"{self.gain:.2f} times as fast in steps of {self.batch} (taken from {GAIN:g} on)"
         )
 
 
 def settle_precision(
-    config: Config, classifier: Classifier, resume: Resume | None, device: torch.device
+    config: Config, classifier: Classifier, earlier: EarlierChoices | None, device: torch.device
 ) -> tuple[Config, list[str]]:
     """The configuration with fp32 or bf16 in the place of `train.precision auto`, and notes (collective).
 
     Args:
         config: the run's.
         classifier: the network on the CPU, with what the run asks of it in training; not changed.
-        resume: a run that is resumed keeps what it began with.
+        earlier: of a run that has begun, which keeps them; None for another.
         device: what the ranks compute on.
     """
     if config.train.precision != "auto":
         return config, []
     notes: list[str] = []
-    if resume is not None:
-        # Reads recipes, which a benchmark without a run must not need.
-        from spml_fast.training.resume import precision_of
-
-        # Of versions that did not write down what auto meant: what it meant then.
-        chosen = precision_of(resume) or ("bf16" if prefers_bf16(device) else "fp32")
-    elif device.type == "cuda":
-        chosen = "bf16" if prefers_bf16(device) else "fp32"
+    if earlier is not None and earlier.precision is not None:
+        chosen, notes = earlier.precision, earlier.notes("train.precision", earlier.precision)
+    elif earlier is not None or device.type == "cuda":
+        # Of versions that did not write down what auto meant: what it meant then. Ranks may have different hardware.
+        chosen = "bf16" if all(distributed.gather_objects(prefers_bf16(device))) else "fp32"
     else:
-        chosen, note = distributed.from_main(lambda: _measured_choice(config, classifier, device))
-        notes.append(f"train.precision auto: {chosen}; {note}; --train.precision decides without measuring")
+        able = all(distributed.gather_objects(has_bf16(device)))
+        chosen, note = distributed.from_main(lambda: _measured_choice(config, classifier, device, able))
+        notes = [f"train.precision auto: {chosen}; {note}; --train.precision decides without measuring"]
     return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=chosen)), notes
 
 
-def _measured_choice(config: Config, classifier: Classifier, device: torch.device) -> tuple[Precision, str]:
+def _measured_choice(config: Config, classifier: Classifier, device: torch.device, able: bool) -> tuple[Precision, str]:
     """fp32 or bf16 on a CPU, and why: half a sentence. Nothing that goes wrong here ends a run."""
-    if not has_bf16(device):
-        return "fp32", "this processor has no instructions for bf16"
-    cache, key = TimesCache("precision"), trial_key(config, classifier, device)
-    known = cache.read(key, PrecisionTimes)
-    if known is not None:
-        return known.precision, f"{known.sentence()}, measured by an earlier run ({cache.path})"
+    if not able:
+        whose = "this processor has" if distributed.world_size() == 1 else "a rank's processor has"
+        return "fp32", f"{whose} no instructions for bf16"
+    trial = trials.trial_of(config, classifier, device)
+    cache, key = trials.TimesCache("precision"), trials.trial_key(config, trial)
     try:
-        times = precision_times(classifier, config.data.image_size, batch_of_a_step(config), device)
-    except FAILURES as error:
-        return "fp32", f"bf16 could not be measured ({what_failed(error)})"
-    return times.precision, times.sentence() + cache.write(key, times)
+        times, text = cache.times(key, PrecisionTimes, lambda: precision_times(trial))
+    except trials.FAILURES as error:
+        return "fp32", f"bf16 could not be measured ({trials.what_failed(error)})"
+    assert times is not None
+    return times.precision, text
 
 
-def precision_times(classifier: Classifier, image_size: int, batch: int, device: torch.device) -> PrecisionTimes:
+def precision_times(trial: Trial) -> PrecisionTimes:
     """Time forward and backward of a copy of a network in fp32 and bf16, in turn.
-
-    Args:
-        classifier: on the CPU; not changed.
-        image_size: side of the images in pixels.
-        batch: images of a rank's step in the run.
-        device: where it runs.
 
     Raises:
         RuntimeError, MemoryError: memory ran out, or the network fails.
     """
-    with trial_network(classifier, device) as network:
-        images = min(FEWEST_IMAGES, batch)
+    with trial.network() as network:
         # The first step of a shape chooses algorithms.
         for dtype in (None, torch.bfloat16):
-            step_seconds(network, images, image_size, dtype)
-        more = images_of_a_trial(network, batch, image_size, None)
-        for dtype in (None, torch.bfloat16) if more > images else ():
-            step_seconds(network, more, image_size, dtype)
-        times = in_turn(
-            lambda: step_seconds(network, more, image_size, None),
-            lambda: step_seconds(network, more, image_size, torch.bfloat16),
+            step_seconds(network, trial.fewest, trial.size, dtype)
+        images = trials.images_of_a_step(trial, network, None)
+        for dtype in (None, torch.bfloat16) if images > trial.fewest else ():
+            step_seconds(network, images, trial.size, dtype)
+        times = trials.in_turn(
+            lambda: step_seconds(network, images, trial.size, None),
+            lambda: step_seconds(network, images, trial.size, torch.bfloat16),
         )
-        casts = _cast_seconds(network) if more < batch else 0.0
+        casts = _cast_seconds(network) if images < trial.batch else 0.0
     fp32, bf16 = (statistics.median(values) for values in zip(*times, strict=True))
-    return PrecisionTimes(more, batch, fp32, bf16, casts, [a / b for a, b in times])
+    return PrecisionTimes(images, trial.batch, fp32, bf16, casts, [a / b for a, b in times])
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.data.manifest import Manifest
-from spml_fast.runs.layout import CheckpointLayout
+from spml_fast.runs.layout import CheckpointLayout, RunLayout
 from spml_fast.runs.read import default_options, flatten
 from spml_fast.runs.recipe import read_recipe
 from spml_fast.training.checkpoint import TAG, Checkpoint, Listed, list_checkpoints, read_mark, read_position
@@ -174,16 +174,16 @@ def precision_of(resume: Resume) -> Literal["fp32", "bf16"] | None:
     return value if value in ("fp32", "bf16") else None
 
 
-def recipe_of(resume: Resume) -> dict[str, Any]:
-    """The options in the config.yaml of a checkpoint's run, by `section.option`; none where it is damaged."""
+def recipe_of(run: RunLayout) -> dict[str, Any]:
+    """The options in a run's config.yaml, by `section.option`; none where it is not there or damaged."""
     try:
-        return flatten(read_recipe(str(CheckpointLayout(resume.checkpoint.folder).run.config.absolute())))
+        return flatten(read_recipe(str(run.config.absolute())))
     except UserError:
         return {}
 
 
 def _defined_before(resume: Resume) -> Mapping[str, Any]:
-    return resume.checkpoint.defines or _defined_by_recipe(recipe_of(resume))
+    return resume.checkpoint.defines or _defined_by_recipe(recipe_of(CheckpointLayout(resume.checkpoint.folder).run))
 
 
 def check_same_run(resume: Resume, defines: Mapping[str, Any], run_dir: Path) -> str | None:

@@ -347,5 +347,6 @@ def resolved_config(
         config,
         model=model,
         data=dataclasses.replace(config.data, dir=folder, mean=mean, std=std),
-        run=dataclasses.replace(config.run, dir=str(run_dir)),
+        # A repeat need not be looked at as this one was.
+        run=dataclasses.replace(config.run, dir=str(run_dir), profile=None),
     )

@@ -28,6 +28,7 @@ from spml_fast.training.linear_probe import (
 )
 from spml_fast.training.logs import Meter, memory_gib
 from spml_fast.training.pace import ENOUGH_SECONDS
+from spml_fast.training.scoring import training_scorer
 
 if TYPE_CHECKING:
     from spml_fast.training.setup import Phase
@@ -59,7 +60,7 @@ def solve_phase(trainer: Trainer, phase: Phase) -> dict[str, Any]:
     )
     classifier.eval()
     meter = Meter()
-    index, features = _mean_features(trainer, trainer.training_scorer(), meter, "linear phase: features")
+    index, features = _mean_features(trainer, training_scorer(trainer), meter, "linear phase: features")
     trainer.trained_samples += meter.samples
     if bad := sorted(trainer.loader.bad_images.reasons):
         # Another image was shown in the place of each.

@@ -11,13 +11,12 @@ from spml_fast import __version__
 from spml_fast.core import distributed
 from spml_fast.core.errors import UserError
 from spml_fast.runs.layout import CheckpointLayout
-from spml_fast.runs.read import default_options, flatten
-from spml_fast.runs.recipe import read_recipe
+from spml_fast.runs.read import default_options
 from spml_fast.training import console
 from spml_fast.training.batchnorm_state import restore_statistics
 from spml_fast.training.checkpoint import Checkpoint, load_rank_states
 from spml_fast.training.logs import Meter
-from spml_fast.training.resume import Resume
+from spml_fast.training.resume import Resume, recipe_of
 from spml_fast.training.setup import Phase
 
 if TYPE_CHECKING:
@@ -155,11 +154,8 @@ def _check_counting(trainer: Trainer, checkpoint: Checkpoint, state: dict[str, A
 
 def _old_option(checkpoint: Checkpoint, name: str) -> Any:
     """An option of the run that a checkpoint lies in, from its recipe; None where that cannot be read."""
-    try:
-        recipe = flatten(read_recipe(str(CheckpointLayout(checkpoint.folder).run.config.absolute())))
-    except UserError:
-        return None
-    return (default_options(recipe.get("method.name")) | recipe).get(name)
+    recipe = recipe_of(CheckpointLayout(checkpoint.folder).run)
+    return (default_options(recipe.get("method.name")) | recipe).get(name) if recipe else None
 
 
 def _restore_epoch(trainer: Trainer, checkpoint: Checkpoint, saved: dict[str, Any] | None) -> int:

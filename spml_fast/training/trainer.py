@@ -11,11 +11,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from spml_fast import __version__
-from spml_fast.core import distributed
+from spml_fast.core import distributed, spans
 from spml_fast.core.batch import Batch, MicroBatch
 from spml_fast.core.config import Config
 from spml_fast.core.precision import autocast, autocast_dtype, set_cudnn_policy
 from spml_fast.core.seeds import rng_seed
+from spml_fast.core.spans import span
 from spml_fast.data.labels import LabelStore
 from spml_fast.data.loader import EvalLoader
 from spml_fast.evaluation.evaluate import evaluate_split
@@ -33,6 +34,7 @@ from spml_fast.training.bad_image_list import list_bad_images
 from spml_fast.training.batchnorm_state import average_statistics, own_statistics
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.compile_choice import compiled_sizes, settle_compile
+from spml_fast.training.earlier_choices import earlier_choices
 from spml_fast.training.engine import Engine, deepspeed_config
 from spml_fast.training.examples import selected_examples
 from spml_fast.training.final import finish_run
@@ -46,6 +48,7 @@ from spml_fast.training.precision_choice import settle_precision
 from spml_fast.training.resume import Resume, check_same_run, defining_options, find_resume
 from spml_fast.training.save_times import SaveTimes
 from spml_fast.training.saving import RunCheckpoints
+from spml_fast.training.scoring import score_training_split
 from spml_fast.training.selection import BestScore
 from spml_fast.training.setup import (
     Phase,
@@ -64,6 +67,7 @@ from spml_fast.training.setup import (
 from spml_fast.training.solved_phase import solve_phase
 from spml_fast.training.spent import Spent
 from spml_fast.training.state import restore_state, run_state
+from spml_fast.training.step_profile import NoProfile, Profile, profiled_epoch
 from spml_fast.training.tracking import Trackers
 
 
@@ -96,7 +100,8 @@ class Trainer:
         self.resume = distributed.from_main(lambda: find_resume(checkpoints, config.run.resume))
         # The weights that a run started from need not be there any more.
         self.classifier = make_classifier(config.model, classes, side, device, initial=self.resume is None)
-        config, chosen = settle_precision(config, self.classifier, self.resume, device)
+        earlier = distributed.from_main(lambda: earlier_choices(self.resume, self.layout, config))
+        config, chosen = settle_precision(config, self.classifier, earlier, device)
         self.config, self.notes = config, [*self.notes, *chosen]
         self.store = LabelStore(self.data.labels, device)
         set_prior(self.classifier, config, self.store, len(self.data.train))
@@ -111,7 +116,7 @@ class Trainer:
         updates = self.loader.updates_per_epoch
         self.total_updates = sum(p.epochs for p in self.phases) * updates
         updated = self.phases[-1].epochs * updates
-        config, chosen = settle_compile(config, self.classifier, self.resume, device, updated)
+        config, chosen = settle_compile(config, self.classifier, earlier, device, updated)
         self.config, self.notes = config, [*self.notes, *chosen]
         self.pace = Pace(self.phases, updates, config.train, self.data.val, device, config.eval.every)
         defines = defining_options(config, self.data.manifest, device)
@@ -127,6 +132,9 @@ class Trainer:
         self.started_from: dict[str, Any] | None = None
         # Of the epoch that is under way: its clock, and its sums on this rank.
         self.running: tuple[Meter, dict[str, Tensor]] | None = None
+        # Phases of which updates were measured (`run.profile`), and what measures those of this epoch.
+        self.profiled: set[str] = set()
+        self.profile: Profile = NoProfile()
         # Of the epoch's last update.
         self.selected: list[list[Any]] = []
 
@@ -230,29 +238,7 @@ class Trainer:
         self.engine.train()
         self.method.on_epoch_start(self._progress(phase, epoch, start_update))
         meter, sums = self.running = self.running or (Meter(), {})
-        phase_index = self.phases.index(phase)
-        updates = self.loader.epoch(epoch, start_update)
-        update = start_update
-        while True:
-            with meter.waiting():
-                micro = next(updates, None)
-            if micro is None:
-                break
-            peers.begin_update()
-            progress = self._progress(phase, epoch, update)
-            torch.manual_seed(rng_seed(config.run.seed, phase_index, progress.update, self.rank))
-            self._update(micro, progress, sums)
-            meter.samples += micro[0].update_size
-            update += 1
-            peers.end_update(phase.name, epoch, update)
-            if update % config.train.log_every == 0 and update < self.loader.updates_per_epoch:
-                self._log_update(phase, progress, meter, sums)
-            if (cost := self.pace.update(epoch, update)) is not None:
-                self.log.say(cost)
-            if self.log.due:
-                self._show(phase, epoch, update, meter)
-            if self.saves.due(update, progress.updates_per_epoch):
-                self._save(phase, epoch - 1, update, best=False)
+        update = self._train_updates(phase, epoch, start_update, meter, sums)
         self.running = None
         figures: dict[str, Any] = dict(self._read(sums))
         self.trained_samples += meter.samples
@@ -270,12 +256,42 @@ class Trainer:
         progress = self._progress(phase, epoch, update)
         if self.method.needs_train_scores(progress):
             with self.spent.on("scoring"):
-                self._score_training_split()
+                score_training_split(self)
         figures |= self.method.on_epoch_end(progress)
         figures |= {"selected_examples": self.selected} if self.selected else {}
         if config.data.bad_images == "replace":
             figures["bad_images"] = list_bad_images(self.loader.bad_images, self.layout)
         return figures
+
+    def _train_updates(self, phase: Phase, epoch: int, update: int, meter: Meter, sums: dict[str, Tensor]) -> int:
+        """The updates of an epoch from one on; returns how many of it are done."""
+        config, phase_index = self.config, self.phases.index(phase)
+        updates = self.loader.epoch(epoch, update)
+        with profiled_epoch(self, phase, epoch, update) as self.profile:
+            while True:
+                if (spent := self.profile.before_update()) > 0:
+                    meter.leave_out(spent)
+                    self.pace.leave_out(spent)
+                with meter.waiting(), span(spans.DATA):
+                    micro = next(updates, None)
+                if micro is None:
+                    return update
+                peers.begin_update()
+                progress = self._progress(phase, epoch, update)
+                torch.manual_seed(rng_seed(config.run.seed, phase_index, progress.update, self.rank))
+                self._update(micro, progress, sums)
+                meter.samples += micro[0].update_size
+                update += 1
+                peers.end_update(phase.name, epoch, update)
+                if update % config.train.log_every == 0 and update < self.loader.updates_per_epoch:
+                    self._log_update(phase, progress, meter, sums)
+                if (cost := self.pace.update(epoch, update)) is not None:
+                    self.log.say(cost)
+                if self.log.due:
+                    self._show(phase, epoch, update, meter)
+                if self.saves.due(update, progress.updates_per_epoch):
+                    with span(spans.SAVING):
+                        self._save(phase, epoch - 1, update, best=False)
 
     def _show(self, phase: Phase, epoch: int, update: int, meter: Meter) -> None:
         """Where the run stands, for who watches it."""
@@ -286,19 +302,25 @@ class Trainer:
     def _update(self, micro: list[MicroBatch], progress: Progress, sums: dict[str, Tensor]) -> None:
         """One optimizer update: forward, backward and step for each micro-batch."""
         train = self.config.train
-        batches = [self._batch(micro_batch) for micro_batch in micro]
+        with span(spans.LABELS):
+            batches = [self._batch(micro_batch) for micro_batch in micro]
+        self.profile.see(batches)
         figures: list[dict[str, Tensor]] = []
         self.guard.begin()
         if train.exact_accumulation and len(batches) > 1 and self.method.batch_statistics:
-            self._update_statistics(batches, progress)
+            with span(spans.METHOD):
+                self._update_statistics(batches, progress)
         for micro_batch, batch in zip(micro, batches, strict=True):
-            loss, metrics = self.engine(batch, progress)
+            with span(spans.METHOD):
+                loss, metrics = self.engine(batch, progress)
             # DeepSpeed divides by the number of micro-steps, which may differ in size by a sample.
             weight = train.accumulation * self.method.fraction_of_update(batch.global_size, micro_batch.update_size)
             # What checkpointing computes again has moved BatchNorm's statistics before.
-            with bn_behaviour(self.classifier, "no_update" if self.config.model.grad_checkpointing else "update"):
+            again = self.config.model.grad_checkpointing
+            with span(spans.BACKWARD), bn_behaviour(self.classifier, "no_update" if again else "update"):
                 self.engine.backward(loss if weight == 1 else loss * weight)
-            counts = self.guard.step(loss.detach(), progress)
+            with span(spans.OPTIMIZER):
+                counts = self.guard.step(loss.detach(), progress)
             samples = batch.global_size / self.world
             figures.append({name: value.detach() for name, value in {"loss": loss * samples, **metrics}.items()})
             figures[-1]["samples"] = torch.full((), samples, device=self.device)
@@ -307,7 +329,8 @@ class Trainer:
         for name, value in (item for step in figures if counts for item in step.items()):
             sums[name] = sums[name] + value if name in sums else value
         if self.ema is not None:
-            self.ema.update(self.classifier, step=progress.update + 1)
+            with span(spans.OPTIMIZER):
+                self.ema.update(self.classifier, step=progress.update + 1)
 
     def _batch(self, micro: MicroBatch) -> Batch:
         labels = self.store.rows(micro.index)
@@ -327,27 +350,6 @@ class Trainer:
             logits = [self.method.statistics_forward(classifier, b, progress) for b in batches]
         for batch, statistics in zip(batches, self.method.update_statistics(logits, batches, progress), strict=True):
             batch.update_statistics = statistics
-
-    def training_scorer(self) -> EvalLoader:
-        """The loader of the training split's evaluation views."""
-        if self.train_scorer is None:
-            bad = self.loader.bad_images
-            self.train_scorer = make_eval_loader(self.config, self.data.train, self.classifier, self.device, bad)
-        return self.train_scorer
-
-    @torch.no_grad()
-    def _score_training_split(self) -> None:
-        """A pass over the training split in evaluation mode, for methods that ask for it (collective)."""
-        average_statistics(self.classifier, self.ema)
-        dtype = autocast_dtype(self.config.train.precision, self.device)
-        self.classifier.eval()
-        with self.training_scorer().watched("scoring the training images") as batches:
-            for batch in batches:
-                with autocast(self.device, dtype):
-                    logits = self.classifier(batch.views["eval"], alpha=self.classifier.alpha_train).logits
-                if batch.real:
-                    self.method.on_train_scores(batch.index[: batch.real], logits[: batch.real])
-        self.classifier.train()
 
     def _read(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sums over ranks as numbers (the one place that waits for the device), loss as a mean."""

@@ -9,8 +9,9 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -21,8 +22,17 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_json
 from spml_fast.core.precision import autocast
 from spml_fast.models.classifier import Classifier
+from spml_fast.training.engine import micro_batch_size
 
-T = TypeVar("T")
+
+class Times(Protocol):
+    """What a trial found, as a dataclass."""
+
+    def sentence(self) -> str:
+        """What was measured."""
+
+
+T = TypeVar("T", bound=Times)
 # Images of a timed step are as many as take about STEP seconds, and these at least: BatchNorm has nothing to normalise
 # in one image whose map is one cell.
 STEP, FEWEST_IMAGES = 0.25, 2
@@ -31,25 +41,50 @@ FEWEST_ROUNDS, MOST_ROUNDS, SECONDS = 3, 12, 1.5
 # What may go wrong in a trial without ending a run: no memory, a network or a compiler that fails.
 FAILURES = (RuntimeError, MemoryError, ValueError, OSError)
 
-Way = TypeVar("Way")
 
+@dataclass(frozen=True)
+class Trial:
+    """A run's network, whose steps are timed.
 
-@contextmanager
-def trial_network(classifier: Classifier, device: torch.device) -> Iterator[Classifier]:
-    """A copy of a network to try steps with, in training mode; random numbers go on afterwards as if nothing had been.
-
-    The copy and its gradients take less memory than the optimizer of the run will.
+    Attributes:
+        classifier: on the CPU; copies of it make the steps.
+        batch: images of a rank's step in the run.
+        size: their side in pixels.
+        device: where steps are made.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield copy.deepcopy(classifier).to(device).to(memory_format=torch.channels_last).train()
+
+    classifier: Classifier
+    batch: int
+    size: int
+    device: torch.device
+
+    @property
+    def fewest(self) -> int:
+        """Images of the smallest step that is timed."""
+        return min(FEWEST_IMAGES, self.batch)
+
+    @contextmanager
+    def network(self) -> Iterator[Classifier]:
+        """A copy to try steps with, in training mode; random numbers go on afterwards as if nothing had been.
+
+        The copy and its gradients take less memory than the optimizer of the run will.
+        """
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            yield copy.deepcopy(self.classifier).to(self.device).to(memory_format=torch.channels_last).train()
+
+
+def trial_of(config: Config, classifier: Classifier, device: torch.device) -> Trial:
+    """The trial of a run's network on this rank."""
+    batch = micro_batch_size(config.train, distributed.world_size())
+    return Trial(classifier, batch, config.data.image_size, device)
 
 
 def step_seconds(network: Classifier, images: int, size: int, dtype: torch.dtype | None) -> float:
     """Seconds of one forward and backward on noise.
 
     Args:
-        network: from `trial_network`.
+        network: from `Trial.network`.
         images: of the step.
         size: their side in pixels.
         dtype: autocast's, or None.
@@ -70,17 +105,16 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def images_of_a_trial(network: Classifier, batch: int, size: int, dtype: torch.dtype | None) -> int:
-    """How many images a timed step should have.
+def images_of_a_step(trial: Trial, network: Classifier, dtype: torch.dtype | None) -> int:
+    """How many images a timed step should have, at most those of a step in the run.
 
     Args:
-        network: from `trial_network`; it has made a step of `FEWEST_IMAGES` images before.
-        batch: images of a rank's step in the run, the most that there can be.
-        size: their side in pixels.
+        trial: which network.
+        network: from `Trial.network`; it has made a step of `Trial.fewest` images before.
         dtype: autocast's, or None.
     """
-    fewest = min(FEWEST_IMAGES, batch)
-    return min(max(int(fewest * STEP / step_seconds(network, fewest, size, dtype)), fewest), batch)
+    seconds = step_seconds(network, trial.fewest, trial.size, dtype)
+    return min(max(int(trial.fewest * STEP / seconds), trial.fewest), trial.batch)
 
 
 def in_turn(first: Callable[[], float], second: Callable[[], float]) -> list[tuple[float, float]]:
@@ -96,12 +130,6 @@ def in_turn(first: Callable[[], float], second: Callable[[], float]) -> list[tup
     return times
 
 
-def batch_of_a_step(config: Config) -> int:
-    """Images of a rank's forward in a run, the largest part."""
-    train = config.train
-    return -(-train.batch_size // (distributed.world_size() * train.accumulation))
-
-
 def seconds_text(seconds: float) -> str:
     """A short time as people say it."""
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
@@ -113,9 +141,9 @@ def what_failed(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:200]}"
 
 
-def trial_key(config: Config, classifier: Classifier, device: torch.device) -> str:
+def trial_key(config: Config, trial: Trial) -> str:
     """What the times of a trial depend on, as text."""
-    model = config.model
+    model, device = config.model, trial.device
     facts: dict[str, Any] = {
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
@@ -124,11 +152,11 @@ def trial_key(config: Config, classifier: Classifier, device: torch.device) -> s
         "image_size": config.data.image_size,
         "head": model.head,
         "head_options": repr(model.head_options),
-        "parameters": sum(p.numel() for p in classifier.parameters()),
+        "parameters": sum(p.numel() for p in trial.classifier.parameters()),
         "output_stride": model.output_stride,
         "frozen": [model.freeze_bn, *model.freeze],
         "grad_checkpointing": model.grad_checkpointing,
-        "batch": batch_of_a_step(config),
+        "batch": trial.batch,
     }
     return json.dumps(facts, sort_keys=True)
 
@@ -160,13 +188,28 @@ class TimesCache:
         self.problem: str | None = None
         self._values: dict[str, dict[str, Any]] = {}
 
-    def read(self, key: str, make: Callable[..., T]) -> T | None:
-        """Times under a key; None where there are none, or the file is damaged.
+    def times(self, key: str, make: Callable[..., T], measure: Callable[[], T | None]) -> tuple[T | None, str]:
+        """Times of an earlier run, or new ones, which are kept.
 
         Args:
-            key: from `trial_key`.
-            make: makes them of what `write` kept; raises `ValueError` or `TypeError` for anything else.
+            key: what they depend on.
+            make: makes them of what is kept of them; raises `ValueError` or `TypeError` for anything else.
+            measure: makes new ones, or None where that is not worth it.
+
+        Returns:
+            The times, and half a sentence about them; None and nothing where there are none.
+
+        Raises:
+            What `measure` raises.
         """
+        times = self._read(key, make)
+        if times is not None:
+            return times, f"{times.sentence()}, measured by an earlier run ({self.path})"
+        times = measure()
+        return (None, "") if times is None else (times, times.sentence() + self._write(key, times))
+
+    def _read(self, key: str, make: Callable[..., T]) -> T | None:
+        """Times under a key; None where there are none, or the file is damaged."""
         try:
             values = json.loads(self.path.read_text(encoding="utf-8"))
             self._values = {name: dict(entries) for name, entries in values.items()}
@@ -179,8 +222,8 @@ class TimesCache:
             self.problem = f"{self.path} is damaged and was not used ({what_failed(error)})"
             return None
 
-    def write(self, key: str, times: Any) -> str:
-        """Keep times, a dataclass, under a key. What there is to say of the file, to follow a sentence."""
+    def _write(self, key: str, times: Any) -> str:
+        """Keep times under a key. What there is to say of the file, to follow a sentence."""
         section = self._values.get(self.section, {}) | {key: dataclasses.asdict(times)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -187,3 +187,54 @@ def test_one_rank_averages_nothing(run_script, tmp_path):
     script.write_text(ONE_RANK)
     done = run_script(script, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+OTHER_FORM = """
+import sys
+from pathlib import Path
+import torch
+from spml_fast.core.config import EngineConfig, TrainConfig
+from spml_fast.training.engine import Engine, deepspeed_config, init_distributed, shutdown_distributed
+from spml_fast.training.optim import make_optimizer, make_schedule
+
+device, folder, stage = init_distributed(), Path(sys.argv[1]), int(sys.argv[2])
+torch.manual_seed(1)
+images = torch.randn(6, 4, 3, 8, 8)
+
+def start(fused):
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList([torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)])
+    layers.forward = lambda x: layers[1](layers[0](x)).square().mean()
+    train = TrainConfig(precision="fp32", batch_size=4, optimizer="adamw")
+    config = deepspeed_config(train, EngineConfig(tensorboard=False, zero_stage=stage), 1, device, folder)
+    optimizer = make_optimizer([{"params": list(layers.parameters()), "lr": 0.1, "weight_decay": 0.1}], train, fused)
+    return Engine(layers, optimizer, make_schedule(optimizer, train, 10), config)
+
+def end(engine, parts):
+    for part in parts:
+        engine.backward(engine(part))
+        engine.step()
+    with engine.gathered_parameters():
+        return [p.detach().clone() for p in engine.module.parameters()]
+
+for began in (False, True):
+    whole = end(start(began), images)
+    first = start(began)
+    end(first, images[:3])
+    first.save(folder, f"began-{began}", {})
+    other = start(not began)
+    other.load(folder, f"began-{began}")
+    other.place_schedule(3)
+    assert all(map(torch.equal, end(other, images[3:]), whole))
+shutdown_distributed()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_without_fused_updates_is_resumed_with_them(stage, run_script, tmp_path):
+    """And the other way round: the checkpoint brings its own way, and the run ends bit for bit where it would have."""
+    script = tmp_path / "other_form.py"
+    script.write_text(OTHER_FORM)
+    done = run_script(script, tmp_path, stage)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -9,6 +9,7 @@ import torch
 
 from spml_fast.core.config import TrainConfig
 from spml_fast.training import pace
+from spml_fast.training.logs import Meter
 from spml_fast.training.pace import Pace, clock, duration
 from spml_fast.training.setup import Phase
 
@@ -42,6 +43,22 @@ def test_the_first_update_does_not_count_and_the_line_comes_once(now: list[float
     assert re.fullmatch(r"8 images/s: about 3 min an epoch; training ends in about 13 min, at \d\d:\d\d( on .*)?", line)
     assert run.seconds_left(1, 50) == pytest.approx(3.5 * 200)
     assert run.seconds_left(4, 100) == pytest.approx(0.0)
+
+
+def test_time_that_is_no_update_s_changes_no_rate(now: list[float]):
+    """Such as that of writing a profile."""
+    run, meter = make([FINETUNE]), Meter()
+    run.begin(FINETUNE)
+    run.update(1, 1)
+    for done in range(2, 7):
+        now[0] += 2.0
+        if done == 4:
+            now[0] += 500.0
+            run.leave_out(500.0)
+            meter.leave_out(500.0)
+        run.update(1, done)
+    meter.samples = 80
+    assert run.rate == pytest.approx(8.0) and meter.seconds == 10 and meter.rate == pytest.approx(8.0)
 
 
 def test_many_fast_updates_are_enough(now: list[float]):

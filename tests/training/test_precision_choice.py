@@ -13,10 +13,15 @@ import torch
 import yaml
 
 from spml_fast.cli.parse import parse_config
+from spml_fast.core import distributed
 from spml_fast.models.classifier import Classifier
+from spml_fast.runs.layout import RunLayout
+from spml_fast.runs.recipe import to_yaml
 from spml_fast.training import precision_choice, trials
+from spml_fast.training.earlier_choices import EarlierChoices, earlier_choices
 from spml_fast.training.precision_choice import PrecisionTimes, precision_times, settle_precision
 from spml_fast.training.resume import Resume
+from spml_fast.training.trials import Trial, trial_of
 
 CPU = torch.device("cpu")
 WORDS = ["--data.image_size", "64", "--model.backbone", "test_resnet", "--model.pretrained", "false"]
@@ -61,7 +66,7 @@ def measured(monkeypatch, outcome):
 def test_bf16_is_taken_where_it_gains_enough(gain, taken, cache, classifier, monkeypatch):
     calls = measured(monkeypatch, times_of(gain))
     config, (note,) = settle_precision(config_of("--train.batch_size", "32"), classifier, None, CPU)
-    assert config.train.precision == taken and calls == [(classifier, 64, 32, CPU)]
+    assert config.train.precision == taken and calls == [(Trial(classifier, 32, 64, CPU),)]
     assert note.startswith(f"train.precision auto: {taken}; a step of 8 image(s) takes 400 ms in fp32 and ")
     assert f"{gain:.2f} times as fast in steps of 8" in note and "--train.precision decides" in note
 
@@ -129,7 +134,7 @@ def test_times_are_kept_for_runs_of_the_same_kind(cache, classifier, monkeypatch
 )
 def test_damaged_caches_are_told_of_and_replaced(text, cache, classifier, monkeypatch):
     calls = measured(monkeypatch, times_of(2))
-    key = json.dumps(trials.trial_key(config_of(), classifier, CPU))
+    key = json.dumps(trials.trial_key(config_of(), trial_of(config_of(), classifier, CPU)))
     negative = json.dumps({"precision": {json.loads(key): dataclasses.asdict(times_of(2)) | {"bf16": -1}}})
     cache.parent.mkdir()
     cache.write_bytes(text.replace("KEY", key).replace("NEGATIVE", negative).encode(errors="surrogateescape"))
@@ -153,9 +158,53 @@ def test_a_resumed_run_keeps_what_it_has(defines, kept, cache, classifier, monke
     """Without a word of it in the checkpoint, as in versions before 0.2.0, auto means what it meant then."""
     calls = measured(monkeypatch, times_of(0.1 if kept == "bf16" else 2))
     monkeypatch.setattr(precision_choice, "prefers_bf16", lambda device: False)
-    checkpoint = SimpleNamespace(defines=defines, folder=tmp_path / "checkpoints")
-    config, notes = settle_precision(config_of(), classifier, Resume(checkpoint), CPU)
+    resume = Resume(SimpleNamespace(defines=defines, folder=tmp_path / "checkpoints"))
+    earlier = earlier_choices(resume, RunLayout(tmp_path), config_of())
+    config, notes = settle_precision(config_of(), classifier, earlier, CPU)
     assert config.train.precision == kept and not notes and not calls
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "kept"),
+    [
+        ((), None, "bf16"),
+        (("--train.batch_size", "4", "--train.lr", "1"), None, "bf16"),
+        (("--run.resume", "never"), None, None),
+        (("--data.image_size", "96"), None, None),
+        (("--model.backbone", "test_vit"), None, None),
+        ((), "train: {precision: auto}", None),
+        ((), "{", None),
+    ],
+)
+def test_a_start_without_a_checkpoint_keeps_what_the_one_before_chose(words, text, kept, tmp_path):
+    """It was killed before it could save; another machine may measure something else."""
+    layout = RunLayout(tmp_path)
+    assert earlier_choices(None, layout, config_of()) is None
+    before = config_of("--train.precision", "bf16", "--model.compile", "true")
+    layout.config.write_text(to_yaml(before) if text is None else text)
+    earlier = earlier_choices(None, layout, config_of(*words))
+    assert earlier == (kept and EarlierChoices(kept, True, layout.config))
+
+
+def test_what_an_earlier_start_chose_is_said(cache, classifier, monkeypatch, tmp_path):
+    calls = measured(monkeypatch, times_of(0.1))
+    config, (note,) = settle_precision(config_of(), classifier, EarlierChoices("bf16", False, tmp_path), CPU)
+    assert config.train.precision == "bf16" and not calls
+    assert note == f"train.precision auto: bf16, as an earlier start of this run chose ({tmp_path})"
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda", 0)])
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_is_for_ranks_that_all_have_it(device, able, cache, classifier, monkeypatch):
+    """Rank 0 has bf16; of another machine's rank it depends."""
+    calls = measured(monkeypatch, times_of(2))
+    monkeypatch.setattr(precision_choice, "prefers_bf16", lambda device: True)
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, able])
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "from_main", lambda choose: choose())
+    config, notes = settle_precision(config_of(), classifier, None, device)
+    assert config.train.precision == ("bf16" if able else "fp32") and len(calls) == (able and device == CPU)
+    assert device != CPU or able or "a rank's processor has no instructions for bf16" in notes[0]
 
 
 def test_measuring_leaves_everything_as_it_was(classifier, monkeypatch):
@@ -168,7 +217,7 @@ def test_measuring_leaves_everything_as_it_was(classifier, monkeypatch):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    times = precision_times(network, 64, 3, CPU)
+    times = precision_times(Trial(network, 3, 64, CPU))
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(p.grad is None for p in network.parameters()) and not network.training
@@ -182,7 +231,7 @@ def test_measuring_leaves_everything_as_it_was(classifier, monkeypatch):
 def test_a_run_says_and_keeps_it(run_script, small_digits: Path, tmp_path: Path):
     """Its config.yaml has what it took; times of another outcome change new runs and no resumed one."""
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    words = ["--data.dir", small_digits, "--config", "digits", "--train.precision", "auto", "--train.batch_size", 32]
+    words = ["--config", "digits", "--data.dir", small_digits, "--train.precision", "auto", "--train.batch_size", 32]
     words += ["--data.test_split", "null"]
 
     def train(name, epochs):
@@ -204,5 +253,9 @@ def test_a_run_says_and_keeps_it(run_script, small_digits: Path, tmp_path: Path)
     file.write_text(json.dumps(entries))
     again, output = train("first", 2)
     assert again == first and "train.precision auto" not in output and "changed options: train.epochs 1 -> 2" in output
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / "config.yaml").write_text((tmp_path / "first" / "config.yaml").read_text())
+    begun, output = train("third", 1)
+    assert begun == first and f"train.precision auto: {first}, as an earlier start of this run chose" in output
     new, output = train("second", 1)
     assert new == other and "measured by an earlier run" in output
