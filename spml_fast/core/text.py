@@ -42,6 +42,11 @@ def in_whole_words(text: str, stream: TextIO) -> str:
     return "\n".join(lines)
 
 
+def counted(number: int, one: str) -> str:
+    """A number and what it counts, such as `1 image` and `12 images`; `one` is a noun whose plural ends with s."""
+    return f"1 {one}" if number == 1 else f"{number:,} {one}s"
+
+
 def shortened(text: str) -> str:
     """A message without the middle of what is too long to be read, such as a name of a million characters."""
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"

@@ -24,6 +24,7 @@ import torch
 from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.precision import has_bf16, prefers_bf16
+from spml_fast.core.text import counted
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.trials import (
     FAILURES,
@@ -88,8 +89,9 @@ class PrecisionTimes:
     def sentence(self) -> str:
         """What was measured."""
         return (
-            f"a step of {self.images} image(s) takes {seconds_text(self.fp32)} in fp32 and {seconds_text(self.bf16)} "
-            f"in bf16, {self.gain:.2f} times as fast in steps of {self.batch} (taken from {GAIN:g} on)"
+            f"a step of {counted(self.images, 'image')} takes {seconds_text(self.fp32)} in fp32 and "
+            f"{seconds_text(self.bf16)} in bf16, {self.gain:.2f} times as fast in steps of {self.batch} "
+            f"(taken from {GAIN:g} on)"
         )
 
 
