@@ -16,6 +16,7 @@ import pytest
 from spml_fast.cli import common
 from spml_fast.cli.main import COMMANDS, main
 from spml_fast.cli.parse import parse_config
+from spml_fast.cli.relabel import training_words
 from spml_fast.core.errors import UserError
 from spml_fast.methods import method_names
 from spml_fast.methods.base import METHODS
@@ -386,3 +387,12 @@ def test_what_to_try_after_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
         name, *words = shlex.split(line)[1:]
         parse: Any = importlib.import_module(f"spml_fast.cli.{name}").parse
         assert str(parse(words).run if name != "report" else parse(words).runs[0]) == "runs/a"
+
+
+def test_relabel_goes_on_as_the_run_was_trained(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{}\n", encoding="utf-8")
+    run, plain = str(tmp_path), ["--data.dir", "b"]
+    assert training_words("b", 2, [run]) == ["--config", f"{run}/config.yaml", *plain, "--run.dir", f"{run}-2"]
+    # Of two runs nobody knows which is meant, and a table may name one that is gone, or none.
+    for runs in ([run, "other"], [f"{run}/gone"], [""], []):
+        assert training_words("b", 2, runs) == plain
