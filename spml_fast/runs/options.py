@@ -80,7 +80,9 @@ def build_parser(method: str = DEFAULT_METHOD, prog: str | None = None, head: st
     """
     parser = RunParser(prog=prog, allow_abbrev=False)
     parser.method, parser.head = method, head
-    parser.add_argument("--config", action="config", help="YAML recipe; later options and files win over earlier ones")
+    parser.add_argument(
+        "--config", action="config", help="YAML recipe; later ones win over earlier ones, and options over recipes"
+    )
     for name, cls in SECTIONS.items():
         kind = _model_config(head) if name == "model" else cls
         _resolve_types(kind)
@@ -285,7 +287,10 @@ def run_help(prog: str, method: str, head: str) -> str:
         lines += textwrap.wrap(f"{kind}: {text}", width, initial_indent="  ", subsequent_indent="      ")
     lines += ["", "general:", "  -h, --help"]
     general = [
-        ("--config RECIPE", "YAML file, or the name of a recipe; may be given several times, and later ones win"),
+        (
+            "--config RECIPE",
+            "YAML file, or the name of a recipe; of several the later one wins, and any other option over all of them",
+        ),
         ("--method METHOD", "short for --method.name METHOD"),
         ("--plugins MODULE", "import this module (or FILE.py) first, which registers methods or heads"),
         ("--print_config", "print the configuration that all of this gives, and exit"),
