@@ -178,6 +178,11 @@ def test_what_users_get_wrong(run, tmp_path, monkeypatch):
         (["--run", run, "--format", "onnx", "--out", tmp_path / "x.pt"], r"must be named \.onnx"),
         (["--run", run, "--format", "onnx", "--out", tmp_path / "folder.onnx"], "is a directory"),
         (["--run", run, "--format", "onnx", "--out", tmp_path / "none" / "x.onnx"], "cannot be written"),
+        # The library that writes these has an error of its own.
+        (
+            ["--run", run, "--format", "safetensors", "--out", tmp_path / "none" / "x.safetensors"],
+            r"none/x\.safetensors cannot be written: .*No such file",
+        ),
         (["--run", run, "--format", "safetensors", "--alpha", 2], "--alpha goes into an ONNX graph"),
         (["--run", run, "--format", "onnx", "--alpha", -1], "must be greater than 0"),
         (["--run", run, "--format", "onnx", "--alpha", "inf"], "must be greater than 0 and finite"),
