@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -365,6 +366,7 @@ def export_safetensors(
     try:
         with atomic_write(out) as partial:
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, partial, metadata=metadata)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        # The library writes by itself, and has an error of its own for a full disk or a folder that may not be written.
+        raise UserError(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     return layout, max_difference, source

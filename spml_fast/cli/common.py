@@ -8,16 +8,15 @@ import difflib
 import importlib
 import io
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from spml_fast.core import env
+from spml_fast.core import env, help_text
 from spml_fast.core.errors import UserError, fail
 from spml_fast.core.invocation import program
 from spml_fast.core.outputs import Kind, OutputFile
-from spml_fast.core.text import without_controls
+from spml_fast.core.text import in_whole_words, without_controls
 
 if TYPE_CHECKING:
     import torch
@@ -92,13 +91,11 @@ def command_parser(command: str, arguments: str, description: str, examples: Seq
         examples: (words after the command's name, what they do).
     """
     prog = program(command)
-    width = max(len(words) for words, _ in examples)
-    lines = ["examples:", *(f"  {prog} {words:<{width}}  # {what}" for words, what in examples)]
-    paragraphs = [textwrap.fill(" ".join(p.split()), 100) for p in description.strip().split("\n\n")]
+    lines = help_text.example_lines([(f"{prog} {words}", what) for words, what in examples])
     parser = Parser(
         prog=prog,
-        usage=f"{prog} {arguments}",
-        description="\n".join(lines) + "\n\n" + "\n\n".join(paragraphs),
+        usage=help_text.usage(f"{prog} {arguments}"),
+        description="\n".join(lines) + "\n\n" + help_text.paragraphs(description),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -205,7 +202,7 @@ def check_one_process(command: str, more: str = "") -> None:
 
 def say(text: str) -> None:
     """A line on standard error, without the control characters that names may bring along."""
-    print(without_controls(text), file=sys.stderr, flush=True)
+    print(in_whole_words(without_controls(text), sys.stderr), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

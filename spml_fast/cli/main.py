@@ -8,11 +8,12 @@ from typing import NoReturn
 
 from spml_fast import __version__
 from spml_fast.cli.common import split_plugins, suggestion, without_launcher_words
+from spml_fast.core import help_text
 from spml_fast.core.errors import fail, run_command
 
 COMMANDS = {
     "train": "train a classifier on partly labelled images; without options on embedded digit scenes",
-    "prepare": "turn raw annotations (CSV, VOC, COCO, NUS-WIDE, CUB, OpenImages) into a data set, or pack its images",
+    "prepare": "turn images and their annotations (a table, VOC, COCO, YOLO and others) into a data set, or pack it",
     "evaluate": "metrics of a trained run on a split",
     "calibrate": "thresholds of the classes and calibrated probabilities, from a validation split",
     "predict": "the classes of new images",
@@ -32,19 +33,18 @@ COMMANDS = {
 
 def overview() -> str:
     """The commands, a line each."""
-    lines = ["usage: spml-fast COMMAND [OPTIONS]", "", "commands:"]
-    lines += [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
-    lines += [
-        "",
-        "examples:",
-        "  spml-fast train                                             # the digit scenes, a minute or two",
-        "  spml-fast prepare csv --table labels.csv --images . --out data/mine",
-        "  spml-fast train --data.dir data/mine --method ll_r          # your own images",
-        "",
-        "`spml-fast COMMAND --help` explains a command's options; `spml-fast train --help` names the methods, heads",
-        "and recipes, and `spml-fast prepare --help` the data sets. Several GPUs or machines:",
-        "`deepspeed --module spml_fast train ...` or `torchrun -m spml_fast train ...`.",
-    ]
+    lines = ["usage: spml-fast COMMAND [OPTIONS]", "", "commands:", *help_text.table_lines(COMMANDS.items(), 11), ""]
+    lines += help_text.example_lines(
+        [
+            ("spml-fast train", "the digit scenes, a minute or two"),
+            ("spml-fast prepare csv --table labels.csv --images . --out data/mine", "a table of your own"),
+            ("spml-fast train --data.dir data/mine --method ll_r", "your own images"),
+        ]
+    )
+    about = """`spml-fast COMMAND --help` explains a command's options; `spml-fast train --help` names the methods,
+    heads and recipes, and `spml-fast prepare --help` the data sets. Several GPUs or machines:
+    `deepspeed --module spml_fast train ...` or `torchrun -m spml_fast train ...`."""
+    lines += ["", help_text.paragraphs(about)]
     return "\n".join(lines)
 
 

@@ -96,7 +96,8 @@ def parse_words(
     """Parse a command line whose recipes have been read.
 
     Args:
-        argv: the words; each `--config NAME` stands where the recipe called NAME belongs.
+        argv: the words; each `--config NAME` stands for the recipe called NAME. Other options win over recipes,
+            wherever they stand.
         recipes: (name, content).
         prog: the program's name for usage lines.
         raises: raise `UserError` for unknown options and wrong types too, instead of ending the program.
@@ -152,13 +153,19 @@ def parse_words(
 
 
 def _with_recipes(argv: Sequence[str], recipes: dict[str, Recipe]) -> list[str]:
-    """The command line with its recipes as text in place of their paths."""
+    """The command line with its recipes first, as text in place of their paths.
+
+    The parser takes what comes later. An option that somebody typed wins over recipes wherever it stands: behind
+    `--data.dir mine` the recipe of the digit scenes would train on those, and say nothing.
+    """
     # JSON is YAML with every string in quotes: a directory called 1e3 stays a name.
     texts = {path: json.dumps(recipe, default=str) for path, recipe in recipes.items()}
-    out = list(argv)
-    for i, word in enumerate(out):
-        if word == "--config" and i + 1 < len(out):
-            out[i + 1] = texts[out[i + 1]]
+    first, others, rest = [], [], iter(argv)
+    for word in rest:
+        if word == "--config" and (path := next(rest, None)) is not None:
+            first.append("--config=" + texts[path])
         elif word.startswith("--config="):
-            out[i] = "--config=" + texts[word.partition("=")[2]]
-    return out
+            first.append("--config=" + texts[word.partition("=")[2]])
+        else:
+            others.append(word)
+    return first + others

@@ -6,16 +6,17 @@ import argparse
 import sys
 
 from spml_fast.cli.common import Parser, split_plugins, without_launcher_words
+from spml_fast.core import help_text
 from spml_fast.core.invocation import program
 from spml_fast.core.text import without_controls
 
-EXAMPLES = """examples:
-  {prog} csv --table labels.csv --images . --out data/mine          # a table of your own
-  {prog} voc --root VOCdevkit/VOC2012 --out data/voc                # an official data set
-  {prog} shard --manifest data/mine --out data/mine-shards          # many small files into tar files
-
-Turn raw annotations and images into a Manifest, which training reads. `{prog} DATASET --help` explains
-the options of a data set."""
+EXAMPLES = [
+    ("csv --table labels.csv --images . --out data/mine", "a table of your own"),
+    ("voc --root VOCdevkit/VOC2012 --out data/voc", "an official data set"),
+    ("shard --manifest data/mine --out data/mine-shards", "many small files into tar files"),
+]
+ABOUT = """Turn raw annotations and images into a Manifest, which training reads. `{prog} DATASET --help` explains the
+options of a data set."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,11 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     words, plugins = split_plugins(without_launcher_words(sys.argv[1:] if argv is None else argv))
     load_plugins(plugins)
     prog = program("prepare")
+    examples = help_text.example_lines([(f"{prog} {words}", what) for words, what in EXAMPLES])
     parser = Parser(
         prog=prog,
         usage=f"{prog} DATASET --out DIR [OPTIONS]",
-        description=EXAMPLES.format(prog=prog),
-        epilog=f"{prog} --plugins MODULE ... imports a module (or FILE.py) first, which registers data sets.",
+        description="\n".join(examples) + "\n\n" + help_text.paragraphs(ABOUT.format(prog=prog)),
+        epilog=help_text.paragraphs(
+            f"{prog} --plugins MODULE ... imports a module (or FILE.py) first, which registers data sets."
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.invocation import command_line
 from spml_fast.core.text import without_controls
 from spml_fast.core.urls import location
+from spml_fast.runs.layout import RunLayout
 
 DESCRIPTION = """Apply decisions about suggested labels to a Manifest and write a new version of it; the old one stays
 as it is, and images are not copied. Decisions are the table that `suggest --csv` writes, with a column `decision`:
@@ -38,6 +40,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return common.parse(parser, argv)
 
 
+def training_words(folder: str, version: int, runs: list[str]) -> list[str]:
+    """What follows `train` to train on the new version: as the run that made all suggestions, where it is still there.
+
+    Args:
+        folder: the new Manifest.
+        version: its number.
+        runs: that made the suggestions; an empty name where the table has none.
+    """
+    data = ["--data.dir", folder]
+    if len(runs) != 1 or not runs[0] or not RunLayout(Path(runs[0])).config.is_file():
+        return data
+    run = RunLayout(Path(runs[0]))
+    return ["--config", str(run.config), *data, "--run.dir", f"{runs[0].rstrip('/')}-{version}"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Read, apply, write, say what changed."""
     args = parse(argv)
@@ -58,5 +75,6 @@ def main(argv: list[str] | None = None) -> int:
             "reject, or give --accept-above P"
         )
     made, changes = relabel(manifest, decisions, args.decisions, args.out)
-    print(without_controls(summary(manifest, made, decisions, changes)))
+    again = command_line("train", *training_words(str(made.folder), made.meta["version"], list(decisions.runs)))
+    print(without_controls(summary(manifest, made, decisions, changes, again)))
     return 0

@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     out.check()
     from spml_fast.analysis.report.page import make_page
     from spml_fast.core.io import write_text
+    from spml_fast.core.text import counted
 
     device = common.default_device() if args.images else None
     page = make_page(args.runs, args.images, device, common.say)
@@ -61,5 +62,5 @@ def main(argv: list[str] | None = None) -> int:
         write_text(args.out, page, errors="backslashreplace")
     except OSError as error:
         raise common.write_failed(args.out, error) from error
-    print(f"{printable(str(args.out))}: {len(args.runs)} run(s), {len(page) / 1e6:.1f} MB")
+    print(f"{printable(str(args.out))}: {counted(len(args.runs), 'run')}, {len(page) / 1e6:.1f} MB")
     return 0

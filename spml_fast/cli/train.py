@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     device = init_distributed(config.run.timeout_minutes)
     from spml_fast.core.distributed import is_main
     from spml_fast.core.progress import say
+    from spml_fast.core.text import in_whole_words
     from spml_fast.training.peers import reporting
     from spml_fast.training.signals import Interrupted
     from spml_fast.training.trainer import Trainer
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         status = stop.status
         if is_main():
             more = " A launcher's own lines about this status, below, say nothing new." if has_launcher() else ""
-            print(f"{stop} (exit status {status}).{more}", file=sys.stderr, flush=True)
+            line = f"{stop} (exit status {status}).{more}"
+            print(in_whole_words(line, sys.stderr), file=sys.stderr, flush=True)
     shutdown_distributed()
     return status

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from spml_fast.core import env
-from spml_fast.core.text import shortened, without_controls
+from spml_fast.core.text import in_whole_words, shortened, without_controls
 
 _OUT_OF_MEMORY = (
     "out of memory",
@@ -40,7 +40,8 @@ def fail(message: str, status: int = 1) -> NoReturn:
     rank = env.rank_name()
     # Names of files and classes come from anywhere, and a terminal obeys what it is sent.
     message = without_controls(shortened(message))
-    print(f"error: {message}" if rank == "0" else f"rank {rank}: error: {message}", file=sys.stderr, flush=True)
+    line = f"error: {message}" if rank == "0" else f"rank {rank}: error: {message}"
+    print(in_whole_words(line, sys.stderr), file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 

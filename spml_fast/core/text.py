@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from typing import Any
+import textwrap
+from typing import Any, TextIO
 
 # What a terminal obeys or turns about: C0 and C1 controls but for tab and line end, marks of direction, and halves of
 # surrogate pairs, which no encoding of a terminal has.
@@ -26,6 +28,23 @@ def printable(text: str) -> str:
 def without_controls(text: str) -> str:
     """A message as a terminal may show it: control characters that its names brought along are escaped."""
     return _UNSAFE.sub(lambda match: repr(match.group())[1:-1], text)
+
+
+def in_whole_words(text: str, stream: TextIO) -> str:
+    """A message in lines of whole words where the stream is a terminal; as it is elsewhere.
+
+    A word that is longer than the line, such as a path, stays one word, which people can select.
+    """
+    if not stream.isatty():
+        return text
+    columns = os.get_terminal_size(stream.fileno()).columns or 80
+    lines = (textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
+    return "\n".join(lines)
+
+
+def counted(number: int, one: str) -> str:
+    """A number and what it counts, such as `1 image` and `12 images`; `one` is a noun whose plural ends with s."""
+    return f"1 {one}" if number == 1 else f"{number:,} {one}s"
 
 
 def shortened(text: str) -> str:

@@ -274,6 +274,10 @@ class Manifest:
         kept = Path(cache) if cache is not None else default_cache()
         self.folder = mirror.fetch_manifest(self.source, kept) if isinstance(self.source, Url) else self.source
         path = self.folder / "manifest.json"
+        if not self.folder.exists():
+            raise UserError(
+                f"Manifest {self.folder} does not exist; restore it, or make it again with `spml-fast prepare`"
+            )
         if not path.is_file():
             raise UserError(
                 f"{self.folder} is not a Manifest (no manifest.json in it); make one with `spml-fast prepare`"

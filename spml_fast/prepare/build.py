@@ -344,16 +344,21 @@ def _placed_boxes(
 def _without_positive(manifest: Manifest, split: str, number: int) -> str:
     """Which classes have no positive image."""
     missing = np.flatnonzero(manifest.split(split).known.class_counts(POSITIVE) == 0)
-    named = ", ".join(manifest.classes[int(i)] for i in missing[:MAX_NAMED])
+    named = ", ".join(_in_list(manifest.classes[int(i)]) for i in missing[:MAX_NAMED])
     more = f" and {number - MAX_NAMED:,} more" if number > MAX_NAMED else ""
     return f"no positive image for {number:,} of {manifest.num_classes:,} classes: {named}{more}"
+
+
+def _in_list(name: str) -> str:
+    """A class's name among others with commas between them: in quotes where it has one itself."""
+    return repr(name) if "," in name else name
 
 
 def _images_by_class(manifest: Manifest, split: str) -> str:
     """Positive images of every class, of the most and least frequent ones where there are many."""
     counts = manifest.split(split).known.class_counts(POSITIVE)
     order = np.argsort(-counts, kind="stable")
-    texts = [f"{manifest.classes[int(i)]} {counts[i]:,}" for i in order]
+    texts = [f"{_in_list(manifest.classes[int(i)])} {counts[i]:,}" for i in order]
     if len(texts) <= 2 * MAX_NAMED:
         return f"positive images by class ({split}): {', '.join(texts)}"
     half = MAX_NAMED // 2
@@ -371,7 +376,7 @@ def summary(manifest: Manifest, train_options: Sequence[str] = ()) -> str:
         train_options: that the next command has besides --data.dir.
     """
     report = cast(dict[str, Any], json.loads((manifest.folder / "report.json").read_text(encoding="utf-8")))
-    lines = [f"{report['name']}: {report['classes']} classes"]
+    lines = [f"{report['name']}: {report['classes']:,} {'class' if report['classes'] == 1 else 'classes'}"]
     header = ("split", "samples", "known +", "known -", "unknown", "observed +", "observed -", "unknown")
     rows = [header]
     for name, split in report["splits"].items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spml_fast.core.errors import UserError
-from spml_fast.core.invocation import command_line, next_lines
+from spml_fast.core.invocation import next_lines
 from spml_fast.core.io import file_record
 from spml_fast.core.text import formula_safe_path, printable
 from spml_fast.data.manifest import Manifest, Split
@@ -220,7 +220,7 @@ def _record(manifest: Manifest, decisions: Decisions, source: Path, changes: dic
 MAX_CLASSES = 20
 
 
-def summary(old: Manifest, new: Manifest, decisions: Decisions, changes: dict[str, Changes]) -> str:
+def summary(old: Manifest, new: Manifest, decisions: Decisions, changes: dict[str, Changes], next_command: str) -> str:
     """What the command prints at its end.
 
     Args:
@@ -228,6 +228,7 @@ def summary(old: Manifest, new: Manifest, decisions: Decisions, changes: dict[st
         new: its new version.
         decisions: that were applied.
         changes: by split.
+        next_command: what to try next.
     """
     counted = ", ".join(f"{count:,} {name}" for name, count in sorted(decisions.counts.items()))
     lines = [f"{old.name}: {decisions.rows:,} rows: {counted}"]
@@ -244,5 +245,5 @@ def summary(old: Manifest, new: Manifest, decisions: Decisions, changes: dict[st
     if not any(found.rows for found in changes.values()):
         lines.append("no label changed")
     lines.append(f"Manifest: {new.folder} (version {new.meta['version']}; {old.source} is as it was)")
-    lines.append(next_lines([command_line("train", "--data.dir", new.folder)]))
+    lines.append(next_lines([next_command]))
     return "\n".join(lines)

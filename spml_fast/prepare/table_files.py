@@ -85,14 +85,18 @@ def _csv(path: Path, columns: list[str], errors: str) -> Iterator[TableRow]:
     with _text(path, errors) as file:
         reader = csv.reader(file, strict=True)
         try:
-            columns += [name.strip() for name in next(reader, [])]
+            header = next(reader, None)
+            if header is None:
+                raise UserError(f"{path} is empty; its first line must name the columns")
+            columns += [name.strip() for name in header]
             yield 1, {}
             for values in reader:
                 if not values or values == [""]:
                     continue
                 if len(values) != len(columns):
                     raise UserError(
-                        f"{path}, line {reader.line_num}: {len(values)} fields, but the header has {len(columns)}"
+                        f"{path}, line {reader.line_num}: {len(values)} fields, but the header has {len(columns)}; "
+                        "a field with a comma in it must stand in double quotes"
                     )
                 yield reader.line_num, dict(zip(columns, values, strict=True))
         except csv.Error as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import shutil
 import textwrap
 import types
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
+from spml_fast.core import help_text
 from spml_fast.core.config import SECTIONS, ModelConfig
 from spml_fast.core.errors import UserError, fail
 from spml_fast.methods import get_method, method_names
@@ -64,7 +64,7 @@ class RunParser(ArgumentParser):
 
     def format_usage(self) -> str:
         """One line."""
-        return f"usage: {self.prog} [--config RECIPE ...] [--method METHOD] [--SECTION.OPTION VALUE ...]\n"
+        return f"usage: {_usage(self.prog)}\n"
 
 
 def build_parser(method: str = DEFAULT_METHOD, prog: str | None = None, head: str = ModelConfig.head) -> RunParser:
@@ -80,7 +80,9 @@ def build_parser(method: str = DEFAULT_METHOD, prog: str | None = None, head: st
     """
     parser = RunParser(prog=prog, allow_abbrev=False)
     parser.method, parser.head = method, head
-    parser.add_argument("--config", action="config", help="YAML recipe; later options and files win over earlier ones")
+    parser.add_argument(
+        "--config", action="config", help="YAML recipe; later ones win over earlier ones, and options over recipes"
+    )
     for name, cls in SECTIONS.items():
         kind = _model_config(head) if name == "model" else cls
         _resolve_types(kind)
@@ -234,28 +236,48 @@ def _section_help(section: str, cls: type, title: str, defaults: Any, width: int
             shown, default = "{" + ",".join(names()) + "}", f" (default: {value})"
         else:
             shown, default = _value_text(hints[field.name]), f" (default: {_default_text(value)})"
-        lines.append(f"  --{section}.{field.name} {shown}")
         words = f"{about.get(field.name, '')}{default}".strip()
-        lines += textwrap.wrap(words, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines += _option_lines(f"--{section}.{field.name} {shown}", words, width)
     return [*lines, ""]
+
+
+def _usage(prog: str) -> str:
+    return help_text.usage(f"{prog} [--config RECIPE ...] [--method METHOD] [--SECTION.OPTION VALUE ...]")
+
+
+def _option_lines(option: str, about: str, width: int) -> list[str]:
+    """An option with its value, and below it, indented, what it does."""
+    shown = textwrap.wrap(
+        # A long list of choices is broken after its commas.
+        option if len(option) + 2 <= width else option.replace(",", ", "),
+        width,
+        initial_indent="  ",
+        subsequent_indent=" " * 6,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return shown + textwrap.wrap(about, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
 
 
 def run_help(prog: str, method: str, head: str) -> str:
     """The help text of `train` for a method and a head."""
-    width = min(max(shutil.get_terminal_size().columns, 60), 120)
+    width = help_text.help_width()
     examples = [
         ("", "the embedded digit scenes, in a minute or two"),
-        ("--data.dir data/mine --method ll_r", "your own images, made ready by `spml-fast prepare`"),
-        ("--config coco_boostlu --run.dir runs/coco", "a published recipe; given again, an interrupted run resumes"),
+        (" --data.dir data/mine --method ll_r", "your own images, made ready by `spml-fast prepare`"),
+        (" --config coco_boostlu --run.dir runs/coco", "a published recipe; given again, an interrupted run resumes"),
     ]
-    longest = max(len(words) for words, _ in examples)
     method_options, head_options = get_method(method).Options, get_head(head).Options
-    lines = [f"usage: {prog} [--config RECIPE ...] [--method METHOD] [--SECTION.OPTION VALUE ...]", "", "examples:"]
-    lines += [f"  {prog} {words:<{longest}}  # {what}" for words, what in examples]
+    lines = [
+        f"usage: {_usage(prog)}",
+        "",
+        *help_text.example_lines([(f"{prog}{words}", what) for words, what in examples]),
+    ]
     lines += ["", "Train a multi-label image classifier from partly labelled images.", "", "sections of options:"]
     titles = {name: (cls.__doc__ or name).strip().splitlines()[0].rstrip(".") for name, cls in SECTIONS.items()}
-    lines += [f"  --{name + '.*':<12} {title}" for name, title in titles.items()]
-    lines += [f"  --{'method.*':<12} options of the method (shown: {method}; --method X --help shows those of X)"]
+    lines += help_text.table_lines([(f"--{name}.*", title) for name, title in titles.items()], 14)
+    method_text = f"options of the method (shown: {method}; --method X --help shows those of X)"
+    lines += help_text.table_lines([("--method.*", method_text)], 14)
     named = {
         "methods": ", ".join(method_names()),
         "heads": f"{', '.join(head_names())} (--model.head X --help shows the options of X)",
@@ -263,12 +285,20 @@ def run_help(prog: str, method: str, head: str) -> str:
     }
     for kind, text in named.items():
         lines += textwrap.wrap(f"{kind}: {text}", width, initial_indent="  ", subsequent_indent="      ")
-    lines += ["", "general:", "  -h, --help", "  --config RECIPE"]
-    lines += [" " * 8 + "YAML file, or the name of a recipe; may be given several times, and later ones win"]
-    lines += ["  --method METHOD", " " * 8 + "short for --method.name METHOD"]
-    lines += ["  --profile N", " " * 8 + "short for --run.profile N"]
-    lines += ["  --plugins MODULE", " " * 8 + "import this module (or FILE.py) first, which registers methods or heads"]
-    lines += ["  --print_config", " " * 8 + "print the configuration that all of this gives, and exit", ""]
+    lines += ["", "general:", "  -h, --help"]
+    general = [
+        (
+            "--config RECIPE",
+            "YAML file, or the name of a recipe; of several the later one wins, and any other option over all of them",
+        ),
+        ("--method METHOD", "short for --method.name METHOD"),
+        ("--profile N", "short for --run.profile N"),
+        ("--plugins MODULE", "import this module (or FILE.py) first, which registers methods or heads"),
+        ("--print_config", "print the configuration that all of this gives, and exit"),
+    ]
+    for option, about in general:
+        lines += _option_lines(option, about, width)
+    lines.append("")
     for name, cls in SECTIONS.items():
         lines += _section_help(name, cls, f"{titles[name]} ({name}):", cls(), width)
         if name == "model" and dataclasses.fields(head_options):

@@ -6,6 +6,7 @@ import numpy as np
 
 from spml_fast.core import distributed
 from spml_fast.core.config import Config
+from spml_fast.core.text import counted
 from spml_fast.models.batchnorm import BATCH_NORMS
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.setup import RunData
@@ -71,9 +72,10 @@ def _of_weights(config: Config, classifier: Classifier) -> list[str]:
         )
     micro = train.batch_size / (train.accumulation * distributed.world_size())
     if batch_norm and not model.freeze_bn and not model.sync_bn and micro < FEW_IN_A_BATCH:
+        images = "one image" if micro == 1 else f"{micro:g} images"
         out.append(
-            f"BatchNorm normalises by {micro:g} image(s) at a time, which ruins pretrained features: give a larger "
-            "batch a rank, or --model.freeze_bn true"
+            f"BatchNorm normalises by {images} at a time, which ruins pretrained features: give a larger batch a rank, "
+            "or --model.freeze_bn true"
         )
     return out
 
@@ -108,7 +110,9 @@ def _of_choice(config: Config, data: RunData, updates: int) -> list[str]:
         stops = [name for name in ("stop_after_drop", "patience") if getattr(train, name)]
         out += [f"train.{name} does nothing without a validation split" for name in stops]
     elif len(data.val) < FEW_TO_VALIDATE:
-        out.append(f"the validation split has {len(data.val)} image(s): the epoch that it chooses is chosen by chance")
+        out.append(
+            f"the validation split has {counted(len(data.val), 'image')}: the epoch that it chooses is chosen by chance"
+        )
     if train.ema_decay and 1 / max(1 - train.ema_decay, 1e-12) > updates:
         out.append(
             f"train.ema_decay {train.ema_decay:g} averages over more updates than the run has ({updates}): take "

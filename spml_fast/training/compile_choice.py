@@ -21,6 +21,7 @@ from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.core.progress import duration
+from spml_fast.core.text import counted
 from spml_fast.models.classifier import Classifier
 from spml_fast.training import trials
 from spml_fast.training.earlier_choices import EarlierChoices
@@ -74,7 +75,7 @@ class CompileTimes:
     def sentence(self) -> str:
         """What was measured."""
         return (
-            f"a step of {self.images} image(s) takes {trials.seconds_text(self.plain)}, and compiled "
+            f"a step of {counted(self.images, 'image')} takes {trials.seconds_text(self.plain)}, and compiled "
             f"{trials.seconds_text(self.compiled)} ({self.gain:.2f} times as fast); compiling takes "
             f"{trials.seconds_text(self.compiling)}"
         )

@@ -18,7 +18,7 @@ from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.precision import autocast_dtype
 from spml_fast.core.progress import speed
-from spml_fast.core.text import without_controls
+from spml_fast.core.text import counted, without_controls
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.logs import Meter, memory_gib
@@ -86,7 +86,7 @@ def live_notes(loss: float | None, best: float, meter: Meter, device: torch.devi
     """
     return [
         *([] if loss is None else [f"loss {loss:.4f}"]),
-        *([f"val mAP {best:.2f}"] if math.isfinite(best) else []),
+        *([f"best val mAP {best:.2f}"] if math.isfinite(best) else []),
         f"{speed(meter.rate)} images/s",
         f"data wait {meter.wait_fraction:.0%}",
         f"{memory_gib(device):.1f} GiB",
@@ -151,7 +151,7 @@ def closing_rows(results: dict[str, Any], run_dir: Path) -> list[tuple[str, str]
         rows.append(("best validation mAP", f"{map_text(results['best_val_map'])} ({epoch})"))
     return [
         *rows,
-        ("training speed", f"{speed(results['images_per_second'])} images/s over {results['ranks']} rank(s)"),
+        ("training speed", f"{speed(results['images_per_second'])} images/s over {counted(results['ranks'], 'rank')}"),
         ("waiting for data", f"{results['data_wait']:.1%} of the training time"),
         ("training time", f"{results['train_seconds']:.0f} s"),
         ("run directory", os.fspath(run_dir)),

@@ -24,6 +24,7 @@ import torch
 from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.precision import has_bf16, prefers_bf16
+from spml_fast.core.text import counted
 from spml_fast.models.classifier import Classifier
 from spml_fast.training import trials
 from spml_fast.training.trials import Trial, step_seconds
@@ -78,7 +79,7 @@ class PrecisionTimes:
         """What was measured."""
         fp32, bf16 = map(trials.seconds_text, (self.fp32, self.bf16))
         return (
-            f"a step of {self.images} image(s) takes {fp32} in fp32 and {bf16} in bf16, "
+            f"a step of {counted(self.images, 'image')} takes {fp32} in fp32 and {bf16} in bf16, "
             f"{self.gain:.2f} times as fast in steps of {self.batch} (taken from {GAIN:g} on)"
         )
 

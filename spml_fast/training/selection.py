@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from spml_fast.core.text import counted
+
 
 class BestScore:
     """The validation mAP so far, in percent.
@@ -46,7 +48,7 @@ class BestScore:
         if self.has_dropped(points):
             return f"validation mAP is {points:g} points below the best"
         if self.has_stalled(patience):
-            return f"{patience} validation(s) in a row were not the best of the phase"
+            return f"none of {counted(patience, 'validation')} in a row was the best of the phase"
         return None
 
     def next_phase(self, keep_best: bool) -> None:

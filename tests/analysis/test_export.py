@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from spml_fast.analysis import export
@@ -189,6 +189,15 @@ def test_what_users_get_wrong(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="use --format safetensors"):
         patch.setattr(export, "ONNX_LIMIT", 1000)
         call("--run", empty, "--format", "onnx")
+
+    def no_space(*args: object, **more: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    # The library that writes weights has an error of its own.
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"x\.safetensors cannot be written: .*space"):
+        patch.setattr(export, "save_file", no_space)
+        call("--run", run, "--format", "safetensors", "--out", tmp_path / "x.safetensors")
+    assert not list(tmp_path.glob("x.safetensors*"))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="works in one process"):
         patch.setenv("WORLD_SIZE", "2")
         call("--run", run, "--format", "onnx")

@@ -255,7 +255,7 @@ def test_the_set_up_stands_in_few_lines(tmp_path):
     ]
     rows = dict(setup_rows(runs))
     assert rows["method"] == "an; asl" and rows["seed"] == "0; 1" and rows["precision"] == "auto"
-    assert rows["data set"].startswith("x, 4 classes") and rows["batch"] == "16 over 2 rank(s); 16"
+    assert rows["data set"].startswith("x, 4 classes") and rows["batch"] == "16 over 2 ranks; 16"
     (tmp_path / "a" / "deepspeed.json").write_text('{"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}')
     assert dict(setup_rows([read_run(tmp_path / "a")]))["precision"] == "bf16 under autocast"
 
@@ -343,7 +343,7 @@ def test_the_command_writes_the_page_whole(tmp_path, capsys):
     assert out.read_text() == "older"
     report_command.main([str(run), "--out", str(out), "--overwrite"])
     report_command.main([str(run), "--out", str(out)])
-    assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>") and "1 run(s)" in capsys.readouterr().out
+    assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>") and "1 run," in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "run"]
 
 

@@ -16,6 +16,7 @@ import pytest
 from spml_fast.cli import common
 from spml_fast.cli.main import COMMANDS, main
 from spml_fast.cli.parse import parse_config
+from spml_fast.cli.relabel import training_words
 from spml_fast.core.errors import UserError
 from spml_fast.methods import method_names
 from spml_fast.methods.base import METHODS
@@ -60,7 +61,8 @@ class TestDispatch:
         for argv in ([], ["--help"], ["-h"], ["--local_rank=0"]):
             text = shown(capsys, *argv)
             for name, what in COMMANDS.items():
-                assert re.search(rf"^  {name} +{re.escape(what)}$", text, re.M)
+                assert re.search(rf"^  {name} +{re.escape(what.split()[0])} ", text, re.M)
+                assert what in " ".join(text.split())
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert re.fullmatch(r"spml_fast \d+\.\d+\.\d+\n", shown(capsys, "--version"))
@@ -78,8 +80,9 @@ class TestDispatch:
     @pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"train", "prepare"}))
     def test_help_begins_with_examples(self, capsys: pytest.CaptureFixture[str], command: str) -> None:
         lines = shown(capsys, command, "--help").splitlines()
-        assert lines[0].startswith("usage: ") and lines[1] == ""
-        assert lines[2] == "examples:" and all(command in line and "  # " in line for line in lines[3:6])
+        assert lines[0].startswith("usage: ")
+        examples = lines[lines.index("") + 1 :]
+        assert examples[0] == "examples:" and any(f" {command}" in line for line in examples[1:4])
         assert any("--plugins MODULE" in line for line in lines) and not any("local_rank" in line for line in lines)
 
     def test_help_of_the_overview_imports_nothing_heavy(self) -> None:
@@ -103,11 +106,40 @@ class TestDispatch:
         assert "did you mean --threshold?" in refused(capsys, "predict", "--run", "x", "a.jpg", "--treshold=1")
 
 
+@pytest.mark.parametrize("columns", [80, 132])
+@pytest.mark.parametrize(
+    "words",
+    [[], *([command] for command in COMMANDS), ["prepare", "csv"], ["train", "--method", "ignore"]],
+    ids=" ".join,
+)
+def test_no_line_of_help_is_wider_than_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int, words: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = shown(capsys, *words, "--help").splitlines()
+    # A path of a shell's folder is one word, which nothing breaks.
+    wide = [line for line in lines if len(line) > columns and len(line.split()) > 2]
+    assert not wide
+
+
+def test_examples_of_help_can_be_copied(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every width a shell reads the same words; what an example does is a comment to it."""
+
+    def commands(columns: int) -> list[list[str]]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        text = shown(capsys, "relabel", "--help").split("examples:\n")[1].split("\n\n")[0]
+        lines = text.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+    assert commands(60) == commands(80) == commands(100)
+    assert len(commands(60)) == 3 and all("--decisions" in words for words in commands(60))
+
+
 class TestTrainHelp:
     def test_begins_with_examples_and_sections(self, capsys: pytest.CaptureFixture[str]) -> None:
         lines = shown(capsys, "train", "--help").splitlines()
-        assert lines[0].startswith("usage: ") and lines[2] == "examples:"
-        assert all("train" in line and "  # " in line for line in lines[3:6])
+        assert lines[0].startswith("usage: ") and lines[3] == "examples:"
+        assert [line[:4] == "  # " for line in lines[4:10]] == [True, False] * 3
         sections = re.findall(r"^  --(\w+)\.\* ", "\n".join(lines), re.M)
         assert sections == ["data", "model", "train", "eval", "deepspeed", "run", "method"]
 
@@ -355,3 +387,12 @@ def test_what_to_try_after_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
         name, *words = shlex.split(line)[1:]
         parse: Any = importlib.import_module(f"spml_fast.cli.{name}").parse
         assert str(parse(words).run if name != "report" else parse(words).runs[0]) == "runs/a"
+
+
+def test_relabel_goes_on_as_the_run_was_trained(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{}\n", encoding="utf-8")
+    run, plain = str(tmp_path), ["--data.dir", "b"]
+    assert training_words("b", 2, [run]) == ["--config", f"{run}/config.yaml", *plain, "--run.dir", f"{run}-2"]
+    # Of two runs nobody knows which is meant, and a table may name one that is gone, or none.
+    for runs in ([run, "other"], [f"{run}/gone"], [""], []):
+        assert training_words("b", 2, runs) == plain

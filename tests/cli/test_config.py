@@ -56,7 +56,11 @@ def test_command_line_wins_over_recipe_and_later_recipe_over_earlier(recipe):
     assert (config.train.lr, config.train.epochs, config.data.image_size) == (0.25, 7, 64)
     config = parse_config([f"--config={second}", f"--config={first}", "--train.epochs=7"])
     assert (config.train.lr, config.train.epochs) == (0.5, 7)
-    assert parse_config(["--train.lr", "0.125", "--config", first]).train.lr == 0.5
+    # Wherever it stands: the recipe of the digit scenes names their data.
+    for words in (["--config", first], [f"--config={first}"], ["--config", second, "--config", first]):
+        config = parse_config(["--train.lr", "0.125", *words])
+        assert (config.train.lr, config.train.epochs) == (0.125, 3)
+    assert parse_config(["--data.dir", "mine", "--config", "digits"]).data.dir == "mine"
 
 
 def test_values_of_every_kind():

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import html
 import os
+import pty
+import struct
 import sys
+import termios
+from collections.abc import Iterator
+from typing import TextIO
 
 import pytest
 
@@ -16,6 +22,7 @@ from spml_fast.core.text import (
     formula_safe,
     formula_safe_path,
     has_surrogates,
+    in_whole_words,
     markdown_safe,
     parse_json,
     printable,
@@ -118,3 +125,37 @@ def test_only_regular_files_are_read(tmp_path):
         io.read_text(tmp_path / "b")
     with pytest.raises(UserError, match=r"pipe cannot be read: it is a named pipe, not a regular file"):
         io.read_text(tmp_path / "pipe")
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, TextIO]]:
+    """A terminal of 40 columns: what is read from it, and the stream that writes to it."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    with open(writer, "w", encoding="utf-8") as stream:
+        yield reader, stream
+    os.close(reader)
+
+
+def test_an_error_on_a_terminal_breaks_no_word(terminal, monkeypatch, capsys):
+    path = "/data/a-folder/with-a-long-name/and-another-one/labels.csv"
+    message = f"{path}, line 3: a class is named twice; take one of the two out, and prepare the data again"
+    reader, stream = terminal
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        with pytest.raises(SystemExit):
+            fail(message)
+    lines = os.read(reader, 10_000).decode().splitlines()
+    assert " ".join(lines) == f"error: {message}"
+    assert len(lines) > 3 and all(len(line) <= 40 or line == f"{path}," for line in lines)
+    monkeypatch.undo()
+    # In a file or a pipe the sentence is one line, for programs.
+    with pytest.raises(SystemExit):
+        fail(message)
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_lines_of_a_message_end_where_the_terminal_does(terminal):
+    _, stream = terminal
+    lines = in_whole_words("one two three four five six seven eight nine\nten", stream).split("\n")
+    assert lines == ["one two three four five six seven eight", "nine", "ten"]

@@ -154,9 +154,12 @@ def test_csv_class_file(tmp_path):
         ("path,labels\na.jpg,cat\n", [], "line 1: there is no column 'positives'"),
         ("path,positives,negative\na.jpg,cat,dog\n", [], "line 1: column 'negative' is not one of"),
         ("path,positives,positives\na.jpg,cat,dog\n", [], "line 1: a column is listed twice"),
-        ("", [], "line 1: there is no column 'path', only an empty line"),
+        ("", [], "table.csv is empty; its first line must name the columns"),
+        ("\npath,positives\n", [], "line 1: there is no column 'path', only an empty line"),
+        ("path;positives\na.jpg;cat\n", [], "line 1: fields are separated by semicolons; save the table with commas"),
+        ("path\tpositives\na.jpg\tcat\n", [], "line 1: fields are separated by tabs; save the table with commas"),
         ("path,positives\n", [], "has no rows"),
-        ("path,positives\na.jpg,cat\nb.jpg,cat,dog\n", [], "line 3: 3 fields, but the header has 2"),
+        ("path,positives\na.jpg,cat\nb.jpg,cat,dog\n", [], "line 3: 3 fields, but the header has 2; a field with"),
         ("path,positives\n,cat\n", [], "line 2: the path is empty"),
         ('path,positives\na.jpg,"cat\n', [], "line 2: unexpected end of data"),
         ("path,positives\na.jpg,\nb.jpg,\n", [], "no row has a positive class"),
@@ -289,6 +292,18 @@ def test_the_summary_names_classes(tmp_path):
         "0 1, 1 1, 10 1, 11 1, 12 1 ... 5 1" in line and line.endswith("; median 1")
         for line in summary(many).splitlines()
     )
+
+
+def test_class_names_with_commas(tmp_path):
+    """Commas between classes make one class of them, and the summary says so; a name may have one all the same."""
+    text = 'path,positives,split\na.jpg,"cat,dog",train\nb.jpg,cow,train\n'
+    lines = summary(prepare_table(tmp_path, text)).splitlines()
+    assert "'cat,dog' is one class: classes are separated by semicolons, not by commas" in lines
+    assert "positive images by class (train): 'cat,dog' 1, cow 1" in lines
+    (tmp_path / "meant").mkdir()
+    meant = 'path,positives,split\na.jpg,"dog, large;cow",train\n'
+    lines = summary(prepare_table(tmp_path / "meant", meant)).splitlines()
+    assert not any("is one class" in line for line in lines) and lines[0] == "meant: 2 classes"
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a\x1b[31mb"])

@@ -43,8 +43,8 @@ PRETRAINED = ("--model.weights", "weights.safetensors", "--train.lr", "5e-5")
         ((*RANDOM, "--train.linear_epochs", "2"), "train.linear_epochs 2 trains a head on random features"),
         ((*RANDOM, "--model.freeze", "[conv1*]"), "model.freeze keeps random weights"),
         ((*PRETRAINED, "--train.lr", "3e-3"), "train.lr 0.003 is for random weights"),
-        ((*PRETRAINED, "--train.batch_size", "4"), "BatchNorm normalises by 4 image(s) at a time"),
-        ((*PRETRAINED, "--train.accumulation", "8"), "BatchNorm normalises by 4 image(s) at a time"),
+        ((*PRETRAINED, "--train.batch_size", "4"), "BatchNorm normalises by 4 images at a time"),
+        ((*PRETRAINED, "--train.accumulation", "8"), "BatchNorm normalises by 4 images at a time"),
         (("--train.batch_size", "193"), "train.batch_size 193 is larger than the training split (192 images)"),
         (("--data.image_size", "16"), "data.image_size 16 leaves test_resnet a feature map of 1 x 1"),
         (("--data.image_size", "448"), "data.image_size 448 only enlarges the images: nine in ten have 64 px"),
@@ -81,4 +81,4 @@ def test_sensible_options_are_not_spoken_of(
 def test_few_images_to_validate(networks: dict[int, Classifier], small_digits: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(advice, "FEW_TO_VALIDATE", 61)
     (line,) = told(networks, small_digits)
-    assert line.startswith("the validation split has 60 image(s)")
+    assert line.startswith("the validation split has 60 images")

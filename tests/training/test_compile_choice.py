@@ -73,9 +73,7 @@ def test_compiling_pays_where_it_saves_more_than_it_takes():
 def test_a_long_training_tries_it(machine, classifier):
     config, (note,) = settle_compile(config_of(), classifier, None, CPU, HOUR)
     assert config.model.compile is True and machine.calls == [(Trial(classifier, 16, 64, CPU), None)]
-    assert note.startswith(
-        "model.compile auto: true; a step of 8 image(s) takes 500 ms, and compiled 333 ms (1.50 times"
-    )
+    assert note.startswith("model.compile auto: true; a step of 8 images takes 500 ms, and compiled 333 ms (1.50 times")
     config, (note,) = settle_compile(config_of(), classifier, None, CPU, HOUR)
     assert config.model.compile is True and len(machine.calls) == 1 and f"an earlier run ({machine.cache})" in note
     # What was measured once decides for short trainings, too: 40 s are less than twice a minute.

@@ -64,7 +64,7 @@ def test_notes_of_an_epoch_under_way():
     meter, device = Meter(), torch.device("cpu")
     assert console.live_notes(None, -math.inf, meter, device)[:2] == ["0 images/s", "data wait 0%"]
     notes = console.live_notes(0.5, 61.0, meter, device)
-    assert notes[:4] == ["loss 0.5000", "val mAP 61.00", "0 images/s", "data wait 0%"] and notes[4].endswith("GiB")
+    assert notes[:4] == ["loss 0.5000", "best val mAP 61.00", "0 images/s", "data wait 0%"] and notes[4].endswith("GiB")
 
 
 def test_closing_table():
@@ -88,7 +88,7 @@ def test_closing_table():
         ("test mAP, BoostLU x2.5", "not defined (no positive among the known labels)"),
         ("groups of classes, rarest first, plain", "90.00 / -"),
         ("best validation mAP", "96.50 (epoch 7)"),
-        ("training speed", "412 images/s over 2 rank(s)"),
+        ("training speed", "412 images/s over 2 ranks"),
         ("waiting for data", "3.4% of the training time"),
         ("training time", "62 s"),
         ("run directory", "runs/a"),

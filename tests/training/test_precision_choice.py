@@ -67,7 +67,7 @@ def test_bf16_is_taken_where_it_gains_enough(gain, taken, cache, classifier, mon
     calls = measured(monkeypatch, times_of(gain))
     config, (note,) = settle_precision(config_of("--train.batch_size", "32"), classifier, None, CPU)
     assert config.train.precision == taken and calls == [(Trial(classifier, 32, 64, CPU),)]
-    assert note.startswith(f"train.precision auto: {taken}; a step of 8 image(s) takes 400 ms in fp32 and ")
+    assert note.startswith(f"train.precision auto: {taken}; a step of 8 images takes 400 ms in fp32 and ")
     assert f"{gain:.2f} times as fast in steps of 8" in note and "--train.precision decides" in note
 
 

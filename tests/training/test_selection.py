@@ -39,7 +39,7 @@ def test_stops_when_the_best_is_some_validations_ago():
         score.offer(value)
         assert score.waited == waited
     assert score.has_stalled(1) and not score.has_stalled(2) and not score.has_stalled(0)
-    assert score.stops(0, 1) == "1 validation(s) in a row were not the best of the phase"
+    assert score.stops(0, 1) == "none of 1 validation in a row was the best of the phase"
     assert score.stops(0.4, 1) == "validation mAP is 0.4 points below the best" and score.stops(0.6, 2) is None
 
 

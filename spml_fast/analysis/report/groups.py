@@ -13,6 +13,7 @@ import numpy as np
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import printable
+from spml_fast.core.text import counted
 from spml_fast.data.labels import POSITIVE
 from spml_fast.data.manifest import Manifest, may_exist
 from spml_fast.runs.read import Run, number
@@ -143,7 +144,7 @@ def setup_rows(runs: Sequence[Run]) -> list[tuple[str, str]]:
         precision = o["train.precision"]
         if "enabled" in autocast:
             precision = "bf16 under autocast" if autocast["enabled"] else "fp32"
-        ranks = f" over {results['ranks']} rank(s)" if "ranks" in results else ""
+        ranks = f" over {counted(results['ranks'], 'rank')}" if "ranks" in results else ""
         steps = run.options["train.accumulation"]
         linear = run.options["train.linear_epochs"]
         texts = {

@@ -151,9 +151,10 @@ def add_common_options(parser: argparse.ArgumentParser, dataset: type[Dataset]) 
     group.add_argument(
         "--observe",
         default=dataset.default_observe,
-        metavar="{all,single,single=K,single=K,negatives=L,keep=P}",
-        help="labels that training sees: all known ones; the published draw of one (or K) positives per image, with L "
-        "negatives; or each known label, positive or negative, with probability P (default: %(default)s)",
+        metavar="SCHEME",
+        help="labels that training sees. all: all known ones; single: the published draw of one positive per image; "
+        "single=K: of K; single=K,negatives=L: and L negatives; keep=P: each known label, positive or negative, with "
+        "probability P (default: %(default)s)",
     )
     group.add_argument(
         "--observed",

@@ -88,6 +88,10 @@ def read_table(path: Path, conflicts: str) -> Table:
 
 
 def _check_columns(columns: list[str], where: str) -> None:
+    separator = next((mark for mark in (";", "\t") if len(columns) == 1 and mark in columns[0]), None)
+    if separator is not None:
+        name = "tabs" if separator == "\t" else "semicolons"
+        raise UserError(f"{where}: fields are separated by {name}; save the table with commas between them")
     for required in ("path", "positives"):
         if required not in columns:
             raise UserError(f"{where}: there is no column {required!r}, only {', '.join(columns) or 'an empty line'}")
@@ -233,6 +237,9 @@ class Csv(Dataset):
             notes.append(f"{table.merged} rows named an image again and were merged with its first row")
         if table.conflicts:
             notes.append(f"{table.conflicts} contradicting labels were taken as positive (--conflicts positive)")
+        odd = next((name for name in classes if "," in name), None)
+        if odd is not None and not options.classes and all(len(row.codes) < 2 for row in table.rows.values()):
+            notes.append(f"{odd!r} is one class: classes are separated by semicolons, not by commas")
         has_splits = "split" in table.columns
         by_split: dict[str, list[str]] = {}
         for image, row in table.rows.items():
