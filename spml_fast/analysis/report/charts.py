@@ -266,6 +266,10 @@ def reliability_chart(curves: Iterable[tuple[str, str, str, Sequence[dict[str, A
     return [Figure("fraction of positives", chart.svg()), Figure("labels, logarithmic", bins.svg())]
 
 
+# Pixels of a matrix's side, without the names.
+MATRIX_SIDE = 400
+
+
 def heat_map(names: Sequence[str], count: Sequence[Sequence[int]], of: Sequence[Sequence[int]]) -> Markup:
     """Which class (row) is predicted wrongly where which other one (column) is, as fractions.
 
@@ -277,11 +281,11 @@ def heat_map(names: Sequence[str], count: Sequence[Sequence[int]], of: Sequence[
     n = len(names)
     short = [shortened(name, 15) for name in names]
     # Names take the room that they need: beside the rows, and turned above the columns, where the last one leans out.
-    longest, size = 6.6 * max(map(len, short)), 352 / n
-    left, top = 12 + longest, 14 + 0.87 * longest
-    side, height = max(left + 352 + 4, left + 352 - size / 2 + longest / 2 + 12), top + 356
-    opening = f'<svg class="chart heat" viewBox="0 0 {side:.0f} {height:.0f}" role="img">'
-    out = [Markup(opening), Markup("<title>confused classes</title>")]
+    longest, size = 6.6 * max(map(len, short)), MATRIX_SIDE / n
+    left, top = 12 + longest, 16 + 0.87 * longest
+    width = left + MATRIX_SIDE + max(4, (longest - size) / 2 + 12)
+    box = f'width="{width:.0f}" viewBox="0 0 {width:.0f} {top + MATRIX_SIDE + 4:.0f}"'
+    out = [Markup(f'<svg class="chart heat" {box} role="img"><title>confused classes</title>')]
     rates = [[count[a][b] / of[a][b] if of[a][b] else 0.0 for b in range(n)] for a in range(n)]
     strongest = max(max(row) for row in rates) or 1.0
     for k, name in enumerate(short):
