@@ -28,6 +28,10 @@ RUNS = {
 }
 
 
+# The run of docs/explain.png.
+SINGLE = "LL-R + BoostLU"
+
+
 def command(folder: Path, *words: object) -> None:
     """Run `spml-fast` with these words in a folder, which the titles of pages then leave out."""
     subprocess.run([sys.executable, "-m", "spml_fast", *map(str, words)], check=True, cwd=folder)
@@ -53,18 +57,24 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the data set and the runs")
     parser.add_argument("--train", type=int, default=4000, help="training images (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=12, help="of each run (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=[*RUNS], default=[*RUNS], help="runs that are compared")
     args = parser.parse_args()
+    if args.only == ["full"]:
+        parser.error("--only full alone has nothing to be compared with; name another run too")
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "digits" / "manifest.json").is_file():
         command(args.work, "prepare", "digits", "--train", args.train, "--out", "digits")
-    for name, (recipe, *options) in RUNS.items():
+    for name in dict.fromkeys([*args.only, SINGLE]):
+        recipe, *options = RUNS[name]
         if not (args.work / name / "results.json").is_file():
             words = ["--data.dir", "digits", "--train.epochs", args.epochs, "--run.dir", name, *options]
             command(args.work, "train", "--config", recipe, *words)
-    explain(args.work, DOCS / "explain.png", "--run", "LL-R + BoostLU", "--count", 4)
-    # AN is boosted at inference alone, as the paper advises: a column of its own shows that map.
-    words = ["--count", 3, "--top", 1, "--boosted", "--against", *(name for name in RUNS if name != "AN")]
-    explain(args.work, DOCS / "compare.png", "--run", "AN", *words)
+    explain(args.work, DOCS / "explain.png", "--run", SINGLE, "--count", 4)
+    # What the others are compared with comes first; the next one has a column more for its map with BoostLU.
+    own, *others = [name for name in args.only if name != "full"]
+    against = [name for name in args.only if name == "full"] + others
+    words = ["--count", 3, "--top", 1, "--boosted", "--against", *against]
+    explain(args.work, DOCS / "compare.png", "--run", own, *words)
 
 
 if __name__ == "__main__":

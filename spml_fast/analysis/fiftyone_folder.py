@@ -131,7 +131,8 @@ class FiftyOneFolder:
         """
         staging = partial_path(self.folder)
         try:
-            (staging / DATA).mkdir(parents=True)
+            staging.mkdir()
+            (staging / DATA).mkdir()
         except OSError as error:
             advice = "delete it" if isinstance(error, FileExistsError) else "choose another folder"
             name = printable(str(staging))
