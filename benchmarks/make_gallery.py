@@ -94,29 +94,31 @@ def terminal(text: str, title: str) -> str:
 
 def save(image: Image.Image, path: Path) -> None:
     """Write a PNG with a palette. Raises `UserError` where it is too large for a page."""
-    image.convert("RGB").quantize(COLOURS).save(path, optimize=True)
+    image.convert("RGB").quantize(COLOURS, kmeans=1).save(path, optimize=True)
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path.name} has {path.stat().st_size / 1e3:.0f} kB; at most {LARGEST / 1e3:.0f} are shown")
 
 
-def both(page: Path, out: Path, name: str) -> None:
+def both(page: Path, out: Path, name: str, section: str | None = None) -> None:
     """A page in light and in dark, as two files.
 
     Args:
         page: an HTML file.
         out: folder of the pictures.
         name: of the pictures, without `-light.png`.
+        section: id of what the window begins with; None for the page's beginning.
     """
     with launched_browser() as browser:
         for scheme in ("light", "dark"):
-            save(shot(browser, page, *WINDOW, scheme == "dark", None), out / f"{name}-{scheme}.png")
+            save(shot(browser, page, *WINDOW, scheme == "dark", section), out / f"{name}-{scheme}.png")
 
 
 def shoot_report(studio: Studio) -> None:
     """`spml-fast report RUN`."""
     page = studio.scratch / "report.html"
     studio.command("report", studio.run, "--out", page)
-    both(page, studio.out, "report")
+    # From its classes on: its speed is that of the machine on which the picture was made.
+    both(page, studio.out, "report", "classes")
 
 
 def shoot_review(studio: Studio) -> None:
@@ -198,8 +200,8 @@ CAPTIONS = [
     Caption(
         ("compare.png",),
         "Runs side by side",
-        "`spml-fast explain --run RUN --against RUN ...`: the maps of the papers' methods for the same labels, and "
-        "what IGNORE masks. [More](operations.md#what-the-model-looks-at).",
+        "`spml-fast explain --run RUN --against FULL ... --boosted`: the maps of several runs for the same labels, and "
+        "the run's map with BoostLU. [More](operations.md#what-the-model-looks-at).",
     ),
     Caption(
         ("gallery/review-light.png", "gallery/review-dark.png", "review.png"),

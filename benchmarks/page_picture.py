@@ -74,7 +74,7 @@ def main() -> None:
         picture.paste(one, (at, 0))
         at += one.width + GAP
     # A palette is a third of the size, and nobody sees it.
-    picture.quantize(256, dither=Image.Dither.NONE).save(args.out, optimize=True)
+    picture.quantize(256, kmeans=1).save(args.out, optimize=True)
     print(f"{args.out}: {picture.width} x {picture.height}, {args.out.stat().st_size / 1e3:.0f} kB")
 
 

@@ -1,6 +1,6 @@
-"""Makes the figures of maps: docs/explain.png, one run on digit scenes, and docs/compare.png, the papers' methods.
+"""Makes the figures of maps: docs/explain.png, one run on digit scenes, and docs/compare.png, several runs.
 
-    python docs/explain_figure.py --work /tmp/figure
+    python docs/explain_figure.py --work FOLDER [--only full "LL-R + BoostLU"]
 
 Four trainings of a minute or two on two cores; those that are already in the folder are taken as they are. The pages
 are written with a palette, which is a third of the bytes.
@@ -48,7 +48,7 @@ def explain(work: Path, picture: Path, *words: object) -> None:
     page = (work / picture.name).resolve()
     command(work, "explain", *words, "--split", "test", "--overwrite", "--out", page)
     with Image.open(page) as image:
-        image.convert("RGB").quantize(COLOURS).save(picture, optimize=True)
+        image.convert("RGB").quantize(COLOURS, kmeans=1).save(picture, optimize=True)
 
 
 def main() -> None:
