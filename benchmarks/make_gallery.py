@@ -3,7 +3,7 @@
     python benchmarks/make_gallery.py [--work FOLDER | --run RUN] [--only NAME ...]
     python benchmarks/make_gallery.py --page-only
 
-Needs a Chromium on this machine and `pip install 'spml_fast[browser]'` for the pages; the terminal and maps go without.
+Needs a Chromium on this machine and `pip install 'spml_fast[browser]'` for the pages; the terminal goes without.
 Without `--run` the recipe `digits` is trained first, a minute or two, so that the terminal can be shown, too; `--work`
 keeps that run, which then is not trained again. Commands run in that folder, so that pictures name the run as
 `runs/digits`, and never a path of the machine. Each picture is made by the command that its caption names, and by
@@ -128,15 +128,6 @@ def shoot_review(studio: Studio) -> None:
     both(page, studio.out, "review")
 
 
-def shoot_maps(studio: Studio) -> None:
-    """`spml-fast diagnose --plot`."""
-    plot = studio.scratch / "maps.png"
-    studio.command("diagnose", "--run", studio.run, "--plot", plot)
-    with Image.open(plot) as image:
-        image.thumbnail((WINDOW[0], WINDOW[0]))
-        save(image, studio.out / "maps.png")
-
-
 def shoot_commands(studio: Studio) -> None:
     """`spml-fast evaluate`, on a terminal."""
     text = studio.command("evaluate", "--run", studio.run, "--alpha", "1", "5")
@@ -148,7 +139,6 @@ PICTURES: dict[str, Callable[[Studio], None]] = {
     "evaluate": shoot_commands,
     "report": shoot_report,
     "review": shoot_review,
-    "maps": shoot_maps,
 }
 
 
@@ -210,9 +200,9 @@ CAPTIONS = [
         "[How it is used](operations.md#a-page-to-decide-on).",
     ),
     Caption(
-        ("gallery/maps.png", "maps.png"),
+        ("maps.png",),
         "Maps in figures",
-        "`spml-fast diagnose --run RUN --plot maps.png`: rank correlations, highest and lowest cells. "
+        "`spml-fast diagnose --run RUN --against FULL --plot maps.png`: rank correlations, highest and lowest cells. "
         "[How to read it](methods.md).",
     ),
 ]
