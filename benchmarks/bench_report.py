@@ -25,8 +25,8 @@ from benchmarks.bench_review import SIZES, summary
 from benchmarks.machine import machine
 from spml_fast.core.errors import UserError, run_command
 from spml_fast.core.outputs import add_json_option, json_output
+from tests.support.browser import launched_browser
 from tests.support.report import make_large_run
-from tests.support.review import BROWSER_OPTIONS, find_browser
 
 _SCROLL = """async (frames) => {
   const list = document.getElementById("body");
@@ -108,19 +108,11 @@ def main() -> None:
     add_json_option(parser)
     args = parser.parse_args()
     output = json_output(args, "bench_report")
-    program = find_browser()
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        program = None
-    if program is None:
-        parser.error("there is no Chromium, or not the package that drives it: pip install 'spml_fast[browser]'")
     if args.classes < 300 or args.runs < 1:
         raise UserError("--classes must be at least 300, of which something scrolls, and --runs at least 1")
     results: dict[str, Any] = {"machine": machine(torch.device("cpu"))}
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+    with launched_browser() as browser, tempfile.TemporaryDirectory() as folder:
         page = args.page or _made(Path(folder), args.classes, args.runs, results)
-        browser = driver.chromium.launch(executable_path=program, args=BROWSER_OPTIONS)
         results |= {"bytes": page.stat().st_size, "browser": browser.version}
         print(f"{page.stat().st_size / 1e6:.1f} MB, Chromium {browser.version}")
         for name, size in SIZES.items():
@@ -132,7 +124,6 @@ def main() -> None:
                     f"  {what:<7} median {values['median_ms']:6.1f} ms, 95% {values['p95_ms']:6.1f}, "
                     f"longest {values['longest_ms']:6.1f}"
                 )
-        browser.close()
     if output is not None:
         output.write_json(results)
 

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import machine
 from spml_fast.core.errors import UserError, run_command
 from spml_fast.core.outputs import add_json_option, json_output
-from tests.support.review import BROWSER_OPTIONS, find_browser, make_review_page
+from tests.support.browser import launched_browser
+from tests.support.review import make_review_page
 
 # A frame that takes longer is seen as a stutter, in milliseconds.
 SLOW = 50.0
@@ -96,18 +97,10 @@ def main() -> None:
     add_json_option(parser)
     args = parser.parse_args()
     output = json_output(args, "bench_review")
-    program = find_browser()
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        program = None
-    if program is None:
-        parser.error("there is no Chromium, or not the package that drives it: pip install 'spml_fast[browser]'")
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+    with launched_browser() as browser, tempfile.TemporaryDirectory() as folder:
         page = args.page or make_review_page(Path(folder) / "review.html", args.rows).path
         page = (page / "index.html" if page.is_dir() else page).resolve()
-        browser = driver.chromium.launch(executable_path=program, args=BROWSER_OPTIONS)
         results = {"machine": machine(torch.device("cpu")), "bytes": page.stat().st_size, "browser": browser.version}
         print(f"{page.stat().st_size / 1e6:.1f} MB, Chromium {browser.version}")
         for name, size in SIZES.items():
@@ -119,7 +112,6 @@ def main() -> None:
                     f"  {what:<12} median {values['median_ms']:6.1f} ms, 95% {values['p95_ms']:6.1f}, longest "
                     f"{values['longest_ms']:6.1f}; {100 * values['smooth']:.1f}% under {SLOW:g} ms"
                 )
-        browser.close()
     if output is not None:
         output.write_json(results)
 

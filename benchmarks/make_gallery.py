@@ -1,19 +1,22 @@
 """docs/gallery.md and its pictures, made again from the digit scenes.
 
-    python benchmarks/make_gallery.py [--run RUN] [--only NAME ...]
+    python benchmarks/make_gallery.py [--work FOLDER | --run RUN] [--only NAME ...]
     python benchmarks/make_gallery.py --page-only
 
-Needs a Chromium on this machine and `pip install 'spml_fast[browser]'` for the pages; the terminal, explain and maps go
-without. Without `--run` the recipe `digits` is trained first, a minute or two, so that the terminal can be shown, too.
-Each picture is made by the command that its caption names, and by nothing else: a command that fails costs its picture
-alone, which is named, and the exit status is then 1. The page shows the pictures that there are. No photograph can come
-in: another data set than the digit scenes is refused.
+Needs a Chromium on this machine and `pip install 'spml_fast[browser]'` for the pages; the terminal goes without.
+Without `--run` the recipe `digits` is trained first, a minute or two, so that the terminal can be shown, too; `--work`
+keeps that run, which then is not trained again. Commands run in that folder, so that pictures name the run as
+`runs/digits`, and never a path of the machine. Each picture is made by the command that its caption names, and by
+nothing else: a command that fails costs its picture alone, which is named, and the exit status is then 1. The page
+shows the pictures that there are. No photograph can come in: another data set than the digit scenes is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -29,13 +32,17 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.page_picture import shot
 from spml_fast.core.errors import UserError, run_command
+from tests.support.browser import launched_browser
 
 if TYPE_CHECKING:
     from spml_fast.data.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+# The run of the digit scenes, in the folder where commands run.
+RUN = Path("runs/digits")
 # Columns of a terminal, and pixels of a window.
 COLUMNS = 150
 WINDOW = (1180, 760)
@@ -50,24 +57,27 @@ class Studio:
     """What pictures are made of.
 
     Attributes:
-        run: of the digit scenes.
+        where: folder in which commands run.
+        run: of the digit scenes, as commands there name it.
         out: where pictures go.
         scratch: for what commands write.
     """
 
+    where: Path
     run: Path
     out: Path
     scratch: Path
 
-
-def command(*words: str | Path) -> str:
-    """What `spml-fast WORDS` prints. Raises `UserError` with its last line where it fails."""
-    line = [sys.executable, "-m", "spml_fast", *(str(word) for word in words)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise UserError(f"spml-fast {words[0]} failed: {''.join(last)}")
-    return done.stdout
+    def command(self, *words: str | Path) -> str:
+        """What `spml-fast WORDS` prints. Raises `UserError` with its last line where it fails."""
+        line = [sys.executable, "-m", "spml_fast", *(str(word) for word in words)]
+        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        done = subprocess.run(line, capture_output=True, text=True, cwd=self.where, env=environment)
+        if done.returncode:
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise UserError(f"spml-fast {words[0]} failed: {''.join(last)}")
+        return done.stdout
 
 
 def terminal(text: str, title: str) -> str:
@@ -84,87 +94,43 @@ def terminal(text: str, title: str) -> str:
 
 def save(image: Image.Image, path: Path) -> None:
     """Write a PNG with a palette. Raises `UserError` where it is too large for a page."""
-    image.convert("RGB").quantize(COLOURS).save(path, optimize=True)
+    image.convert("RGB").quantize(COLOURS, kmeans=1).save(path, optimize=True)
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path.name} has {path.stat().st_size / 1e3:.0f} kB; at most {LARGEST / 1e3:.0f} are shown")
 
 
-def photograph(page: Path, scheme: str) -> Image.Image:
-    """A page as a browser shows it.
-
-    Args:
-        page: an HTML file.
-        scheme: `light` or `dark`.
-
-    Raises:
-        UserError: there is no browser.
-    """
-    from tests.support.review import BROWSER_OPTIONS, find_browser
-
-    browser = find_browser()
-    if browser is None:
-        raise UserError("no Chromium on this machine; install one, or name other pictures with --only")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=browser, args=BROWSER_OPTIONS)
-        window = chromium.new_page(viewport=dict(zip(("width", "height"), WINDOW, strict=True)), color_scheme=scheme)
-        window.goto(page.resolve().as_uri())
-        window.wait_for_timeout(1500)
-        image = Image.open(io.BytesIO(window.screenshot()))
-        chromium.close()
-    return image
-
-
-def both(page: Path, out: Path, name: str) -> None:
+def both(page: Path, out: Path, name: str, section: str | None = None) -> None:
     """A page in light and in dark, as two files.
 
     Args:
         page: an HTML file.
         out: folder of the pictures.
         name: of the pictures, without `-light.png`.
+        section: id of what the window begins with; None for the page's beginning.
     """
-    for scheme in ("light", "dark"):
-        save(photograph(page, scheme), out / f"{name}-{scheme}.png")
+    with launched_browser() as browser:
+        for scheme in ("light", "dark"):
+            save(shot(browser, page, *WINDOW, scheme == "dark", section), out / f"{name}-{scheme}.png")
 
 
 def shoot_report(studio: Studio) -> None:
     """`spml-fast report RUN`."""
     page = studio.scratch / "report.html"
-    command("report", studio.run, "--out", page)
-    both(page, studio.out, "report")
+    studio.command("report", studio.run, "--out", page)
+    # From its classes on: its speed is that of the machine on which the picture was made.
+    both(page, studio.out, "report", "classes")
 
 
 def shoot_review(studio: Studio) -> None:
     """`spml-fast suggest --page`."""
     page = studio.scratch / "review.html"
-    command("suggest", "--run", studio.run, "--top", "60", "--min-probability", "0.05", "--page", page)
+    studio.command("suggest", "--run", studio.run, "--top", "60", "--min-probability", "0.05", "--page", page)
     both(page, studio.out, "review")
-
-
-def shoot_explain(studio: Studio) -> None:
-    """`spml-fast explain`."""
-    page = studio.scratch / "explain.png"
-    command("explain", "--run", studio.run, "--out", page)
-    with Image.open(page) as image:
-        # The first rows of a long page.
-        top = image.crop((0, 0, image.width, min(image.height, image.width)))
-        top.thumbnail((WINDOW[0], WINDOW[0]))
-        save(top, studio.out / "explain.png")
-
-
-def shoot_maps(studio: Studio) -> None:
-    """`spml-fast diagnose --plot`."""
-    plot = studio.scratch / "maps.png"
-    command("diagnose", "--run", studio.run, "--plot", plot)
-    with Image.open(plot) as image:
-        image.thumbnail((WINDOW[0], WINDOW[0]))
-        save(image, studio.out / "maps.png")
 
 
 def shoot_commands(studio: Studio) -> None:
     """`spml-fast evaluate`, on a terminal."""
-    text = command("evaluate", "--run", studio.run, "--alpha", "1", "5")
+    text = studio.command("evaluate", "--run", studio.run, "--alpha", "1", "5")
     svg = terminal(f"$ spml-fast evaluate --run RUN --alpha 1 5\n{text}", "evaluate")
     (studio.out / "evaluate.svg").write_text(svg, encoding="utf-8")
 
@@ -173,8 +139,6 @@ PICTURES: dict[str, Callable[[Studio], None]] = {
     "evaluate": shoot_commands,
     "report": shoot_report,
     "review": shoot_review,
-    "explain": shoot_explain,
-    "maps": shoot_maps,
 }
 
 
@@ -218,10 +182,16 @@ CAPTIONS = [
         "[What is in it](operations.md#a-report-of-runs).",
     ),
     Caption(
-        ("gallery/explain.png", "explain.png"),
+        ("explain.png",),
         "What the model looks at",
         "`spml-fast explain --run RUN`: the regions that spoke for a class in red, against it in blue. "
         "[More](operations.md#what-the-model-looks-at).",
+    ),
+    Caption(
+        ("compare.png",),
+        "Runs side by side",
+        "`spml-fast explain --run RUN --against FULL ... --boosted`: the maps of several runs for the same labels, and "
+        "the run's map with BoostLU. [More](operations.md#what-the-model-looks-at).",
     ),
     Caption(
         ("gallery/review-light.png", "gallery/review-dark.png", "review.png"),
@@ -230,9 +200,9 @@ CAPTIONS = [
         "[How it is used](operations.md#a-page-to-decide-on).",
     ),
     Caption(
-        ("gallery/maps.png", "maps.png"),
+        ("maps.png",),
         "Maps in figures",
-        "`spml-fast diagnose --run RUN --plot maps.png`: rank correlations, highest and lowest cells. "
+        "`spml-fast diagnose --run RUN --against FULL --plot maps.png`: rank correlations, highest and lowest cells. "
         "[How to read it](methods.md).",
     ),
 ]
@@ -254,24 +224,30 @@ def page() -> str:
             lines += [line for name in names for line in (f"![{caption.title}]({name})", "")]
     lines += ["## Make them again", "", "```bash", "python benchmarks/make_gallery.py", "```", ""]
     lines += [
-        "trains the recipe `digits` and makes every picture of today's pages (`--run RUN` takes a run of yours,",
-        "`--only` some pictures, `--page-only` none). It wants a Chromium and `pip install -e '.[browser]'`.",
+        "trains the recipe `digits` and makes the pictures of its commands (`--run RUN` takes a run of yours,",
+        "`--only` some pictures, `--page-only` none). It wants a Chromium and `pip install -e '.[browser]'`. The maps",
+        "of images come from `docs/explain_figure.py`.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def train(studio: Studio) -> None:
     """Train the recipe `digits`, and show the terminal."""
-    text = command("train", "--config", "digits", "--run.dir", studio.run)
-    text = text.replace(str(studio.run), "runs/digits")
+    text = studio.command("train", "--config", "digits", "--run.dir", studio.run)
     (studio.out / "train.svg").write_text(terminal(f"$ spml-fast train\n{text}", "train"), encoding="utf-8")
 
 
-def require_digits(run: Path) -> Manifest:
-    """The data set of a run. Raises `UserError` where it is another than the digit scenes: pictures are published."""
+def require_digits(run: Path, where: Path) -> Manifest:
+    """The data set of a run. Raises `UserError` where it is another than the digit scenes: pictures are published.
+
+    Args:
+        run: its directory.
+        where: folder from which it and its data set are named.
+    """
     from spml_fast.runs.open import load_run_config, open_data
 
-    manifest = open_data(load_run_config(run))
+    with contextlib.chdir(where):
+        manifest = open_data(load_run_config(run))
     if manifest.name != "digits":
         raise UserError(f"{run} is of data set {manifest.name}; pictures are made of the digit scenes alone")
     return manifest
@@ -281,9 +257,14 @@ def main(argv: list[str] | None = None) -> int:
     """Make the pictures; 1 where one could not be made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run of the recipe digits; default: train one")
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="keep the run that is trained, or take it from there"
+    )
     parser.add_argument("--only", nargs="+", choices=[*PICTURES], default=[*PICTURES], help="these pictures")
     parser.add_argument("--page-only", action="store_true", help="write the page about the pictures that there are")
     args = parser.parse_args(argv)
+    if args.run is not None and args.work is not None:
+        raise UserError("--work is for the run that is trained; leave it out, or --run")
     failed = 0 if args.page_only else make_pictures(args)
     (DOCS / "gallery.md").write_text(page(), encoding="utf-8")
     return int(failed > 0)
@@ -296,10 +277,12 @@ def make_pictures(args: argparse.Namespace) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        studio = Studio(args.run or scratch / "run", out, scratch)
-        if args.run is None:
+        where = Path.cwd() if args.run is not None else args.work or scratch
+        where.mkdir(parents=True, exist_ok=True)
+        studio = Studio(where, args.run or RUN, out, scratch)
+        if args.run is None and not (where / RUN / "results.json").is_file():
             train(studio)
-        require_digits(studio.run)
+        require_digits(studio.run, where)
         for name in args.only:
             try:
                 PICTURES[name](studio)

@@ -22,8 +22,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from spml_fast.core.errors import UserError, run_command
-from tests.support.browser import TIMEOUT
-from tests.support.review import BROWSER_OPTIONS, find_browser
+from tests.support.browser import TIMEOUT, launched_browser
 
 WIDE, NARROW, GAP = 1180, 390, 16
 
@@ -63,20 +62,11 @@ def main() -> None:
     parser.add_argument("--wide", help="id of what the wide window begins with")
     parser.add_argument("--narrow", nargs="*", default=[], help="ids of what narrow windows begin with")
     args = parser.parse_args()
-    program = find_browser()
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        program = None
-    if program is None:
-        parser.error("there is no Chromium, or not the package that drives it: pip install 'spml_fast[browser]'")
     if not args.page.is_file() or args.out.suffix.lower() != ".png":
         raise UserError(f"give a page that is there, not {args.page}, and a picture named .png, not {args.out}")
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=BROWSER_OPTIONS, timeout=TIMEOUT)
+    with launched_browser() as browser:
         shots = [shot(browser, args.page, WIDE, args.height, False, args.wide)]
         shots += [shot(browser, args.page, NARROW, args.height, True, part) for part in args.narrow]
-        browser.close()
     width = sum(one.width for one in shots) + GAP * (len(shots) - 1)
     picture = Image.new("RGB", (width, args.height), (128, 132, 138))
     at = 0
@@ -84,7 +74,7 @@ def main() -> None:
         picture.paste(one, (at, 0))
         at += one.width + GAP
     # A palette is a third of the size, and nobody sees it.
-    picture.quantize(256, dither=Image.Dither.NONE).save(args.out, optimize=True)
+    picture.quantize(256, kmeans=1).save(args.out, optimize=True)
     print(f"{args.out}: {picture.width} x {picture.height}, {args.out.stat().st_size / 1e3:.0f} kB")
 
 

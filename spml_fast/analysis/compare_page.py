@@ -137,7 +137,7 @@ def row_panels(
         panels.append(map_panel(image, k, lines, end, positive_only))
         if column.boosted and image.kind == "evidence":
             large = overlay(image.image, boosted_map(image.maps[k], column.alpha), end, positive_only)
-            title = Line(f"{column.title}: map with BoostLU", bold=True)
+            title = Line(f"{column.title}: boosted map", bold=True)
             panels.append(Panel(large, [title, Line(f"positive cells times {column.alpha:g}"), Line(logit)]))
         panels += mask_panels(column, image, k)
     return panels

@@ -31,12 +31,14 @@ from PIL import Image
 from spml_fast.analysis.explain import Explained
 from spml_fast.analysis.predict import Prediction
 from spml_fast.core.errors import UserError
-from spml_fast.core.io import printable, write_json
+from spml_fast.core.io import move_into_place, partial_path, printable, write_json
 from spml_fast.core.outputs import WRITTEN_BY
 from spml_fast.data.labels import NEGATIVE, POSITIVE
 from spml_fast.data.manifest import Split
 
 METADATA, SAMPLES, DATA, FIELDS = "metadata.json", "samples.json", "data", "fields"
+# Bytes of an image's name that are kept behind its number.
+LONGEST_NAME = 200
 
 
 def classifications(names: Iterable[str], confidence: Iterable[float | None]) -> dict[str, Any]:
@@ -88,10 +90,12 @@ class FiftyOneFolder:
         names = [self.classes[c] for c in prediction.classes.tolist()]
         self._samples[prediction.path] = {"predictions": classifications(names, prediction.shown.tolist())}
 
-    def _copy(self, number: int, path: str) -> str:
+    def _copy(self, number: int, path: str, into: Path) -> str:
         """Copy an image; returns its path within the folder."""
-        name = f"{number:06d}-{os.path.basename(path)}".encode("utf-8", "replace").decode()
-        shutil.copyfile(path, self.folder / DATA / name)
+        # The end of a long name tells its type, and with the number it stays below what file systems take.
+        end = os.path.basename(path).encode("utf-8", "replace")[-LONGEST_NAME:].decode("utf-8", "ignore")
+        name = f"{number:06d}-{end}"
+        shutil.copyfile(path, into / DATA / name)
         return f"{DATA}/{name}"
 
     def _labels(self, index: int) -> dict[str, Any]:
@@ -103,44 +107,60 @@ class FiftyOneFolder:
         named = {field: [self.classes[c] for c in np.flatnonzero(mask).tolist()] for field, mask in found.items()}
         return {field: classifications(names, [None] * len(names)) for field, names in named.items()}
 
-    def _maps(self, number: int, explained: Explained) -> dict[str, Any]:
+    def _maps(self, number: int, explained: Explained, into: Path) -> dict[str, Any]:
         """Write the maps of an image; returns their fields."""
         fields = {}
         height, width = explained.image.shape[:2]
         for place, class_id in enumerate(explained.classes.tolist()):
             field = f"map_{place + 1}"
             path = f"{FIELDS}/{field}/{number:06d}.png"
-            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-            grey(explained.maps[place], (width, height)).save(self.folder / path)
+            (into / path).parent.mkdir(parents=True, exist_ok=True)
+            grey(explained.maps[place], (width, height)).save(into / path)
             fields[field] = {"_cls": "Heatmap", "label": self.classes[class_id], "map_path": path}
         return fields
 
     def write(self, paths: Sequence[str], maps: Iterable[Explained] = ()) -> None:
-        """Write everything.
+        """Write everything; the folder appears when it is whole.
 
         Args:
             paths: of all images, in the split's order where there is one; those without a prediction are left out.
             maps: of the same images in the same order, or none.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or an image not be copied.
         """
+        staging = partial_path(self.folder)
+        try:
+            staging.mkdir()
+            (staging / DATA).mkdir()
+        except OSError as error:
+            advice = "delete it" if isinstance(error, FileExistsError) else "choose another folder"
+            name = printable(str(staging))
+            raise UserError(f"--fiftyone: {name} cannot be made: {error.strerror}; {advice}") from error
+        try:
+            self._write(staging, paths, maps)
+            move_into_place(staging, self.folder)
+        except OSError as error:
+            what = printable(str(error.filename or self.folder))
+            reason = error.strerror or str(error)
+            raise UserError(f"{printable(str(self.folder))} cannot be written: {what}: {reason}") from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _write(self, into: Path, paths: Sequence[str], maps: Iterable[Explained]) -> None:
+        """As `write`, into a folder that is there."""
         tags = [] if self.split is None else [self.split.name]
         samples = []
         drawn = iter(maps)
-        try:
-            (self.folder / DATA).mkdir(parents=True, exist_ok=True)
-            for number, path in enumerate(paths):
-                explained = next(drawn, None)
-                if path not in self._samples:
-                    continue
-                sample = {"filepath": self._copy(number, path), "tags": tags, "_media_type": "image", "metadata": None}
-                sample |= self._samples[path]
-                sample |= {} if self.split is None else self._labels(number)
-                sample |= {} if explained is None or explained.refused else self._maps(number, explained)
-                samples.append(sample)
-            write_json(self.folder / SAMPLES, {"samples": samples})
-            info = {WRITTEN_BY: "spml_fast predict", "classes": list(self.classes)}
-            write_json(self.folder / METADATA, {"name": self.folder.name, "media_type": "image", "info": info})
-        except OSError as error:
-            raise UserError(f"{printable(str(self.folder))} cannot be written: {error.strerror}") from error
+        for number, path in enumerate(paths):
+            explained = next(drawn, None)
+            if path not in self._samples:
+                continue
+            sample = {"filepath": self._copy(number, path, into), "tags": tags, "_media_type": "image"}
+            sample |= {"metadata": None} | self._samples[path]
+            sample |= {} if self.split is None else self._labels(number)
+            sample |= {} if explained is None or explained.refused else self._maps(number, explained, into)
+            samples.append(sample)
+        write_json(into / SAMPLES, {"samples": samples})
+        info = {WRITTEN_BY: "spml_fast predict", "classes": list(self.classes)}
+        write_json(into / METADATA, {"name": self.folder.name, "media_type": "image", "info": info})

@@ -74,7 +74,7 @@ def argument_values(action: argparse.Action) -> Values:
         return [FLAG]
     if action.choices is not None:
         return [str(choice) for choice in action.choices]
-    if action.dest in BY_NAME:
+    if action.dest in BY_NAME and action.type not in (int, float):
         return BY_NAME[action.dest]
     metavar = str(action.metavar or "")
     if metavar.startswith(("DIR", "FOLDER")):

@@ -128,6 +128,10 @@ def _fits(record: dict[str, Any], classes: int) -> bool:
         raise ValueError("the curves have other points than they say")
     ids = [class_id for name in ("false_positives", "misses") for _, _, class_id, _ in record[name]]
     ids += [class_id for pair in record["confusions"]["pairs"] for class_id in pair[:2]]
+    if any(row[0] < 0 for name in ("false_positives", "misses") for row in record[name]):
+        raise ValueError("a sample has a negative number")
+    if not isinstance(record["split"], str) or {len(pair) for pair in record["confusions"]["pairs"]} - {6}:
+        raise ValueError("the split has no name, or a pair of confused classes not its six numbers")
     figures = [value for name in ("false_positives", "misses") for row in record[name] for value in (row[0], row[3])]
     figures += [value for pair in record["confusions"]["pairs"] for value in pair[2:6]]
     for end in ("before", "after"):

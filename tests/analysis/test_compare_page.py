@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from spml_fast.analysis import compare_page, explain, explain_drawing, explain_layout
 from spml_fast.analysis.compare import mask_of, run_about, run_titles
 from spml_fast.analysis.explain import Explained
-from spml_fast.analysis.explain_layout import PANEL, Block
+from spml_fast.analysis.explain_layout import PANEL, Block, ColourBar
 from spml_fast.analysis.predict import load_images
 from spml_fast.core.batch import Batch
 from spml_fast.core.errors import UserError
@@ -38,10 +39,10 @@ class TestComparison:
         drawn: list[compare_page.Column] = []
         plain = explain_drawing.draw_comparison
 
-        def watch(out: Path, columns: list[compare_page.Column], images: list[explain.Explained], *rest: object) -> int:
+        def watch(out: Path, columns: list[compare_page.Column], images: list[explain.Explained], *rest: Any) -> int:
             drawn.extend(columns)
             assert images is columns[1].images and images[0].labels is not None
-            return plain(out, columns, images, *rest)  # type: ignore[arg-type]
+            return plain(out, columns, images, *rest)
 
         out = tmp_path / "page.png"
         with pytest.MonkeyPatch.context() as patch:
@@ -95,8 +96,8 @@ class TestComparison:
         mask = mask_of(config)
         assert mask is not None
         files = ImageFiles([str(image_path)], np.ones(1, np.uint8))
-        options = {"alpha": 1.0, "classes": manifest.classes, "top": 2, "mask": mask}
-        (image,) = explain.explain(classifier, config, files, CPU, **options)  # type: ignore[arg-type]
+        images = explain.explain(classifier, config, files, CPU, alpha=1.0, classes=manifest.classes, top=2, mask=mask)
+        (image,) = images
         ((_, views),) = load_images(classifier, config, files, CPU)
         assert views is not None and image.kept is not None
         assert image.masked_logit is not None and image.full_logit is not None
@@ -135,18 +136,17 @@ class TestComparison:
 
     def test_evidence_beside_attention(self, run: Path, small_digits: Path, image_path: Path, tmp_path: Path) -> None:
         q2l = make_run(tmp_path / "q2l", small_digits, "digits_q2l.yaml", 1)
-        drawn: list[dict[str, object]] = []
+        drawn: list[tuple[str, list[ColourBar], list[Block]]] = []
 
-        def watch(out: Path, title: str, bars: list[object], notes: object, blocks: list[Block], *rest: object) -> None:
-            drawn.append({"bars": bars, "blocks": blocks, "title": title})
+        def watch(out: Path, title: str, bars: list[ColourBar], notes: Any, blocks: list[Block], *rest: Any) -> None:
+            drawn.append((title, bars, blocks))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compare_page, "draw_page", watch)
             call("--run", run, image_path, "--against", q2l, "--top", 1, "--out", tmp_path / "a.png")
-        (page,) = drawn
-        assert len(page["bars"]) == 2 and page["title"] == "2 runs, 64 px"  # type: ignore[arg-type]
-        panels = page["blocks"][0].panels  # type: ignore[index]
-        texts = [[line.text for line in panel.lines] for panel in panels]
+        ((title, bars, blocks),) = drawn
+        assert len(bars) == 2 and title == "2 runs, 64 px"
+        texts = [[line.text for line in panel.lines] for panel in blocks[0].panels]
         assert [t[0] for t in texts[1:]] == ["q2l", "q2l: mask", "q2l: masked image", "run"]
         assert texts[1][1] == "ignore, head query2label" and texts[1][-1].startswith("attention, peak 0.")
         assert texts[2][-1] == "this map: attention x mean feature"

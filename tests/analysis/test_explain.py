@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,9 +117,9 @@ class TestCommand:
         drawn: list[explain.Explained] = []
         plain = explain_drawing.draw
 
-        def watch(out: Path, images: list[explain.Explained], *rest: object) -> int:
+        def watch(out: Path, images: list[explain.Explained], *rest: Any) -> int:
             drawn.extend(images)
-            return plain(out, images, *rest)  # type: ignore[arg-type]
+            return plain(out, images, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(explain_drawing, "draw", watch)

@@ -131,12 +131,13 @@ class TestKinds:
         assert red > green and red > blue
 
     def test_panels_say_what_they_are(self) -> None:
-        for kind, text in (
-            ("evidence", "25% positive cells"),
-            ("attention", "attention, peak 0.4"),
-            ("map", "peak 4"),
-        ):
-            panel = map_panel(example(kind), 0, [], 1.0, False)  # type: ignore[arg-type]
+        texts: dict[explain.Kind, str] = {
+            "evidence": "25% positive cells",
+            "attention": "attention, peak 0.4",
+            "map": "peak 4",
+        }
+        for kind, text in texts.items():
+            panel = map_panel(example(kind), 0, [], 1.0, False)
             assert [line.text for line in panel.lines] == [text] and panel.boxes is None and panel.peak is None
 
     def test_boxes_and_peaks(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spml_fast.analysis.fiftyone_folder import FiftyOneFolder, grey
+from spml_fast.analysis.fiftyone_folder import FiftyOneFolder, classifications, grey
 from spml_fast.cli import predict as predict_command
 from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
@@ -108,6 +108,30 @@ def test_new_images_have_no_labels(run: Path, data: Manifest, tmp_path: Path, ca
     captured = capsys.readouterr()
     assert "2 samples, for fiftyone.types.LegacyFiftyOneDataset; 1 of 3 images left out" in captured.out
     assert not (tmp_path / "out" / "fields").exists()
+
+
+def test_a_folder_is_whole_or_not_there(data: Manifest, tmp_path: Path) -> None:
+    """A long name is cut at its beginning; an image that is gone leaves nothing behind, and is named."""
+    image = Path(data.split("test").path(0))
+    long = tmp_path / ("\u00e9" * 120 + ".jpg")
+    long.write_bytes(image.read_bytes())
+    nothing = {"predictions": classifications([], [])}
+
+    def folder(paths: list[str]) -> FiftyOneFolder:
+        made = FiftyOneFolder(tmp_path / "out", data.classes)
+        made._samples = dict.fromkeys(paths, nothing)
+        return made
+
+    gone = str(tmp_path / "gone.jpg")
+    with pytest.raises(UserError, match=r"out cannot be written: .*gone\.jpg: No such file"):
+        folder([str(long), gone]).write([str(long), gone])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    folder([str(long)]).write([str(long)])
+    (sample,) = samples_of(tmp_path / "out")
+    assert sample["filepath"].endswith(".jpg") and (tmp_path / "out" / sample["filepath"]).is_file()
+    (tmp_path / "new.partial").mkdir()
+    with pytest.raises(UserError, match=r"new\.partial cannot be made: File exists; delete it"):
+        FiftyOneFolder(tmp_path / "new", data.classes).write([])
 
 
 @pytest.mark.parametrize(

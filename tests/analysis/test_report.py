@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from spml_fast.analysis.report.charts import drawn, epoch_charts, strip_chart
+from spml_fast.analysis.report.charts import drawn, epoch_charts, heat_map, strip_chart
+from spml_fast.analysis.report.decisions import calibration_errors, calibrations
 from spml_fast.analysis.report.groups import (
     differing,
     group_runs,
@@ -37,7 +38,7 @@ class Text(HTMLParser):
     """Text and addresses of a page; fails on tags that are not closed."""
 
     VOID = ("meta", "img", "br", "input")
-    SHAPES = ("path", "rect", "circle")
+    SHAPES = ("path", "rect", "circle", "line")
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -120,6 +121,9 @@ def test_a_page_of_a_run_with_its_record(tmp_path):
         (lambda r: r["curves"].update(data="no base64 <"), "damaged"),
         (lambda r: r["confusions"]["pairs"][0].__setitem__(0, 99), "is for other classes"),
         (lambda r: r["confusions"]["pairs"][0].__setitem__(2, None), "damaged"),
+        (lambda r: r["confusions"]["pairs"][0].pop(), "damaged"),
+        (lambda r: r["misses"][0].__setitem__(0, -1), "damaged"),
+        (lambda r: r.pop("split"), "damaged"),
         (lambda r: r["confusions"]["matrix"]["of"][0].pop(), "damaged"),
         (lambda r: r["misses"][0].pop(), "damaged"),
         (lambda r: r["misses"][0].__setitem__(3, "0.5"), "damaged"),
@@ -379,10 +383,13 @@ def test_lines_have_gaps_and_bars_begin_at_0(tmp_path):
     (path,) = [p for p in marks(chart.svg(), "path") if "line" in p["class"]]
     assert path["d"].count("M") == 2 and path["d"].count("L") == 1
     run = read_run(make_recorded_run(tmp_path / "run", names=["a", "b", "c"]))
-    figure, head, rows = time_section(group_runs([run]))
-    bars = [r for r in marks(figure.svg, "rect") if r["class"].startswith("t")]
-    assert float(bars[0]["x"]) == 10 and head[1:-1] == list(time_parts(run)) and len(rows) == 1
-    widths = [float(bar["width"]) for bar in bars]
+    time = time_section(group_runs([run]))
+    bars = marks(time.svg, "rect")
+    assert bars[0]["x"] == "0.00%" and time.head[1:-1] == list(time_parts(run)) and len(time.rows) == 1
+    # The colours of the bars are those of the legend.
+    assert [bar["class"] for bar in bars] == [colour for colour, _ in time.legend]
+    assert [name for _, name in time.legend] == list(time_parts(run))
+    widths = [float(bar["width"].removesuffix("%")) for bar in bars]
     seconds = list(time_parts(run).values())
     assert widths == pytest.approx([w / seconds[0] * widths[0] for w in seconds], abs=0.02)
 
@@ -417,9 +424,52 @@ def test_a_dot_for_every_run_that_has_the_figure(tmp_path):
     assert len(dots) == 2 and "2.00 ± 1.41" in figure.svg
     assert strip_chart("x", [group], lambda run: None) is None
     # Mean and deviation lie within the axis.
-    spread = next(p for p in marks(figure.svg, "path") if "spread" in p["class"])["d"]
-    low, high = float(spread[1:].split()[0]), float(spread.split("H")[1])
-    assert 10 <= low < float(dots[0]["cx"]) < float(dots[1]["cx"]) < high <= 386
+    spread = next(p for p in marks(figure.svg, "line") if "spread" in p["class"])
+    places = [spread["x1"], dots[0]["cx"], dots[1]["cx"], spread["x2"]]
+    low, first, second, high = (float(place.removesuffix("%")) for place in places)
+    assert 0 <= low < first < second < high <= 100
+
+
+def test_runs_with_one_and_the_same_figure(tmp_path):
+    """The mean of three equal numbers may differ from them by a rounding error, which is no axis."""
+    assert sum([91.1] * 3) / 3 != 91.1
+    runs = [make_run(tmp_path / str(i), "--run.seed", str(i), aps=[91.1] * 4) for i in range(3)]
+    assert "91.10 ± 0.00" in make_page(runs)
+    for low, high in ((0.1, 0.1 + 2e-17), (91.1, 91.1 - 1.5e-14), (1e-13, 4e-13), (0.0, 0.0), (-2.0, -2.0)):
+        ticks = nice_ticks(low, high, 4)
+        assert ticks[0] <= min(low, high) and max(low, high) <= ticks[-1] and len(set(ticks)) == len(ticks) > 1
+    assert nice_ticks(0, 0)[0] == 0, "what is never negative has no negative tick"
+
+
+def test_names_have_the_room_that_they_need_beside_a_matrix():
+    counts, of = [[0, 3], [1, 0]], [[0, 4], [5, 0]]
+
+    def cell(names: list[str]) -> dict[str, str]:
+        return next(r for r in marks(heat_map(names, counts, of), "rect") if r["class"] == "heat-cell")
+
+    short, long = cell(["1", "2"]), cell(["traffic light", "a name that is cut off"])
+    assert float(short["y"]) < 25 < 90 < float(long["y"]) and float(long["x"]) - float(short["x"]) > 80
+
+
+def test_calibration_is_of_the_run_that_has_it(tmp_path):
+    """Where a setting's first run has no record, the figures of its second one are not told of the first."""
+    names = ["a", "b", "c"]
+    first = make_run(tmp_path / "first", "--run.seed", "0", names=names, aps=[1.0, 2.0, 3.0])
+    second = make_recorded_run(tmp_path / "second", "--run.seed", "1", names=names)
+    (group,) = group_runs([read_run(first), read_run(second)])
+    record = json.loads((second / "evaluation.json").read_text())
+    _, ((name, split, *_),) = calibration_errors(calibrations([group], [[None, record]], [[None, None]]))
+    assert (name, split) == (group.runs[1].name, "test") and name.endswith("seed 1")
+    assert calibrations([group], [[None, None]], [[None, None]]) == [] and calibration_errors([]) is None
+
+
+def test_what_is_wrong_with_several_runs_is_said_once(tmp_path):
+    runs = [make_run(tmp_path / f"{m}", "--method", m, maps=[50.0, 60.0]) for m in ("an", "asl", "em")]
+    few = "validation mAP was measured less than three times"
+    page = Text(make_page(runs)).text
+    assert page.count(few) == 1 and re.search(f"all runs : {few}", page)
+    page = Text(make_page([*runs[:2], make_run(tmp_path / "more", "--method", "splc")])).text
+    assert page.count(few) == 1 and re.search(f"an; asl : {few}", page)
 
 
 def test_epochs_without_a_figure_are_gaps_of_the_mean(tmp_path):

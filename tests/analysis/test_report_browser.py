@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from spml_fast.analysis.report.page import make_page
-from tests.support.browser import TIMEOUT, watched_tab
+from tests.support.browser import find_browser, launched_browser, watched_tab
 from tests.support.report import make_large_run, make_recorded_run
-from tests.support.review import BROWSER_OPTIONS, HOSTILE_CLASSES, find_browser
+from tests.support.review import HOSTILE_CLASSES
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'spml_fast[browser]' to drive a browser")
 pytestmark = [
@@ -28,10 +28,8 @@ NAMES = [f"class {i}" for i in range(40)]
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """One browser for all tests, which have a profile each."""
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS, timeout=TIMEOUT)
+    with launched_browser() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from spml_fast.analysis.report import groups as groups_module
 from spml_fast.analysis.report import mistakes
 from spml_fast.analysis.report.coverage import coverage, unknown_positive_fraction
-from spml_fast.analysis.report.groups import group_runs
+from spml_fast.analysis.report.groups import group_runs, training_counts
 from spml_fast.analysis.report.mistakes import hardest_labels, selected_labels, sheets, shown_mistakes
 from spml_fast.analysis.report.page import make_page
 from spml_fast.analysis.review.pictures import Pictures, make_thumbnail
@@ -133,6 +134,22 @@ def test_another_data_set_under_the_same_name(run: Path, drawn: list[tuple[int, 
     assert not found and "other images than when the run was made" in missing[0]
 
 
+def test_a_data_set_is_kept_where_the_run_says(run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels are counted and images read from the same copy of a data set on object storage."""
+    opened = []
+
+    def manifest(*where: object) -> Manifest:
+        opened.append(where)
+        return Manifest(digits)
+
+    monkeypatch.setattr(groups_module, "Manifest", manifest)
+    one = read_run(run)
+    one.options |= {"data.cache_dir": "kept", "data.image_root": "images"}
+    mistakes.open_split(one, "test")
+    training_counts(group_runs([one]))
+    assert opened == [(str(digits), "images", "kept")] * 2
+
+
 def test_no_images_are_asked_for(run: Path, drawn: list[tuple[int, int]]) -> None:
     assert "No images of" not in make_page([run]) and not drawn
 
@@ -164,5 +181,14 @@ def test_what_is_known_of_the_images(run: Path, digits: Path) -> None:
     assert row["training sees positive"].startswith(f"{len(split):,} (") and row["left out"] == "0"
     hidden = (positives - len(split)) / (9 * len(split))
     assert unknown_positive_fraction(groups[0].runs[0]) == pytest.approx(hidden)
-    (digits / "report.json").write_text("{}")
-    assert coverage(groups) == [] and unknown_positive_fraction(groups[0].runs[0]) is None
+    whole = json.loads((digits / "report.json").read_text())
+    for damage in (
+        lambda report: report.clear(),
+        lambda report: report["splits"]["train"].pop("samples"),
+        lambda report: report["splits"]["val"]["known"].update(positive="many"),
+        lambda report: report["splits"]["val"]["known"].update(positive="5"),
+    ):
+        damaged = json.loads(json.dumps(whole))
+        damage(damaged)
+        (digits / "report.json").write_text(json.dumps(damaged))
+        assert coverage(groups) == [] and unknown_positive_fraction(groups[0].runs[0]) is None

@@ -51,13 +51,30 @@ def test_a_large_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_other_images_than_digits_are_refused(tmp_path: Path) -> None:
     data = prepare_digits(tmp_path / "digits", sizes={"train": 4, "val": 2, "test": 2}).folder
     run = make_run(tmp_path / "run", "--model.backbone", "test_resnet", data=data)
-    assert make_gallery.require_digits(run).name == "digits"
+    assert make_gallery.require_digits(Path("run"), tmp_path).name == "digits"
     manifest = data / "manifest.json"
     manifest.write_text(manifest.read_text(encoding="utf-8").replace('"digits"', '"photos"'), encoding="utf-8")
     with pytest.raises(UserError, match="is of data set photos; pictures are made of the digit scenes alone"):
-        make_gallery.require_digits(run)
+        make_gallery.require_digits(run, tmp_path)
 
 
-def test_a_failed_command_is_one_sentence() -> None:
+def test_a_failed_command_is_one_sentence(tmp_path: Path) -> None:
+    studio = make_gallery.Studio(tmp_path, Path("no/such/run"), tmp_path, tmp_path)
     with pytest.raises(UserError, match="spml-fast evaluate failed: error: "):
-        make_gallery.command("evaluate", "--run", "no/such/run")
+        studio.command("evaluate", "--run", studio.run)
+
+
+def test_a_kept_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in the folder that keeps it, so that pictures name no path of the machine."""
+    data = prepare_digits(tmp_path / "data", sizes={"train": 4, "val": 2, "test": 2}).folder
+    (tmp_path / "runs").mkdir()
+    run = make_run(tmp_path / "runs" / "digits", "--model.backbone", "test_resnet", data=data)
+    (run / "results.json").touch()
+    made: list[make_gallery.Studio] = []
+    monkeypatch.setattr(make_gallery, "DOCS", tmp_path)
+    monkeypatch.setattr(make_gallery, "PICTURES", {"maps": made.append})
+    monkeypatch.setattr(make_gallery, "train", lambda studio: pytest.fail("trained again"))
+    assert make_gallery.main(["--work", str(tmp_path), "--only", "maps"]) == 0
+    assert [(studio.where, studio.run) for studio in made] == [(tmp_path, Path("runs/digits"))]
+    with pytest.raises(UserError, match="leave it out, or --run"):
+        make_gallery.main(["--work", str(tmp_path), "--run", str(run)])

@@ -77,6 +77,7 @@ def bash(scripts: dict[str, Path], place: Path, *words: str) -> list[str]:
         (["export", "--overwrite", "--out"], ["--out"]),
         (["predict", "--orientation", ""], ["exif", "ignore"]),
         (["predict", "--top", ""], []),
+        (["report", "--images", ""], []),
         (["predict", "--run", ""], ["data/", "photos/", "runs/"]),
         (["predict", "--run", "runs/"], ["runs/first", r"runs/with\ blank"]),
         (["predict", "--run", r"runs/with\ "], [r"runs/with\ blank"]),

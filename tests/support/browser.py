@@ -3,11 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from spml_fast.core.errors import UserError
+
 # Milliseconds.
 TIMEOUT = 180_000
+# Without a network, and without what a desktop's browser does besides.
+OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def find_browser() -> str | None:
+    """A Chromium of this machine; None where there is none."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@contextlib.contextmanager
+def launched_browser() -> Iterator[Any]:
+    """A browser of playwright's, as long as it is needed.
+
+    Raises:
+        UserError: there is none on this machine, or not the package that drives it.
+    """
+    program = find_browser()
+    if program is None:
+        raise UserError("there is no Chromium on this machine; install one (apt-get install chromium)")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise UserError("the package that drives a browser is missing: pip install 'spml_fast[browser]'") from error
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=OPTIONS, timeout=TIMEOUT)
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 def _outside(url: str) -> bool:

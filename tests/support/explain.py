@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,10 +42,10 @@ def make_run(folder: Path, data: Path, recipe: str, scale: float, *more: str, se
     return folder
 
 
-def example(kind: explain.Kind = "evidence", scale: float = 1.0, **more: object) -> Explained:
+def example(kind: explain.Kind = "evidence", scale: float = 1.0, **more: Any) -> Explained:
     """An image of 8 x 8 pixels with the maps of classes 0 and 3, whose peaks lie at the upper left and lower right."""
     maps = np.array([[[4, -1], [0, -3]], [[0, 1], [1, 2]]], np.float32) * np.float32(scale)
-    values = {
+    values: dict[str, Any] = {
         "path": "a.jpg",
         "image": np.full((8, 8, 3), 90, np.uint8),
         "aspect": 1.5,
@@ -58,4 +59,4 @@ def example(kind: explain.Kind = "evidence", scale: float = 1.0, **more: object)
         "predicted": (0,),
         **more,
     }
-    return Explained(**values)  # type: ignore[arg-type]
+    return Explained(**values)

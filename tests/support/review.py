@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,20 +126,3 @@ def make_review_page(
     data = page_data(About(run, manifest, manifest.split("train")), lists, pictures)
     write_page(path, data, pictures, overwrite=False)
     return MadePage(path, data, lists, manifest)
-
-
-# Without a network, and without what a desktop's browser does besides.
-BROWSER_OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-def find_browser() -> str | None:
-    """A Chromium of this machine; None where there is none."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -11,10 +11,10 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from spml_fast.analysis.report.groups import RunGroup, class_ap, mean_of
-from spml_fast.analysis.report.svg import Chart, log_ticks, nice_ticks, text_mark, tick_text
+from spml_fast.analysis.report.svg import Chart, RowChart, log_ticks, nice_ticks, text_mark
 from spml_fast.runs.read import Run, number
 
-# Epoch figures in the order of their charts; further ones follow by name. The last four have a section of their own.
+# Epoch figures in the order of their charts, further ones follow by name; and those that have a section of their own.
 PANELS = ("loss", "val_map", "lr", "images_per_second", "data_wait")
 SELECTION = ("selected_count", "selection_precision", "selection_recall", "corrected", "corrected_total")
 
@@ -51,8 +51,8 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-# Lines have so many points at most.
-LINE_POINTS = 400
+# Lines have so many points at most, and names in a row of a chart so many characters.
+LINE_POINTS, ROW_NAME = 400, 34
 
 
 @dataclass(frozen=True)
@@ -202,31 +202,17 @@ def strip_chart(
     means = [(float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else None) for v in map(_values, rows)]
     reach = [mean + sign * (spread or 0.0) for mean, spread in means for sign in (-1, 1)]
     values = [v for row in rows for v in _values(row)] + reach
-    ticks = nice_ticks(min(values), max(values), 4)
-    height, width, left, right = 40 * len(rows) + 30, 400, 10, 14
-
-    def x(v: float) -> float:
-        return left + (v - ticks[0]) / (ticks[-1] - ticks[0]) * (width - left - right)
-
-    out = [Markup(f'<svg class="chart strip" viewBox="0 0 {width} {height}" role="img"><title>%s</title>') % title]
-    for tick in ticks:
-        out.append(Markup(f'<path class="grid" d="M{x(tick):.1f} 4V{height - 26}"/>'))
-        out.append(text_mark("tick mid", x(tick), height - 10, tick_text(tick)))
+    chart = RowChart(title, nice_ticks(min(values), max(values), 4), len(rows))
     for place, (group, found) in enumerate(rows):
-        y = 40 * place + 28
         mean, spread = means[place]
         text = f"{mean:{form}}" + ("" if spread is None else f" ± {spread:{form}}")
-        label = shortened(group.label, 44)
-        out.append(text_mark("name", left, y - 12, label))
-        out.append(text_mark("name end strong", width - right, y - 12, text))
+        chart.names(place, shortened(group.label, ROW_NAME), text)
         if spread is not None:
-            shape = f'd="M{x(mean - spread):.1f} {y}H{x(mean + spread):.1f}"'
-            out.append(Markup(f'<path class="spread {group.colour}" {shape}/>'))
-        out.append(Markup(f'<path class="mean {group.colour}" d="M{x(mean):.1f} {y - 7}v14"/>'))
+            chart.line(f"spread {group.colour}", place, mean - spread, mean + spread)
+        chart.stroke(f"mean {group.colour}", place, mean)
         for run, v in found:
-            dot = f'<circle class="dot {group.colour}" cx="{x(v):.1f}" cy="{y}" r="4">'
-            out.append(Markup(dot) + Markup("<title>%s</title></circle>") % f"{run.name}: {v:{form}}")
-    return Figure(title, Markup("").join([*out, Markup("</svg>")]))
+            chart.dot(f"dot {group.colour}", place, v, f"{run.name}: {v:{form}}")
+    return Figure(title, chart.svg())
 
 
 def _values(row: tuple[RunGroup, list[tuple[Run, float]]]) -> list[float]:
@@ -280,6 +266,10 @@ def reliability_chart(curves: Iterable[tuple[str, str, str, Sequence[dict[str, A
     return [Figure("fraction of positives", chart.svg()), Figure("labels, logarithmic", bins.svg())]
 
 
+# Pixels of a matrix's side, without the names.
+MATRIX_SIDE = 400
+
+
 def heat_map(names: Sequence[str], count: Sequence[Sequence[int]], of: Sequence[Sequence[int]]) -> Markup:
     """Which class (row) is predicted wrongly where which other one (column) is, as fractions.
 
@@ -289,17 +279,19 @@ def heat_map(names: Sequence[str], count: Sequence[Sequence[int]], of: Sequence[
         of: images that have the column's class and not the row's, n x n.
     """
     n = len(names)
-    left, top, size = 108, 92, 352 / n
-    side = left + 352 + 36
-    opening = f'<svg class="chart heat" viewBox="0 0 {side} {top + 356}" role="img"><title>confused classes</title>'
-    out = [Markup(opening)]
     short = [shortened(name, 15) for name in names]
+    # Names take the room that they need: beside the rows, and turned above the columns, where the last one leans out.
+    longest, size = 6.6 * max(map(len, short)), MATRIX_SIDE / n
+    left, top = 12 + longest, 16 + 0.87 * longest
+    width = left + MATRIX_SIDE + max(4, (longest - size) / 2 + 12)
+    box = f'width="{width:.0f}" viewBox="0 0 {width:.0f} {top + MATRIX_SIDE + 4:.0f}"'
+    out = [Markup(f'<svg class="chart heat" {box} role="img"><title>confused classes</title>')]
     rates = [[count[a][b] / of[a][b] if of[a][b] else 0.0 for b in range(n)] for a in range(n)]
     strongest = max(max(row) for row in rates) or 1.0
     for k, name in enumerate(short):
         y, x = top + size * (k + 0.5), left + size * (k + 0.5)
         out.append(text_mark("tick end", left - 6, y + 4, name))
-        turned = f'<text class="tick" transform="translate({x + 4:.1f} {top - 6}) rotate(-60)">'
+        turned = f'<text class="tick" transform="translate({x + 4:.1f} {top - 6:.1f}) rotate(-60)">'
         out.append(Markup(turned) + escape(name) + Markup("</text>"))
     for a in range(n):
         for b in range(n):

@@ -13,6 +13,7 @@ from spml_fast.core.text import parse_json
 from spml_fast.runs.read import Run, number
 
 Table = tuple[list[str], list[list[str]]]
+CODES = ("positive", "negative", "unknown")
 
 
 def data_folder(run: Run) -> Path | None:
@@ -27,9 +28,9 @@ def _report(folder: Path) -> dict[str, Any] | None:
         report = parse_json(read_text(folder / "report.json"))
         splits = report["splits"]
         for split in splits.values():
-            for which in ("known", "observed"):
-                for code in ("positive", "negative", "unknown"):
-                    int(split[which][code])
+            counts = [split["samples"], *(split[w][c] for w in ("known", "observed") for c in CODES)]
+            if not all(isinstance(count, int) for count in counts):
+                return None
         return dict(splits)
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -67,10 +68,10 @@ def coverage(groups: Sequence[RunGroup]) -> list[tuple[str, Table]]:
             left_out = number(split.get("left_out"))
             row = [name, f"{split['samples']:,}", "-" if left_out is None else f"{left_out:,.0f}"]
             for which in ("known", "observed"):
-                total = sum(split[which][code] for code in ("positive", "negative", "unknown"))
+                total = sum(split[which][code] for code in CODES)
                 row += [
                     f"{split[which][code]:,}" + (f" ({split[which][code] / total:.1%})" if total else "")
-                    for code in ("positive", "negative", "unknown")
+                    for code in CODES
                 ]
             rows.append(row)
         found.append((str(folder), (head, rows)))

@@ -40,9 +40,9 @@ const makeCurves = (data, figures) => {
     return svg("svg", { class: `spark ${group.colour}`, width: WIDE, height: HIGH, "aria-hidden": "true" }, svg("rect", { width: WIDE, height: HIGH, rx: 3 }), line);
   }
 
-  const LEFT = 34;
+  const LEFT = 44;
   const TOP = 8;
-  const SIDE = 236;
+  const SIDE = 226;
   const x = (v) => LEFT + v * SIDE;
   const y = (v) => TOP + (1 - v) * SIDE;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from spml_fast.analysis.report.charts import Figure, reliability_chart
@@ -71,56 +72,66 @@ def _rule(record: Record) -> str:
     return "highest F1" if options["thresholds"] == "f1" else f"precision {options['precision']:g} or more"
 
 
-def calibrations(
-    group: RunGroup, evaluations: Sequence[Record | None], decisions: Sequence[Record | None]
-) -> tuple[str, Record] | None:
-    """The calibration of a group's first run that has one: of which split, and `before` and `after`.
+@dataclass(frozen=True)
+class Calibrated:
+    """How far a setting's probabilities can be taken at their word.
 
-    Args:
-        group: of the report.
-        evaluations: of its runs, which come first: the split has not chosen the calibration.
-        decisions: of its runs.
+    Attributes:
+        group: the setting.
+        run: name of that of its runs which this is of.
+        split: of which split.
+        record: `before` and `after` calibration, of `calibration.reliability`; None where there is none.
     """
-    for records in (evaluations, decisions):
-        for record in records:
-            if record is not None:
-                return str(record["split"]), record["calibration"]
-    return None
+
+    group: RunGroup
+    run: str
+    split: str
+    record: Record
+
+    def end(self, name: str) -> Record:
+        """`before` or `after`; empty where there is none."""
+        return self.record.get(name) or {}
 
 
-def calibration_charts(groups: Sequence[RunGroup], found: Sequence[tuple[str, Record] | None]) -> list[Figure]:
-    """How often classes are there against how probable the runs say that they are; empty where none is known.
+def calibrations(
+    groups: Sequence[RunGroup],
+    evaluations: Sequence[Sequence[Record | None]],
+    decisions: Sequence[Sequence[Record | None]],
+) -> list[Calibrated]:
+    """The calibration of the first run of each group that has one; groups without any are left out.
 
     Args:
         groups: of the report.
-        found: of each, from `calibrations`.
+        evaluations: of the runs of each, which come first: the split has not chosen the calibration.
+        decisions: of the runs of each.
     """
+    found = []
+    for group, evaluated, decided in zip(groups, evaluations, decisions, strict=True):
+        pairs = [*zip(group.runs, evaluated, strict=True), *zip(group.runs, decided, strict=True)]
+        known = [(run, record) for run, record in pairs if record is not None]
+        for run, record in known[:1]:
+            found.append(Calibrated(group, run.name, str(record["split"]), record["calibration"]))
+    return found
+
+
+def calibration_charts(found: Sequence[Calibrated]) -> list[Figure]:
+    """How often classes are there against how probable the runs say that they are; empty where none is known."""
     curves = []
-    for group, one in zip(groups, found, strict=True):
-        if one is None:
-            continue
-        ends = [(end, (one[1].get(end) or {}).get("curve") or []) for end in ("before", "after")]
-        ends = [(end, cells) for end, cells in ends if cells]
+    for one in found:
+        ends = [(end, cells) for end in ("before", "after") if (cells := one.end(end).get("curve"))]
         for end, cells in ends:
-            name = group.label if len(ends) == 1 else f"{group.label}, {'un' if end == 'before' else ''}calibrated"
-            curves.append((name, group.colour, "2 3" if end == "before" and len(ends) > 1 else "", cells))
+            name = one.group.label if len(ends) == 1 else f"{one.group.label}, {'un' * (end == 'before')}calibrated"
+            dash = "2 3" if end == "before" and len(ends) > 1 else ""
+            curves.append((name, one.group.colour, dash, cells))
     return reliability_chart(curves)
 
 
-def calibration_errors(groups: Sequence[RunGroup], found: Sequence[tuple[str, Record] | None]) -> Table | None:
-    """Expected calibration error of each group's curve, uncalibrated and calibrated.
-
-    Args:
-        groups: of the report.
-        found: of each, from `calibrations`.
-    """
-    rows = []
-    for group, one in zip(groups, found, strict=True):
-        if one is None:
-            continue
-        split, ends = one
-        texts = [mean_text([(ends.get(end) or {}).get("expected_calibration_error")]) for end in ("before", "after")]
-        labels = sum(cell["entries"] for cell in (ends.get("before") or {}).get("curve") or [])
-        rows.append([group.runs[0].name if len(group.runs) > 1 else group.label, split, f"{labels:,}", *texts])
+def calibration_errors(found: Sequence[Calibrated]) -> Table | None:
+    """Expected calibration error of each curve, uncalibrated and calibrated."""
     head = ["", "split", "known labels", "calibration error, %", "after calibration, %"]
+    rows = []
+    for one in found:
+        errors = [mean_text([one.end(end).get("expected_calibration_error")]) for end in ("before", "after")]
+        labels = sum(cell["entries"] for cell in one.end("before").get("curve") or [])
+        rows.append([one.run, one.split, f"{labels:,}", *errors])
     return (head, rows) if rows else None

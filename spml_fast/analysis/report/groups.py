@@ -236,17 +236,17 @@ def conventions(groups: Sequence[RunGroup]) -> tuple[list[str], list[list[str]]]
 
 def class_groups(groups: Sequence[RunGroup]) -> tuple[list[str], list[list[str]]] | None:
     """mAP of groups of classes, rarest first, where the runs were measured with any."""
-    rows, number = [], 0
+    rows, most = [], 0
     for group in groups:
         per_run = [r.alphas.get(r.headline or "", {}).get("groups") or [] for r in group.runs]
         count = max(map(len, per_run))
         if count:
-            number = max(number, count)
+            most = max(most, count)
             maps = ([f[i]["map"] for f in per_run if i < len(f)] for i in range(count))
             rows.append([group.label, *(mean_text(m) for m in maps)])
     if not rows:
         return None
-    head = ["", *("rarest" if i == 0 else "most frequent" if i == number - 1 else str(i + 1) for i in range(number))]
+    head = ["", *("rarest" if i == 0 else "most frequent" if i == most - 1 else str(i + 1) for i in range(most))]
     return head, [row + ["-"] * (len(head) - len(row)) for row in rows]
 
 
@@ -257,6 +257,14 @@ def class_ap(group: RunGroup) -> np.ndarray | None:
     if not lists or len({len(x) for x in lists}) > 1:
         return None
     return np.asarray(np.mean(lists, axis=0))
+
+
+def run_manifest(run: Run) -> Manifest:
+    """The data set of a run, where its options say. Raises `UserError` where it is not there."""
+    folder = run.options.get("data.dir")
+    if folder is None:
+        raise UserError("the run does not say where its data set is")
+    return Manifest(folder, run.options.get("data.image_root"), run.options.get("data.cache_dir"))
 
 
 def training_counts(groups: Sequence[RunGroup]) -> list[np.ndarray | None]:
@@ -275,7 +283,7 @@ def _counts(run: Run) -> np.ndarray | None:
     if folder is None or not may_exist(folder):
         return None
     try:
-        manifest = Manifest(folder, run.options.get("data.image_root"), run.options.get("data.cache_dir"))
+        manifest = run_manifest(run)
         name = str(run.options.get("data.train_split", "train"))
         return np.asarray(manifest.split(name).observed.class_counts(POSITIVE))
     except UserError as error:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from spml_fast.analysis.report.decisions import Record
-from spml_fast.analysis.report.groups import RunGroup
+from spml_fast.analysis.report.groups import RunGroup, run_manifest
 from spml_fast.analysis.review.pictures import Pictures, collect, encoded_map, map_scale
 from spml_fast.analysis.suggest import Suggestions
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import printable
 from spml_fast.data.labels import POSITIVE, UNKNOWN
-from spml_fast.data.manifest import Manifest, Split
+from spml_fast.data.manifest import Split
 from spml_fast.runs.read import Run
 
 # Pixels of a thumbnail's longer side.
@@ -137,12 +137,9 @@ def open_split(run: Run, name: str) -> Split:
     Raises:
         UserError: it is not there, or has other classes now.
     """
-    folder = run.options.get("data.dir")
-    if folder is None:
-        raise UserError("the run does not say where its data set is")
-    manifest = Manifest(folder, run.options.get("data.image_root"))
+    manifest = run_manifest(run)
     if manifest.classes != run.classes:
-        raise UserError(f"{folder} has other classes than the run")
+        raise UserError(f"{manifest.source} has other classes than the run")
     return manifest.split(name)
 
 

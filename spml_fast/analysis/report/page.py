@@ -81,7 +81,7 @@ def make_page(
     counts = training_counts(groups) if same else [None] * len(groups)
     device = torch.device("cpu") if device is None else device
     mistakes, selected, missing = shown_mistakes(groups, evaluations, images, device, say)
-    found = [calibrations(*one) for one in zip(groups, evaluations, decisions, strict=True)]
+    calibrated = calibrations(groups, evaluations, decisions)
     compared = len(groups) > 1
     values: dict[str, Any] = {
         "title": f"{len(runs)} runs" if len(runs) > 1 else groups[0].label,
@@ -106,9 +106,9 @@ def make_page(
         "mistakes": mistakes,
         "missing": missing,
         "decisions": decision_summary(groups, decisions),
-        "calibration": calibration_charts(groups, found),
-        "calibrated": any(one is not None and one[1].get("after") for one in found),
-        "calibration_errors": calibration_errors(groups, found),
+        "calibration": calibration_charts(calibrated),
+        "calibrated": any(one.end("after") for one in calibrated),
+        "calibration_errors": calibration_errors(calibrated),
         "confusions": confusion_sections(groups, evaluations, [printable(name) for name in names]) if same else [],
         "confusion_head": HEAD,
         "class_groups": class_groups(groups),
@@ -116,7 +116,7 @@ def make_page(
         "time": time_section(groups),
         "coverage": coverage(groups),
         "replaced": replaced_images(groups),
-        "health": [(run.name, notes) for run in runs if (notes := health(run))],
+        "health": _health(runs),
         "places": [(run.name, str(run.folder), option_text(run.options.get("run.seed")), _best(run)) for run in runs],
     }
     return render_page(PACKAGE, "report.html", ["report.css"], SCRIPTS, values)
@@ -148,6 +148,16 @@ def _about(runs: Sequence[Run]) -> str:
     sets = dict.fromkeys(Path(str(r.options.get("data.dir") or "digits")).name for r in runs)
     folders = str(runs[0].folder) if len(runs) == 1 else f"{len(runs)} run directories"
     return printable(f"{', '.join(sets)}; {folders}")
+
+
+def _health(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(runs, what is wrong with them): what several runs have in common is said once."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for note in health(run):
+            found.setdefault(note, []).append(run.name)
+    every = len(runs) if len(runs) > 2 else 0
+    return [("all runs" if len(names) == every else "; ".join(names), note) for note, names in found.items()]
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from markupsafe import Markup, escape
 
@@ -17,15 +18,16 @@ Point = tuple[float, float | None]
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers, at most about `most`, that cover low to high."""
-    if not high > low:
+    """Round numbers, at most about `most`, that cover low to high; around one number where these differ by rounding."""
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
         pad = abs(low) * 0.05 or 0.5
-        low, high = low - pad, high + pad
+        # What is never negative, such as per cent, has no negative tick.
+        low, high = low - pad if low else 0.0, high + pad
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, last + 1)]
+    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -45,16 +47,120 @@ def _f(value: float) -> str:
     return f"{value:.1f}".rstrip("0").rstrip(".")
 
 
-def text_mark(kind: str, x: float, y: float, text: str) -> Markup:
+def text_mark(kind: str, x: float | str, y: float, text: str) -> Markup:
     """A text in a chart.
 
     Args:
         kind: its classes.
-        x: where it begins, ends or has its middle, by its classes.
+        x: where it begins, ends or has its middle, by its classes; such as `25%` in a `RowChart`.
         y: of its base line.
         text: anything.
     """
-    return Markup(f'<text class="{kind}" x="{_f(x)}" y="{_f(y)}">') + escape(text) + Markup("</text>")
+    at = x if isinstance(x, str) else _f(x)
+    return Markup(f'<text class="{kind}" x="{at}" y="{_f(y)}">') + escape(text) + Markup("</text>")
+
+
+@dataclass
+class RowChart:
+    """Rows along one axis. Across, places are per cent of the width, so that text has one size in windows of any width.
+
+    Attributes:
+        title: what it shows, for those who cannot see it.
+        ticks: of the axis, ascending, the first and last of which are its ends.
+        rows: how many; each has a line for its name and value, and its marks below.
+        unit: below the axis.
+        marks: what was drawn.
+    """
+
+    title: str
+    ticks: Sequence[float]
+    rows: int
+    unit: str = ""
+    marks: list[Markup] = field(default_factory=list)
+
+    # Pixels: a row, and from its top to the base line of its name and to its marks.
+    ROW: ClassVar[int] = 40
+    NAME: ClassVar[int] = 16
+    MARKS: ClassVar[int] = 28
+
+    def across(self, value: float) -> str:
+        """Where a value lies."""
+        return f"{100 * (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0]):.2f}%"
+
+    def names(self, row: int, name: str, value: str = "") -> None:
+        """What stands over the marks of a row: its name and, at the other end, its value."""
+        y = self.ROW * row + self.NAME
+        self.marks.append(text_mark("name", 0, y, name))
+        if value:
+            self.marks.append(text_mark("name end strong", "100%", y, value))
+
+    def line(self, kind: str, row: int, low: float, high: float) -> None:
+        """A line between two values.
+
+        Args:
+            kind: its classes.
+            row: where.
+            low: where it begins.
+            high: where it ends.
+        """
+        y = self.ROW * row + self.MARKS
+        ends = f'x1="{self.across(low)}" x2="{self.across(high)}" y1="{y}" y2="{y}"'
+        self.marks.append(Markup(f'<line class="{kind}" {ends}/>'))
+
+    def stroke(self, kind: str, row: int, value: float) -> None:
+        """An upright mark at a value.
+
+        Args:
+            kind: its classes.
+            row: where.
+            value: where.
+        """
+        x, y = self.across(value), self.ROW * row + self.MARKS
+        self.marks.append(Markup(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{y - 7}" y2="{y + 7}"/>'))
+
+    def dot(self, kind: str, row: int, value: float, text: str) -> None:
+        """A dot that says what it is.
+
+        Args:
+            kind: its classes.
+            row: where.
+            value: where.
+            text: shown when it is pointed at.
+        """
+        shape = f'<circle class="{kind}" cx="{self.across(value)}" cy="{self.ROW * row + self.MARKS}" r="4">'
+        self.marks.append(Markup(shape) + Markup("<title>%s</title></circle>") % text)
+
+    def bar(self, kind: str, row: int, low: float, high: float, text: str) -> None:
+        """A bar that says what it is.
+
+        Args:
+            kind: its classes.
+            row: where.
+            low: where it begins.
+            high: where it ends.
+            text: shown when it is pointed at.
+        """
+        width = 100 * (high - low) / (self.ticks[-1] - self.ticks[0])
+        shape = f'x="{self.across(low)}" y="{self.ROW * row + self.MARKS - 6}" width="{width:.2f}%" height="14"'
+        self.marks.append(Markup(f'<rect class="{kind}" {shape}>') + Markup("<title>%s</title></rect>") % text)
+
+    def svg(self) -> Markup:
+        """The chart."""
+        end = self.ROW * self.rows + 6
+        height = end + (34 if self.unit else 20)
+        out = [
+            Markup(f'<svg class="chart rows" height="{height}" role="img">'),
+            Markup("<title>%s</title>") % self.title,
+        ]
+        for place, tick in enumerate(self.ticks):
+            # The outer ones stay within the chart.
+            kind = "tick" if place == 0 else "tick end" if place == len(self.ticks) - 1 else "tick mid"
+            x = self.across(tick)
+            out.append(Markup(f'<line class="grid" x1="{x}" x2="{x}" y1="2" y2="{end}"/>'))
+            out.append(text_mark(kind, x, end + 14, tick_text(tick)))
+        if self.unit:
+            out.append(text_mark("tick mid", "50%", end + 28, self.unit))
+        return Markup("").join([*out, *self.marks, Markup("</svg>")])
 
 
 @dataclass

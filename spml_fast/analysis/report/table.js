@@ -114,6 +114,7 @@ const makeTable = (data, figures, act) => {
     $("body").scrollTop = 0;
     draw(true);
     if (order.length) act.show(order[0]);
+    else $("curve").replaceChildren();
   }
 
   const height = () => (narrow.matches ? 58 : 36);

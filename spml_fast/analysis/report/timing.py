@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from spml_fast.analysis.report.charts import Figure, shortened
+from spml_fast.analysis.report.charts import shortened
 from spml_fast.analysis.report.groups import RunGroup, mean_of, mean_text
-from spml_fast.analysis.report.svg import nice_ticks, text_mark, tick_text
+from spml_fast.analysis.report.svg import RowChart, nice_ticks
 from spml_fast.runs.read import Run, number
 
+# Characters of a name over its bar.
+NAME = 48
 # In the order of the bars; classes t0, t1 ... of the page's style.
 PARTS = ("training", "waiting for data", "validation", "saving", "scoring the training split", "thresholds", "test")
 # Names in the log of those that are no part of an epoch's own time.
@@ -58,8 +61,30 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def time_section(groups: Sequence[RunGroup]) -> tuple[Figure, list[str], list[list[str]]] | None:
-    """A bar for each setting, and the seconds as a table; None where nothing is logged."""
+@dataclass(frozen=True)
+class TimeSection:
+    """Where the time of runs went.
+
+    Attributes:
+        svg: a bar for each setting.
+        legend: class of the colour and name of each part.
+        head: of the table.
+        rows: of the table.
+    """
+
+    svg: Markup
+    legend: list[tuple[str, str]]
+    head: list[str]
+    rows: list[list[str]]
+
+
+def _class(part: str) -> str:
+    """Class of a part's colour in the page's style."""
+    return f"t{PARTS.index(part)}"
+
+
+def time_section(groups: Sequence[RunGroup]) -> TimeSection | None:
+    """The times of every setting; None where nothing is logged."""
     rows = []
     for group in groups:
         runs = [parts for r in group.runs if (parts := time_parts(r))]
@@ -73,26 +98,14 @@ def time_section(groups: Sequence[RunGroup]) -> tuple[Figure, list[str], list[li
     # In the unit that the longest bar is told in.
     size, unit = (1.0, "s") if most < 120 else (60.0, "min") if most < 7200 else (3600.0, "h")
     ticks = [t for t in nice_ticks(0, most / size, 5) if t >= 0]
-    width, left, right, height = 640, 10, 14, 46 * len(rows) + 40
-
-    def x(value: float) -> float:
-        return left + value / size / ticks[-1] * (width - left - right)
-
-    out = [Markup(f'<svg class="chart wide-chart" viewBox="0 0 {width} {height}" role="img"><title>seconds</title>')]
-    for tick in ticks:
-        at = x(tick * size)
-        out.append(Markup(f'<path class="grid" d="M{at:.1f} 4V{height - 34}"/>'))
-        out.append(text_mark("tick mid", at, height - 20, tick_text(tick)))
-    out.append(text_mark("tick mid", width / 2, height - 4, unit))
+    chart = RowChart("where the time went", ticks, len(rows), unit)
     for place, (group, means, _) in enumerate(rows):
-        y, done = 46 * place + 22, 0.0
-        out.append(text_mark("name", left, y - 6, shortened(group.label, 70)))
+        done = 0.0
+        chart.names(place, shortened(group.label, NAME))
         for part, value in means.items():
-            shape = f'x="{x(done):.2f}" y="{y}" width="{max(x(done + value) - x(done), 0):.2f}" height="16"'
-            bar = Markup(f'<rect class="t{PARTS.index(part)}" {shape}>')
-            out.append(bar + Markup("<title>%s</title></rect>") % f"{group.label}: {part} {duration_text(value)}")
+            text = f"{group.label}: {part} {duration_text(value)}"
+            chart.bar(_class(part), place, done / size, (done + value) / size, text)
             done += value
-    figure = Figure("seconds", Markup("").join([*out, Markup("</svg>")]))
     table = []
     for group, means, runs in rows:
         whole = sum(means.values())
@@ -100,5 +113,5 @@ def time_section(groups: Sequence[RunGroup]) -> tuple[Figure, list[str], list[li
             f"{duration_text(means[part])} ({means[part] / whole:.0%})" if part in means and whole else "-"
             for part in there
         ]
-        table.append([group.label, *cells, mean_text([sum(p.values()) for p in runs], ".1f") + " s"])
-    return figure, ["", *there, "together"], table
+        table.append([group.label, *cells, mean_text([sum(p.values()) / size for p in runs], ".1f") + f" {unit}"])
+    return TimeSection(chart.svg(), [(_class(part), part) for part in there], ["", *there, "together"], table)

@@ -122,9 +122,12 @@ def render(data: Json, image_source: str) -> str:
         image_source: where the content security policy lets pictures come from.
     """
     run, split, manifest = (printable(data[name]) for name in ("run", "split", "manifest"))
+    # The name of the data set tells people enough; where it lies is shown when it is pointed at.
+    name = printable(Path(data["manifest"]).name) or manifest
     values = {
         "title": f"Review: {printable(Path(data['run']).name or data['run'])}",
-        "about": f"{split} split of {manifest}, suggested by {run}",
+        "about": f"{split} split of {name}, suggested by {run}",
+        "manifest": manifest,
         "signed": data["signed"],
         "image_source": Markup(image_source),
         "data": data,

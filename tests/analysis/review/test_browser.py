@@ -21,8 +21,8 @@ from spml_fast.cli import relabel
 from spml_fast.core.outputs import DECISION_COLUMNS, OutputFile
 from spml_fast.core.text import formula_safe_path
 from spml_fast.data.manifest import Manifest
-from tests.support.browser import watched_tab
-from tests.support.review import BROWSER_OPTIONS, HOSTILE_CLASSES, MadePage, find_browser, make_review_page
+from tests.support.browser import find_browser, launched_browser, watched_tab
+from tests.support.review import HOSTILE_CLASSES, MadePage, make_review_page
 from tests.support.runs import environment
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'spml_fast[browser]' to drive a browser")
@@ -37,10 +37,8 @@ Page = Any
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """One browser for all tests, which have a profile each."""
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS)
+    with launched_browser() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture

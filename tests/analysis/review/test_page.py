@@ -134,6 +134,9 @@ def test_page_is_inert(made: MadePage) -> None:
         assert len(inside) == 1
         digest = base64.b64encode(hashlib.sha256(inside[0].encode()).digest()).decode()
         assert parts[source] == f"'sha256-{digest}'"
+    # The head names the data set, and its place when it is pointed at.
+    (where,) = [a["title"] for t, a in parsed.tags if t == "p" and a.get("class") == "about"]
+    assert where == str(made.manifest.folder) and f"of {made.manifest.folder.name}, suggested by" in text
     assert parsed.text["title"] == "Review: <b>first" and text.startswith("<!DOCTYPE html>")
     assert {HOSTILE_CLASSES[c] for c in range(10)} >= set(read_data(text)["classes"]) and MARK in text[:1000]
 
