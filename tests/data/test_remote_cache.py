@@ -125,7 +125,8 @@ def _fill(folder: Path, first: int) -> None:
 
 
 def test_several_processes_hold_the_limit_together(tmp_path):
-    context = multiprocessing.get_context("fork")
+    # Fresh processes: a fork of a process with threads of other libraries may wait for one that it does not have.
+    context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_fill, args=(tmp_path, first)) for first in (0, 10, 20)]
     for worker in workers:
         worker.start()
@@ -149,7 +150,7 @@ def _die_in_the_middle(folder: Path) -> None:
 
 
 def test_a_killed_process_leaves_nothing_that_counts(tmp_path):
-    worker = multiprocessing.get_context("fork").Process(target=_die_in_the_middle, args=(tmp_path,))
+    worker = multiprocessing.get_context("spawn").Process(target=_die_in_the_middle, args=(tmp_path,))
     worker.start()
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL
