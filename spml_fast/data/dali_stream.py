@@ -9,9 +9,11 @@ bytes are handed to DALI as they are (without a copy on the CPU): the same bytes
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -63,6 +65,16 @@ def decoding_threads(config: DataConfig) -> int:
 
 def _device_id(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+# Streams whose pipelines may run. DALI's threads must be gone before the interpreter is, which ends the process else.
+_open: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for stream in list(_open):
+        stream._forget()
 
 
 class _ReadGroup:
@@ -159,6 +171,7 @@ class Stream:
         # Groups being read and, at the front, being used up: a window and the one after it, or some batches.
         self._ahead: deque[_ReadGroup] = deque()
         self._groups = 2 if windowed else max(2, -(-ahead * config.read_threads // batch_size))
+        _open.add(self)
 
     def _source(self, requests: Iterator[BatchRequest]) -> Iterator[list[BatchRequest]]:
         """Requests that are taken together: one by one, or the groups that are read from shards."""
