@@ -33,6 +33,9 @@ CHANGES = {
     r"way (\w+), tile (.*)": "heuristics.{op}_way answers {0}, heuristics.{op}_launch has the tile {1}",
     r"way (\w+), scratch of (.*)": "heuristics.{op}_way answers {0}, heuristics.map_scratch_bytes allows {1}",
     r"way (\w+)": "heuristics.{op}_way answers {0}",
+    r"backward sparse, chunks of (\d+) cells": "heuristics.CAM_POOL_BACKWARD is sparse where signs are as sparse as these, "
+    "heuristics.SPARSE_LINES is {0} / 32",
+    r"backward (\w+)": "heuristics.CAM_POOL_BACKWARD is {0} where signs are as sparse as these",
     r"chunks of (.*)": "heuristics.chunk_bytes gives {0}",
     r"tile (.*)": "heuristics.mask_launch gives {0}",
     r"several programs": "heuristics.SINGLE_LAUNCH_ENTRIES is below this shape",
