@@ -92,8 +92,8 @@ def _with_number(name: str, value: int) -> Context:
 def cam_pool_sweep(small: bool) -> Iterator[KernelWork]:
     """Every way of the forward with its own tiles and with others; chunks of the backward. Dense signs.
 
-    Every way of the backward with dense signs and with both kinds of sparse ones: the shipped way takes as long whatever
-    they are, so that what a sparse one saves or costs stands beside it.
+    Every way of the backward with dense signs and with both kinds of sparse ones. The shipped way takes as long whatever
+    they are, so that what another saves or costs stands beside it.
     """
     for classes in (5000,) if small else (5000, 80):
         work = cam_work(128, 14, 2048, classes, torch.bfloat16)
@@ -121,6 +121,9 @@ def cam_pool_sweep(small: bool) -> Iterator[KernelWork]:
             for cells in SPARSE_CELLS if signs != "dense" else ():
                 number = _with_number("SPARSE_LINES", cells // heuristics.WORD)
                 yield _try(work, f"backward sparse, chunks of {cells} cells", BACKWARD, take, number)
+            if signs != "dense":
+                narrow = functools.partial(adapted, "cam_pool_sparse_launch", lambda t: t._replace(channels=128))
+                yield _try(work, "backward sparse, tiles of 128 channels", BACKWARD, take, narrow)
 
 
 def large_loss_sweep(small: bool) -> Iterator[KernelWork]:

@@ -35,6 +35,8 @@ CHANGES = {
     r"way (\w+)": "heuristics.{op}_way answers {0}",
     r"backward sparse, chunks of (\d+) cells": "heuristics.CAM_POOL_BACKWARD is sparse where signs are as sparse as these, "
     "heuristics.SPARSE_LINES is {0} / 32",
+    r"backward sparse, tiles of (\d+) channels": "heuristics.CAM_POOL_BACKWARD is sparse where signs are as sparse as "
+    "these, heuristics.cam_pool_sparse_launch gives tiles of {0} channels",
     r"backward (\w+)": "heuristics.CAM_POOL_BACKWARD is {0} where signs are as sparse as these",
     r"chunks of (.*)": "heuristics.chunk_bytes gives {0}",
     r"tile (.*)": "heuristics.mask_launch gives {0}",

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import get_args
 
 import torch
-
 from spml_kernels.common import heuristics
 
 from benchmarks.kernel_base import KernelWork, make_call

@@ -104,7 +104,7 @@ class _Work:
         tiles, launch = cdiv(self.lines, TILE_LINES), self.launch
         classes, number = self._numbers(tiles, self.stride), self._numbers(tiles)
         _cam_pool_list_kernel[(tiles,)](
-            self.bits, classes, number, self.lines, self.classes, self.stride, BLOCK=launch.listed, num_warps=4, **LAUNCH
+            self.bits, classes, number, self.lines, self.stride, BLOCK=launch.listed, num_warps=4, **LAUNCH
         )
         _cam_pool_sparse_x_kernel[(tiles * cdiv(self.channels, launch.channels),)](
             self.relu,

@@ -79,11 +79,11 @@ def _cam_pool_count_kernel(
 
 
 @jit(do_not_specialize=["lines"])
-def _cam_pool_list_kernel(bits_ptr, list_ptr, number_ptr, lines, classes, stride, BLOCK: tl.constexpr):
+def _cam_pool_list_kernel(bits_ptr, list_ptr, number_ptr, lines, stride, BLOCK: tl.constexpr):
     """Which classes have a positive cell in a tile of two lines, in ascending order.
 
     Args:
-        bits_ptr: int32 [lines, stride].
+        bits_ptr: int32 [lines, stride], 0 past the last class, so that rows can be read whole and loads are wide.
         list_ptr: int32 [tiles, stride], of which only the beginning is written.
         number_ptr: int32 [tiles], how long that is.
         lines: of all images.
@@ -91,11 +91,12 @@ def _cam_pool_list_kernel(bits_ptr, list_ptr, number_ptr, lines, classes, stride
     tile = tl.program_id(0)
     line = tile.to(tl.int64) * 2
     number = 0
-    for first in range(0, classes, BLOCK):
+    for first in range(0, stride, BLOCK):
         cls = first + tl.arange(0, BLOCK)
         place = bits_ptr + line * stride + cls
-        words = tl.load(place, mask=cls < classes, other=0)
-        words |= tl.load(place + stride, mask=cls < tl.where(tile * 2 + 1 < lines, classes, 0), other=0)
+        words = tl.load(place, mask=cls < stride, other=0)
+        if tile * 2 + 1 < lines:
+            words |= tl.load(place + stride, mask=cls < stride, other=0)
         here = (words != 0).to(tl.int32)
         target = list_ptr + tile.to(tl.int64) * stride + number + tl.cumsum(here, 0) - 1
         tl.store(target, cls, mask=here > 0)

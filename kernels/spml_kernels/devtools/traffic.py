@@ -208,7 +208,7 @@ def _cam_pool_expand(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
 
 def _live(a: dict[str, Any]) -> Tensor:
     """Which words of signs are not 0, [lines, classes]; without values all, which is the most."""
-    words = a["bits_ptr"][:, : a["classes"]]
+    words = a["bits_ptr"][:, : a.get("classes")]
     return torch.ones(words.shape, dtype=torch.bool) if words.is_meta else words != 0
 
 
@@ -229,7 +229,7 @@ def _cam_pool_count(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
 
 @formula("_cam_pool_list_kernel")
 def _cam_pool_list(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
-    read = 4 * a["lines"] * a["classes"]
+    read = 4 * a["lines"] * a["stride"]
     return Moved(read, read, 4 * sum(int(part.any(0).sum()) for part in _live(a).split(2)) + 4 * grid[0])
 
 

@@ -206,16 +206,14 @@ def _sparse_cases(arch: int) -> Iterator[Case]:
             numbers: dict[str, str | tuple[str, ...]] = {"lines": "i32", "classes": "i32", "stride": "i32"}
             aligned = tuple(name for name in shape.aligned if name in numbers)
             own = {name: kind for name, kind in listed.items() if name not in ("order_ptr", "sorted_ptr")}
-            classes = {"BLOCK": launch.listed}
             name = shape.name.removeprefix("bf16 ")
             yield Case(
                 "cam_pool list",
                 name,
                 _cam_pool_list_kernel,
-                {**own, **numbers},
-                classes,
-                (*own, *aligned),
-                streamed=shape.classes >= launch.listed,
+                {**own, "lines": "i32", "stride": "i32"},
+                {"BLOCK": launch.listed},
+                (*own, "stride"),
             )
             lines = {"LINES": launch.lines, "STEP": min(launch.lines, WORD), "BLOCK": launch.classes}
             yield Case(
