@@ -92,8 +92,8 @@ def _with_number(name: str, value: int) -> Context:
 def cam_pool_sweep(small: bool) -> Iterator[KernelWork]:
     """Every way of the forward with its own tiles and with others; chunks of the backward. Dense signs.
 
-    Every way of the backward with dense signs and with both kinds of sparse ones. The shipped way takes as long whatever
-    they are, so that what another saves or costs stands beside it.
+    Every way of the backward with dense signs and with both kinds of sparse ones. The shipped way takes as long
+    whatever they are, so that what another saves or costs stands beside it.
     """
     for classes in (5000,) if small else (5000, 80):
         work = cam_work(128, 14, 2048, classes, torch.bfloat16)

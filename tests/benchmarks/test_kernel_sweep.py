@@ -105,7 +105,7 @@ def test_a_tile_of_the_sweep_is_launched(monkeypatch):
 
 @pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="meta tensors are for kernels that are not interpreted")
 def test_a_backward_of_the_sweep_is_launched(monkeypatch):
-    """The way that leaves classes out at every kind of signs, dense ones too, where it cannot win; chunks at sparse ones."""
+    """The way that leaves classes out at every kind of signs, dense ones too, where it cannot win."""
     monkeypatch.setenv("SPML_KERNELS", "triton")
     found = {work.shape.split()[-1] for work in of("cam_pool", "backward sparse")}
     assert found == {"dense", "sparse", "zipf"}

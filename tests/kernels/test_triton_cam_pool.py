@@ -59,7 +59,7 @@ def way(request, device):
 
 @pytest.fixture
 def sparse(monkeypatch):
-    """The backward that leaves classes out, in several chunks of cells and blocks of classes where there are several."""
+    """The backward that leaves classes out, in several chunks of cells where there are several."""
     monkeypatch.setenv("SPML_CAM_POOL_BACKWARD", "sparse")
     monkeypatch.setattr(heuristics, "SPARSE_LINES", 2)
 
@@ -373,7 +373,7 @@ def lists_of(inputs):
 
 @pytest.mark.skipif(not INTERPRETED, reason="launches are seen under Triton's interpreter")
 def test_lists_hold_what_is_positive_and_nothing_else(device, sparse):
-    """Of each chunk classes by positive cells, most first, ties by class; of each block its lines, of each tile classes."""
+    """Of each chunk classes by positive cells, most first, ties by class; lines of each block, classes of each tile."""
     inputs = draw((5, 7, 7, 24, 150), torch.float32, device, shift=-1.5)
     bits = cam_pool_op(*inputs, True)[2]
     positive = torch.nn.functional.linear(inputs[0].double(), *[t.double() for t in inputs[1:]]).reshape(-1, 150) > 0

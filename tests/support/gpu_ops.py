@@ -245,8 +245,9 @@ def _small_masks(device: str, layout: torch.memory_format) -> None:
 def small_pieces(device: str) -> dict[str, Callable[[], None]]:
     """`small_calls` in parts, by name."""
     pieces: dict[str, Callable[[], None]] = {}
-    for op, way in ((op, way) for op in ("cam_pool", "cam_pool_backward") for way in ways_of(op)):
-        pieces[f"small {op} {way}"] = functools.partial(_small_cam_pool, device, op, way)
+    for op in ("cam_pool", "cam_pool_backward"):
+        for way in ways_of(op):
+            pieces[f"small {op} {way}"] = functools.partial(_small_cam_pool, device, op, way)
     # One program holds the first of the two.
     for rows, classes in ((3, 7), (28, 601)):
         pieces[f"small losses {rows} x {classes}"] = functools.partial(_small_losses, device, rows, classes)

@@ -41,11 +41,13 @@ def sparse_gradients(
     """Gradients of features, weight and bias, the latter fp32; empty where unwanted.
 
     Args:
-        grad_mean, grad_relu: fp32 [B, C], contiguous.
+        grad_mean: fp32 [B, C], contiguous, of mean(M).
+        grad_relu: the same of mean(relu M).
         x: [B, H W, K], contiguous, not empty.
         weight: [C, K].
         bits: as `cam_pool_op` gives them.
-        want_x: whether the first is wanted; want_w: whether the two others are.
+        want_x: whether the first is wanted.
+        want_w: whether the two others are.
     """
     dtype = x.dtype
     work = _Work(grad_mean, grad_relu, x, bits)
@@ -102,7 +104,10 @@ class _Work:
     def features_gradient(self, base: Tensor, w: Tensor, out: Tensor) -> None:
         """Write dX [B, H W, K]; `base` [B, K] is what all cells of an image have in common, before the mean's share."""
         tiles, launch = cdiv(self.lines, TILE_LINES), self.launch
-        classes, number = self._numbers(tiles, self.stride), self._numbers(tiles)
+        # With signs, a tenth of the map at most, which four bytes a class would pass.
+        short = torch.int16 if self.stride < 2**15 else torch.int32
+        classes = torch.empty(tiles, self.stride, dtype=short, device=self.x.device)
+        number = self._numbers(tiles)
         _cam_pool_list_kernel[(tiles,)](
             self.bits, classes, number, self.lines, self.stride, BLOCK=launch.listed, num_warps=4, **LAUNCH
         )

@@ -84,7 +84,7 @@ def _cam_pool_list_kernel(bits_ptr, list_ptr, number_ptr, lines, stride, BLOCK: 
 
     Args:
         bits_ptr: int32 [lines, stride], 0 past the last class, so that rows can be read whole and loads are wide.
-        list_ptr: int32 [tiles, stride], of which only the beginning is written.
+        list_ptr: int16 or int32 [tiles, stride], of which only the beginning is written.
         number_ptr: int32 [tiles], how long that is.
         lines: of all images.
     """
@@ -200,7 +200,7 @@ def _cam_pool_sparse_x_kernel(
     for step in range(0, tl.cdiv(number, BLOCK_C)):
         place = step * BLOCK_C + tl.arange(0, BLOCK_C)
         there = place < number
-        cls = tl.load(list_ptr + tile.to(tl.int64) * stride + place, mask=there, other=0)
+        cls = tl.load(list_ptr + tile.to(tl.int64) * stride + place, mask=there, other=0).to(tl.int32)
         word = bits_ptr + tile.to(tl.int64) * 2 * stride + cls
         upper = tl.load(word, mask=there, other=0)
         lower = tl.load(word + stride, mask=place < tl.where(start + 32 < rows, number, 0), other=0)

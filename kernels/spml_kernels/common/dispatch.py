@@ -5,8 +5,8 @@ with PyTorch for ROCm, whose devices are called cuda as well);
 `reference` always takes the reference; `triton` also takes Triton for CPU tensors, which needs Triton's interpreter
 (TRITON_INTERPRET=1 in the environment before Python starts). fp64 tensors always take the reference.
 
-SPML_CAM_POOL, SPML_CAM_POOL_BACKWARD, SPML_LARGE_LOSS: `auto` (default) takes the way that `heuristics` chooses for shape, card and version of
-triton; another word takes that way, on every rank of a run the same.
+SPML_CAM_POOL, SPML_CAM_POOL_BACKWARD, SPML_LARGE_LOSS: `auto` (default) takes the way that `heuristics` chooses for
+shape, card and version of triton; another word takes that way, on every rank of a run the same.
 """
 
 from __future__ import annotations

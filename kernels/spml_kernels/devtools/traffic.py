@@ -230,7 +230,8 @@ def _cam_pool_count(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
 @formula("_cam_pool_list_kernel")
 def _cam_pool_list(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     read = 4 * a["lines"] * a["stride"]
-    return Moved(read, read, 4 * sum(int(part.any(0).sum()) for part in _live(a).split(2)) + 4 * grid[0])
+    written = _width(a["list_ptr"]) * sum(int(part.any(0).sum()) for part in _live(a).split(2))
+    return Moved(read, read, written + 4 * grid[0])
 
 
 def _blocks(a: dict[str, Any], chunk: int, block: int) -> list[Tensor]:
@@ -256,6 +257,7 @@ def _cam_pool_lines(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
 @formula("_cam_pool_sparse_x_kernel")
 def _cam_pool_sparse_x(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
     rows, cells, channels, width = a["rows"], a["cells"], a["channels"], _width(a["weight_ptr"])
+    entry = _width(a["list_ptr"])
     live, tiles_k = _live(a), cdiv(channels, a["BLOCK_K"])
     parts = live.split(2)
     scale = 4 if a["SCALED"] else 0
@@ -267,8 +269,8 @@ def _cam_pool_sparse_x(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
         number = int(own.sum())
         seen = _images_of(2 * tile, a)
         gradients[seen.start : seen.stop] |= own
-        lists += 4 + 4 * number + 4 * number * len(part)
-        each += 4 + 4 * number + 4 * number * len(part) + 4 * number * len(seen) + scale
+        lists += 4 + entry * number + 4 * number * len(part)
+        each += 4 + entry * number + 4 * number * len(part) + 4 * number * len(seen) + scale
         last = min((tile + 1) * 64, rows) - 1
         together += number * channels * width + 4 * channels * (last // cells - tile * 64 // cells + 1)
     unique = lists + 4 * int(gradients.sum()) + int(live.any(0).sum()) * channels * width

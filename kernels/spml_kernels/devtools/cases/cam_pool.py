@@ -205,7 +205,7 @@ def _sparse_cases(arch: int) -> Iterator[Case]:
         if shape.kind == torch.bfloat16:
             numbers: dict[str, str | tuple[str, ...]] = {"lines": "i32", "classes": "i32", "stride": "i32"}
             aligned = tuple(name for name in shape.aligned if name in numbers)
-            own = {name: kind for name, kind in listed.items() if name not in ("order_ptr", "sorted_ptr")}
+            own = {"bits_ptr": "*i32", "list_ptr": "*i16", "number_ptr": "*i32"}
             name = shape.name.removeprefix("bf16 ")
             yield Case(
                 "cam_pool list",
@@ -252,7 +252,7 @@ def _sparse_cases(arch: int) -> Iterator[Case]:
             "UPCAST": False,
             "BLOCK_K": launch.channels,
         }
-        own = {name: kind for name, kind in listed.items() if name not in ("order_ptr", "sorted_ptr")}
+        own = {"bits_ptr": "*i32", "list_ptr": "*i16", "number_ptr": "*i32"}
         pointers = {**grads, **own, "base_ptr": "*fp32", "weight_ptr": shape.pointer, "out_ptr": shape.pointer}
         yield Case(
             "cam_pool sparse dX",
