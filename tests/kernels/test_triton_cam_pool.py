@@ -434,3 +434,15 @@ def test_a_nan_feature_is_seen_in_the_weights_gradient(device, backward):
     features[1, 3, 3, 7] = torch.nan
     d_w = run(cam_pool, [features, weight, bias])[3]
     assert d_w[:, 7].isnan().all() and d_w.isnan().sum() == 20
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches are seen under Triton's interpreter")
+def test_who_multiplies_in_the_backward(device, monkeypatch):
+    """PyTorch, unless heuristics or the environment say otherwise, and the environment is asked first."""
+    inputs = draw((2, 4, 4, 16, 3), torch.float32, device)
+    monkeypatch.delenv("SPML_CAM_POOL_BACKWARD", raising=False)
+    assert "_cam_pool_expand_kernel" in lists_of(inputs)
+    monkeypatch.setattr(heuristics, "CAM_POOL_BACKWARD", "sparse")
+    assert "_cam_pool_expand_kernel" not in (found := lists_of(inputs)) and "_cam_pool_sparse_x_kernel" in found
+    monkeypatch.setenv("SPML_CAM_POOL_BACKWARD", "vendor")
+    assert "_cam_pool_expand_kernel" in lists_of(inputs)
