@@ -50,20 +50,21 @@ def check_ops(shapes: tuple[tuple[tuple[int, ...], int], ...] = OPS_SHAPES) -> s
             high = [t.detach().cpu().double().requires_grad_() for t in low]
             results = []
             ways = [(op, way) for op in ("cam_pool", "cam_pool_backward") for way in ways_of(op)]
-            for tensors, way in ((high, None), *((low, way) for way in ways for _ in range(2))):
-                with chosen(*way) if way else contextlib.nullcontext():
+            for tensors, taken in ((high, None), *((low, way) for way in ways for _ in range(2))):
+                with chosen(*taken) if taken else contextlib.nullcontext():
                     mean, relu = cam_pool(tensors[0], tensors[1], tensors[2])
-                assert relu is not None
-                loss = (mean.double() * 0.7 + relu.double() * 2).sum()
-                grads = torch.autograd.grad(loss, tensors)
+                    assert relu is not None
+                    loss = (mean.double() * 0.7 + relu.double() * 2).sum()
+                    # The backward's way is chosen when it runs.
+                    grads = torch.autograd.grad(loss, tensors)
                 results.append([mean, relu, *grads])
-            for way, first, second in zip(ways, results[1::2], results[2::2], strict=True):
+            for named, first, second in zip(ways, results[1::2], results[2::2], strict=True):
                 for reference, value, again in zip(results[0], first, second, strict=True):
-                    assert torch.equal(value, again), f"{way}: two runs differ"
+                    assert torch.equal(value, again), f"{named}: two runs differ"
                     scale = reference.abs().mean()
                     error = float((reference - value.cpu().double()).abs().mean() / scale)
                     worst = max(worst, error if dtype == torch.float32 else 0)
-                    assert error < tolerance, f"{way} {shape} {dtype}: relative error {error}"
+                    assert error < tolerance, f"{named} {shape} {dtype}: relative error {error}"
             ids = torch.randint(-1, classes, (shape[0], 2))
             maps = [
                 cam_map(x.detach(), w.detach(), b.detach(), picked).cpu().double()

@@ -201,11 +201,11 @@ def _sparse_cases(arch: int) -> Iterator[Case]:
             "list_ptr": "*i32",
             "number_ptr": "*i32",
         }
-        # Neither depends on the features' type.
+        own: dict[str, str | tuple[str, ...]] = {"bits_ptr": "*i32", "list_ptr": "*i16", "number_ptr": "*i32"}
+        # None of these depends on the features' type.
         if shape.kind == torch.bfloat16:
             numbers: dict[str, str | tuple[str, ...]] = {"lines": "i32", "classes": "i32", "stride": "i32"}
             aligned = tuple(name for name in shape.aligned if name in numbers)
-            own = {"bits_ptr": "*i32", "list_ptr": "*i16", "number_ptr": "*i32"}
             name = shape.name.removeprefix("bf16 ")
             yield Case(
                 "cam_pool list",
@@ -252,7 +252,6 @@ def _sparse_cases(arch: int) -> Iterator[Case]:
             "UPCAST": False,
             "BLOCK_K": launch.channels,
         }
-        own = {"bits_ptr": "*i32", "list_ptr": "*i16", "number_ptr": "*i32"}
         pointers = {**grads, **own, "base_ptr": "*fp32", "weight_ptr": shape.pointer, "out_ptr": shape.pointer}
         yield Case(
             "cam_pool sparse dX",
