@@ -116,6 +116,11 @@ def test_a_backward_of_the_sweep_is_launched(monkeypatch):
             launches = count(make_call(work, "fused", "step", work.inputs("meta")))
         products = [launch for launch in launches if launch.name == "_cam_pool_sparse_w_kernel"]
         assert len(products) == 7 and {launch.arguments["LINES"] for launch in products} == {128}
+    for work in of("cam_pool", "backward sparse, tiles of 128 channels"):
+        with work.around():
+            launches = count(make_call(work, "fused", "step", work.inputs("meta")))
+        products = [launch for launch in launches if launch.name.startswith("_cam_pool_sparse")]
+        assert len(products) == 14 and {launch.arguments["BLOCK_K"] for launch in products} == {128}
 
 
 def test_no_tile_is_larger_than_registers():
