@@ -164,7 +164,7 @@ def prepare_process() -> None:
     moves it once it is loaded; and compiled backwards keep what they read, since they are run again.
     """
     os.environ["SPML_KERNELS"] = "auto"
-    for name in ("SPML_CAM_POOL", "SPML_LARGE_LOSS"):
+    for name in ("SPML_CAM_POOL", "SPML_CAM_POOL_BACKWARD", "SPML_LARGE_LOSS"):
         os.environ.pop(name, None)
     if HAVE_TRITON:
         os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)

@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -20,7 +20,7 @@ from spml_kernels.common import heuristics
 
 from benchmarks.kernel_base import KernelWork
 from benchmarks.kernel_losses import large_loss_work
-from benchmarks.kernel_maps import cam_mask_work, cam_work
+from benchmarks.kernel_maps import Signs, cam_mask_work, cam_work
 from benchmarks.kernel_report import Row, by_place
 from benchmarks.kernel_ways import adapted, chosen, ways_of
 
@@ -28,6 +28,8 @@ SHIPPED = "shipped"
 # The forward alone, as in inference, and with what a training adds to it.
 FORWARD, BACKWARD = ("fwd", "step"), ("bwd", "step")
 CHUNK_MEGABYTES = (4, 8, 16, 24, 32, 48, 96)
+# Cells whose classes are ordered together in the backward that leaves some of them out.
+SPARSE_CELLS = (512, 1024, 4096, 8192, 32768)
 SCRATCH_MEGABYTES = (8, 16, 24, 48)
 # Rows and columns of a tile of cam_mask's image, and warps.
 MASK_TILES = ((8, 128, 4), (8, 256, 4), (16, 64, 4), (16, 256, 4), (8, 256, 8), (16, 128, 4), (32, 64, 4), (32, 128, 8))
@@ -88,7 +90,11 @@ def _with_number(name: str, value: int) -> Context:
 
 
 def cam_pool_sweep(small: bool) -> Iterator[KernelWork]:
-    """Every way of the forward with its own tiles and with others; chunks of the backward. Dense signs."""
+    """Every way of the forward with its own tiles and with others; chunks of the backward. Dense signs.
+
+    Every way of the backward with dense signs and with both kinds of sparse ones. The shipped way takes as long
+    whatever they are, so that what another saves or costs stands beside it.
+    """
     for classes in (5000,) if small else (5000, 80):
         work = cam_work(128, 14, 2048, classes, torch.bfloat16)
         yield _try(work, SHIPPED, ("fwd", "bwd", "step"))
@@ -104,6 +110,20 @@ def cam_pool_sweep(small: bool) -> Iterator[KernelWork]:
         # The gradient of few classes is one chunk, whatever its size.
         for size in CHUNK_MEGABYTES if classes > 80 else ():
             yield _try(work, f"chunks of {size} MB", BACKWARD, _with_chunks(size))
+        for signs in get_args(Signs) if classes > 80 else ():
+            work = cam_work(128, 14, 2048, classes, torch.bfloat16, signs)
+            if signs != "dense":
+                yield _try(work, SHIPPED, BACKWARD)
+            for way in ways_of("cam_pool_backward"):
+                if way != heuristics.CAM_POOL_BACKWARD:
+                    yield _try(work, f"backward {way}", BACKWARD, functools.partial(chosen, "cam_pool_backward", way))
+            take = functools.partial(chosen, "cam_pool_backward", "sparse")
+            for cells in SPARSE_CELLS if signs != "dense" else ():
+                number = _with_number("SPARSE_LINES", cells // heuristics.WORD)
+                yield _try(work, f"backward sparse, chunks of {cells} cells", BACKWARD, take, number)
+            if signs != "dense":
+                narrow = functools.partial(adapted, "cam_pool_sparse_launch", lambda t: t._replace(channels=128))
+                yield _try(work, "backward sparse, tiles of 128 channels", BACKWARD, take, narrow)
 
 
 def large_loss_sweep(small: bool) -> Iterator[KernelWork]:

@@ -13,7 +13,11 @@ from unittest import mock
 from spml_kernels.common import heuristics
 
 # Op -> the variable that takes a way of it, and the name of the table of its ways in the heuristics.
-WAYS = {"cam_pool": ("SPML_CAM_POOL", "CAM_POOL_WAYS"), "large_loss": ("SPML_LARGE_LOSS", "LARGE_LOSS_SELECTS")}
+WAYS = {
+    "cam_pool": ("SPML_CAM_POOL", "CAM_POOL_WAYS"),
+    "cam_pool_backward": ("SPML_CAM_POOL_BACKWARD", "CAM_POOL_BACKWARD_WAYS"),
+    "large_loss": ("SPML_LARGE_LOSS", "LARGE_LOSS_SELECTS"),
+}
 
 
 def ways_of(op: str) -> list[str]:

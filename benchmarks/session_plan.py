@@ -43,7 +43,8 @@ class Selection(NamedTuple):
     def works(self) -> list[KernelWork]:
         """All of them."""
         found = works(list(self.ops), self.small, None if self.shapes is None else list(self.shapes))
-        return [w for w in found if not w.variant or re.fullmatch(r"way \w+", w.variant)] if self.ways else found
+        whole = re.compile(r"(way|backward) \w+")
+        return [w for w in found if not w.variant or whole.fullmatch(w.variant)] if self.ways else found
 
 
 HEADLINE = ("bf16 B 128 HW 14x14 K 2048 C 5000", "bf16 B 128 HW 14x14 K 2048 C 80 dense", "C 312 dense")

@@ -28,11 +28,16 @@ from spml_fast.core.errors import UserError, run_command  # noqa: E402
 # A launch that is faster by less is not worth a change.
 MARGIN = 0.03
 FACTS = ("gpu", "torch", "triton", "commit")
+# A way of the backward that wins with some signs and loses with others is for those who know theirs.
+SPARSER = "heuristics.CAM_POOL_BACKWARD, or SPML_CAM_POOL_BACKWARD, is sparse where signs are as sparse as here"
 # What to change for a try, by how its name begins.
 CHANGES = {
     r"way (\w+), tile (.*)": "heuristics.{op}_way answers {0}, heuristics.{op}_launch has the tile {1}",
     r"way (\w+), scratch of (.*)": "heuristics.{op}_way answers {0}, heuristics.map_scratch_bytes allows {1}",
     r"way (\w+)": "heuristics.{op}_way answers {0}",
+    r"backward sparse, chunks of (\d+) cells": f"{SPARSER}, heuristics.SPARSE_LINES is {{0}} / 32",
+    r"backward sparse, tiles of (\d+) channels": f"{SPARSER}, heuristics.cam_pool_sparse_launch gives {{0}} channels",
+    r"backward (\w+)": SPARSER,
     r"chunks of (.*)": "heuristics.chunk_bytes gives {0}",
     r"tile (.*)": "heuristics.mask_launch gives {0}",
     r"several programs": "heuristics.SINGLE_LAUNCH_ENTRIES is below this shape",

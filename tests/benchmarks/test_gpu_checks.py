@@ -36,9 +36,12 @@ def test_a_result_that_moves_is_found():
 
 def test_every_way_is_repeated_and_watched():
     names = [name for name, _ in every_way(cam_work(2, 5, 8, 4, torch.float32))]
-    assert names == ways_of("cam_pool")
+    assert names == [*ways_of("cam_pool"), "backward sparse"]
+    names = ways_of("cam_pool")
     small = small_pieces("meta")
-    assert {f"small cam_pool {way}" for way in names} < set(small) and len(small) == len(names) + 4
+    backward = ways_of("cam_pool_backward")
+    pieces = {f"small cam_pool {way}" for way in names} | {f"small cam_pool_backward {way}" for way in backward}
+    assert "sparse" in backward and pieces < set(small) and len(small) == len(pieces) + 4
     # Pieces of every check that can be cut, and the step that must not wait for the device.
     assert {name.split()[0] for name in PIECES} == {"ops", "points", "ignore", "sync"}
 

@@ -152,7 +152,8 @@ def test_work_lists_are_counted_and_everything_that_is_timed_is_compiled(capsys,
     rows = {name: sum(len(w.rows) for w in chosen.works()) for name, chosen in SELECTIONS.items()}
     assert rows["headline"] <= 120 and rows["losses"] <= 150
     repeated = [work.variant for work in SELECTIONS["repeat"].works()]
-    assert {"way tile", "way vendor"} <= set(repeated) and all(variant.split()[0] == "way" for variant in repeated)
+    assert {"way tile", "way vendor", "backward sparse"} <= set(repeated)
+    assert all(variant.split()[0] in ("way", "backward") for variant in repeated)
     assert {item.name.split(" | ")[1] for item in items(["repeat"])} == {"fused"}
     for name in ("headline", "sweep", "losses"):
         compiled = {item.name for item in items([name])}

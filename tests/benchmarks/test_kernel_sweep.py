@@ -103,6 +103,26 @@ def test_a_tile_of_the_sweep_is_launched(monkeypatch):
             assert found == [rows, wide, warps, stages, rows // 64]
 
 
+@pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="meta tensors are for kernels that are not interpreted")
+def test_a_backward_of_the_sweep_is_launched(monkeypatch):
+    """The way that leaves classes out at every kind of signs, dense ones too, where it cannot win."""
+    monkeypatch.setenv("SPML_KERNELS", "triton")
+    found = {work.shape.split()[-1] for work in of("cam_pool", "backward sparse")}
+    assert found == {"dense", "sparse", "zipf"}
+    tries = of("cam_pool", "backward sparse, chunks of 4096 cells")
+    assert {work.shape.split()[-1] for work in tries} == {"sparse", "zipf"}
+    for work in tries:
+        with work.around():
+            launches = count(make_call(work, "fused", "step", work.inputs("meta")))
+        products = [launch for launch in launches if launch.name == "_cam_pool_sparse_w_kernel"]
+        assert len(products) == 7 and {launch.arguments["LINES"] for launch in products} == {128}
+    for work in of("cam_pool", "backward sparse, tiles of 128 channels"):
+        with work.around():
+            launches = count(make_call(work, "fused", "step", work.inputs("meta")))
+        products = [launch for launch in launches if launch.name.startswith("_cam_pool_sparse")]
+        assert len(products) == 14 and {launch.arguments["BLOCK_K"] for launch in products} == {128}
+
+
 def test_no_tile_is_larger_than_registers():
     held = [ast.literal_eval(v[v.index("(") :]) for v in SMALL["sweep_cam_pool"] if "tile (" in v]
     assert len(set(held)) == 16 and all(rows * wide <= 32 * warps * 128 for rows, wide, warps, _ in held)

@@ -16,6 +16,7 @@ from spml_kernels.common.heuristics import (
     WORD,
     cam_pool_chunks,
     cam_pool_launch,
+    cam_pool_sparse_launch,
     cam_pool_way,
     cam_pool_wide,
     chunk_bytes,
@@ -221,6 +222,19 @@ def test_few_classes_are_one_chunk():
     assert len(cam_pool_chunks(128 * 196, 80, 80, 2048, 4, True)) == 1
     assert map_scratch_bytes(128 * 196, 80, 2, 256) == 128 * 196 * 80 * 4
     assert len(cam_pool_chunks(128 * 196, 312, 320, 2048, 2, True)) == 2
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("channels", [*CHANNELS, 3])
+def test_launches_that_leave_classes_out_are_possible(channels, half):
+    launch = cam_pool_sparse_launch(channels, half)
+    assert all(power_of_two(n) for n in launch[:-1]) and launch.channels >= 16
+    # Operands of a step, as many times as there are stages, on the cards with the least shared memory.
+    size = 2 if half else 4
+    for rows, step in ((64, launch.step), (launch.classes, WORD)):
+        assert (rows + launch.channels) * step * size * launch.stages <= SHARED[86]
+    # Accumulators of a thread: half of what 128 registers hold.
+    assert 64 * launch.channels <= 64 * 32 * launch.warps
 
 
 def test_next_power_of_two():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from spml_kernels.cam_pool.tiles import cache_of, launch_of
 from spml_kernels.common import dispatch, ops
-from spml_kernels.common.heuristics import CAM_POOL_WAYS, LARGE_LOSS_SELECTS
+from spml_kernels.common.heuristics import CAM_POOL_BACKWARD_WAYS, CAM_POOL_WAYS, LARGE_LOSS_SELECTS
 from spml_kernels.large_loss.op import way_of
 
 from tests.support.paths import ROOT
@@ -106,6 +106,7 @@ def test_rocm_takes_the_reference(monkeypatch):
     ("variable", "override", "ways"),
     [
         ("SPML_CAM_POOL", dispatch.cam_pool_override, CAM_POOL_WAYS),
+        ("SPML_CAM_POOL_BACKWARD", dispatch.cam_pool_backward_override, CAM_POOL_BACKWARD_WAYS),
         ("SPML_LARGE_LOSS", dispatch.large_loss_override, tuple(LARGE_LOSS_SELECTS)),
     ],
 )

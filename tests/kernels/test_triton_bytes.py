@@ -149,6 +149,19 @@ def test_persistent_programs_move_what_tiles_do(monkeypatch):
     assert found["tile"].grid[0] > 2 and found["tile"].moved == found["persistent"].moved
 
 
+@pytest.mark.parametrize("signs", ["dense", "zipf"])
+@pytest.mark.parametrize("work", [(9, 2, 40, 10, torch.float32), (3, 14, 300, 130, torch.float16)], ids=str)
+def test_formulas_of_the_backward_that_leaves_classes_out(work, signs, monkeypatch):
+    monkeypatch.setenv("SPML_CAM_POOL_BACKWARD", "sparse")
+    monkeypatch.setattr(heuristics, "SPARSE_LINES", 4)
+    work = cam_work(work[0], max(work[1], 4), *work[2:], signs)
+    seen = kernels(count(make_call(work, "fused", "step", work.inputs("cpu"))))
+    names = {launch.name for launch in seen}
+    assert {f"_cam_pool_{n}_kernel" for n in ("count", "list", "lines", "sparse_x", "sparse_w")} < names
+    for launch in seen:
+        assert launch.moved == moved(launch), launch.name
+
+
 def test_tiling_of_cam_pool_and_no_map_in_memory(monkeypatch):
     """Every tile of classes reads the features once, every tile of cells the weights; no map is in memory at once."""
     monkeypatch.setattr(heuristics, "EXPAND_ROWS", 64)

@@ -14,7 +14,9 @@ from spml_kernels.cam_pool.chunked import cam_pool_chunked
 from spml_kernels.cam_pool.forward import cam_pool_op
 from spml_kernels.cam_pool.reference import cam_pool_reference
 from spml_kernels.common import heuristics
-from spml_kernels.common.heuristics import CAM_POOL_WAYS, cam_pool_launch
+from spml_kernels.common.heuristics import CAM_POOL_BACKWARD_WAYS, CAM_POOL_WAYS, cam_pool_launch
+from spml_kernels.common.jit import INTERPRETED
+from spml_kernels.devtools.counting import count
 
 from tests.support.kernels import TOLERANCE, assert_close, assert_op_sound
 
@@ -32,13 +34,18 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=CAM_POOL_WAYS)
+@pytest.fixture(params=[*CAM_POOL_WAYS, "sparse"])
 def way(request, device):
     """All ways of the forward, whatever the card; the vendor's in several chunks of classes, where there are several.
 
-    The backward goes through the cells in one chunk or in many, the first of them in the end of dX.
+    The backward goes through the cells in one chunk or in many, the first of them in the end of dX; or, `sparse`, it
+    leaves classes out, in chunks of 64 cells.
     """
     small = request.param == "vendor"
+    if request.param == "sparse":
+        request.getfixturevalue("sparse")
+        yield "sparse"
+        return
     with pytest.MonkeyPatch.context() as patch:
         if small:
             patch.setattr(heuristics, "SMALL_BYTES", 1)
@@ -48,6 +55,19 @@ def way(request, device):
         # Two programs, so that each takes several tiles where there are more.
         patch.setattr(tiles, "FULL_GPU", 2)
         yield request.param
+
+
+@pytest.fixture
+def sparse(monkeypatch):
+    """The backward that leaves classes out, in several chunks of cells where there are several."""
+    monkeypatch.setenv("SPML_CAM_POOL_BACKWARD", "sparse")
+    monkeypatch.setattr(heuristics, "SPARSE_LINES", 2)
+
+
+@pytest.fixture(params=CAM_POOL_BACKWARD_WAYS)
+def backward(request, monkeypatch):
+    monkeypatch.setenv("SPML_CAM_POOL_BACKWARD", request.param)
+    return request.param
 
 
 def draw(shape, dtype, device, seed=0, shift=0.0):
@@ -137,7 +157,7 @@ def test_chunks_of_cells(dtype, spare, device, monkeypatch):
 
 
 @pytest.mark.parametrize("parts", [(0, 1), (1, 0), (1, 1)])
-def test_tiny_gradients_in_fp16(parts, device):
+def test_tiny_gradients_in_fp16(parts, device, backward):
     # Means over a batch of 10^4 classes: below what fp16 holds, so gradients are scaled.
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float16, device)
     bits = cam_pool_op(features, weight, bias, True)[2]
@@ -150,7 +170,7 @@ def test_tiny_gradients_in_fp16(parts, device):
         assert_close("gradient", b * 1e9, a.double(), 1e-3)
 
 
-def test_products_beyond_fp16_before_they_are_scaled_back(device):
+def test_products_beyond_fp16_before_they_are_scaled_back(device, backward):
     # Many classes with large weights: the sum over classes passes 65,504 while gradients are scaled to 1.
     features, weight, bias = draw((1, 4, 4, 16, 4096), torch.float16, device)
     leaves = [t.detach().requires_grad_() for t in (features, torch.full_like(weight, 20.0), bias)]
@@ -159,7 +179,7 @@ def test_products_beyond_fp16_before_they_are_scaled_back(device):
     torch.testing.assert_close(found.cpu(), torch.full_like(found.cpu(), 4096 * 20 * 1e-3 / 16), rtol=2e-3, atol=0)
 
 
-def test_features_gradient_of_a_scale_below_fp16(device):
+def test_features_gradient_of_a_scale_below_fp16(device, backward):
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float16, device)
     bits = cam_pool_op(features, weight, bias, True)[2]
     grad = torch.full((3, 20), 1e-5, device=device)
@@ -284,7 +304,7 @@ def test_a_nan_feature_is_seen_in_both_means(device, way):
         assert result[1].isnan().all() and not result[[0, 2]].isnan().any()
 
 
-def test_layouts(device):
+def test_layouts(device, backward):
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
     maps = features.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     plain = run(cam_pool, [features, weight, bias])
@@ -293,7 +313,7 @@ def test_layouts(device):
         assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
-def test_only_wanted_gradients_are_made(device):
+def test_only_wanted_gradients_are_made(device, backward):
     features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
     whole = run(cam_pool, [features, weight, bias])
     bits = cam_pool_op(features, weight, bias, True)[2]
@@ -328,3 +348,101 @@ def test_compiles_into_one_graph(device):
     compiled = torch.compile(lambda *t: cam_pool(*t), fullgraph=True, backend="aot_eager")
     for a, b in zip(run(cam_pool, inputs), run(compiled, inputs), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_few_classes_are_positive_somewhere(dtype, device, sparse):
+    """Most are left out of every product, and have the mean's part of their gradient all the same."""
+    features, weight, bias = draw((9, 7, 7, 48, 150), dtype, device, shift=-40.0)
+    bias[::29] = 0
+    check([features, weight, bias])
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 1, 1), (9, 5, 5, 20, 1), (3, 11, 11, 300, 2)], ids=str)
+def test_sparse_with_one_class_and_few_or_many_channels(shape, device, sparse):
+    check(draw(shape, torch.bfloat16, device, shift=-0.5))
+
+
+def lists_of(inputs):
+    """What the backward that leaves classes out launches, by name of the kernel."""
+    found = {}
+    for launch in count(lambda: run(cam_pool, inputs)):
+        found.setdefault(launch.name, []).append(launch)
+    return found
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches are seen under Triton's interpreter")
+def test_lists_hold_what_is_positive_and_nothing_else(device, sparse):
+    """Of each chunk classes by positive cells, most first, ties by class; lines of each block, classes of each tile."""
+    inputs = draw((5, 7, 7, 24, 150), torch.float32, device, shift=-1.5)
+    bits = cam_pool_op(*inputs, True)[2]
+    positive = torch.nn.functional.linear(inputs[0].double(), *[t.double() for t in inputs[1:]]).reshape(-1, 150) > 0
+    found = lists_of(inputs)
+    (lines,) = found["_cam_pool_lines_kernel"]
+    words = bits[:, :150] != 0
+    for chunk, cells in enumerate(positive.split(64)):
+        number = cells.sum(0).tolist()
+        order = sorted(range(150), key=lambda c, n=number: (-n[c], c))
+        assert lines.arguments["order_ptr"][chunk].tolist() == order and 0 < number.count(0) < 150
+        assert lines.arguments["sorted_ptr"][chunk].tolist() == [number[c] for c in order]
+        for block in range(3):
+            own = [c for c in order[64 * block :][:64] if number[c]]
+            wanted = [n for n in range(2 * chunk, min(2 * chunk + 2, len(words))) if words[n, own].any()]
+            length = lines.arguments["number_ptr"][chunk, block]
+            assert lines.arguments["list_ptr"][chunk, block][:length].tolist() == wanted
+    (tiles,) = found["_cam_pool_list_kernel"]
+    for tile, part in enumerate(words.split(2)):
+        length = tiles.arguments["number_ptr"][tile]
+        assert tiles.arguments["list_ptr"][tile][:length].tolist() == part.any(0).nonzero().flatten().tolist()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches are seen under Triton's interpreter")
+def test_the_host_does_not_learn_how_many_classes_are_left(device, sparse):
+    """The same launches whatever the signs, none of which gives a number to the host; only the bytes differ."""
+    names, read = [], []
+    for shift in (-100.0, 0.0, 100.0):
+        found = lists_of(draw((5, 7, 7, 24, 150), torch.float32, device, shift=shift))
+        names.append({name: len(launches) for name, launches in found.items()})
+        products = [*found["_cam_pool_sparse_x_kernel"], *found["_cam_pool_sparse_w_kernel"]]
+        read.append([launch.moved.read for launch in products])
+        if shift == -100.0:
+            # No program of the weights' gradient does anything, and no weights are read.
+            assert not any(launch.moved.written for launch in products[1:])
+            assert products[0].moved.unique_read == 4 * (4 + 5 * 24)
+    assert names[0] == names[1] == names[2]
+    assert not any("_local_scalar_dense" in name or "nonzero" in name for name in names[0])
+    assert all(a < b <= c for a, b, c in zip(*read, strict=True))
+
+
+def test_a_gradient_of_classes_without_a_positive_cell_is_not_looked_at(device, backward):
+    features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device)
+    bias[3] = -100
+    bits = cam_pool_op(features, weight, bias, True)[2]
+    grads = [torch.randn(3, 20, generator=torch.Generator().manual_seed(n)).to(device) for n in range(2)]
+    clean = cam_pool_backward_op(*grads, features, weight, bits, True, True)
+    grads[1][:, 3] = torch.nan
+    for a, b in zip(clean, cam_pool_backward_op(*grads, features, weight, bits, True, True), strict=True):
+        assert torch.equal(a, b)
+    grads[0][1, 5] = torch.nan
+    d_x, d_w, d_b = cam_pool_backward_op(*grads, features, weight, bits, True, True)
+    assert d_x[1].isnan().all() and not d_x[[0, 2]].isnan().any()
+    assert d_w[5].isnan().all() and d_b[5].isnan() and d_w.isnan().sum() == 48 and d_b.isnan().sum() == 1
+
+
+def test_a_nan_feature_is_seen_in_the_weights_gradient(device, backward):
+    features, weight, bias = draw((3, 7, 7, 48, 20), torch.float32, device, shift=-100.0)
+    features[1, 3, 3, 7] = torch.nan
+    d_w = run(cam_pool, [features, weight, bias])[3]
+    assert d_w[:, 7].isnan().all() and d_w.isnan().sum() == 20
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches are seen under Triton's interpreter")
+def test_who_multiplies_in_the_backward(device, monkeypatch):
+    """PyTorch, unless heuristics or the environment say otherwise, and the environment is asked first."""
+    inputs = draw((2, 4, 4, 16, 3), torch.float32, device)
+    monkeypatch.delenv("SPML_CAM_POOL_BACKWARD", raising=False)
+    assert "_cam_pool_expand_kernel" in lists_of(inputs)
+    monkeypatch.setattr(heuristics, "CAM_POOL_BACKWARD", "sparse")
+    assert "_cam_pool_expand_kernel" not in (found := lists_of(inputs)) and "_cam_pool_sparse_x_kernel" in found
+    monkeypatch.setenv("SPML_CAM_POOL_BACKWARD", "vendor")
+    assert "_cam_pool_expand_kernel" in lists_of(inputs)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import get_args
 
 import torch
+from spml_kernels.common import heuristics
 
 from benchmarks.kernel_base import KernelWork, make_call
 from benchmarks.kernel_ways import chosen, ways_of
@@ -48,21 +49,22 @@ def check_ops(shapes: tuple[tuple[tuple[int, ...], int], ...] = OPS_SHAPES) -> s
             low = [t.to(dtype).cuda().requires_grad_() for t in inputs]
             high = [t.detach().cpu().double().requires_grad_() for t in low]
             results = []
-            ways = ways_of("cam_pool")
-            for tensors, way in ((high, ""), *((low, way) for way in ways for _ in range(2))):
-                with chosen("cam_pool", way) if way else contextlib.nullcontext():
+            ways = [(op, way) for op in ("cam_pool", "cam_pool_backward") for way in ways_of(op)]
+            for tensors, taken in ((high, None), *((low, way) for way in ways for _ in range(2))):
+                with chosen(*taken) if taken else contextlib.nullcontext():
                     mean, relu = cam_pool(tensors[0], tensors[1], tensors[2])
-                assert relu is not None
-                loss = (mean.double() * 0.7 + relu.double() * 2).sum()
-                grads = torch.autograd.grad(loss, tensors)
+                    assert relu is not None
+                    loss = (mean.double() * 0.7 + relu.double() * 2).sum()
+                    # The backward's way is chosen when it runs.
+                    grads = torch.autograd.grad(loss, tensors)
                 results.append([mean, relu, *grads])
-            for way, first, second in zip(ways, results[1::2], results[2::2], strict=True):
+            for named, first, second in zip(ways, results[1::2], results[2::2], strict=True):
                 for reference, value, again in zip(results[0], first, second, strict=True):
-                    assert torch.equal(value, again), f"cam_pool {way}: two runs differ"
+                    assert torch.equal(value, again), f"{named}: two runs differ"
                     scale = reference.abs().mean()
                     error = float((reference - value.cpu().double()).abs().mean() / scale)
                     worst = max(worst, error if dtype == torch.float32 else 0)
-                    assert error < tolerance, f"cam_pool {way} {shape} {dtype}: relative error {error}"
+                    assert error < tolerance, f"{named} {shape} {dtype}: relative error {error}"
             ids = torch.randint(-1, classes, (shape[0], 2))
             maps = [
                 cam_map(x.detach(), w.detach(), b.detach(), picked).cpu().double()
@@ -190,12 +192,12 @@ def check_ignore(
     return f"masks differ at {worst:.1e} of the pixels, largest fp32 relative error of the losses {error:.1e}"
 
 
-def _small_cam_pool(device: str, way: str) -> None:
+def _small_cam_pool(device: str, op: str, way: str) -> None:
     from spml_kernels import cam_pool
 
     torch.manual_seed(0)
     for dtype, batch, classes in ((torch.float16, 3, 70), (torch.bfloat16, 16, 70), (torch.float32, 3, 9)):
-        with chosen("cam_pool", way):
+        with chosen(op, way):
             tensors = [torch.randn(batch, 5, 7, 40), torch.randn(classes, 40), torch.randn(classes)]
             leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
             mean, relu = cam_pool(leaves[0], leaves[1], leaves[2])
@@ -244,8 +246,9 @@ def _small_masks(device: str, layout: torch.memory_format) -> None:
 def small_pieces(device: str) -> dict[str, Callable[[], None]]:
     """`small_calls` in parts, by name."""
     pieces: dict[str, Callable[[], None]] = {}
-    for way in ways_of("cam_pool"):
-        pieces[f"small cam_pool {way}"] = functools.partial(_small_cam_pool, device, way)
+    for op in ("cam_pool", "cam_pool_backward"):
+        for way in ways_of(op):
+            pieces[f"small {op} {way}"] = functools.partial(_small_cam_pool, device, op, way)
     # One program holds the first of the two.
     for rows, classes in ((3, 7), (28, 601)):
         pieces[f"small losses {rows} x {classes}"] = functools.partial(_small_losses, device, rows, classes)
@@ -270,7 +273,11 @@ def usual_works() -> list[KernelWork]:
 
 def every_way(work: KernelWork) -> list[tuple[str, contextlib.AbstractContextManager[None]]]:
     """Names and contexts of the ways of a work's op; one without a name where there is but one way."""
-    return [(way, chosen(work.op, way)) for way in ways_of(work.op)] or [("", contextlib.nullcontext())]
+    found = [(way, chosen(work.op, way)) for way in ways_of(work.op)]
+    # The shipped backward is that of every way of the forward.
+    backward = [way for way in ways_of(f"{work.op}_backward") if way != heuristics.CAM_POOL_BACKWARD]
+    found += [(f"backward {way}", chosen(f"{work.op}_backward", way)) for way in backward]
+    return found or [("", contextlib.nullcontext())]
 
 
 def check_repeat(given: list[KernelWork] | None = None, runs: int = 200, device: str = "cuda") -> str:

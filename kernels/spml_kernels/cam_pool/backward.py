@@ -11,7 +11,8 @@ chunks, in the gradient itself where it is fp32. The scratch is the end of dX, w
 into it. Chunks follow each other in one order and nothing is added by atomics.
 
 A product in PyTorch has its shape from the host, so classes without a positive cell cannot be left out of it without
-waiting for the device to say which they are.
+waiting for the device to say which they are. `sparse` leaves them out of products of our own, where
+SPML_CAM_POOL_BACKWARD or `heuristics.CAM_POOL_BACKWARD` says so.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from torch import Tensor
 
 from spml_kernels.cam_pool.kernels import _cam_pool_expand_kernel
 from spml_kernels.cam_pool.products import wide_product
+from spml_kernels.cam_pool.sparse import sparse_gradients
 from spml_kernels.cam_pool.tiles import cache_of
+from spml_kernels.common import heuristics
+from spml_kernels.common.dispatch import cam_pool_backward_override
 from spml_kernels.common.heuristics import (
     ALIGNED,
     CHUNK_BYTES,
@@ -53,11 +57,16 @@ def cam_pool_backward_op(
     cells, classes = height * width, len(weight)
     rows, dtype = batch * cells, features.dtype
     make: dict[str, Any] = {"dtype": torch.float32, "device": features.device}
-    d_x = torch.empty(features.shape if want_x else (0,), dtype=dtype, device=features.device)
     if rows == 0:
+        d_x = torch.empty(features.shape if want_x else (0,), dtype=dtype, device=features.device)
         return d_x, torch.zeros_like(weight) if want_w else weight.new_empty(0), torch.zeros(classes * want_w, **make)
-    x, w = features.contiguous().view(rows, channels), weight.to(dtype).contiguous()
     grad_mean, grad_relu = grad_mean.float().contiguous(), grad_relu.float().contiguous()
+    if (cam_pool_backward_override() or heuristics.CAM_POOL_BACKWARD) == "sparse":
+        packed = features.contiguous().view(batch, cells, channels)
+        d_x, d_w, d_bias = sparse_gradients(grad_mean, grad_relu, packed, weight, bits, want_x, want_w)
+        return d_x.view(features.shape if want_x else (0,)), d_w, d_bias
+    x, w = features.contiguous().view(rows, channels), weight.to(dtype).contiguous()
+    d_x = torch.empty(features.shape if want_x else (0,), dtype=dtype, device=features.device)
     # fp16 cannot hold the tiny gradients of a mean: they are scaled to 1, and the products scaled back.
     scale = None
     if dtype == torch.float16:

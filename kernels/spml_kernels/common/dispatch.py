@@ -5,8 +5,8 @@ with PyTorch for ROCm, whose devices are called cuda as well);
 `reference` always takes the reference; `triton` also takes Triton for CPU tensors, which needs Triton's interpreter
 (TRITON_INTERPRET=1 in the environment before Python starts). fp64 tensors always take the reference.
 
-SPML_CAM_POOL, SPML_LARGE_LOSS: `auto` (default) takes the way that `heuristics` chooses for shape, card and version of
-triton; another word takes that way, on every rank of a run the same.
+SPML_CAM_POOL, SPML_CAM_POOL_BACKWARD, SPML_LARGE_LOSS: `auto` (default) takes the way that `heuristics` chooses for
+shape, card and version of triton; another word takes that way, on every rank of a run the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from spml_kernels.common.heuristics import CAM_POOL_WAYS, LARGE_LOSS_SELECTS
+from spml_kernels.common.heuristics import CAM_POOL_BACKWARD_WAYS, CAM_POOL_WAYS, LARGE_LOSS_SELECTS
 from spml_kernels.common.jit import HAVE_TRITON, INTERPRETED
 
 CHOICES = ("auto", "triton", "reference")
@@ -42,6 +42,16 @@ def cam_pool_override() -> str | None:
         ValueError: an unknown way.
     """
     choice = _choice("SPML_CAM_POOL", ("auto", *CAM_POOL_WAYS))
+    return None if choice == "auto" else choice
+
+
+def cam_pool_backward_override() -> str | None:
+    """SPML_CAM_POOL_BACKWARD: the way of cam_pool's backward; None to take what heuristics say.
+
+    Raises:
+        ValueError: an unknown way.
+    """
+    choice = _choice("SPML_CAM_POOL_BACKWARD", ("auto", *CAM_POOL_BACKWARD_WAYS))
     return None if choice == "auto" else choice
 
 

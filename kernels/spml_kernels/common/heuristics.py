@@ -282,6 +282,55 @@ def cam_pool_launch(
     return CamPoolLaunch(way, CamPoolTiles(128, 64, step, 8, 3 if half else 2), 1, programs)
 
 
+# PyTorch's products of the gradient of the whole map, and products of our own that leave out classes without a positive
+# cell (see `cam_pool.sparse`).
+CAM_POOL_BACKWARD_WAYS = ("vendor", "sparse")
+
+# Which of them is taken where SPML_CAM_POOL_BACKWARD does not say: at every shape the one whose time does not depend on
+# the signs. How many classes have a positive cell is known on the device alone, and the host does not wait for it.
+CAM_POOL_BACKWARD = "vendor"
+
+
+class CamPoolSparse(NamedTuple):
+    """Launch of cam_pool's backward that leaves out classes without a positive cell.
+
+    Attributes:
+        lines: of 32 cells, of a chunk whose classes are ordered, a power of two; every chunk reads and writes the
+            gradient of the weights of its classes.
+        classes: in the order, that share a list of lines and a tile of the weights' gradient.
+        step: classes of a list that the features' gradient takes at a time.
+        channels: of a tile of either gradient.
+        listed, counted: classes that programs without products look at together.
+        warps, stages: of the products.
+    """
+
+    lines: int
+    classes: int
+    step: int
+    channels: int
+    listed: int
+    counted: int
+    warps: int
+    stages: int
+
+
+# 10 to 11 images of 14 x 14 cells; fewer lines have fewer classes, and take more launches.
+SPARSE_LINES = 64
+
+
+def cam_pool_sparse_launch(channels: int, half: bool) -> CamPoolSparse:
+    """Block sizes of cam_pool's backward that leaves out classes without a positive cell.
+
+    Args:
+        channels: K.
+        half: whether products run in half precision (else in three of tf32).
+
+    Making the operand from signs costs the same whatever the number of channels, so tiles are wide in channels.
+    """
+    wide = min(256 if half else 64, max(16, next_power_of_two(channels)))
+    return CamPoolSparse(SPARSE_LINES, 64, 32, wide, 1024, 128, 8, 3 if half else 2)
+
+
 # Most cells and classes of one program that writes a chunk of the map's gradient; chunks begin at multiples of them.
 EXPAND_ROWS = 256
 EXPAND_CLASSES = 256

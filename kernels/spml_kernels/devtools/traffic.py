@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spml_kernels.common.jit import cdiv
@@ -203,6 +204,114 @@ def _cam_pool_expand(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
         read += 8 * classes * len(seen)
     written = number * a["out_stride"] * _width(a["out_ptr"]) + 4 * grid[0] * classes
     return Moved(bits + 8 * classes * len(images) + scale, bits + read + scale * grid[0] * grid[1], written)
+
+
+def _live(a: dict[str, Any]) -> Tensor:
+    """Which words of signs are not 0, [lines, classes]; without values all, which is the most."""
+    words = a["bits_ptr"][:, : a.get("classes")]
+    return torch.ones(words.shape, dtype=torch.bool) if words.is_meta else words != 0
+
+
+def _images_of(line: int, a: dict[str, Any]) -> range:
+    """Images whose gradients are read for the cells from this line of 32 on."""
+    begin = 32 * line // a["cells"]
+    return range(begin, min(begin + a["TOUCHED"], a["rows"] // a["cells"]))
+
+
+@formula("_cam_pool_count_kernel")
+def _cam_pool_count(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    classes, lines = a["classes"], cdiv(a["rows"], 32)
+    bits, seen = 4 * lines * classes, [_images_of(line, a) for line in range(lines)]
+    images = len({image for part in seen for image in part})
+    read = bits + 4 * classes * sum(len(part) for part in seen)
+    return Moved(bits + 4 * classes * images, read, 8 * grid[0] * classes)
+
+
+@formula("_cam_pool_list_kernel")
+def _cam_pool_list(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    read = 4 * a["lines"] * a["stride"]
+    written = _width(a["list_ptr"]) * sum(int(part.any(0).sum()) for part in _live(a).split(2))
+    return Moved(read, read, written + 4 * grid[0])
+
+
+def _blocks(a: dict[str, Any], chunk: int, block: int) -> list[Tensor]:
+    """Classes of every block of a chunk's order that have a positive cell."""
+    part = _live(a)[chunk * a["LINES"] : (chunk + 1) * a["LINES"]]
+    live = part.any(0)
+    order = torch.arange(a["classes"]) if a["order_ptr"].is_meta else a["order_ptr"][chunk]
+    return [own[live[own]] for own in order.split(block)]
+
+
+@formula("_cam_pool_lines_kernel")
+def _cam_pool_lines(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    live = _live(a)
+    read, written = 4 * grid[0] * a["classes"], 4 * grid[0] * grid[1]
+    for chunk in range(grid[0]):
+        part = live[chunk * a["LINES"] : (chunk + 1) * a["LINES"]]
+        for own in _blocks(a, chunk, a["BLOCK"]):
+            read += 8 * len(own) + 4 * len(own) * len(part)
+            written += 4 * int(part[:, own].any(1).sum())
+    return Moved(read, read, written)
+
+
+@formula("_cam_pool_sparse_x_kernel")
+def _cam_pool_sparse_x(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    rows, cells, channels, width = a["rows"], a["cells"], a["channels"], _width(a["weight_ptr"])
+    entry = _width(a["list_ptr"])
+    live, tiles_k = _live(a), cdiv(channels, a["BLOCK_K"])
+    parts = live.split(2)
+    scale = 4 if a["SCALED"] else 0
+    gradients = torch.zeros(rows // cells, a["classes"], dtype=torch.bool)
+    # Read by every tile of channels, and by all of them together.
+    each = together = lists = 0
+    for tile, part in enumerate(parts):
+        own = part.any(0)
+        number = int(own.sum())
+        seen = _images_of(2 * tile, a)
+        gradients[seen.start : seen.stop] |= own
+        lists += 4 + entry * number + 4 * number * len(part)
+        each += 4 + entry * number + 4 * number * len(part) + 4 * number * len(seen) + scale
+        last = min((tile + 1) * 64, rows) - 1
+        together += number * channels * width + 4 * channels * (last // cells - tile * 64 // cells + 1)
+    unique = lists + 4 * int(gradients.sum()) + int(live.any(0).sum()) * channels * width
+    unique += 4 * (rows // cells) * channels + scale
+    return Moved(unique, each * tiles_k + together, rows * channels * _width(a["out_ptr"]))
+
+
+@formula("_cam_pool_sparse_w_kernel")
+def _cam_pool_sparse_w(a: dict[str, Any], grid: tuple[int, ...]) -> Moved:
+    rows, channels, classes = a["rows"], a["channels"], a["classes"]
+    width, tiles_k = _width(a["features_ptr"]), cdiv(channels, a["BLOCK_K"])
+    first = a["chunk"] * a["LINES"]
+    live = _live(a)[first : first + a["LINES"]]
+    scale = 4 if a["SCALED"] else 0
+    gradients = torch.zeros(rows // a["cells"], classes, dtype=torch.bool)
+    used = torch.zeros(len(live), dtype=torch.bool)
+    blocks = _blocks(a, a["chunk"], a["BLOCK_C"])
+    unique, each, together, working = 4 * len(blocks), 0, 0, False
+    for place, own in enumerate(blocks):
+        each += 4
+        lines = live[:, own].any(1)
+        number = int(lines.sum())
+        if number == 0:
+            continue
+        working = True
+        inside = min(a["BLOCK_C"], classes - place * a["BLOCK_C"])
+        head = 4 * inside + 8 * len(own) + 4 * number + 4 * number * len(own)
+        unique += head
+        each += head + scale
+        used |= lines
+        for line in lines.nonzero().flatten().tolist():
+            seen = _images_of(first + line, a)
+            gradients[seen.start : seen.stop, own] = True
+            each += 4 * len(own) * len(seen)
+            together += (min((first + line + 1) * 32, rows) - (first + line) * 32) * channels * width
+        together += 4 * len(own) * channels
+        unique += 4 * len(own) * channels
+    cells = sum(min((first + n + 1) * 32, rows) - (first + n) * 32 for n in used.nonzero().flatten().tolist())
+    unique += 4 * int(gradients.sum()) + cells * channels * width + scale * working
+    written = 4 * sum(len(own) for own in blocks) * channels
+    return Moved(unique, each * tiles_k + together, written)
 
 
 @formula("_ignore_statistics_kernel")

@@ -110,6 +110,22 @@ def test_short_batches_of_maps(way, monkeypatch):
     assert len(launches) > 3 * len(BATCHES) and all(len(kinds) == 1 for kinds in found.values()), found
 
 
+def test_short_batches_of_the_backward_that_leaves_classes_out(monkeypatch):
+    monkeypatch.setenv("SPML_CAM_POOL_BACKWARD", "sparse")
+    monkeypatch.setattr(heuristics, "SPARSE_LINES", 16)
+
+    def batches() -> None:
+        for rows in BATCHES:
+            features = torch.empty(rows, 7, 7, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+            weight, bias = torch.empty(CLASSES, 64, device="meta"), torch.empty(CLASSES, device="meta")
+            means = spml_kernels.cam_pool(features, weight.requires_grad_(), bias.requires_grad_())
+            torch.autograd.grad(sum(mean.sum() for mean in means), (features, weight, bias))
+
+    found = variants(count(batches))
+    names = {f"_cam_pool_{name}_kernel" for name in ("count", "list", "lines", "sparse_x", "sparse_w")}
+    assert names < set(found) and all(len(found[name]) == 1 for name in names), found
+
+
 def test_short_batches_of_masked_images():
     def batches() -> None:
         for rows in BATCHES:

@@ -1,4 +1,4 @@
-"""Ahead-of-time cases of cam_pool: the forward in its three ways, and what writes the gradient of the map."""
+"""Ahead-of-time cases of cam_pool: the forward in its three ways, and the backward in its two."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from spml_kernels.cam_pool.kernels import (
     _cam_pool_persistent_kernel,
     _cam_pool_reduce_kernel,
 )
+from spml_kernels.cam_pool.sparse import TILE_LINES
+from spml_kernels.cam_pool.sparse_kernels import (
+    _cam_pool_count_kernel,
+    _cam_pool_lines_kernel,
+    _cam_pool_list_kernel,
+    _cam_pool_sparse_w_kernel,
+    _cam_pool_sparse_x_kernel,
+)
 from spml_kernels.cam_pool.tiles import constants, most_images, precision, sums
 from spml_kernels.common.heuristics import (
     LANES,
     WORD,
     CamPoolLaunch,
     cam_pool_launch,
+    cam_pool_sparse_launch,
     expand_classes,
     expand_rows,
     expand_warps,
@@ -181,8 +190,102 @@ def _other_cases(arch: int) -> Iterator[Case]:
         )
 
 
+def _sparse_cases(arch: int) -> Iterator[Case]:
+    """The backward that leaves out classes without a positive cell: lists on the device, and products of them."""
+    for shape in _shapes(arch):
+        launch, half = cam_pool_sparse_launch(shape.channels, shape.kind != torch.float32), shape.kind == torch.float16
+        listed: dict[str, str | tuple[str, ...]] = {
+            "bits_ptr": "*i32",
+            "order_ptr": "*i64",
+            "sorted_ptr": "*i32",
+            "list_ptr": "*i32",
+            "number_ptr": "*i32",
+        }
+        own: dict[str, str | tuple[str, ...]] = {"bits_ptr": "*i32", "list_ptr": "*i16", "number_ptr": "*i32"}
+        # None of these depends on the features' type.
+        if shape.kind == torch.bfloat16:
+            numbers: dict[str, str | tuple[str, ...]] = {"lines": "i32", "classes": "i32", "stride": "i32"}
+            aligned = tuple(name for name in shape.aligned if name in numbers)
+            name = shape.name.removeprefix("bf16 ")
+            yield Case(
+                "cam_pool list",
+                name,
+                _cam_pool_list_kernel,
+                {**own, "lines": "i32", "stride": "i32"},
+                {"BLOCK": launch.listed},
+                (*own, "stride"),
+            )
+            lines = {"LINES": launch.lines, "STEP": min(launch.lines, WORD), "BLOCK": launch.classes}
+            yield Case(
+                "cam_pool lines",
+                name,
+                _cam_pool_lines_kernel,
+                {**listed, **numbers},
+                lines,
+                (*listed, *aligned),
+                streamed=False,
+            )
+            counts: dict[str, str | tuple[str, ...]] = {
+                "relu_ptr": "*fp32",
+                "bits_ptr": "*i32",
+                "number_ptr": "*i32",
+                "part_ptr": "*fp32",
+            }
+            shorter = {key: kind for key, kind in shape.types.items() if key != "channels"}
+            yield Case(
+                "cam_pool count",
+                name,
+                _cam_pool_count_kernel,
+                {**counts, **shorter, "share": "fp32"},
+                {
+                    "TOUCHED": images_per_tile(WORD, shape.cells),
+                    "LINES": launch.lines,
+                    "BLOCK": launch.counted,
+                },
+                (*counts, *(key for key in shape.aligned if key != "channels")),
+                streamed=False,
+            )
+        grads: dict[str, str | tuple[str, ...]] = {"relu_ptr": "*fp32", "scale_ptr": "*fp32"}
+        products = {
+            "SCALED": half,
+            "PRECISION": precision(shape.kind),
+            "UPCAST": False,
+            "BLOCK_K": launch.channels,
+        }
+        pointers = {**grads, **own, "base_ptr": "*fp32", "weight_ptr": shape.pointer, "out_ptr": shape.pointer}
+        yield Case(
+            "cam_pool sparse dX",
+            shape.name,
+            _cam_pool_sparse_x_kernel,
+            {**pointers, **shape.types, "share": "fp32"},
+            {**products, "TOUCHED": images_per_tile(TILE_LINES * WORD, shape.cells), "BLOCK_C": launch.step},
+            (*pointers, *shape.aligned),
+            launch.warps,
+            launch.stages,
+            tensor_cores=True,
+        )
+        pointers = {**grads, **listed, "features_ptr": shape.pointer, "sum_ptr": "*fp32"}
+        yield Case(
+            "cam_pool sparse dW",
+            shape.name,
+            _cam_pool_sparse_w_kernel,
+            {**pointers, "chunk": "i32", **shape.types, "share": "fp32"},
+            {
+                **products,
+                "TOUCHED": images_per_tile(WORD, shape.cells),
+                "LINES": launch.lines,
+                "BLOCK_C": launch.classes,
+            },
+            (*pointers, *shape.aligned),
+            launch.warps,
+            launch.stages,
+            tensor_cores=True,
+        )
+
+
 def aot_cases(arch: int) -> Iterator[Case]:
-    """The product in both forms, the sums and the expansion of signs."""
+    """The product in both forms, the sums, the expansion of signs, and what leaves classes out."""
     yield from _tile_cases(arch)
     yield from _persistent_cases(arch)
     yield from _other_cases(arch)
+    yield from _sparse_cases(arch)
