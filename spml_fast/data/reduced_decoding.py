@@ -8,8 +8,9 @@ whole by DALI, which is faster at it.
 
 from __future__ import annotations
 
+import atexit
 import io
-import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -30,23 +31,44 @@ _JPEG = b"\xff\xd8\xff"
 _PLAIN_MODES = ("RGB", "L")
 
 
-class _Dali(threading.local):
-    """DALI's decoder, an image at a time; every thread has its own."""
+_decoders: weakref.WeakSet[_Dali] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # DALI's threads must be gone before the interpreter is.
+    for decoder in list(_decoders):
+        decoder.idle.clear()
+
+
+class _Dali:
+    """DALI's decoder, an image at a time, for as many threads as ask.
+
+    Its pipelines belong to no thread: a process that is forked drops what belongs to threads, which it does not have,
+    and would wait for theirs.
+    """
 
     def __init__(self) -> None:
-        self._pipe: Any = None
+        self.idle: deque[Any] = deque()
+        _decoders.add(self)
 
     def decode(self, encoded: bytes) -> Pixels:
         """uint8 [H, W, 3], as stored; `RuntimeError` where it cannot be decoded."""
-        # A pipeline that has failed is of no more use.
-        pipe, self._pipe = self._pipe, None
-        if pipe is None:
+        try:
+            pipe = self.idle.pop()
+        except IndexError:
             pipe = decode_graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
             pipe.build()
         pipe.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
-        (images,) = pipe.run()
-        self._pipe = pipe
-        return np.array(images.at(0))
+        try:
+            (images,) = pipe.run()
+        except RuntimeError:
+            # One that has failed is of no more use, and the error would keep it.
+            del pipe
+            raise
+        pixels = np.array(images.at(0))
+        self.idle.append(pipe)
+        return pixels
 
 
 class ReducingDecoder:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -206,16 +209,35 @@ def test_bad_images_are_told_of_as_ever(problem: str, tmp_path: Path) -> None:
     assert sum(batch.real for batch in flat(loader.epoch(0))) == 12 and list(loader.bad_images.reasons) == [7]
 
 
-def test_threads_have_decoders_of_their_own(photos: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that has failed is not used again."""
+def test_decoders_that_failed_are_not_used_again(photos: Split) -> None:
     dali = reduced_decoding._Dali()
     with pytest.raises(RuntimeError):
         dali.decode(b"no image")
-    assert dali._pipe is None
+    assert not dali.idle
     content = Path(photos.path(0)).read_bytes()
     assert dali.decode(content).shape == (120, 160, 3)
-    pipe = dali._pipe
-    assert np.array_equal(dali.decode(content), dali.decode(content)) and dali._pipe is pipe
+    (pipe,) = dali.idle
+    assert np.array_equal(dali.decode(content), dali.decode(content)) and list(dali.idle) == [pipe]
+
+
+def test_a_process_can_be_forked_while_images_are_decoded(photos: Split) -> None:
+    """As loaders of other programs do; the child has none of the threads."""
+    loader = eval_loader(photos, data_config(decode="reduced"))
+    views = iter(loader)
+    next(views)
+    child = os.fork()
+    if child == 0:
+        os._exit(7)
+    for _ in range(300):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done and os.waitstatus_to_exitcode(status) == 7
+    assert len(list(views)) == len(loader) - 1
 
 
 def test_what_cannot_be_reduced_is_refused(photos: Split) -> None:
