@@ -59,8 +59,8 @@ class _Dali:
         except IndexError:
             pipe = decode_graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
             pipe.build()
-        pipe.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
         try:
+            pipe.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
             (images,) = pipe.run()
         except RuntimeError:
             # One that has failed is of no more use, and the error would keep it.
