@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import functools
 import multiprocessing
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cached_property
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 _PR_SET_PDEATHSIG = 1
 
@@ -60,6 +64,31 @@ def _end_threads(jobs: SimpleQueue[_Job | None], threads: int) -> None:
         jobs.put(None)
 
 
+# Threads whose jobs the end of the program waits for, each with what it is handed.
+_native: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[_Job | None]] = weakref.WeakKeyDictionary()
+# Seconds for the jobs that are under way then; longer ones are not worth it.
+_PATIENCE = 10.0
+
+
+@functools.cache
+def _wait_at_the_end() -> None:
+    """Have the end of the program wait; what is registered later is called first, so not before there are threads."""
+    atexit.register(_finish_native)
+
+
+def _finish_native() -> None:
+    """Let threads finish the job that they are at, and end."""
+    started, end = list(_native.items()), time.monotonic() + _PATIENCE
+    for _, jobs in started:
+        with contextlib.suppress(Empty):
+            while (job := jobs.get_nowait()) is None or job[0].cancel():
+                pass
+    for _, jobs in started:
+        jobs.put(None)
+    for thread, _ in started:
+        thread.join(max(0.0, end - time.monotonic()))
+
+
 class DaemonThreads:
     """Threads that do what they are handed, in turn, and end with this object.
 
@@ -69,16 +98,22 @@ class DaemonThreads:
     Args:
         threads: jobs at a time.
         name: of the threads.
+        native: jobs call libraries in C++ that come back to Python, which ends such a thread when the program ends, and
+            C++ the whole program then, with another exit status. So the end waits for the jobs that are under way.
     """
 
-    def __init__(self, threads: int, name: str) -> None:
-        self.threads, self.name = threads, name
+    def __init__(self, threads: int, name: str, native: bool = False) -> None:
+        self.threads, self.name, self.native = threads, name, native
 
     @cached_property
     def _jobs(self) -> SimpleQueue[_Job | None]:
         jobs: SimpleQueue[_Job | None] = SimpleQueue()
         for _ in range(self.threads):
-            threading.Thread(target=_do_jobs, args=(jobs,), name=self.name, daemon=True).start()
+            thread = threading.Thread(target=_do_jobs, args=(jobs,), name=self.name, daemon=True)
+            if self.native:
+                _wait_at_the_end()
+                _native[thread] = jobs
+            thread.start()
         weakref.finalize(self, _end_threads, jobs, self.threads)
         return jobs
 

@@ -108,7 +108,7 @@ class CpuViews:
         self._options = options
         side = options.image_size
         self._batches = [_Batches((batch_size, side, side, 3)) for _ in options.views]
-        self._threads = DaemonThreads(threads, "views")
+        self._threads = DaemonThreads(threads, "views", native=True)
         # One row of an image.
         self._mean = np.tile(np.array([255.0 * m for m in options.mean], np.float32), side)
         self._scale = np.tile(np.float32(1) / np.array([255.0 * s for s in options.std], np.float32), side)

@@ -251,7 +251,12 @@ def graph(options: GraphOptions) -> Any:
 
 
 @pipeline_def
-def decode_graph() -> Any:
-    """Declare a pipeline that decodes alone: its input is `encoded`, its output the images uint8 [H, W, 3]."""
+def decode_graph(limited: bool = False) -> Any:
+    """Declare a pipeline that decodes alone: its input is `encoded`, its output the images uint8 [H, W, 3].
+
+    With `limited`, `max_pixels` is another input, and an image of more pixels an error.
+    """
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    if limited:
+        encoded = _within_limit(encoded, _scalar("max_pixels", types.INT64))
     return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)

@@ -31,16 +31,6 @@ _JPEG = b"\xff\xd8\xff"
 _PLAIN_MODES = ("RGB", "L")
 
 
-_decoders: weakref.WeakSet[_Dali] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    # DALI's threads must be gone before the interpreter is.
-    for decoder in list(_decoders):
-        decoder.idle.clear()
-
-
 class _Dali:
     """DALI's decoder, an image at a time, for as many threads as ask.
 
@@ -52,15 +42,16 @@ class _Dali:
         self.idle: deque[Any] = deque()
         _decoders.add(self)
 
-    def decode(self, encoded: bytes) -> Pixels:
-        """uint8 [H, W, 3], as stored; `RuntimeError` where it cannot be decoded."""
+    def decode(self, encoded: bytes, max_pixels: int) -> Pixels:
+        """uint8 [H, W, 3], as stored; `RuntimeError` where it has more pixels or cannot be decoded."""
         try:
             pipe = self.idle.pop()
         except IndexError:
-            pipe = decode_graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+            pipe = decode_graph(limited=True, batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
             pipe.build()
         try:
             pipe.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
+            pipe.feed_input("max_pixels", [np.int64(max_pixels)])
             (images,) = pipe.run()
         except RuntimeError:
             # One that has failed is of no more use, and the error would keep it.
@@ -71,6 +62,16 @@ class _Dali:
         return pixels
 
 
+_decoders: weakref.WeakSet[_Dali] = weakref.WeakSet()
+
+
+@atexit.register
+def _remove_pipelines() -> None:
+    # While the interpreter is there: behind it their threads end the process.
+    for decoder in list(_decoders):
+        decoder.idle.clear()
+
+
 class ReducingDecoder:
     """Decodes batches ahead of their consumer; called as a DALI pipeline is.
 
@@ -79,7 +80,7 @@ class ReducingDecoder:
     """
 
     def __init__(self, threads: int) -> None:
-        self._threads = DaemonThreads(threads, "decode")
+        self._threads = DaemonThreads(threads, "decode", native=True)
         self._dali = _Dali()
         self._fed: dict[str, deque[Any]] = {}
         self._batches: deque[list[Future[None]]] = deque()
@@ -134,7 +135,7 @@ class ReducingDecoder:
 
 
 def decode_reduced(
-    encoded: bytes, smallest: tuple[int, int], max_pixels: int, otherwise: Callable[[bytes], Pixels]
+    encoded: bytes, smallest: tuple[int, int], max_pixels: int, otherwise: Callable[[bytes, int], Pixels]
 ) -> Pixels:
     """Decode an image, a JPEG at the smallest size that is not below another one.
 
@@ -142,7 +143,7 @@ def decode_reduced(
         encoded: the file's content.
         smallest: width and height that are needed, of the image as stored.
         max_pixels: width x height up to which it is decoded.
-        otherwise: decodes what is not made smaller.
+        otherwise: decodes what is not made smaller, with the same limit.
 
     Returns:
         uint8 [H, W, 3], as stored: not turned.
@@ -163,7 +164,7 @@ def decode_reduced(
         except (OSError, ValueError, SyntaxError):
             # DALI may be more patient with it; if not, whoever decoded it last says what is wrong.
             pass
-    return otherwise(encoded)
+    return otherwise(encoded, max_pixels)
 
 
 def _turned(pixels: Pixels, turn: int, across: bool, down: bool) -> Pixels:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from PIL import Image, ImageOps
 
 from spml_fast.core.errors import UserError
 from spml_fast.data import reduced_decoding
+from spml_fast.data.cpu_views import IntArray as Ints
 from spml_fast.data.cpu_views import _scaled
 from spml_fast.data.manifest import Split
 from spml_fast.data.reduced_decoding import decode_reduced
@@ -29,8 +32,9 @@ from tests.support.loading import (
     reference_views,
     train_loader,
 )
-from tests.support.paths import need_data
+from tests.support.paths import ROOT, need_data
 from tests.support.pil import make_split, photo
+from tests.support.runs import environment
 
 # To a half, an eighth (the most), a quarter, whole; the last is a view of an odd size to a half.
 SIZES = [(160, 120), (800, 500), (300, 200), (90, 130), (97, 141)]
@@ -114,10 +118,10 @@ def test_a_small_crop_of_a_large_image_is_decoded_whole(tmp_path: Path, monkeypa
     split = make_split(tmp_path / "manifest", tmp_path, names, orientation=[1 + i % 8 for i in range(24)])
     shapes = []
 
-    def noted(start: object, shape: object, full: object, reduced: tuple[int, ...]) -> object:
-        result = _scaled(start, shape, full, reduced)  # type: ignore[arg-type]
-        shapes.append((tuple(int(n) for n in result[1]), max(reduced)))
-        return result
+    def noted(start: Ints, shape: Ints, full: Ints, reduced: tuple[int, ...]) -> tuple[Ints, Ints]:
+        first, size = _scaled(start, shape, full, reduced)
+        shapes.append((size.tolist(), max(reduced)))
+        return first, size
 
     monkeypatch.setattr("spml_fast.data.cpu_views._scaled", noted)
     config = data_config(train_crop="random_resized", crop_scale=0.1, decode="reduced", strong_from="resized")
@@ -165,7 +169,7 @@ def encoded(image: Image.Image, **options: object) -> bytes:
 
 
 def test_what_is_decoded() -> None:
-    def nothing(_: bytes) -> np.ndarray:
+    def nothing(_: bytes, limit: int) -> np.ndarray:
         raise RuntimeError("asked for another decoder")
 
     content = encoded(photo(0, 641, 480), progressive=True)
@@ -185,7 +189,7 @@ def test_what_is_decoded() -> None:
         decode_reduced(content, (241, 241), 10**6, nothing)
 
 
-@pytest.mark.parametrize("problem", ["missing", "empty", "text", "larger"])
+@pytest.mark.parametrize("problem", ["missing", "empty", "text", "larger", "larger PNG", "larger CMYK"])
 def test_bad_images_are_told_of_as_ever(problem: str, tmp_path: Path) -> None:
     names = [f"{i}.jpg" for i in range(12)]
     for i, name in enumerate(names):
@@ -194,8 +198,10 @@ def test_bad_images_are_told_of_as_ever(problem: str, tmp_path: Path) -> None:
     bad = tmp_path / "7.jpg"
     if problem == "missing":
         bad.unlink()
-    elif problem == "larger":
-        save(photo(7, 500, 400), bad)
+    elif problem.startswith("larger"):
+        # The loader goes by content, not by names.
+        kind, mode = ("PNG" if "PNG" in problem else "JPEG"), ("CMYK" if "CMYK" in problem else "RGB")
+        photo(7, 500, 400).convert(mode).save(bad, kind)
     else:
         bad.write_bytes(b"" if problem == "empty" else b"no image")
     sentences = []
@@ -212,12 +218,44 @@ def test_bad_images_are_told_of_as_ever(problem: str, tmp_path: Path) -> None:
 def test_decoders_that_failed_are_not_used_again(photos: Split) -> None:
     dali = reduced_decoding._Dali()
     with pytest.raises(RuntimeError):
-        dali.decode(b"no image")
+        dali.decode(b"no image", 10**6)
     assert not dali.idle
     content = Path(photos.path(0)).read_bytes()
-    assert dali.decode(content).shape == (120, 160, 3)
+    size = 160 * 120
+    assert dali.decode(content, size).shape == (120, 160, 3)
     (pipe,) = dali.idle
-    assert np.array_equal(dali.decode(content), dali.decode(content)) and list(dali.idle) == [pipe]
+    assert np.array_equal(dali.decode(content, size), dali.decode(content, size)) and list(dali.idle) == [pipe]
+    with pytest.raises(RuntimeError):
+        dali.decode(content, size - 1)
+    assert not dali.idle
+
+
+def test_a_program_ends_as_it_wants_while_images_are_decoded(tmp_path: Path) -> None:
+    """Also where an error keeps a loader."""
+    names = [f"{i}.png" for i in range(40)]
+    for i, name in enumerate(names):
+        photo(i, 300, 200).save(tmp_path / name)
+    (tmp_path / names[9]).write_bytes(b"")
+    make_split(tmp_path / "manifest", tmp_path, names, sizes=[(300, 200)] * 40)
+    program = """if True:
+        import sys
+        from spml_fast.data.manifest import Manifest
+        from tests.support.loading import data_config, eval_loader
+
+        loader = eval_loader(Manifest(sys.argv[1]).split("train"), data_config(decode="reduced", prefetch=4))
+        batches = iter(loader)
+        next(batches)
+        if sys.argv[2] == "error":
+            try:
+                list(batches)
+            except Exception as error:
+                kept = error
+        sys.exit(5)
+    """
+    for way in ("early", "error"):
+        words = [sys.executable, "-c", program, str(tmp_path / "manifest"), way]
+        done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 5 and "terminate" not in done.stderr, done.stderr
 
 
 def test_a_process_can_be_forked_while_images_are_decoded(photos: Split) -> None:
