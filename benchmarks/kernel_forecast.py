@@ -41,9 +41,9 @@ from benchmarks.kernel_losses import (  # noqa: E402
     large_loss_work,
 )
 from benchmarks.kernel_maps import IN_CACHE, cam_mask_work, cam_work  # noqa: E402
+from benchmarks.page_tables import Marks  # noqa: E402
 
-PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- forecast: begin; python benchmarks/kernel_forecast.py --write -->", "<!-- forecast: end -->"
+MARKS = Marks("<!-- forecast: begin; python benchmarks/kernel_forecast.py --write -->", "<!-- forecast: end -->")
 HEADS = (
     "op",
     "floor, MB",
@@ -216,15 +216,6 @@ def table() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (HEADS, ["---"] * len(HEADS), *rows))
 
 
-def with_table(page: str, text: str) -> str:
-    """A page with the table between its marks. Raises `ValueError` where it has none."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE} has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
 def main() -> int:
     """Print the table, or write it."""
     parser = argparse.ArgumentParser(
@@ -233,10 +224,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args()
     text = table()
-    if options.write:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
-    else:
-        print(text)
+    MARKS.show(text, options.write)
     return 0
 
 

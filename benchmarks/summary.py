@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- goals: begin; python benchmarks/summary.py --write -->", "<!-- goals: end -->"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.page_tables import Marks
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MARKS = Marks("<!-- goals: begin; python benchmarks/summary.py --write -->", "<!-- goals: end -->")
 HEADS = ("what", "goal", "rival", "measured", "ratio", "met", "machine", "when")
 
 Row = dict[str, str]
@@ -175,15 +177,6 @@ def table(results: Path) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, text: str) -> str:
-    """A page with the table between its marks. Raises `ValueError` where it has none."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE} has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
 def main() -> int:
     """Print the table, or write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,10 +184,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args()
     text = table(options.results)
-    if options.write:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
-    else:
-        print(text)
+    MARKS.show(text, options.write)
     return 0
 
 

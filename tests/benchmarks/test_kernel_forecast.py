@@ -14,7 +14,7 @@ if not HAVE_TRITON or INTERPRETED:
 from spml_kernels.devtools.aot import Report, instructions
 
 from benchmarks.kernel_bytes import Compiler, launches_of
-from benchmarks.kernel_forecast import BEGIN, BYTES, CARD, CLOCK, END, GAP, PRODUCTS, SCHEDULERS, forecast
+from benchmarks.kernel_forecast import BYTES, CARD, CLOCK, GAP, MARKS, PRODUCTS, SCHEDULERS, forecast
 from benchmarks.kernel_losses import label_loss_work
 from benchmarks.kernel_maps import cam_work
 from benchmarks.kernel_works import OPS
@@ -93,7 +93,7 @@ def test_sums_come_after_products_and_loops_turn():
 def test_the_page_has_a_forecast_of_every_op():
     """Floor, bytes, launches, instructions, forecast, goal, and that nothing of it was measured."""
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    lines = page.split(BEGIN)[1].split(END)[0].strip().splitlines()
+    lines = page.split(MARKS.begin)[1].split(MARKS.end)[0].strip().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert {row[0].split()[0] for row in cells} == set(OPS)
     assert all(len(row) == 9 and all(row) for row in cells)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import summary
-from benchmarks.summary import BEGIN, END, GOALS, PAGE, RESULTS, table, with_table
+from benchmarks.page_tables import PAGE, Marks
+from benchmarks.summary import GOALS, MARKS, RESULTS, table
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -23,7 +24,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 def test_the_page_has_the_table() -> None:
     """`python benchmarks/summary.py --write` brings it up to date."""
     page = PAGE.read_text(encoding="utf-8")
-    assert page == with_table(page, table(RESULTS))
+    assert page == MARKS.with_table(page, table(RESULTS))
 
 
 def test_nothing_is_measured(tmp_path: Path) -> None:
@@ -61,7 +62,9 @@ def test_measured_figures(tmp_path: Path) -> None:
 
 
 def test_the_table_is_replaced() -> None:
-    assert with_table(f"a\n{BEGIN}\nold\n{END}\nb\n", "new") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb\n"
-    with pytest.raises(ValueError, match="has no <!-- goals: begin"):
-        with_table("a\n", "new")
+    marks = Marks("<!-- a: begin -->", "<!-- a: end -->")
+    page = "a\n{0.begin}\n{1}{0.end}\nb\n"
+    assert marks.with_table(page.format(marks, "old\n"), "new") == page.format(marks, "\nnew\n\n")
+    with pytest.raises(ValueError, match="has no <!-- a: begin"):
+        marks.with_table("a\n", "new")
     assert summary.amount("2500000", "memory bytes") == "2 MB" and summary.amount("0.12345", "s") == "0.1235"
