@@ -1,6 +1,6 @@
 """Images per second and processor time of the loaders, against the usual ways, in one run on one machine.
 
-    python benchmarks/bench_input.py [--images DIR] [--image-size 448] [--batch-size 16] [--json OUT] [--csv OUT]
+    python benchmarks/bench_input.py [--images DIR] [--image-size 448] [--batch-size 16] [--json OUT] [--results DIR]
     python benchmarks/bench_input.py --quick      a look at everything in a minute: few images, one round
 
 Loaders, each with the same decoding threads (or workers):
@@ -35,11 +35,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.kernel_report import commit, merge_csv
 from benchmarks.machine import machine
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError, run_command
-from spml_fast.core.io import write_csv
-from spml_fast.core.outputs import OutputFile, add_json_option, json_output
+from spml_fast.core.outputs import add_json_option, json_output
 from spml_fast.data.loader import EvalLoader, TrainLoader
 from spml_fast.data.manifest import Split
 from spml_fast.prepare.pack import PackOptions, pack
@@ -47,7 +47,9 @@ from tests.support.pil import ReferenceViews, make_split, photo
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MODES: dict[str, tuple[str, ...]] = {"eval": ("eval",), "weak": ("weak",), "weak+strong": ("weak", "strong")}
-COLUMNS = ("row", "loader", "images_per_second", "cpu_ms_per_image", "speed_over_pil", "cpu_over_pil", "rounds")
+FIGURES = ("images_per_second", "cpu_ms_per_image", "speed_over_pil", "cpu_over_pil")
+# A row of a table is replaced by a new one with the same of these.
+KEY = ("row", "loader", "images", "image_size", "cpu", "cores", "gpu")
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shard-size", type=float, default=256, metavar="MB", help="of shards, in 10^6 bytes")
     parser.add_argument("--read-latency", type=float, default=0, metavar="MS", help="also time shards on a slow mount")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, metavar="OUT", help="write the table to this file")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="folder of the table input.csv to add rows to")
     add_json_option(parser)
     args = parser.parse_args()
     args.count = args.count or (48 if args.quick else 256)
@@ -352,13 +354,27 @@ def compare(args: argparse.Namespace, loaders: Loaders, cache: Path) -> dict[str
     return result
 
 
+def table_rows(result: dict[str, Any], images: str, rounds: int) -> list[dict[str, Any]]:
+    """Rows for a table of benchmarks.
+
+    Args:
+        result: what is written to --json.
+        images: which ones were loaded.
+        rounds: that figures are medians of.
+    """
+    facts = {"images": images, "image_size": result["image_size"], "rounds": rounds, **result["machine"]}
+    facts |= {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
+    return [
+        {"row": row, "loader": loader, **{figure: figures[figure] for figure in FIGURES}, **facts}
+        for row, loaders in result["rows"].items()
+        for loader, figures in loaders.items()
+    ]
+
+
 def main() -> int:
     """Parse the command line, compare, write the results."""
     args = parse()
     out_file = json_output(args, "bench_input")
-    table = None if args.csv is None else OutputFile(args.csv, "csv", ",".join(COLUMNS), "--csv", args.overwrite)
-    if table is not None:
-        table.check()
     # DALI's own RandAugment calls operators by their old names, and DALI turns the filters for its warnings back on.
     warnings.showwarning = lambda *args, **kwargs: None
     device = torch.device(args.device)
@@ -380,11 +396,9 @@ def main() -> int:
         )
         settings = {"machine": hardware, "threads": threads, "image_size": args.image_size}
         result = {**settings, **compare(args, loaders, Path(scratch) / "cache")}
-    if table is not None:
-        figures = [
-            (row, name, *(f[c] for c in COLUMNS[2:-1])) for row, r in result["rows"].items() for name, f in r.items()
-        ]
-        write_csv(table.path, COLUMNS, [(*cells, args.rounds) for cells in figures])
+    if args.results is not None:
+        kind = "640 x 480" if args.images is None else args.images.name
+        merge_csv(args.results / "input.csv", table_rows(result, kind, args.rounds), key=KEY)
     if out_file is not None:
         out_file.write_json(result)
     return 0

@@ -1,8 +1,8 @@
 """Whole training steps: images per second, where the time goes, and the same training written in other ways.
 
     python benchmarks/bench_step.py [--methods an ll_r ignore] [--backbone resnet50] [--image-size 224] [--ways ...]
-                                    [--engine] [--input {files,memory}] [--loop {deepspeed,torch}] [--json OUT]
-                                    [--results DIR]
+                                    [--engine] [--compile] [--input {files,memory}] [--loop {deepspeed,torch}]
+                                    [--json OUT] [--results DIR]
 
 Ways to train, each with the same images, labels, weights, optimizer and threads:
     spml_fast   what launch/train.py does: DALI, DeepSpeed, channels_last, the precision that `train.precision auto`
@@ -15,6 +15,8 @@ Ways to train, each with the same images, labels, weights, optimizer and threads
     bf16        that loader and loop by somebody who knows PyTorch: bf16, channels_last, a fused optimizer
     bf16_kept   bf16 with malloc set to keep freed memory (on a CPU)
     fp32_kept   bf16_kept in fp32, which is faster on many CPUs
+    compiled    spml_fast with `model.compile true`, which `auto` takes in runs that are long enough; bf16_compiled:
+                bf16_kept with the network compiled in the same way (`--compile` adds both; a minute each)
 Before anything is timed, the losses of all of them must agree on the same images. All take turns, and what is printed
 are medians over the rounds. How malloc treats freed memory belongs to a process, so ways that differ in it run in two.
 
@@ -47,7 +49,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.kernel_report import Row, file_name, merge_csv
+from benchmarks.kernel_report import KEY, Row, file_name, merge_csv
 from benchmarks.kernel_report import machine as table_facts
 from benchmarks.machine import installed, machine
 from spml_fast.core import env
@@ -85,6 +87,7 @@ class Way:
         precision: of rivals.
         usual: contiguous tensors, the optimizer as torch makes it, and the loss read back every step.
         kept: whether malloc keeps freed memory (on a CPU).
+        compiled: whether the network's training passes are compiled, by `model.compile` of ours.
     """
 
     ours: bool = False
@@ -93,6 +96,7 @@ class Way:
     precision: Literal["fp32", "bf16"] = "fp32"
     usual: bool = False
     kept: bool = False
+    compiled: bool = False
 
 
 WAYS = {
@@ -103,6 +107,8 @@ WAYS = {
     "bf16": Way(precision="bf16"),
     "bf16_kept": Way(precision="bf16", kept=True),
     "fp32_kept": Way(kept=True),
+    "compiled": Way(ours=True, loop="deepspeed", kernels=True, kept=True, compiled=True),
+    "bf16_compiled": Way(precision="bf16", kept=True, compiled=True),
 }
 ON_CPU = ("spml_fast", "plain", "bf16", "bf16_kept", "fp32_kept")
 ON_GPU = ("spml_fast", "reference", "plain", "bf16")
@@ -132,6 +138,9 @@ class Variant:
         own_loop = "torch" in (self.way.loop, setup.loop)
         if own_loop:
             module.to(setup.device).to(memory_format=self.layout)
+        if self.way.compiled:
+            self.classifier.compiled_sizes = (train.batch_size,)
+            self.classifier.compile_backbone()
         groups = parameter_groups(self.classifier, self.method, train, head_only=False)
         fused = suits_fused(groups, setup.device) if self.way.ours else not self.way.usual
         optimizer = make_optimizer(groups, train, fused)
@@ -217,9 +226,11 @@ class Variant:
         lap("update")
 
     def close(self) -> None:
-        """Release the engine."""
+        """Release the engine, and what was compiled: only so many networks are in one process."""
         if self.engine is not None:
             self.engine.close()
+        if self.way.compiled:
+            torch._dynamo.reset()
 
 
 @dataclasses.dataclass
@@ -452,6 +463,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="ways to train (default: all of the device)")
     parser.add_argument("--engine", action="store_true", help="add `bare`, and say what DeepSpeed's engine costs")
+    parser.add_argument("--compile", action="store_true", help="add `compiled` and `bf16_compiled`")
     parser.add_argument("--serve", nargs="+", choices=list(WAYS), help=argparse.SUPPRESS)
     parser.add_argument("--input", choices=["files", "memory"], default="files", help="load images, or draw them once")
     parser.add_argument("--loop", choices=["deepspeed", "torch"], default="deepspeed", help="what makes the updates")
@@ -487,17 +499,30 @@ def start(args: argparse.Namespace) -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 
 
-def table_rows(args: argparse.Namespace, device: torch.device, method: str, figures: dict[str, Any]) -> list[Row]:
+def table_rows(args: argparse.Namespace, setup: Setup, method: str, figures: dict[str, Any]) -> list[Row]:
     """Rows of a method's variants for a table of benchmarks."""
+    device = setup.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     shape = f"{method} {args.backbone} {args.image_size} px B {args.batch_size} C {args.classes}"
+    facts = table_facts(gpu, args.commit) | {"precision": setup.train.precision, "date": time.strftime("%Y-%m-%d")}
+    if device.type != "cuda":
+        facts |= {name: value for name, value in machine(device).items() if name in ("cpu", "cores")}
     rows = []
     for name, found in figures.items():
         row: Row = {"op": "step", "shape": shape, "provider": name, "mode": f"{args.input} {args.loop}", "status": "ok"}
         row |= {"images_per_second": found["images_per_second"], "ratio": found["ratio"]}
         row |= {"memory_gib": found["memory_gib"], **{f"{part}_s": found["seconds"][part] for part in PARTS}}
-        rows.append(row | table_facts(gpu, args.commit))
+        rows.append(row | facts)
     return rows
+
+
+def add_to_table(folder: Path, rows: list[Row]) -> None:
+    """Put a method's rows into the table of their GPU, or into the one of CPUs, where every processor has rows."""
+    gpu = rows[0]["gpu"]
+    if gpu == "none":
+        merge_csv(folder / "no_gpu_steps.csv", rows, key=(*KEY, "cpu", "cores"))
+    else:
+        merge_csv(folder / f"{file_name(gpu)}_steps.csv", rows)
 
 
 def make_setup(args: argparse.Namespace, device: torch.device, scratch: Path) -> Setup:
@@ -577,8 +602,7 @@ def measure(args: argparse.Namespace, setup: Setup, names: list[str], helper: He
                 clocks[name] = HelpersClock(name, helper)
         timed = time_all(clocks, args.rounds)
         if args.results is not None:
-            rows = table_rows(args, device, method, timed)
-            merge_csv(args.results / f"{file_name(rows[0]['gpu'])}_steps.csv", rows)
+            add_to_table(args.results, table_rows(args, setup, method, timed))
         report(timed)
         result[method] = {"losses_apart": difference, **timed}
         for variant in variants.values():
@@ -599,7 +623,8 @@ def main() -> int:
     # For all ways: they are PyTorch's and the system's own, and one line in anybody's code.
     set_cudnn_policy(device, deterministic=False)
     names = list(args.ways or (ON_GPU if on_gpu else ON_CPU))
-    names += ["bare"] if args.engine and "bare" not in names else []
+    added = ["bare"] * args.engine + ["compiled", "bf16_compiled"] * args.compile
+    names += [name for name in added if name not in names]
     apart = [] if on_gpu else [name for name in names if not WAYS[name].kept]
     if not on_gpu and not keep_freed_memory() and apart:
         raise UserError(

@@ -389,7 +389,7 @@ def main() -> int:
 
     out_file = json_output(options, "bench_vs_timm")
     facts = machine(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-    facts |= {"timm": timm.__version__, "date": time.strftime("%Y-%m-%d"), "commit": commit()}
+    facts |= {"timm_version": timm.__version__, "date": time.strftime("%Y-%m-%d"), "commit": commit()}
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None))
     print(f"{'':34}  {'':26}{'spml_fast':>12}{'timm':>12}{'ratio':>8}", flush=True)
     rows: list[Row] = []

@@ -113,6 +113,49 @@ def labels(column: str) -> Callable[[Path], Iterator[Found]]:
     return find
 
 
+def steps(method: str, rival: str, goal: float) -> Callable[[Path], Iterator[Found]]:
+    """What finds a method's images/s of whole steps in tables of `bench_step.py`, against another way to train.
+
+    Args:
+        method: its name.
+        rival: the way.
+        goal: how many times as fast at least.
+    """
+
+    wanted = (method, "files deepspeed")
+
+    def find(results: Path) -> Iterator[Found]:
+        for path in sorted(results.glob("*_steps.csv")):
+            found = [row for row in read(path) if (row["shape"].split()[0], row["mode"]) == wanted]
+            rivals = {(row["shape"], *place(row)): row for row in found if row["provider"] == rival}
+            for row in found:
+                other = rivals.get((row["shape"], *place(row)))
+                if row["provider"] == "spml_fast" and other is not None:
+                    ratio = 1 / float(other["ratio"])
+                    rates = f"{float(row['images_per_second']):.1f} against {float(other['images_per_second']):.1f}"
+                    measured = f"{rates} images/s, {row['shape'].partition(' ')[2]}; ours in {row['precision']}"
+                    yield Found(measured, f"{ratio:.2f}", ratio >= goal, *place(row))
+
+    return find
+
+
+def loading(view: str, goal: float) -> Callable[[Path], Iterator[Found]]:
+    """What finds images/s of the loader in input.csv: a row of `bench_input.py`, how many times Pillow's at least."""
+
+    def find(results: Path) -> Iterator[Found]:
+        found = [row for row in read(results / "input.csv") if row["row"] == view]
+        rivals = {(row["images"], row["image_size"], *place(row)): row for row in found if row["loader"] == "pil"}
+        for row in found:
+            other = rivals.get((row["images"], row["image_size"], *place(row)))
+            if row["loader"] == "spml_fast" and other is not None:
+                ratio = float(row["speed_over_pil"])
+                rates = f"{float(row['images_per_second']):,.0f} against {float(other['images_per_second']):,.0f}"
+                measured = f"{rates} images/s, {row['images']} to {row['image_size']} px"
+                yield Found(measured, f"{ratio:.2f}", ratio >= goal, *place(row))
+
+    return find
+
+
 def kernels(pattern: str) -> Callable[[Path], Iterator[Found]]:
     """What finds verdicts on the kernels of every card, by a pattern whose first group is the ratio."""
 
@@ -150,6 +193,20 @@ GOALS = (
     Goal("cam_pool step", "at most 1.30", "bare products", kernels(r"^cam_pool step at .* ([\d.]+)x the bare")),
     Goal("cam_pool's extra memory", "at most a tenth", "the map", kernels(r"extra memory ([\d.]+) of a bf16 map")),
     Goal("cam_mask", "85% at least", "a copy", kernels(r"(\d+%) of copy")),
+    Goal("step of AN", "1.75 times", "released code's loop", steps("an", "plain", 1.75)),
+    Goal("step of LL-R", "1.75 times", "released code's loop", steps("ll_r", "plain", 1.75)),
+    Goal("step of IGNORE", "1.85 times", "released code's loop", steps("ignore", "plain", 1.85)),
+    Goal("step of AN", "1.1 times", "a bf16 loop", steps("an", "bf16", 1.1)),
+    Goal("step of LL-R", "1.1 times", "a bf16 loop", steps("ll_r", "bf16", 1.1)),
+    Goal("step of IGNORE", "1.1 times", "a bf16 loop", steps("ignore", "bf16", 1.1)),
+    Goal("DeepSpeed's engine, AN", "0.98 times at least", "ours without it", steps("an", "bare", 0.98)),
+    Goal("DeepSpeed's engine, IGNORE", "0.98 times at least", "ours without it", steps("ignore", "bare", 0.98)),
+    Goal("loading: eval", "1.05 times", "Pillow's loader", loading("eval", 1.05)),
+    Goal("loading: weak", "1.05 times", "Pillow's loader", loading("weak", 1.05)),
+    Goal("loading: weak + strong", "1.0 times", "Pillow's loader", loading("weak+strong", 1.0)),
+    Goal("the same, `data.strong_from resized`", "1.4 times", "Pillow's loader", loading("weak+strong resized", 1.4)),
+    Goal("loading: eval, `data.decode reduced`", "1.3 times", "Pillow's loader", loading("eval reduced", 1.3)),
+    Goal("loading: weak, `data.decode reduced`", "1.3 times", "Pillow's loader", loading("weak reduced", 1.3)),
     Goal("images/s of training", "1.2 times", "timm", against_timm("step", "", "images/s")),
     Goal("memory of training", "half", "timm", against_timm("step", "", "memory bytes")),
     Goal("metrics of 40,137 x 80", "5 times", "timm", against_timm("metric", "40137 x 80", "evaluation s")),

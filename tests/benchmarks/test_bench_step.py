@@ -38,7 +38,7 @@ def test_images_in_memory_and_a_loop_of_pytorch(run_script: Run, tmp_path: Path)
     more = ["--input", "memory", "--loop", "torch", "--results", tmp_path, "--commit", "abc", "--precision", "fp32"]
     done = run_script(ROOT / "benchmarks" / "bench_step.py", *WORDS.split(), "--methods", "an", "ignore", *more)
     assert done.returncode == 0, done.stdout + done.stderr
-    with (tmp_path / "none_steps.csv").open(newline="") as file:
+    with (tmp_path / "no_gpu_steps.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     found = {(row["shape"].split()[0], row["provider"], row["mode"], row["commit"]) for row in rows}
     assert found == {(m, v, "memory torch", "abc") for m in ("an", "ignore") for v in ON_CPU}
