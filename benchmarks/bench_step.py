@@ -504,12 +504,14 @@ def table_rows(args: argparse.Namespace, setup: Setup, method: str, figures: dic
     device = setup.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     shape = f"{method} {args.backbone} {args.image_size} px B {args.batch_size} C {args.classes}"
-    facts = table_facts(gpu, args.commit) | {"precision": setup.train.precision, "date": time.strftime("%Y-%m-%d")}
+    facts = table_facts(gpu, args.commit) | {"date": time.strftime("%Y-%m-%d")}
     if device.type != "cuda":
         facts |= {name: value for name, value in machine(device).items() if name in ("cpu", "cores")}
     rows = []
     for name, found in figures.items():
         row: Row = {"op": "step", "shape": shape, "provider": name, "mode": f"{args.input} {args.loop}", "status": "ok"}
+        way = WAYS[name]
+        row["precision"] = setup.train.precision if way.ours else way.precision
         row |= {"images_per_second": found["images_per_second"], "ratio": found["ratio"]}
         row |= {"memory_gib": found["memory_gib"], **{f"{part}_s": found["seconds"][part] for part in PARTS}}
         rows.append(row | facts)

@@ -133,7 +133,8 @@ def steps(method: str, rival: str, goal: float) -> Callable[[Path], Iterator[Fou
                 if row["provider"] == "spml_fast" and other is not None:
                     ratio = 1 / float(other["ratio"])
                     rates = f"{float(row['images_per_second']):.1f} against {float(other['images_per_second']):.1f}"
-                    measured = f"{rates} images/s, {row['shape'].partition(' ')[2]}; ours in {row['precision']}"
+                    precisions = " / ".join(dict.fromkeys((row["precision"], other["precision"])))
+                    measured = f"{rates} images/s, {row['shape'].partition(' ')[2]}, {precisions}"
                     yield Found(measured, f"{ratio:.2f}", ratio >= goal, *place(row))
 
     return find

@@ -21,8 +21,10 @@ from spml_fast.evaluation.entries import (
     as_pairs,
     check_choice,
     dense_label_counts,
+    in_threads,
     row_chunks,
 )
+from spml_fast.evaluation.selection import select_entries
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,14 @@ def average_precision(
     scores_a, codes_a = as_dense(scores, codes)
     positives, known = dense_label_counts(scores_a, codes_a, class_names)
     ap = np.full(scores_a.shape[1], np.nan)
-    for low, high in _class_blocks(known):
-        ap[low:high] = _block_ap(scores_a[:, low:high], codes_a[:, low:high], known[low:high], definition)
+
+    def fill(block: tuple[int, int]) -> None:
+        part = slice(*block)
+        whole = definition == "sklearn" and bool((known[part] == len(scores_a)).all())
+        block_ap = _whole_block_ap if whole else _block_ap
+        ap[part] = block_ap(scores_a[:, part], codes_a[:, part], known[part], definition)
+
+    in_threads(fill, list(_class_blocks(known)))
     return ClassAP(ap, positives, known - positives, definition)
 
 
@@ -227,6 +235,23 @@ def _block_ap(
     return _segment_ap(_sorted_keys(class_id, score, code, row, width, stable), known, definition)[0]
 
 
+def _whole_block_ap(
+    scores: npt.NDArray[np.floating], codes: npt.NDArray[np.integer], known: IntArray, definition: Definition
+) -> FloatArray:
+    """`_block_ap` of classes that are annotated in every row, by scikit-learn's definition, which has no row order."""
+    if scores.dtype == np.float64:
+        return _block_ap(scores, codes, known, definition)
+    score = np.ascontiguousarray(scores.T, dtype=np.float32)
+    positive = np.ascontiguousarray((codes == 1).T)
+    selection = select_entries(score, positive)
+    if selection is None:
+        return _block_ap(scores, codes, known, definition)
+    chosen = selection.entries
+    class_id = chosen // len(scores)
+    keys = _sorted_keys(class_id, score.ravel()[chosen], positive.ravel()[chosen], None, len(known), stable=False)
+    return _segment_ap(keys, np.bincount(class_id, minlength=len(known)), definition, selection.skipped)[0]
+
+
 def _descending_bits(score: npt.NDArray[np.floating]) -> npt.NDArray[np.uint32]:
     """uint32 codes that ascend where the scores descend; equal exactly where the scores are equal."""
     if score.dtype == np.float64:
@@ -274,11 +299,18 @@ def _sorted_keys(
     return keys
 
 
-def _segment_ap(keys: npt.NDArray[np.uint64], known: IntArray, definition: Definition) -> tuple[FloatArray, IntArray]:
-    """AP float64 [C] (NaN without positives) and positives int64 [C] of sorted keys uint64 [M].
+def _segment_ap(
+    keys: npt.NDArray[np.uint64], known: IntArray, definition: Definition, skipped: IntArray | None = None
+) -> tuple[FloatArray, IntArray]:
+    """AP float64 [C] (NaN without positives) and positives int64 [C].
 
-    `known` int64 [C] is the number of keys of each class. Precision changes its weight in AP at positives only, so
-    all arithmetic is on them.
+    Precision changes its weight in AP at positives only, so all arithmetic is on them.
+
+    Args:
+        keys: sorted, uint64 [M].
+        known: int64 [C], the number of keys of each class.
+        definition: of AP.
+        skipped: int64 [P], entries without a key that rank above each positive; None for none.
     """
     positions = np.flatnonzero(keys & np.uint64(1))
     starts = np.concatenate([[0], np.cumsum(known)])
@@ -291,6 +323,8 @@ def _segment_ap(keys: npt.NDArray[np.uint64], known: IntArray, definition: Defin
         return ap, positives
     tp = np.arange(1, len(positions) + 1) - np.repeat(first, positives)
     seen = positions + 1 - np.repeat(starts[:-1], positives)
+    if skipped is not None:
+        seen += skipped
     if definition == "sklearn":
         # The negatives of a tie lie before its positives, so the last positive of a tie is the end of the tie.
         tie = keys[positions]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from spml_fast.core.errors import UserError
 
@@ -19,10 +21,15 @@ FloatArray = npt.NDArray[np.float64]
 
 IntArray = npt.NDArray[np.int64]
 
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
 BoolArray = npt.NDArray[np.bool_]
 
 # Known entries that are sorted at once in the dense form: 8 MB of keys, which a sort keeps close to the processor.
 BLOCK_ENTRIES = 1 << 20
+# Memory bounds what more would win.
+_MOST_THREADS = 8
 
 
 def ratio(part: Any, whole: Any) -> float:
@@ -50,6 +57,19 @@ def row_chunks(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK_ENTRIES // max(width, 1))
     for start in range(0, num_rows, step):
         yield start, min(start + step, num_rows)
+
+
+def in_threads(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+    """What `work` gives for every part, in their order, on as many threads as this process may compute with.
+
+    NumPy lets go of the interpreter in what takes long: sorting, counting, arithmetic. Of several errors the one of the
+    first part is raised.
+    """
+    threads = min(torch.get_num_threads(), len(parts), _MOST_THREADS)
+    if threads <= 1:
+        return [work(part) for part in parts]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, parts))
 
 
 def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
@@ -171,13 +191,14 @@ def dense_label_counts(
     scores: npt.NDArray[np.floating], codes: npt.NDArray[np.integer], class_names: Sequence[str] | None
 ) -> tuple[IntArray, IntArray]:
     """Known positives and known entries of each class, int64 [C]; refuses bad values on the way."""
-    num_rows, num_classes = codes.shape
-    positives, known = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
-    for start, stop in row_chunks(num_rows, num_classes):
-        code = codes[start:stop]
-        check_dense(scores[start:stop], code, start, class_names)
-        positives += np.count_nonzero(code == 1, axis=0)
-        known += np.count_nonzero(code >= 0, axis=0)
+
+    def count(rows: tuple[int, int]) -> IntArray:
+        code = codes[slice(*rows)]
+        check_dense(scores[slice(*rows)], code, rows[0], class_names)
+        return np.stack([np.count_nonzero(code == 1, axis=0), np.count_nonzero(code >= 0, axis=0)])
+
+    counts = in_threads(count, list(row_chunks(*codes.shape)))
+    positives, known = sum(counts, np.zeros((2, codes.shape[1]), np.int64))
     return positives, known
 
 

@@ -17,6 +17,7 @@ from spml_fast.evaluation.entries import (
     as_pairs,
     check_dense,
     harmonic,
+    in_threads,
     ratio,
     ratios,
     row_chunks,
@@ -196,17 +197,18 @@ def dense_threshold_counts(
         top_ks: numbers of highest scores of a row that may be predicted; None: no such condition.
         class_names: names for error messages.
     """
-    num_rows, num_classes = scores.shape
-    sums = np.zeros((2 + 2 * len(top_ks), num_classes), dtype=np.int64)
-    for start, stop in row_chunks(num_rows, num_classes):
-        score, code = scores[start:stop], codes[start:stop]
-        check_dense(score, code, start, class_names)
+
+    def count(rows: tuple[int, int]) -> IntArray:
+        score, code = scores[slice(*rows)], codes[slice(*rows)]
+        check_dense(score, code, rows[0], class_names)
         known, positive = code >= 0, code == 1
-        sums[0] += np.count_nonzero(known, axis=0)
-        sums[1] += np.count_nonzero(positive, axis=0)
         above = score >= threshold if inclusive else score > threshold
-        for i, k in enumerate(top_ks):
+        masks = [known, positive]
+        for k in top_ks:
             predicted = above if k is None else above & top_k_mask(score, k)
-            sums[2 + 2 * i] += np.count_nonzero(predicted & positive, axis=0)
-            sums[3 + 2 * i] += np.count_nonzero(predicted & known, axis=0)
+            masks += [predicted & positive, predicted & known]
+        return np.stack([np.count_nonzero(mask, axis=0) for mask in masks])
+
+    counts = in_threads(count, list(row_chunks(*scores.shape)))
+    sums = sum(counts, np.zeros((2 + 2 * len(top_ks), scores.shape[1]), np.int64))
     return [ThresholdCounts(sums[2 + 2 * i], sums[3 + 2 * i], sums[1], sums[0]) for i in range(len(top_ks))]

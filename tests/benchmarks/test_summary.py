@@ -49,7 +49,7 @@ def test_measured_figures(tmp_path: Path) -> None:
     kernel |= {"has_backward": "", "copy": 0.9, "gpu": "A card", "commit": "abc", "cam_mb": "", "graph_p50": ""}
     write(tmp_path / "a_card_kernels.csv", [kernel])
     step = {"op": "step", "shape": "an resnet50 224 px B 8 C 80", "mode": "files deepspeed", "precision": "bf16"}
-    ways = [("spml_fast", 10.9, 1.0, {}), ("plain", 4.8, 0.44, {}), ("bf16", 10.3, 0.95, {})]
+    ways = [("spml_fast", 10.9, 1.0, {}), ("plain", 4.8, 0.44, {"precision": "fp32"}), ("bf16", 10.3, 0.95, {})]
     # Another processor's rows, and steps without files, are not compared with these.
     ways += [("bf16", 1.0, 0.1, {"cpu": "Another"}), ("plain", 1.0, 0.1, {"mode": "memory torch"})]
     rates = [{"provider": name, "images_per_second": rate, "ratio": ratio} for name, rate, ratio, _ in ways]
@@ -64,7 +64,7 @@ def test_measured_figures(tmp_path: Path) -> None:
     assert len(lines) == 8
     assert (
         lines.pop(1) == "| step of AN | 1.75 times | released code's loop | 10.9 against 4.8 images/s, resnet50 224 px "
-        "B 8 C 80; ours in bf16 | 2.27 | yes | A CPU, 2 cores | 2026-01-02 |"
+        "B 8 C 80, bf16 / fp32 | 2.27 | yes | A CPU, 2 cores | 2026-01-02 |"
     )
     assert "10.9 against 10.3 images/s" in lines[1] and "| 1.05 | **no** |" in lines.pop(1)
     assert "90 against 100 images/s, 640 x 480 to 448 px | 0.90 | **no** |" in lines.pop(1)
