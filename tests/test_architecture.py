@@ -177,7 +177,7 @@ def test_timm_makes_models_in_one_folder():
     """Training may use timm's helpers for moving averages and BatchNorm; nothing else touches timm."""
     users = {str(p.relative_to(ROOT)): imported(p) for p in OURS if uses(p, "timm")}
     others = {name for name in users if not name.startswith("spml_fast/models/")}
-    assert others <= {"spml_fast/training/trainer.py", "spml_fast/training/batchnorm_state.py"}
+    assert others <= {"spml_fast/training/averaging.py", "spml_fast/training/batchnorm_state.py"}
     helpers = {n for name in others for n in users[name] if n.split(".")[0] == "timm"}
     assert all(n.startswith(("timm.utils", "timm.layers")) for n in helpers)
 

@@ -227,6 +227,8 @@ class TrainConfig(Section):
         warmup_share: fraction of the updates during which the learning rate rises (one_cycle, cosine).
         clip: largest global gradient norm; 0 is off.
         ema_decay: decay of an exponential moving average of the weights (then evaluated and saved); 0 is off.
+        average_weights: evaluate and save the mean of the weights after every update of fine-tuning, those that it
+            starts from included, in the place of the last ones; not together with ema_decay.
         precision: bf16 runs the network under autocast; auto takes it on GPUs from sm_80, and on a CPU where steps of
             the run's network, which are timed at the start, are 1.15 times as fast with it; fp32 elsewhere. The run
             keeps what was chosen.
@@ -267,6 +269,7 @@ class TrainConfig(Section):
     warmup_share: float = fraction(0.2)
     clip: float = not_negative(0.0)
     ema_decay: float = fraction(0.0)
+    average_weights: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     best_of: Literal["finetune", "run"] = "finetune"
     stop_after_drop: float = not_negative(0.0)
@@ -278,11 +281,15 @@ class TrainConfig(Section):
     repeat_threshold: float = 1e-3
 
     def check(self) -> None:
-        """A head that is solved for takes one pass."""
+        """A head that is solved for takes one pass; there is one average."""
         if self.linear == "solve" and self.linear_epochs not in (None, 1):
             raise UserError(
                 f"train.linear solve is one pass, and train.linear_epochs is {self.linear_epochs}; set it to null (or "
                 "train.linear to sgd)"
+            )
+        if self.average_weights and self.ema_decay:
+            raise UserError(
+                "train.average_weights and train.ema_decay are two averages of the weights; take one of them"
             )
 
 
@@ -423,8 +430,9 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.train.ema_decay and self.deepspeed.zero_stage == 3:
-            raise UserError("train.ema_decay does not work with deepspeed.zero_stage 3 (no rank holds whole weights)")
+        averaged = "ema_decay" if self.train.ema_decay else "average_weights" if self.train.average_weights else None
+        if averaged is not None and self.deepspeed.zero_stage == 3:
+            raise UserError(f"train.{averaged} does not work with deepspeed.zero_stage 3 (no rank holds whole weights)")
 
 
 SECTIONS: dict[str, type[Section]] = {

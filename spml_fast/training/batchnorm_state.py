@@ -10,24 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from spml_fast.core import distributed
 from spml_fast.runs.layout import saved_rank_state
+from spml_fast.training.averaging import WeightAverage
 from spml_fast.training.checkpoint import load_rank_states
 
 _PREFIX = "batchnorm."
 
 
-def average_statistics(classifier: nn.Module, ema: ModelEmaV3 | None) -> None:
+def average_statistics(classifier: nn.Module, ema: WeightAverage | None) -> None:
     """Have all ranks go on with the mean of their statistics (collective)."""
     for module in (classifier, ema.module if ema is not None else None):
         if module is not None and distributed.world_size() > 1:
             distribute_bn(module, distributed.world_size(), reduce=True)
 
 
-def _statistics(classifier: nn.Module, ema: ModelEmaV3 | None) -> Iterator[tuple[str, Tensor]]:
+def _statistics(classifier: nn.Module, ema: WeightAverage | None) -> Iterator[tuple[str, Tensor]]:
     """Name and buffer of what `distribute_bn` averages."""
     for part, module in (("classifier", classifier), ("ema", ema)):
         for name, buffer in module.named_buffers() if module is not None else ():
@@ -35,12 +36,12 @@ def _statistics(classifier: nn.Module, ema: ModelEmaV3 | None) -> Iterator[tuple
                 yield f"{_PREFIX}{part}.{name}", buffer
 
 
-def own_statistics(classifier: nn.Module, ema: ModelEmaV3 | None) -> dict[str, Tensor]:
+def own_statistics(classifier: nn.Module, ema: WeightAverage | None) -> dict[str, Tensor]:
     """This rank's statistics by name; nothing when there is one rank, whose statistics DeepSpeed saves."""
     return dict(_statistics(classifier, ema)) if distributed.world_size() > 1 else {}
 
 
-def restore_statistics(classifier: nn.Module, ema: ModelEmaV3 | None, checkpoint: Path, ranks: int) -> None:
+def restore_statistics(classifier: nn.Module, ema: WeightAverage | None, checkpoint: Path, ranks: int) -> None:
     """Put back what `own_statistics` gave: a rank's own, or the mean where another number of ranks saved them.
 
     Args:

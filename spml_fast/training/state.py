@@ -72,7 +72,10 @@ def restore_state(trainer: Trainer, phase: Phase, resume: Resume) -> tuple[int, 
         trainer.method.load_rank_state(load_rank_states(checkpoint.path, position.world_size))
     if trainer.ema is not None:
         if state["ema"] is None:
-            raise UserError(f"checkpoint {checkpoint.path} has no EMA; resume with train.ema_decay 0")
+            raise UserError(
+                f"checkpoint {checkpoint.path} has no average of the weights; resume with train.ema_decay 0 and "
+                "train.average_weights false"
+            )
         trainer.ema.module.load_state_dict(state["ema"])
     restore_statistics(trainer.classifier, trainer.ema, checkpoint.path, position.world_size)
     trainer.score.load_state(state["best"])

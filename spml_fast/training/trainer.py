@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from spml_fast import __version__
@@ -30,6 +29,7 @@ from spml_fast.runs.warm_start import warm_start
 from spml_fast.runs.write import write_description
 from spml_fast.training import console, peers
 from spml_fast.training.advice import opening_notes
+from spml_fast.training.averaging import WeightAverage, weight_average
 from spml_fast.training.bad_image_list import list_bad_images
 from spml_fast.training.batchnorm_state import average_statistics, own_statistics
 from spml_fast.training.checkpoint import CheckpointPosition
@@ -127,7 +127,7 @@ class Trainer:
         # Since the last line of an epoch.
         self.spent = Spent()
         self.last_loss: float | None = None
-        self.ema: ModelEmaV3 | None = None
+        self.ema: WeightAverage | None = None
         # The run that this one started from (runs/warm_start.py).
         self.started_from: dict[str, Any] | None = None
         # Of the epoch that is under way: its clock, and its sums on this rank.
@@ -199,7 +199,7 @@ class Trainer:
         module = TrainingModule(self.classifier, self.method)
         self.engine = Engine(module, optimizer, scheduler, ds_config)
         self.classifier.to(self.device)
-        self.ema = ModelEmaV3(self.classifier, train.ema_decay, use_warmup=True) if train.ema_decay else None
+        self.ema = weight_average(self.classifier, train, linear)
         self.guard = NonFiniteGuard(train, self.engine, self.classifier, self.loader, self.checkpoints)
         start_epoch, start_update = 1, 0
         if resume is not None:

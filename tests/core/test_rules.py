@@ -71,6 +71,9 @@ def test_sections_know_their_names_and_cannot_be_changed(name):
 
 
 def test_a_configuration_checks_its_sections_against_each_other():
+    averaged = TrainConfig(average_weights=True)
+    with pytest.raises(UserError, match=r"train\.average_weights does not work with deepspeed\.zero_stage 3"):
+        Config(method=MethodOptions(), train=averaged, deepspeed=EngineConfig(zero_stage=3))
     train = TrainConfig(ema_decay=0.9)
     with pytest.raises(UserError, match=r"train\.ema_decay does not work with deepspeed\.zero_stage 3"):
         Config(method=MethodOptions(), train=train, deepspeed=EngineConfig(zero_stage=3))

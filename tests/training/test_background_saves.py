@@ -52,6 +52,9 @@ io.flush_to_disk = wait
 """
 
 
+AVERAGE = {"train__average_weights": True}
+
+
 def words(data: Path, run: Path, plugin: str | None = None, **more: object) -> list[str]:
     given = BASE | {"data__dir": data, "run__dir": run, "run__save_updates": 0} | more
     out = [word for key, value in given.items() for word in (f"--{key.replace('__', '.')}", str(value))]
@@ -67,7 +70,7 @@ def words(data: Path, run: Path, plugin: str | None = None, **more: object) -> l
     [
         # Without validation every epoch is the best: the weights come last, and are held when all else is written.
         (1, "model.safetensors", {"method": "ll_cp", "method__delta_rel": 5, "train__ema_decay": 0.9, **NO_VALIDATION}),
-        (2, "finetune-e0002-u000000", {"method": "role", "method__expected_positives": 2.5}),
+        (2, "finetune-e0002-u000000", {"method": "role", "method__expected_positives": 2.5, **AVERAGE}),
     ],
 )
 def test_a_run_that_is_killed_while_an_epochs_end_is_written(
