@@ -442,7 +442,7 @@ class TestClassifier:
         assert config.model.alpha_train == config.model.alpha_eval == 1
         full = parse_config([*words[:4], "--model.head_options.groups", "null"]).model.head_options
         assert full == MLDecoderOptions(groups=None)
-        recipe = ["--config", "openimages_v6_an", *words, "--eval.alphas", "[1]"]
+        recipe = ["--config", "openimages_v6_an", *words, "--eval.alphas", "null"]
         assert parse_config(recipe).model.alpha_train == 1
         for more, word in ((["--model.alpha_train", "3"], "alpha_train is 3"), (["--eval.alphas", "[1, 5]"], "alphas")):
             with pytest.raises(UserError, match=word):
