@@ -331,8 +331,10 @@ class TestHead:
             assert abs(parameter.mean().item()) < 4 * bound / math.sqrt(3 * parameter.numel())
         parts = (attention.query, attention.key, attention.value, attention.out, head.classify)
         assert not any(part.bias.any() for part in parts)
-        # 30 groups of 4 classes, of which 25 are used: the spread is that of all.
-        assert head.classify.weight.std().item() == pytest.approx(math.sqrt(2 / ((256 + 30) * 4)), rel=0.02)
+        # 300 groups of 4 classes, of which 250 are used: the spread is that of all.
+        wide = make_head("ml_decoder", {"hidden": 16, "ffn": 16, "groups": 300}, 64, 1000, GRID)
+        spread = wide.get_parameter("classify.weight").std().item()
+        assert spread == pytest.approx(math.sqrt(2 / ((16 + 300) * 4)), rel=0.03)
         assert head.queries.std().item() == pytest.approx(1, abs=0.03) and abs(head.queries.mean().item()) < 0.05
         assert all((n.weight == 1).all() and not n.bias.any() for n in (head.norm1, head.norm2, head.norm3))
 
@@ -376,6 +378,13 @@ class TestHead:
         first, second = head.train()(x).mean
         assert not torch.equal(first, second)
 
+    def test_everything_that_is_added_passes_dropout(self) -> None:
+        """With all of it dropped, what is left of a query is its norms, whatever the image."""
+        head, x = make().train(), features()
+        head.dropout.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+        states = head.norm3(head.norm2(head.norm1(head.queries)))[None]
+        torch.testing.assert_close(head(x).mean, head.classify(states).expand(2, -1))
+
     def test_defaults_are_the_papers(self) -> None:
         o = MLDecoderOptions()
         assert (o.groups, o.queries, o.hidden, o.ffn, o.heads, o.dropout) == (100, "fixed", 768, 2048, 8, 0.1)
@@ -390,8 +399,9 @@ class TestHead:
         torch.testing.assert_close(output.maps, wanted.maps, atol=0.01, rtol=0.1)
         # The group-wise layer itself computes in fp32.
         states = torch.randn(2, 3, 32)
+        exact_logits = head.classify(states)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(head.classify(states), head.classify.float()(states))
+            assert torch.equal(head.classify(states), exact_logits)
         slopes, exact = (torch.autograd.grad(o.mean.sum(), list(head.parameters())) for o in (output, wanted))
         for ours, theirs in zip(slopes, exact, strict=True):
             assert ours.dtype == torch.float32 and (ours - theirs).norm() < 0.1 * theirs.norm() + 0.05
