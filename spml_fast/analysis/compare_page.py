@@ -168,7 +168,8 @@ def draw_comparison(
         UserError: the file cannot be written.
     """
     names, families, undrawable = class_names(images, classes)
-    scales = colour_scales([image for column in columns for image in column.images])
+    every = [image for column in columns for image in column.images]
+    scales = colour_scales(every)
     blocks = []
     for place, image in enumerate(images):
         for k, class_id in enumerate(image.classes.tolist()):
@@ -179,5 +180,5 @@ def draw_comparison(
             lines += image_lines(image, names)
             panels = row_panels(columns, place, k, scales, positive_only)
             blocks.append(Block(image.aspect, [boxed_image(image, [k], lines), *panels]))
-    draw_page(out, title, colour_bars(scales, positive_only), page_notes(images), blocks, families)
+    draw_page(out, title, colour_bars(scales, positive_only), page_notes([*images, *every]), blocks, families)
     return undrawable

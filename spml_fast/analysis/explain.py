@@ -1,14 +1,15 @@
 """Class activation maps drawn over images: where a trained run sees evidence for a class, and where against it.
 
 A CAM head's logit is the mean of its signed map: above 0 a cell is evidence for the class, below 0 against it. Maps are
-the head's own, with the bias and without the boost. A head with queries (Query2Label) shows its attention: where the
-query of the class looks in the last layer, the mean over attention heads, never negative and 1 in sum. That is no
-evidence, and never drawn in the colours of it. What IGNORE masks the images of such a head by is another map, the
-attention times the channel mean of the features; the mask and the masked image are those of training.
+the head's own, with the bias and without the boost. A head with queries (Query2Label, ML-Decoder) shows its attention:
+where the query of the class looks in the last layer, the mean over attention heads, never negative and 1 in sum. That
+is no evidence, and never drawn in the colours of it. Classes that share a query have one map, which the page says. What
+IGNORE masks the images of such a head by is another map, the attention times the channel mean of the features; the mask
+and the masked image are those of training.
 
 Maps are made of the chosen classes alone, never of all C.
 
-Source: docs/sources.md#boostlu (the CAM head), docs/sources.md#ignore (the map of a Query2Label head).
+Source: docs/sources.md#boostlu (the CAM head), docs/sources.md#ignore (the map of a head with queries).
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Explained:
         maps: float32 [k, h, w], the head's own.
         kind: what `shown` says.
         attention: float32 [k, h, w] of the classes' queries, None for heads without queries.
+        classes_per_query: classes that share a query, and so its attention.
         predicted: class ids of probability `PREDICTED` or more, the most probable first.
         known: int8 [k] label of each class, or None where nothing is known of the image.
         labels: (observed positives, positives that training does not see), class ids; None as `known`.
@@ -104,6 +106,7 @@ class Explained:
     full_logit: npt.NDArray[np.float32] | None = None
     masked_logit: npt.NDArray[np.float32] | None = None
     attention: npt.NDArray[np.float32] | None = None
+    classes_per_query: int = 1
     boxes: tuple[npt.NDArray[np.float32], ...] | None = None
 
     @property
@@ -235,6 +238,7 @@ def explain(
                 maps=cells[row],
                 kind=kind,
                 attention=None if attention is None else attention[row],
+                classes_per_query=classifier.head.classes_per_query,
                 predicted=tuple(order.indices[row, : count[row]].tolist()),
                 kept=None if masked is None else np.stack([kept[row] for kept, _ in masked]),
                 full_logit=None if masked is None else at_trained[row],

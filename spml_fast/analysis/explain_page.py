@@ -50,8 +50,11 @@ def colour_bars(scales: dict[Kind, float], positive_only: bool) -> list[ColourBa
 
 
 def page_notes(images: Sequence[Explained]) -> list[Line]:
-    """What frames, boxes and crosses of these images mean."""
+    """What shared maps, frames, boxes and crosses of these images mean."""
     notes = []
+    shared = max((image.classes_per_query for image in images), default=1)
+    if shared > 1:
+        notes.append(Line(f"{shared} classes share a query and so one map of attention; their logits tell them apart"))
     if any(image.boxes is not None for image in images):
         notes.append(Line("white box: an object of the class; cross: the peak of the map, inside a box or outside"))
     if any(image.known is not None for image in images):

@@ -181,8 +181,9 @@ class Predictor:
 
         Returns:
             float32 [N, k, h, w]: positive where a cell is evidence for the class, negative where it is against it;
-            without the boost and with the bias. (h, w) is the grid of the backbone's features. Of a Query2Label head
-            the map that IGNORE masks images by, attention times mean feature.
+            without the boost and with the bias. (h, w) is the grid of the backbone's features. Of a head with
+            queries (Query2Label, ML-Decoder) the map that IGNORE masks images by, attention times mean feature;
+            classes that share a query have the same one.
 
         Raises:
             UserError: no such class, an image that cannot be read, or a model without maps.

@@ -157,8 +157,9 @@ class ModelConfig(Section):
             from its best weights: backbone and head, whose classes are matched by name.
         weights_crc32: checksum that the weights file must have. A run that starts from another one writes it into its
             config.yaml, so that a repeat starts from the same weights.
-        head: cam is 1x1 class weights, BoostLU and the spatial mean; query2label reads the features by cross-attention
-            (it has no map to boost, so alpha is 1 with it).
+        head: cam is 1x1 class weights, BoostLU and the spatial mean; query2label reads the features by cross-attention,
+            a query for each class, and ml_decoder with a query for a group of classes, which suits thousands of them
+            (neither has a map to boost, so alpha is 1 with them).
         head_options: options of that head, for example {preset: tiny} or --model.head_options.preset tiny for
             query2label; --model.head NAME --help explains those of NAME.
         alpha_train: BoostLU's factor on positive cells in training; 1 is the plain class activation map.

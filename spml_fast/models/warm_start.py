@@ -19,6 +19,7 @@ class WarmStart:
 
     Attributes:
         head: whether the head was taken over; False where its own parts do not fit.
+        obstacle: why it was not; empty where it was.
         matched: number of classes that both have, whose rows were taken over.
         new: classes that start fresh.
         left_out: classes of the source that are not used.
@@ -26,6 +27,7 @@ class WarmStart:
     """
 
     head: bool
+    obstacle: str
     matched: int
     new: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -38,8 +40,8 @@ def start_from(
     """Take over the backbone and the head of a classifier's state.
 
     Rows of the head's `class_parameters` are matched by the names of their classes; the head's other parameters are
-    taken as they are. A head that does not fit (another kind, other widths) stays fresh. What is not taken over keeps
-    the values that it has.
+    taken as they are. A head that does not fit stays fresh: another kind, other widths, or other classes than those
+    that share its queries. What is not taken over keeps the values that it has.
 
     Args:
         classifier: changed in place.
@@ -73,10 +75,12 @@ def start_from(
             )
     classifier.backbone.load_state_dict(backbone)
     rows = [(there.index(name), row) for row, name in enumerate(here) if name in set(there)]
-    taken = _take_head(classifier, parts["head"], there, here, rows, source)
+    obstacle = _take_head(classifier, parts["head"], there, here, rows, source)
+    taken = not obstacle
     known = set(there) if taken else set()
     return WarmStart(
         head=taken,
+        obstacle=obstacle,
         matched=len(rows) if taken else 0,
         new=tuple(name for name in here if name not in known),
         left_out=tuple(name for name in there if name not in set(here)),
@@ -92,13 +96,20 @@ def _take_head(
     here: Sequence[str],
     rows: Sequence[tuple[int, int]],
     source: str,
-) -> bool:
-    """Take over the head's state, `rows` (there, here) of what belongs to classes; False where it does not fit."""
+) -> str:
+    """Take over the head's state, `rows` (there, here) of what belongs to classes; why it does not fit, or nothing."""
     head = classifier.head
     own, by_class = head.state_dict(), set(head.class_parameters)
     if state.keys() != own.keys():
-        return False
-    if not by_class and list(there) != list(here):
+        return "that of the run has other parts"
+    if head.classes_per_query > 1:
+        if list(there) != list(here):
+            return (
+                f"{head.classes_per_query} of its classes share a query, so that they cannot be matched by name, and "
+                "the run has other classes or another order"
+            )
+        by_class = set()
+    elif not by_class and list(there) != list(here):
         raise UserError(
             f"{source} has other classes, and head {type(head).__name__} does not say which of its parameters "
             "belong to classes (Head.class_parameters)"
@@ -106,11 +117,11 @@ def _take_head(
     for name, value in state.items():
         first = 1 if name in by_class else 0
         if value.shape[first:] != own[name].shape[first:]:
-            return False
+            return "that of the run has other sizes"
     source_rows, own_rows = (torch.tensor([pair[i] for pair in rows], dtype=torch.int64) for i in (0, 1))
     for name, value in state.items():
         if name in by_class:
             own[name][own_rows] = value[source_rows].to(own[name].dtype)
         else:
             own[name].copy_(value)
-    return True
+    return ""

@@ -130,7 +130,7 @@ def _parts(started: WarmStart, source: Config, config: Config, classes: Sequence
     """What was taken over."""
     here, there = config.model.head, source.model.head
     if not started.head:
-        why = f"the run has {there}" if here != there else "that of the run has other sizes"
+        why = f"the run has {there}" if here != there else started.obstacle
         text = f"backbone alone; the head {here} starts fresh, since {why}"
     else:
         text = f"backbone and head, {started.matched} of {len(classes)} classes matched by name"

@@ -15,7 +15,7 @@ from PIL import Image
 from spml_fast.analysis import explain, explain_colours, explain_layout
 from spml_fast.analysis.explain_colours import colour_scales, tint
 from spml_fast.analysis.explain_layout import PANEL, Block, Line, Page, Panel, block_size, displayable_names
-from spml_fast.analysis.explain_page import colour_bars, image_block, map_panel
+from spml_fast.analysis.explain_page import colour_bars, image_block, map_panel, page_notes
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import printable
 from spml_fast.data.image_files import ImageFiles
@@ -180,3 +180,20 @@ class TestKinds:
             assert page.width > 400
         with pytest.raises(UserError, match="alpha 5 has no meaning for head query2label"):
             call("--run", q2l, "--alpha", 5, image_path)
+
+    def test_classes_that_share_a_query_are_said_to(
+        self, small_digits: Path, image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        head = ["--model.head", "ml_decoder", "--model.head_options", "{groups: 4, hidden: 64}"]
+        run = make_run(tmp_path / "run", small_digits, "digits_q2l.yaml", 1, "--method", "an", *head)
+        config, manifest, classifier, _ = load_run(run, CPU)
+        files = ImageFiles([str(image_path)], np.ones(1, np.uint8))
+        (image,) = explain.explain(
+            classifier, config, files, CPU, alpha=1, classes=manifest.classes, top=4, first=[[0, 2, 3, 9]]
+        )
+        assert image.kind == "attention" and image.classes_per_query == 3 and image.attention is not None
+        first, second, other, _ = image.attention
+        assert np.array_equal(first, second) and not np.allclose(first, other)
+        notes = [line.text for line in page_notes([image])]
+        assert notes == ["3 classes share a query and so one map of attention; their logits tell them apart"]
+        assert page_notes([example("attention")]) == []

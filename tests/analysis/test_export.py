@@ -79,9 +79,16 @@ def test_onnx_gives_the_figures_of_predict(run, small_digits, capsys):
 VIT = ["--model.backbone", "test_vit", "--model.alpha_eval", "2", "--model.grad_checkpointing", "true"]
 QUERIES = ["--model.backbone", "test_resnet", "--model.head", "query2label", "--model.head_options", "{preset: tiny}"]
 
+# Ten classes that share four queries.
+GROUPS = ["--model.backbone", "test_resnet", "--model.head", "ml_decoder", "--model.head_options", "{groups: 4}"]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "asked"), [(VIT, ["--alpha", "1"]), (QUERIES, [])], ids=["vit", "query2label"])
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [(VIT, ["--alpha", "1"]), (QUERIES, []), (GROUPS, [])],
+    ids=["vit", "query2label", "ml_decoder"],
+)
 def test_other_backbones_and_heads(options, asked, tmp_path):
     run = make_run(tmp_path / "run", *options)
     (run / "export.onnx").write_bytes(b"mine")

@@ -22,6 +22,7 @@ from tests.support.exports import CLASSES, logits_of, make_run
 from tests.support.paths import ROOT
 
 QUERIES = ["--model.backbone", "test_resnet", "--model.head", "query2label", "--model.head_options", "{preset: tiny}"]
+GROUPS = ["--model.backbone", "test_resnet", "--model.head", "ml_decoder", "--model.head_options", "{groups: 4}"]
 
 
 def call(*arguments: object) -> None:
@@ -104,9 +105,10 @@ def test_transformers_that_pool_their_tokens(paths, tmp_path, capsys):
     ("options", "message"),
     [
         (QUERIES, "head query2label is not part of any timm model"),
+        (GROUPS, "head ml_decoder is not part of any timm model"),
         (["--model.backbone", "test_convnext"], "timm's test_convnext has no form whose logits are the run's"),
     ],
-    ids=["query2label", "convnext"],
+    ids=["query2label", "ml_decoder", "convnext"],
 )
 def test_what_timm_cannot_express(options, message, tmp_path):
     run = make_run(tmp_path / "run", *options)

@@ -189,7 +189,7 @@ class TestSuggestions:
                 ["--method", "an", "--k_rule", "3"],
                 "--method.k_rule is an option of methods ll_cp, ll_ct, ll_r, not of method an",
             ),
-            (["--model.head_options.hidden", "3"], "it is an option of head query2label, not of head cam"),
+            (["--model.head_options.hidden", "3"], "it is an option of heads ml_decoder, query2label, not of head cam"),
         ],
     )
     def test_of_options(self, capsys: pytest.CaptureFixture[str], words: list[str], wanted: str) -> None:

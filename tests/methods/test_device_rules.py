@@ -167,11 +167,12 @@ def test_exact_accumulation_on_a_gpu_stays_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["an", "ignore"])
-def test_query2label_on_a_gpu_stays_there(name: str) -> None:
+@pytest.mark.parametrize(
+    ("head", "options"), [("ml_decoder", {"groups": 2, "hidden": 32}), ("query2label", {"preset": "tiny"})]
+)
+def test_heads_with_queries_on_a_gpu_stay_there(name: str, head: str, options: dict[str, object]) -> None:
     rig = Rig(name)
-    model = ModelConfig(
-        backbone="test_resnet", pretrained=False, freeze_bn=True, head="query2label", head_options={"preset": "tiny"}
-    )
+    model = ModelConfig(backbone="test_resnet", pretrained=False, freeze_bn=True, head=head, head_options=options)
     rig.classifier = Classifier(model, rig.store.num_classes, 32).train()
     loss, copies = run_step(rig, 6, planned=False)
     assert loss.requires_grad and not copies

@@ -117,9 +117,10 @@ class TestTools:
         with methods.GradCAM(model, model.target_layers) as cam:
             torch.testing.assert_close(cam(3, model(views))[0], wanted, atol=1e-4, rtol=0)
 
-    def test_torch_cam_of_query2label(self) -> None:
+    @pytest.mark.parametrize(("head", "options"), [("ml_decoder", {"groups": 2}), ("query2label", {"preset": "tiny"})])
+    def test_torch_cam_of_heads_with_queries(self, head: str, options: dict[str, object]) -> None:
         methods = pytest.importorskip("torchcam.methods", reason=TORCH_CAM)
-        model = CamModel(make(head="query2label", head_options={"preset": "tiny"}, output_stride=8).eval())
+        model = CamModel(make(head=head, head_options=options, output_stride=8).eval())
         with methods.LayerCAM(model, model.target_layers) as cam:
             found = cam(2, model(images()))[0]
         assert found.shape == (2, 8, 8) and found.max() > 0

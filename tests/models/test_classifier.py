@@ -210,9 +210,9 @@ def test_a_head_made_by_hand_needs_neither_grid_nor_options():
     assert CamHead(96, 5).options == HeadOptions() == make().head.options
 
 
-@pytest.mark.parametrize(("head", "has_map"), [("cam", True), ("query2label", False)])
+@pytest.mark.parametrize(("head", "has_map"), [("cam", True), ("ml_decoder", False), ("query2label", False)])
 def test_alpha_is_one_for_heads_without_a_map(head, has_map):
-    model = make(head=head, head_options={} if has_map else {"preset": "tiny"})
+    model = make(head=head, head_options={"preset": "tiny"} if head == "query2label" else {})
     assert model.head.supports_boostlu is has_map and model.head.affine_in_mean is has_map
     assert (model.alpha_train, model.alpha_eval) == ((5, 5) if has_map else (1, 1))
 
@@ -231,7 +231,7 @@ def test_a_head_that_does_not_exist():
     with pytest.raises(UserError) as error:
         make(head="camm")
     assert str(error.value) == (
-        "model.head: there is no head 'camm'; choose one of cam, query2label (did you mean cam?)"
+        "model.head: there is no head 'camm'; choose one of cam, ml_decoder, query2label (did you mean cam?)"
     )
 
 

@@ -25,7 +25,7 @@ def test_prior_logits_by_hand():
             prior_logits(positives, negatives, 100, "labels", floor)
 
 
-@pytest.mark.parametrize("head", ["cam", "query2label"])
+@pytest.mark.parametrize("head", ["cam", "ml_decoder", "query2label"])
 def test_head_starts_at_the_prior(head):
     options = {"preset": "tiny"} if head == "query2label" else {}
     config = ModelConfig(

@@ -20,7 +20,8 @@ from spml_fast.core.errors import UserError
 from spml_fast.evaluation.evaluate import evaluate_split
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.heads import MaskOptions, make_head
-from spml_fast.models.heads.query2label import Attention, Query2LabelHead, Query2LabelOptions, sine_position
+from spml_fast.models.heads.attention import Attention
+from spml_fast.models.heads.query2label import Query2LabelHead, Query2LabelOptions, sine_position
 from tests.support.paths import ROOT
 from tests.support.runs import Run, read_metrics
 

@@ -19,10 +19,18 @@ def classifier(classes: int, size: int = 64, backbone: str = "test_resnet", **op
     return Classifier(model, classes, size).eval()
 
 
-@pytest.mark.parametrize("head", ["cam", "query2label"])
+HEAD_OPTIONS: dict[str, dict[str, object]] = {
+    "cam": {},
+    # A query for each class: classes that share one cannot be matched.
+    "ml_decoder": {"hidden": 32, "ffn": 48, "dropout": 0.0},
+    "query2label": {"preset": "tiny", "dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize("head", HEAD_OPTIONS)
 def test_logits_of_the_classes_that_both_have(head: str) -> None:
     """The outcome, whatever parameters a head has: an image gets the logits that it got before."""
-    options = {"head": head, "head_options": {"preset": "tiny", "dropout": 0.0} if head == "query2label" else {}}
+    options = {"head": head, "head_options": HEAD_OPTIONS[head]}
     source, target = classifier(3, **options), classifier(4, **options)
     fresh = {name: value.clone() for name, value in target.state_dict().items()}
     done = start_from(target, source.state_dict(), THERE, HERE, "RUN")
@@ -76,3 +84,27 @@ def test_a_head_that_does_not_tell_its_classes(monkeypatch: pytest.MonkeyPatch) 
     assert start_from(target, source.state_dict(), THERE, THERE, "RUN").head
     with pytest.raises(UserError, match=r"other classes, and head CamHead does not say .* \(Head.class_parameters\)"):
         start_from(target, source.state_dict(), ["cat", "bee", "ant"], THERE, "RUN")
+
+
+def test_classes_that_share_queries() -> None:
+    """Two classes a query: the same classes in the same order are taken over, and no others are guessed at."""
+    options = {"head": "ml_decoder", "head_options": {"hidden": 32, "ffn": 48, "groups": 2}}
+    images = torch.randn(2, 3, 64, 64)
+    source, same, other, more = (classifier(n, **options) for n in (4, 4, 4, 3))
+    assert start_from(same, source.state_dict(), HERE, HERE, "RUN").head
+    with torch.no_grad():
+        assert torch.equal(same(images).logits, source(images).logits)
+    for target, here in ((other, HERE[::-1]), (more, HERE[:3])):
+        before = {name: value.clone() for name, value in target.head.state_dict().items()}
+        done = start_from(target, source.state_dict(), HERE, here, "RUN")
+        assert not done.head and done.matched == 0 and done.new == tuple(here)
+        assert done.obstacle == (
+            "2 of its classes share a query, so that they cannot be matched by name, and the run has other classes or "
+            "another order"
+        )
+        assert all(torch.equal(before[name], value) for name, value in target.head.state_dict().items())
+        backbone = target.backbone.state_dict()
+        assert all(torch.equal(backbone[n], value) for n, value in source.backbone.state_dict().items())
+    # A query for each class on one side alone: other sizes.
+    alone = classifier(4, head="ml_decoder", head_options={"hidden": 32, "ffn": 48})
+    assert start_from(alone, source.state_dict(), HERE, HERE, "RUN").obstacle == "that of the run has other sizes"

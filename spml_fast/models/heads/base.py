@@ -65,6 +65,8 @@ class Head(nn.Module):
             another one takes the rows of the classes that both have.
         affine_in_mean: whether the logits at alpha 1 are an affine function of the mean feature, so that
             `train.linear solve` can solve for the head; `set_affine` takes the solution.
+        classes_per_query: classes that read one query, of a head with queries. From 2 on they share a map, and the
+            head's parameters cannot be matched by class: only the same classes in the same order can be taken over.
         options: an instance of `Options`; a subclass with options of its own declares their type.
     """
 
@@ -72,6 +74,7 @@ class Head(nn.Module):
     supports_boostlu: ClassVar[bool] = False
     affine_in_mean: ClassVar[bool] = False
     class_parameters: ClassVar[tuple[str, ...]] = ()
+    classes_per_query: int = 1
     options: HeadOptions
 
     def __init__(self, channels: int, num_classes: int, grid: tuple[int, int], options: HeadOptions) -> None:

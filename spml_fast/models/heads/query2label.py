@@ -8,7 +8,7 @@ The decoder has no self-attention: queries do not see each other. There is no cl
 has no meaning here and must be 1.
 
 The map of a class, as IGNORE uses it, is A[c] * mean_channel(F): A the cross-attention row of the class in the last
-decoder layer, averaged over heads, F the backbone's own feature map. That is the channel mean of A[c] * F, factorised.
+decoder layer, averaged over heads, F the backbone's own feature map (`attention_output`).
 
 Where released code differs:
 - it keeps the attention weights of all classes and layers; here attention is fused, and the rows of the classes asked
@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from spml_kernels import map_mask
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import no_autocast
+from spml_fast.models.heads.attention import Attention, FeedForward, attention_output
 from spml_fast.models.heads.base import Head, HeadOptions, HeadOutput, MaskOptions, register
 
 
@@ -81,69 +80,6 @@ def sine_position(height: int, width: int, dim: int) -> Tensor:
     y = code(height)[:, None].expand(height, width, half)
     x = code(width)[None].expand(height, width, half)
     return torch.cat([y, x], -1).flatten(0, 1).float()
-
-
-class Attention(nn.Module):
-    """Multi-head attention, fused; on demand the weights of a few queries.
-
-    Args:
-        dim: d.
-        heads: number of heads.
-        dropout: rate on the weights in training.
-    """
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
-
-    def _split(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None = None, row_dropout: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
-
-        Args:
-            query: [B, Q, d], or [1, Q, d] when all images share it.
-            key: [B, L, d].
-            value: [B, L, d].
-            rows: int64 [B, N] places in Q whose weights are wanted; negative ones give zeros.
-            row_dropout: put dropout on these weights (in training).
-
-        Returns:
-            [B, Q, d], and weights [B, N, L] fp32 averaged over heads (without gradient) or None.
-        """
-        q, k, v = self._split(self.query(query)), self._split(self.key(key)), self._split(self.value(value))
-        # Not len(k), which would be a fixed number in an exported graph.
-        q = q.expand(k.shape[0], -1, -1, -1)
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        out = self.out(mixed.transpose(1, 2).flatten(2))
-        if rows is None:
-            return out, None
-        with torch.no_grad(), no_autocast(q.device):
-            place = rows.clamp(min=0)[:, None, :, None].expand(-1, self.heads, -1, q.shape[-1])
-            chosen = q.gather(2, place)
-            if q.dtype in (torch.bfloat16, torch.float16):
-                chosen, k = chosen.float(), k.float()
-            weights = torch.softmax(chosen @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
-            if row_dropout:
-                weights = F.dropout(weights, self.dropout, self.training)
-            weights = torch.where((rows >= 0)[:, :, None], weights.mean(1), 0.0)
-        return out, weights
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with ReLU and dropout between."""
-
-    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.up, self.down, self.dropout = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(dropout)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[..., d] to [..., d]."""
-        return self.down(self.dropout(F.relu(self.up(tokens))))
 
 
 class EncoderLayer(nn.Module):
@@ -314,13 +250,4 @@ class Query2LabelHead(Head):
             last = layer is self.decoder[-1]
             states, rows = layer(states, query, memory, placed, classes if last else None, self.options.map_dropout)
         logits = self.classify(self.norm(states))
-        if classes is None or rows is None:
-            return HeadOutput(logits)
-        with torch.no_grad(), no_autocast(features.device):
-            average = features.detach().mean(-1, dtype=rows.dtype)
-            attention = rows.unflatten(2, grid)
-            maps = attention * average[:, None]
-            if mask is None or images is None:
-                return HeadOutput(logits, maps=maps, attention=attention)
-            masked = map_mask(maps, classes, images, mask.threshold, mask.norm, mask.group)
-        return HeadOutput(logits, masked=masked)
+        return attention_output(logits, rows, features, classes, images, mask)
