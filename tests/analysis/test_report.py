@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from spml_fast.analysis.report.charts import drawn, epoch_charts, heat_map, strip_chart
+from spml_fast.analysis.report.data_sets import DataSets, training_counts
 from spml_fast.analysis.report.decisions import calibration_errors, calibrations
 from spml_fast.analysis.report.groups import (
     differing,
@@ -20,7 +21,6 @@ from spml_fast.analysis.report.groups import (
     option_table,
     setup_rows,
     summary,
-    training_counts,
 )
 from spml_fast.analysis.report.health import health
 from spml_fast.analysis.report.page import make_page
@@ -80,8 +80,9 @@ def test_a_page_of_one_run(tmp_path):
     table = class_table(made)
     assert table["names"] == NAMES and table["groups"][0]["ap"] == [90, 80, None, 10]
     # A run without a record of its evaluation has none of what would be shown of it.
-    for section in ("mistakes", "confusions", "calibration", "selected", "data"):
+    for section in ("mistakes", "confusions", "calibration", "selected"):
         assert f'<section id="{section}"' not in made
+    assert "Counts of images and labels of ll_r are not shown: the run does not say where its data set is." in page.text
     # Nothing is fetched from anywhere, and nothing that is not in the page may run.
     assert all(link.startswith("data:image/jpeg;base64,") for link in page.links)
     assert "default-src 'none'" in made and "unsafe" not in made
@@ -278,7 +279,8 @@ def test_labels_are_counted_in_the_data_set_of_each_run(tmp_path, small_digits):
         read_run(make_run(tmp_path / "gone", "--data.dir", str(tmp_path / "nowhere" / ("long" * 9)))),
     ]
     groups = group_runs(runs)
-    counted, missing = training_counts(groups)
+    (counted, missing), (absence,) = training_counts(groups, DataSets())
+    assert absence.setting == groups[1].label and "does not exist" in absence.reason
     known = Manifest(small_digits).split("train").observed
     assert (
         missing is None
