@@ -330,7 +330,8 @@ def table_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     def text(value: float | None) -> str:
         return "not defined" if value is None else f"{value:.2f}"
 
-    names = {"map": f"mAP ({metrics['empty_classes']})"}
+    # Where every class has a positive, no convention about those without one is needed.
+    names = {"map": f"mAP ({metrics['empty_classes']})" if metrics["classes_without_positive"] else "mAP"}
     if metrics["classes_without_positive"]:
         names |= {
             "map_zero": "mAP, classes without a positive count 0",

@@ -126,7 +126,7 @@ def _whole_ticks(most: int) -> list[float]:
         return [0, 1, 2]
     step = max(1, math.ceil((most - 1) / 6))
     ticks = [float(k) for k in range(1, most + 1, step)]
-    return ticks if ticks[-1] == most else [*ticks[: -1 if most - ticks[-1] < step / 2 else None], float(most)]
+    return ticks if ticks[-1] == most else [*ticks[: -1 if most - ticks[-1] <= step / 2 else None], float(most)]
 
 
 def _draw_runs(chart: Chart, group: RunGroup, runs: Sequence[Sequence[float | None]]) -> None:

@@ -193,7 +193,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         tiles.append(("calibration error", f"{error:.2f}", "%"))
     if (best := number(figures.get("best_val_map"))) is not None:
         epoch = figures.get("best_epoch")
-        tiles.append(("best validation mAP", f"{best:.2f}", "%" if epoch is None else f"%, epoch {epoch}"))
+        tiles.append(("best validation mAP" if epoch is None else f"validation mAP, epoch {epoch}", f"{best:.2f}", "%"))
     tiles.append(("epochs", str(len(run.epochs)), f"of {run.planned_epochs}"))
     if (rate := number(figures.get("images_per_second"))) is not None:
         tiles.append(("speed", f"{rate:,.0f}", "images/s"))
