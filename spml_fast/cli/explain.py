@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.invocation import command_line
 from spml_fast.core.io import printable
 from spml_fast.runs.layout import RunLayout
 
@@ -149,7 +150,8 @@ def own_data(run: Path, config: Config) -> Manifest:
     try:
         return open_run_data(run, config)
     except UserError as error:
-        raise UserError(f"{error}; images that are named need no data set: explain --run {run} IMAGE") from error
+        shown = command_line("explain", "--run", run, "IMAGE")
+        raise UserError(f"{error}; images that are named need no data set: {shown}") from error
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:

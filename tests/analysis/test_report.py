@@ -432,6 +432,32 @@ def test_a_dot_for_every_run_that_has_the_figure(tmp_path):
     assert 0 <= low < first < second < high <= 100
 
 
+def test_an_axis_of_per_cent_ends_at_100(tmp_path):
+    (group,) = group_runs([read_run(make_run(tmp_path / str(i), "--run.seed", str(i))) for i in range(2)])
+    values = dict(zip([run.name for run in group.runs], (97.2, 98.7), strict=True))
+    for title, last in (("test mAP, %", 100), ("images/s", 101)):
+        figure = strip_chart(title, [group], lambda run: values[run.name])
+        ticks = [float(text) for text in re.findall(r">([0-9.]+)</text>", figure.svg)]
+        assert max(ticks) >= last - 1 and (max(ticks) <= 100 or title == "images/s")
+    same = dict.fromkeys(values, 99.9)
+    figure = strip_chart("test mAP, %", [group], lambda run: same[run.name])
+    dots = [float(dot["cx"].removesuffix("%")) for dot in marks(figure.svg, "circle")]
+    assert max(dots) <= 100 and ">100</text>" in figure.svg and ">102.5</text>" not in figure.svg
+
+
+def test_a_guess_is_drawn_for_who_rejects(tmp_path):
+    """A setting without rejected labels has no line, and no guess either."""
+    epoch = {"selection_precision": 0.5, "selected_count": 5}
+    runs = [make_run(tmp_path / "ll_r", epoch=epoch), make_run(tmp_path / "full", "--method", "full")]
+    groups = group_runs([read_run(run) for run in runs])
+    both = epoch_charts(groups, ["selection_precision"], [0.18, 0.18])[0].svg
+    assert (
+        both
+        == epoch_charts(groups, ["selection_precision"], [0.18, None])[0].svg
+        != epoch_charts(groups, ["selection_precision"], [None, None])[0].svg
+    )
+
+
 def test_runs_with_one_and_the_same_figure(tmp_path):
     """The mean of three equal numbers may differ from them by a rounding error, which is no axis."""
     assert sum([91.1] * 3) / 3 != 91.1
