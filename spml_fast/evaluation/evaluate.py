@@ -330,8 +330,9 @@ def table_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     def text(value: float | None) -> str:
         return "not defined" if value is None else f"{value:.2f}"
 
-    # Where every class has a positive, no convention about those without one is needed.
-    names = {"map": f"mAP ({metrics['empty_classes']})" if metrics["classes_without_positive"] else "mAP"}
+    # Where every class has a positive and a negative, there is but one.
+    one_sided = metrics["classes_without_positive"] or metrics["classes_without_negative"]
+    names = {"map": f"mAP ({metrics['empty_classes']})" if one_sided else "mAP"}
     if metrics["classes_without_positive"]:
         names |= {
             "map_zero": "mAP, classes without a positive count 0",
