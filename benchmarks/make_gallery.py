@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 # The run of the digit scenes, in the folder where commands run.
 RUN = Path("runs/digits")
-# Columns of a terminal, and pixels of a window.
+# Columns of a terminal at most, and pixels of a window.
 COLUMNS = 150
 WINDOW = (1180, 760)
 # Colours of a picture's palette, and its most bytes.
@@ -87,9 +87,14 @@ def terminal(text: str, title: str) -> str:
         text: the lines, with colours as terminals have them.
         title: of the window.
     """
-    console = Console(record=True, file=io.StringIO(), width=COLUMNS)
-    console.print(Text.from_ansi(text), soft_wrap=False)
-    return FOREIGN_FONTS.sub("", console.export_svg(title=title))
+    lines = Text.from_ansi(text)
+    # As wide as its longest line: half of a picture need not be empty.
+    width = min(COLUMNS, max(line.cell_len for line in lines.split()) + 2)
+    console = Console(record=True, file=io.StringIO(), width=width)
+    console.print(lines, soft_wrap=False)
+    drawn = FOREIGN_FONTS.sub("", console.export_svg(title=title))
+    # Its own size: a page would stretch it over its whole width.
+    return re.sub(r'viewBox="0 0 (\S+) (\S+)"', r'width="\1" height="\2" \g<0>', drawn, count=1)
 
 
 def save(image: Image.Image, path: Path) -> None:
@@ -124,7 +129,7 @@ def shoot_report(studio: Studio) -> None:
 def shoot_review(studio: Studio) -> None:
     """`spml-fast suggest --page`."""
     page = studio.scratch / "review.html"
-    studio.command("suggest", "--run", studio.run, "--top", "60", "--min-probability", "0.05", "--page", page)
+    studio.command("suggest", "--run", studio.run, "--top", "200", "--page", page)
     both(page, studio.out, "review")
 
 
@@ -172,8 +177,8 @@ CAPTIONS = [
     Caption(
         ("digits.png",),
         "Methods compared",
-        "`spml-fast reproduce`: test mAP over epochs, plain and with BoostLU, and how right the labels are that "
-        "methods reject. [The figures](results.md).",
+        "`spml-fast reproduce`: test mAP of the methods, plain (alpha 1) and with BoostLU x5, and precision and recall "
+        "of the labels that they reject, over epochs. [The figures](results.md).",
     ),
     Caption(
         ("gallery/report-light.png", "gallery/report-dark.png"),

@@ -31,7 +31,8 @@ _TALLEST = 2 * PANEL
 
 DPI = 110
 
-CONTRADICTED = "#e08a00"
+# Of frames, and of the words about them, which would be too pale on white.
+CONTRADICTED, CONTRADICTED_TEXT = "#e08a00", "#9a5b00"
 
 
 def _fonts(text: str) -> tuple[list[str], set[str]]:
@@ -303,7 +304,7 @@ def draw_page(
         for row, bar in enumerate(bars):
             page.bar(MARGIN, MARGIN + 0.26 + 0.36 * row, bar)
         for row, note in enumerate(notes):
-            colour = CONTRADICTED if note.bold else "black"
+            colour = CONTRADICTED_TEXT if note.bold else "black"
             top = MARGIN + 0.26 + 0.36 * len(bars) + LINE * row
             page.text(MARGIN, top, note.text, page.width - 2 * MARGIN, keep=note.keep, color=colour)
         for block, (column, top) in zip(blocks, places, strict=True):

@@ -58,7 +58,7 @@ def page_notes(images: Sequence[Explained]) -> list[Line]:
     if any(image.boxes is not None for image in images):
         notes.append(Line("white box: an object of the class; cross: the peak of the map, inside a box or outside"))
     if any(image.known is not None for image in images):
-        notes.append(Line("thick frame: the prediction contradicts the label", bold=True))
+        notes.append(Line("thick orange frame: the prediction contradicts the label", bold=True))
     return notes
 
 
@@ -84,7 +84,7 @@ def image_lines(image: Explained, names: dict[int, str]) -> list[Line]:
 def logit_text(image: Explained, place: int, alpha: float) -> str:
     """A class's logit, and with BoostLU's factor."""
     plain = f"logit {image.plain[place]:.2f}"
-    return plain if alpha == 1 else f"{plain}, at alpha {alpha:g} {image.logit[place]:.2f}"
+    return plain if alpha == 1 else f"{plain}, at alpha {alpha:g}: {image.logit[place]:.2f}"
 
 
 def map_panel(image: Explained, place: int, lines: Sequence[Line], end: float, positive_only: bool) -> Panel:

@@ -115,7 +115,8 @@ def evaluate(args: argparse.Namespace, out: OutputFile | None, device: torch.dev
     if distributed.is_main():
         # Shown first: a file that cannot be written takes no figure away.
         for alpha in alphas:
-            print_table(f"{split.name}, alpha {alpha:g}, {len(split)} images", table_rows(found[alpha]))
+            boost = "plain" if alpha == 1 else f"BoostLU x{alpha:g}"
+            print_table(f"{split.name}, {boost} (alpha {alpha:g}), {len(split):,} images", table_rows(found[alpha]))
         if args.per_class:
             names = ["class", "positive", "known", *(f"AP, alpha {alpha:g}" for alpha in alphas)]
             rows = class_rows({a: found[a] for a in alphas}, split.known, manifest.classes)

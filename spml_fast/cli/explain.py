@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from spml_fast.analysis.explain_drawing import Drawing
     from spml_fast.core.config import Config
     from spml_fast.data.image_files import ImageFiles
-    from spml_fast.data.manifest import Split
+    from spml_fast.data.manifest import Manifest, Split
     from spml_fast.models.classifier import Classifier
 
 from spml_fast.cli import common
 from spml_fast.core.errors import UserError
+from spml_fast.core.invocation import command_line
 from spml_fast.core.io import printable
 from spml_fast.runs.layout import RunLayout
 
@@ -140,6 +141,17 @@ def given_images(args: argparse.Namespace, max_pixels: int) -> tuple[ImageFiles,
     # Orientations from 5 on swap the sides.
     aspects = np.where(orientation >= 5, 1 / aspects, aspects)
     return ImageFiles([paths[i] for i in usable], orientation), aspects.tolist(), len(paths) - len(usable)
+
+
+def own_data(run: Path, config: Config) -> Manifest:
+    """The run's data set. `UserError` where it cannot be opened, with what can be done without it."""
+    from spml_fast.runs.open import open_run_data
+
+    try:
+        return open_run_data(run, config)
+    except UserError as error:
+        shown = command_line("explain", "--run", run, "IMAGE")
+        raise UserError(f"{error}; images that are named need no data set: {shown}") from error
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:
@@ -285,13 +297,13 @@ def main(argv: list[str] | None = None) -> int:
     from spml_fast.analysis.explain_drawing import check_pages
     from spml_fast.analysis.explain_samples import chosen_samples, sample_files
     from spml_fast.evaluation.evaluate import check_alphas
-    from spml_fast.runs.open import load_classifier, load_run_config, open_data, run_classes
+    from spml_fast.runs.open import load_classifier, load_run_config, run_classes
 
     out: Path = args.out if args.out is not None else args.run / "explain.png"
     one_page = out.suffix.lower() == ".png" and not out.is_dir()
     check_pages(out, one_page, args.overwrite)
     config = load_run_config(args.run)
-    manifest = None if args.images else open_data(config)
+    manifest = None if args.images else own_data(args.run, config)
     classes = run_classes(args.run, config) if manifest is None else manifest.classes
     named = None if args.classes is None else class_ids(args.classes, classes)
     # Processes are forked to check images, so the GPU is touched after that.

@@ -174,9 +174,9 @@ def split_files(args: argparse.Namespace, config: Config, stack: contextlib.Exit
     """
     from spml_fast.analysis.explain import Choice
     from spml_fast.analysis.explain_samples import sample_files
-    from spml_fast.runs.open import open_data
+    from spml_fast.runs.open import open_run_data
 
-    split = open_data(config).split(args.split)
+    split = open_run_data(args.run, config).split(args.split)
     if len(split) == 0:
         raise UserError(f"split {split.name!r} has no images; name another with --split")
     files, _ = sample_files(split, [Choice(index, "") for index in range(len(split))], stack)

@@ -202,14 +202,14 @@ def by_folds(args: argparse.Namespace, device: torch.device) -> Found:
     from spml_fast.analysis import folds as fold_runs
     from spml_fast.analysis.suggest import merge_lists
     from spml_fast.core import distributed
-    from spml_fast.runs.open import load_run_config, open_data
+    from spml_fast.runs.open import load_run_config, open_run_data
 
     config = load_run_config(args.run)
     if args.split not in (None, config.data.train_split):
         raise UserError(
             f"--folds is about the training split; the run has not seen {args.split}: leave --folds out to judge it"
         )
-    manifest = open_data(config)
+    manifest = open_run_data(args.run, config)
     make = functools.partial(fold_runs.make_folds, args.run, config, manifest, args.folds, args.folds_dir)
     # Written on rank 0; the others find it there.
     distributed.from_main(lambda: make() is None)

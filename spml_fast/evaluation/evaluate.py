@@ -330,7 +330,8 @@ def table_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     def text(value: float | None) -> str:
         return "not defined" if value is None else f"{value:.2f}"
 
-    names = {"map": f"mAP ({metrics['empty_classes']})"}
+    one_sided = metrics["classes_without_positive"] or metrics["classes_without_negative"]
+    names = {"map": f"mAP ({metrics['empty_classes']})" if one_sided else "mAP"}
     if metrics["classes_without_positive"]:
         names |= {
             "map_zero": "mAP, classes without a positive count 0",
@@ -339,11 +340,10 @@ def table_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         }
     if metrics["classes_without_negative"]:
         names["map_skip_one_sided"] = "mAP, classes without a positive or a negative left out"
-    if metrics["num_negatives"] and (metrics["classes_without_positive"] or metrics["classes_without_negative"]):
+    if metrics["num_negatives"] and one_sided:
         names["map_weighted"] = "mAP weighted by positives"
     # Conventions that agree are one figure, shown once.
-    rows: list[tuple[str, str]] = []
-    shown = set[float | None]()
+    rows, shown = list[tuple[str, str]](), set[float | None]()
     for name, title in names.items():
         if metrics[name] not in shown:
             rows.append((title, text(metrics[name])))

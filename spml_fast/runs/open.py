@@ -64,6 +64,28 @@ def open_data(config: Config) -> Manifest:
     return manifest
 
 
+def open_run_data(run: Path, config: Config) -> Manifest:
+    """The Manifest of a run that is used again, as `open_data`.
+
+    Args:
+        run: its directory.
+        config: its resolved recipe.
+
+    Raises:
+        UserError: the data set is not there any more, or cannot be opened.
+    """
+    folder = config.data.dir
+    if folder is not None and not may_exist(folder):
+        raise UserError(
+            f"the data set of {run} is not at {folder} any more: put it back or, where it was moved, write "
+            f"its place as data.dir into {RunLayout(run).config}"
+        )
+    try:
+        return open_data(config)
+    except UserError as error:
+        raise UserError(f"the data set of {run} cannot be used: {error}") from error
+
+
 def input_normalisation(config: Config, classifier: Classifier) -> tuple[list[float], list[float]]:
     """Channel mean and standard deviation: as configured, or the backbone's."""
     mean, std = classifier.input_normalisation()
@@ -160,7 +182,7 @@ class RunContext:
         self.layout = RunLayout(run)
         self.config = load_run_config(run)
         self.device = torch.device("cpu") if device is None else device
-        self._manifest = open_data(self.config) if with_data else None
+        self._manifest = open_run_data(run, self.config) if with_data else None
         self.classes = run_classes(run, self.config) if self._manifest is None else self._manifest.classes
 
     @property

@@ -158,7 +158,7 @@ class TestKinds:
         assert block.aspect == 1.5 and [p.lines[0].text for p in block.panels] == ["a.jpg", "W" * 60, "<b>"]
         assert [line.text for line in block.panels[1].lines[1:3]] == [
             "probability 0.900",
-            "logit 1.00, at alpha 5 2.20",
+            "logit 1.00, at alpha 5: 2.20",
         ]
 
     def test_query2label_shows_its_attention(self, small_digits: Path, image_path: Path, tmp_path: Path) -> None:

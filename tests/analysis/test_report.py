@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from spml_fast.analysis.report.charts import drawn, epoch_charts, heat_map, strip_chart
+from spml_fast.analysis.report.data_sets import DataSets, training_counts
 from spml_fast.analysis.report.decisions import calibration_errors, calibrations
 from spml_fast.analysis.report.groups import (
     differing,
@@ -20,7 +21,6 @@ from spml_fast.analysis.report.groups import (
     option_table,
     setup_rows,
     summary,
-    training_counts,
 )
 from spml_fast.analysis.report.health import health
 from spml_fast.analysis.report.page import make_page
@@ -80,8 +80,9 @@ def test_a_page_of_one_run(tmp_path):
     table = class_table(made)
     assert table["names"] == NAMES and table["groups"][0]["ap"] == [90, 80, None, 10]
     # A run without a record of its evaluation has none of what would be shown of it.
-    for section in ("mistakes", "confusions", "calibration", "selected", "data"):
+    for section in ("mistakes", "confusions", "calibration", "selected"):
         assert f'<section id="{section}"' not in made
+    assert "Counts of images and labels of ll_r are not shown: the run does not say where its data set is." in page.text
     # Nothing is fetched from anywhere, and nothing that is not in the page may run.
     assert all(link.startswith("data:image/jpeg;base64,") for link in page.links)
     assert "default-src 'none'" in made and "unsafe" not in made
@@ -278,7 +279,8 @@ def test_labels_are_counted_in_the_data_set_of_each_run(tmp_path, small_digits):
         read_run(make_run(tmp_path / "gone", "--data.dir", str(tmp_path / "nowhere" / ("long" * 9)))),
     ]
     groups = group_runs(runs)
-    counted, missing = training_counts(groups)
+    (counted, missing), (absence,) = training_counts(groups, DataSets())
+    assert absence.setting == groups[1].label and "does not exist" in absence.reason
     known = Manifest(small_digits).split("train").observed
     assert (
         missing is None
@@ -428,6 +430,32 @@ def test_a_dot_for_every_run_that_has_the_figure(tmp_path):
     places = [spread["x1"], dots[0]["cx"], dots[1]["cx"], spread["x2"]]
     low, first, second, high = (float(place.removesuffix("%")) for place in places)
     assert 0 <= low < first < second < high <= 100
+
+
+def test_an_axis_of_per_cent_ends_at_100(tmp_path):
+    (group,) = group_runs([read_run(make_run(tmp_path / str(i), "--run.seed", str(i))) for i in range(2)])
+    values = dict(zip([run.name for run in group.runs], (97.2, 98.7), strict=True))
+    for title, last in (("test mAP, %", 100), ("images/s", 101)):
+        figure = strip_chart(title, [group], lambda run: values[run.name])
+        ticks = [float(text) for text in re.findall(r">([0-9.]+)</text>", figure.svg)]
+        assert max(ticks) >= last - 1 and (max(ticks) <= 100 or title == "images/s")
+    same = dict.fromkeys(values, 99.9)
+    figure = strip_chart("test mAP, %", [group], lambda run: same[run.name])
+    dots = [float(dot["cx"].removesuffix("%")) for dot in marks(figure.svg, "circle")]
+    assert max(dots) <= 100 and ">100</text>" in figure.svg and ">102.5</text>" not in figure.svg
+
+
+def test_a_guess_is_drawn_for_who_rejects(tmp_path):
+    """A setting without rejected labels has no line, and no guess either."""
+    epoch = {"selection_precision": 0.5, "selected_count": 5}
+    runs = [make_run(tmp_path / "ll_r", epoch=epoch), make_run(tmp_path / "full", "--method", "full")]
+    groups = group_runs([read_run(run) for run in runs])
+    both = epoch_charts(groups, ["selection_precision"], [0.18, 0.18])[0].svg
+    assert (
+        both
+        == epoch_charts(groups, ["selection_precision"], [0.18, None])[0].svg
+        != epoch_charts(groups, ["selection_precision"], [None, None])[0].svg
+    )
 
 
 def test_runs_with_one_and_the_same_figure(tmp_path):

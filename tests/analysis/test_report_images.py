@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from spml_fast.analysis.report import groups as groups_module
-from spml_fast.analysis.report import mistakes
+from spml_fast.analysis.report import data_sets, mistakes
 from spml_fast.analysis.report.coverage import coverage, unknown_positive_fraction
-from spml_fast.analysis.report.groups import group_runs, training_counts
+from spml_fast.analysis.report.data_sets import COUNTS, DataSets, training_counts
+from spml_fast.analysis.report.groups import group_runs
 from spml_fast.analysis.report.mistakes import hardest_labels, selected_labels, sheets, shown_mistakes
 from spml_fast.analysis.report.page import make_page
 from spml_fast.analysis.review.pictures import Pictures, make_thumbnail
@@ -23,8 +25,12 @@ from spml_fast.data.manifest import Manifest
 from spml_fast.evaluation.evaluate import Scores
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.weights import save_weights
+from spml_fast.prepare.pack.options import PackOptions
+from spml_fast.prepare.pack.run import pack
 from spml_fast.runs.open import load_run_config
 from spml_fast.runs.read import Run, read_run
+from tests.support.remote import need_http, serve
+from tests.support.remote import no_pauses as no_pauses
 from tests.support.report import add_record, make_run
 
 CPU = torch.device("cpu")
@@ -75,7 +81,7 @@ def test_the_hardest_labels_are_those_of_the_record(run: Path, digits: Path, dra
     record = json.loads((run / "evaluation.json").read_text())
     ((title, wrong), (_, missed)) = hardest_labels(record, 4)
     assert title == "Hardest false positives" and len(wrong) == len(missed) == 4
-    found = sheets(read_run(run), "test", [("wrong", wrong), ("missed", missed)], CPU)
+    found = sheets(read_run(run), "test", [("wrong", wrong), ("missed", missed)], CPU, DataSets())
     assert sorted(set(drawn)) == sorted({(one.sample, one.class_id) for one in (*wrong, *missed)})
     known = Manifest(digits).split("test").known
     for card, one in zip(found[0].cards, wrong, strict=True):
@@ -109,19 +115,72 @@ def test_rejected_labels_of_some_epochs(run: Path) -> None:
         assert selected_labels(run_of_many, 12) == []
 
 
+IMAGES = ("mistakes", "selected")
+EVERYTHING = (*IMAGES, "classes", "data")
+
+
+def notes_of(page: str) -> dict[str, str]:
+    """Sentences about what is not shown, by the section in which they stand."""
+    sections = re.findall(r'<section id="(\w+)".*?</section>', page, re.S)
+    texts = re.findall(r'<section id="\w+"(.*?)</section>', page, re.S)
+    found = {
+        name: re.findall(r">([^<]* are not shown: [^<]*)<", text) for name, text in zip(sections, texts, strict=True)
+    }
+    assert all(len(sentences) <= 1 for sentences in found.values())
+    assert sum(map(len, found.values())) == page.count("are not shown: ")
+    return {name: sentences[0] for name, sentences in found.items() if sentences}
+
+
 @pytest.mark.parametrize(
-    ("break_it", "reason"),
+    ("break_it", "reason", "lacking"),
     [
-        (lambda digits: shutil.rmtree(digits), "digits"),
-        (lambda digits: shutil.rmtree(digits / "images"), "its images are not in"),
-        (lambda digits: (digits / "classes.txt").write_text("".join(f"x{i}\n" for i in range(10))), "other classes"),
+        (lambda digits: shutil.rmtree(digits), "digits does not exist", EVERYTHING),
+        (lambda digits: (digits / "manifest.json").write_text("{}"), "manifest.json has format None", EVERYTHING),
+        (lambda digits: shutil.rmtree(digits / "images"), "images are not in", IMAGES),
+        (lambda digits: shutil.rmtree(digits / "val"), "digits/val/", ("data",)),
+        (
+            lambda digits: (digits / "classes.txt").write_text("".join(f"x{i}\n" for i in range(10))),
+            "other classes",
+            IMAGES,
+        ),
     ],
 )
-def test_one_sentence_says_why_there_are_no_images(run, digits, drawn, break_it, reason):
+def test_the_page_and_the_terminal_say_what_is_left_out(run, digits, drawn, break_it, reason, lacking):
+    """In the place of each part, and in one sentence on the terminal."""
     break_it(digits)
-    page = make_page([run], images=4)
-    (sentence,) = [line for line in page.splitlines() if "No images of " in line]
-    assert reason in sentence and "<canvas" not in page and not drawn and '<section id="classes"' in page
+    said: list[str] = []
+    page = make_page([run], 4, say=said.append)
+    notes = notes_of(page)
+    assert set(notes) == set(lacking) and all(reason in note for note in notes.values())
+    (told,) = [line for line in said if line.startswith("note: the page is without ")]
+    assert reason in told
+    for part in notes.values():
+        assert part.partition(" of ll_r are")[0].lower() in told
+    assert ("<canvas" in page) == ("mistakes" not in lacking)
+    assert '<section id="classes"' in page
+
+
+def test_nothing_is_said_of_a_data_set_that_is_there(run, digits, drawn):
+    said: list[str] = []
+    assert notes_of(make_page([run], 4, say=said.append)) == {}
+    assert [line.partition(" of ")[0] for line in said] == ["drawing images"] * 2
+    # Nobody asked for images, and labels are still counted.
+    shutil.rmtree(digits)
+    said.clear()
+    assert set(notes_of(make_page([run], say=said.append))) == {"classes", "data"} and len(said) == 1
+
+
+def test_settings_with_one_data_set_share_a_sentence(run, digits, drawn, tmp_path):
+    text = (run / "config.yaml").read_text()
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text(text.replace("lr: 1.0e-05", "lr: 2.0e-05"))
+    assert text != (other / "config.yaml").read_text()
+    shutil.rmtree(digits)
+    said: list[str] = []
+    page = make_page([run, other], 4, say=said.append)
+    assert len(said) == 1 and said[0].count("does not exist") == 1
+    assert set(notes_of(page)) == set(EVERYTHING)
 
 
 def test_another_data_set_under_the_same_name(run: Path, drawn: list[tuple[int, int]]) -> None:
@@ -130,28 +189,31 @@ def test_another_data_set_under_the_same_name(run: Path, drawn: list[tuple[int, 
         record[name] = [[sample, f"elsewhere/{path}", *rest] for sample, path, *rest in record[name]]
     (run / "evaluation.json").write_text(json.dumps(record))
     groups = group_runs([read_run(run)])
-    found, _, missing = shown_mistakes(groups, [[record]], 4, CPU)
-    assert not found and "other images than when the run was made" in missing[0]
+    found, _, absences = shown_mistakes(groups, [[record]], 4, CPU, DataSets())
+    assert not found and "other images than when the run was made" in absences[0].reason
 
 
-def test_a_data_set_is_kept_where_the_run_says(run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels are counted and images read from the same copy of a data set on object storage."""
+def test_a_data_set_is_opened_once_where_the_run_says(run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels are counted and images read from the same copy; one that does not answer is not asked again and again."""
     opened = []
 
     def manifest(*where: object) -> Manifest:
         opened.append(where)
+        if len(opened) > 1:
+            raise UserError("nobody answers")
         return Manifest(digits)
 
-    monkeypatch.setattr(groups_module, "Manifest", manifest)
-    one = read_run(run)
+    monkeypatch.setattr(data_sets, "Manifest", manifest)
+    one, other = read_run(run), read_run(run)
     one.options |= {"data.cache_dir": "kept", "data.image_root": "images"}
-    mistakes.open_split(one, "test")
-    training_counts(group_runs([one]))
-    assert opened == [(str(digits), "images", "kept")] * 2
-
-
-def test_no_images_are_asked_for(run: Path, drawn: list[tuple[int, int]]) -> None:
-    assert "No images of" not in make_page([run]) and not drawn
+    data = DataSets()
+    for _ in range(2):
+        assert len(mistakes.open_split(one, "test", data)) and data.counts(one)
+        assert training_counts(group_runs([one]), data)[1] == []
+        for ask in (data.of, data.counts):
+            with pytest.raises(UserError, match="nobody answers"):
+                ask(other)
+    assert opened == [(str(digits), "images", "kept"), (str(digits), None, None)]
 
 
 @pytest.mark.slow
@@ -160,35 +222,84 @@ def test_a_network_draws_the_maps(run: Path, digits: Path) -> None:
     config = load_run_config(run)
     save_weights(run / "model.safetensors", Classifier(config.model, 10, config.data.image_size), {})
     wanted = selected_labels(read_run(run), 2)[:1]
-    ((one, two),) = [sheet.cards for sheet in sheets(read_run(run), "train", wanted, CPU)]
+    ((one, two),) = [sheet.cards for sheet in sheets(read_run(run), "train", wanted, CPU, DataSets())]
     assert (
         one.src.startswith("data:image/jpeg;base64,") and one.width == one.height == 64 and one.right and not two.right
     )
     assert one.cells and one.cells != two.cells
     (run / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError):
-        sheets(read_run(run), "train", wanted, CPU)
+        sheets(read_run(run), "train", wanted, CPU, DataSets())
 
 
 def test_what_is_known_of_the_images(run: Path, digits: Path) -> None:
     groups = group_runs([read_run(run)])
-    ((folder, (head, rows)),) = coverage(groups)
-    assert folder == str(digits) and [row[0] for row in rows] == ["train", "val", "test"]
+    ((folder, (head, rows)),), absences = coverage(groups, DataSets())
+    assert folder == str(digits) and [row[0] for row in rows] == ["train", "val", "test"] and absences == []
     split = Manifest(digits).split("train")
     positives = int(split.known.class_counts(1).sum())
     row = dict(zip(head, rows[0], strict=True))
     assert row["images"] == str(len(split)) and row["known positive"].startswith(f"{positives:,} (")
     assert row["training sees positive"].startswith(f"{len(split):,} (") and row["left out"] == "0"
     hidden = (positives - len(split)) / (9 * len(split))
-    assert unknown_positive_fraction(groups[0].runs[0]) == pytest.approx(hidden)
+    assert unknown_positive_fraction(groups[0].runs[0], DataSets()) == pytest.approx(hidden)
+    # Labels are counted where they are; what preparation left out stands in its report alone.
     whole = json.loads((digits / "report.json").read_text())
+    assert [row[3:] for row in rows] == [
+        [
+            f"{entry[which][code]:,} ({entry[which][code] / (10 * entry['samples']):.1%})"
+            for which in ("known", "observed")
+            for code in ("positive", "negative", "unknown")
+        ]
+        for entry in whole["splits"].values()
+    ]
     for damage in (
         lambda report: report.clear(),
-        lambda report: report["splits"]["train"].pop("samples"),
-        lambda report: report["splits"]["val"]["known"].update(positive="many"),
-        lambda report: report["splits"]["val"]["known"].update(positive="5"),
+        lambda report: report["splits"]["train"].pop("left_out"),
+        lambda report: report["splits"]["train"].update(left_out="many"),
+        lambda report: report.update(splits=[]),
+        lambda report: report["splits"].update(train=5),
     ):
         damaged = json.loads(json.dumps(whole))
         damage(damaged)
         (digits / "report.json").write_text(json.dumps(damaged))
-        assert coverage(groups) == [] and unknown_positive_fraction(groups[0].runs[0]) is None
+        ((_, (_, damaged_rows)),), _ = coverage(groups, DataSets())
+        assert damaged_rows[0] == [*rows[0][:2], "-", *rows[0][3:]]
+    (digits / "report.json").unlink()
+    assert coverage(groups, DataSets())[0][0][1][1][0][2] == "-"
+    (digits / "train" / "known" / "codes.npy").write_bytes(b"")
+    found, (absence,) = coverage(groups, DataSets())
+    assert found == [] and absence.part == COUNTS and "codes.npy" in absence.reason
+    assert unknown_positive_fraction(groups[0].runs[0], DataSets()) is None
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_is_known_of_images_in_shards(run, digits, drawn, tmp_path, monkeypatch, no_pauses, remote) -> None:
+    """The same table for shards, on the disk and on object storage; and why it is absent where nothing answers."""
+    if remote:
+        need_http()
+    pack(PackOptions(digits, tmp_path / "served" / "m", shard_size=10**6, workers=1, progress=False))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    said: list[str] = []
+    config = run / "config.yaml"
+    with serve(tmp_path / "served") if remote else contextlib.nullcontext() as server:
+        place = f"{server.url}/m" if server is not None else str(tmp_path / "served" / "m")
+        config.write_text(config.read_text().replace(str(digits), place))
+        page = make_page([run], 4, say=said.append)
+        ((named, (_, rows)),), _ = coverage(group_runs([read_run(run)]), DataSets())
+        if server is not None:
+            # Shards are asked for nothing: images are counted in the Manifest.
+            assert not [path for path, *_ in server.requests if path.endswith(".tar")]
+    assert notes_of(page) == {} and not [line for line in said if line.startswith("note:")]
+    ((_, (_, loose)),), _ = coverage(group_runs([_with_data(run, digits)]), DataSets())
+    assert named == place and rows == loose and '<section id="data"' in page
+    if remote:
+        page = make_page([run], 4, say=said.append)
+        assert set(notes_of(page)) == set(EVERYTHING) and "cannot be reached" in notes_of(page)["data"]
+        assert [line for line in said if line.startswith("note:") and "cannot be reached" in line]
+
+
+def _with_data(folder: Path, data: Path) -> Run:
+    run = read_run(folder)
+    run.options["data.dir"] = str(data)
+    return run

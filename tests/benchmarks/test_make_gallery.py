@@ -37,6 +37,10 @@ def test_a_terminal_loads_nothing_from_elsewhere() -> None:
     svg = make_gallery.terminal("$ spml-fast train\nepoch 1/2 | \x1b[31mloss\x1b[0m 0.5", "train")
     assert "epoch" in svg and "loss" in svg and svg.startswith("<svg")
     assert "@font-face" not in svg and "url(http" not in svg
+    widths = [
+        float(make_gallery.terminal(text, "x").split('viewBox="0 0 ')[1].split()[0]) for text in ("a" * 40, "a" * 80)
+    ]
+    assert widths[1] > 1.7 * widths[0], "no wider than its text"
 
 
 def test_a_large_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_bad_images_stop_the_work_or_are_left_out(data, says, files, tmp_path):
     writer = ManifestWriter(tmp_path / "m", "mine", ["a", "b", "c"], root)
     columns = {name: getattr(files, name)[:6] for name in ("width", "height", "orientation")}
     writer.add_split("train", known=labels, paths=names, **columns)
-    writer.finish({})
+    writer.finish({"splits": {"train": {"left_out": 2}}})
     bad = root / names[3]
     if data is None:
         bad.unlink()
@@ -159,6 +159,7 @@ def test_bad_images_stop_the_work_or_are_left_out(data, says, files, tmp_path):
     assert split.known.rows(range(5)).argmax(1).tolist() == [0, 1, 2, 1, 2]
     report = json.loads((split.folder.parent / "report.json").read_text())
     assert report["left_out"]["total"] == 1 and report["left_out"]["images"][0]["path"] == names[3]
+    assert report["splits"]["train"]["left_out"] == 3, "those of preparation, too"
 
 
 def _killed(source: Path, out: Path, after: int) -> None:

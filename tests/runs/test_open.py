@@ -87,7 +87,9 @@ def test_a_run_whose_data_are_gone(run: Path, tmp_path: Path):
     text = layout.config.read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("  dir:") and "digits" in line]
     layout.config.write_text(text.replace(line, f"  dir: {tmp_path / 'gone'}"))
-    with pytest.raises(UserError, match=r"Manifest .*gone does not exist; restore it"):
+    with pytest.raises(
+        UserError, match=r"data set of .*run is not at .*gone any more: put it back .*run/config\.yaml$"
+    ):
         RunContext(copied)
     context = RunContext(copied, with_data=False)
     assert len(context.classes) == 10 and context.classifier is not None and not context.has_data

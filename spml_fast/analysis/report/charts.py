@@ -113,8 +113,9 @@ def epoch_charts(
         chart = Chart(TITLES.get(name, name), _whole_ticks(most), _ends(values, fraction), "epoch")
         for group, runs in zip(groups, series, strict=True):
             _draw_runs(chart, group, runs)
-        for group, guess in zip(groups, guesses or [None] * len(groups), strict=True):
-            if guess is not None and name == "selection_precision":
+        for group, runs, guess in zip(groups, series, guesses or [None] * len(groups), strict=True):
+            # A setting that rejects nothing guesses nothing.
+            if guess is not None and name == "selection_precision" and any(v is not None for run in runs for v in run):
                 chart.line([(chart.x[0], guess), (chart.x[-1], guess)], group.colour, "2 4", 1.2)
         out.append(Figure(TITLES.get(name, name.replace("_", " ")), chart.svg()))
     return out
@@ -126,7 +127,7 @@ def _whole_ticks(most: int) -> list[float]:
         return [0, 1, 2]
     step = max(1, math.ceil((most - 1) / 6))
     ticks = [float(k) for k in range(1, most + 1, step)]
-    return ticks if ticks[-1] == most else [*ticks[: -1 if most - ticks[-1] < step / 2 else None], float(most)]
+    return ticks if ticks[-1] == most else [*ticks[: -1 if most - ticks[-1] <= step / 2 else None], float(most)]
 
 
 def _draw_runs(chart: Chart, group: RunGroup, runs: Sequence[Sequence[float | None]]) -> None:
@@ -190,7 +191,7 @@ def strip_chart(
     """Every run as a dot on the line of its setting, with the mean and, of several, the sample deviation.
 
     Args:
-        title: what is shown.
+        title: what is shown; where it ends with a per cent sign the axis ends at 100 at most.
         groups: of the report.
         value: of a run; None where it has none.
         form: of the numbers.
@@ -202,7 +203,11 @@ def strip_chart(
     means = [(float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else None) for v in map(_values, rows)]
     reach = [mean + sign * (spread or 0.0) for mean, spread in means for sign in (-1, 1)]
     values = [v for row in rows for v in _values(row)] + reach
-    chart = RowChart(title, nice_ticks(min(values), max(values), 4), len(rows))
+    ticks = nice_ticks(min(values), max(values), 4)
+    if title.endswith("%") and max(values) <= 100 < ticks[-1]:
+        # There is nothing beyond.
+        ticks = [*(tick for tick in ticks if tick < 100), 100.0]
+    chart = RowChart(title, ticks, len(rows))
     for place, (group, found) in enumerate(rows):
         mean, spread = means[place]
         text = f"{mean:{form}}" + ("" if spread is None else f" ± {spread:{form}}")

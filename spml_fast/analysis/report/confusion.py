@@ -15,7 +15,7 @@ from spml_fast.analysis.report.groups import RunGroup
 ROWS = 20
 # Characters of a name in it.
 NAME = 48
-HEAD = ["predicted, not there", "where there is", "images", "of these", "elsewhere", "times as often"]
+HEAD = ["predicted", "beside", "images", "rate", "elsewhere", "ratio"]
 
 
 @dataclass(frozen=True)

@@ -74,15 +74,15 @@ const makeCurves = (data, figures) => {
       const spread = figures.deviation(group, row);
       if (ap !== null) say("AP", `${ap.toFixed(2)}%${spread === null ? "" : ` ± ${spread.toFixed(2)}`}`);
       const threshold = figures.threshold(group, row);
-      if (threshold !== null) say(group.pooled.includes(row) ? "predicted from (all classes')" : "predicted from", thresholdText(threshold));
+      if (threshold !== null) say(group.pooled.includes(row) ? "threshold (of all classes)" : "threshold", thresholdText(threshold));
       for (const which of ["precision", "recall"]) {
         const value = figures[which](group, row);
         if (value !== null) say(which, `${value.toFixed(1)}%`);
       }
-      if (group.predicted) say("right of predicted", `${number(group.hits[row])} of ${number(group.predicted[row])}`);
+      if (group.predicted) say("correct predictions", `${number(group.hits[row])} of ${number(group.predicted[row])}`);
       const prevalence = figures.prevalence(group, row);
       if (prevalence !== null) say("prevalence", `${prevalence.toFixed(2)}%`);
-      if (group.positives) say("known positive, negative", `${number(group.positives[row])}, ${number(group.negatives[row])}`);
+      if (group.positives) say("positives, negatives known", `${number(group.positives[row])}, ${number(group.negatives[row])}`);
     }
     const heading = element("h3", {}, element("bdi", { title: shortened(name, 400) }, shortened(name, 80)));
     const none = groups.some((group) => points(group, row).length) ? [drawing] : [];

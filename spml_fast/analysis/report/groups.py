@@ -11,11 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from spml_fast.core.errors import UserError
 from spml_fast.core.io import printable
 from spml_fast.core.text import counted
-from spml_fast.data.labels import POSITIVE
-from spml_fast.data.manifest import Manifest, may_exist
 from spml_fast.runs.read import Run, number
 
 # Colours of the page's style, after Okabe and Ito's, which most colour-blind people tell apart; the ninth group starts
@@ -257,35 +254,3 @@ def class_ap(group: RunGroup) -> np.ndarray | None:
     if not lists or len({len(x) for x in lists}) > 1:
         return None
     return np.asarray(np.mean(lists, axis=0))
-
-
-def run_manifest(run: Run) -> Manifest:
-    """The data set of a run, where its options say. Raises `UserError` where it is not there."""
-    folder = run.options.get("data.dir")
-    if folder is None:
-        raise UserError("the run does not say where its data set is")
-    return Manifest(folder, run.options.get("data.image_root"), run.options.get("data.cache_dir"))
-
-
-def training_counts(groups: Sequence[RunGroup]) -> list[np.ndarray | None]:
-    """Observed positives of every class in each group's training split, int64 [C]; None without its data set."""
-    counts: dict[tuple[str, ...], np.ndarray | None] = {}
-    keys = []
-    for run in (g.runs[0] for g in groups):
-        keys.append(tuple(str(run.options.get(f"data.{name}")) for name in ("dir", "image_root", "train_split")))
-        if keys[-1] not in counts:
-            counts[keys[-1]] = _counts(run)
-    return [counts[key] for key in keys]
-
-
-def _counts(run: Run) -> np.ndarray | None:
-    folder = run.options.get("data.dir")
-    if folder is None or not may_exist(folder):
-        return None
-    try:
-        manifest = run_manifest(run)
-        name = str(run.options.get("data.train_split", "train"))
-        return np.asarray(manifest.split(name).observed.class_counts(POSITIVE))
-    except UserError as error:
-        run.notes.append(f"labels of the training split are missing: {error}")
-        return None

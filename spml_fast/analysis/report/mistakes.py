@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from spml_fast.analysis.report.data_sets import MISTAKES, REJECTED, Absence, DataSets
 from spml_fast.analysis.report.decisions import Record
-from spml_fast.analysis.report.groups import RunGroup, run_manifest
+from spml_fast.analysis.report.groups import RunGroup
 from spml_fast.analysis.review.pictures import Pictures, collect, encoded_map, map_scale
 from spml_fast.analysis.suggest import Suggestions
 from spml_fast.core.errors import UserError
@@ -131,13 +132,18 @@ def _logged_labels(epoch: dict[str, Any], classes: int) -> list[Wanted]:
     return [one for one in rows if 0 <= one.class_id < classes and one.sample >= 0]
 
 
-def open_split(run: Run, name: str) -> Split:
+def open_split(run: Run, name: str, data: DataSets) -> Split:
     """A split of the run's data set.
+
+    Args:
+        run: of the report.
+        name: of the split.
+        data: of the report's runs.
 
     Raises:
         UserError: it is not there, or has other classes now.
     """
-    manifest = run_manifest(run)
+    manifest = data.of(run)
     if manifest.classes != run.classes:
         raise UserError(f"{manifest.source} has other classes than the run")
     return manifest.split(name)
@@ -154,11 +160,13 @@ def _readable(split: Split, wanted: Sequence[Wanted]) -> list[Wanted]:
         raise UserError("the data set has other images than when the run was made")
     there = same if split.shards is not None else [one for one in same if os.path.isfile(split.path(one.sample))]
     if not there:
-        raise UserError(f"its images are not in {printable(str(split.image_root))} any more")
+        raise UserError(f"the data set's images are not in {printable(str(split.image_root))} any more")
     return there
 
 
-def sheets(run: Run, split_name: str, wanted: Sequence[tuple[str, list[Wanted]]], device: torch.device) -> list[Sheet]:
+def sheets(
+    run: Run, split_name: str, wanted: Sequence[tuple[str, list[Wanted]]], device: torch.device, data: DataSets
+) -> list[Sheet]:
     """Labels with their images and maps.
 
     Args:
@@ -166,12 +174,13 @@ def sheets(run: Run, split_name: str, wanted: Sequence[tuple[str, list[Wanted]]]
         split_name: of the images.
         wanted: titles with labels.
         device: where the network runs.
+        data: of the report's runs.
 
     Raises:
         UserError: the images, or the run's weights, cannot be used; the sentence says why.
     """
     try:
-        split = open_split(run, split_name)
+        split = open_split(run, split_name, data)
         _readable(split, [one for _, rows in wanted for one in rows])
         kept = [(title, _these(split, rows)) for title, rows in wanted]
         pairs = sorted({(one.sample, one.class_id) for _, rows in kept for one in rows})
@@ -216,13 +225,17 @@ def _filled(run: Run, split: Split, wanted: Sequence[tuple[str, list[Wanted]]], 
     return out
 
 
+Sheets = list[tuple[str, list[Sheet]]]
+
+
 def shown_mistakes(
     groups: Sequence[RunGroup],
     evaluations: Sequence[Sequence[Record | None]],
     count: int,
     device: torch.device,
+    data: DataSets,
     say: Callable[[str], None] = lambda _: None,
-) -> tuple[list[tuple[str, list[Sheet]]], list[tuple[str, list[Sheet]]], list[str]]:
+) -> tuple[Sheets, Sheets, list[Absence]]:
     """Sheets of the first run of each setting that has any.
 
     Args:
@@ -230,38 +243,38 @@ def shown_mistakes(
         evaluations: of the runs of each group.
         count: images of each sheet at most; 0 for no images.
         device: where networks run.
+        data: of the report's runs.
         say: called with what is being done.
 
     Returns:
-        (run, hardest false positives and misses), (run, what the method took for positives), and sentences that say of
-        runs why nothing is shown.
+        (run, hardest false positives and misses), (run, what the method took for positives), and what is not shown.
     """
-    mistakes: list[tuple[str, list[Sheet]]] = []
-    selected: list[tuple[str, list[Sheet]]] = []
-    # Runs by reason.
-    missing: dict[str, list[str]] = {}
-    if not count:
-        return mistakes, selected, []
-    for group, records in zip(groups, evaluations, strict=True):
-        jobs: list[tuple[list[tuple[str, list[Sheet]]], Run, str, list[tuple[str, list[Wanted]]]]] = []
-        first = next(((run, record) for run, record in zip(group.runs, records, strict=True) if record), None)
-        if first is not None:
-            run, record = first
-            jobs.append((mistakes, run, str(record["split"]), hardest_labels(record, count)))
-        logged = next((run for run in group.runs if selected_labels(run, 1)), None)
-        if logged is not None:
-            train = str(logged.options.get("data.train_split", "train"))
-            jobs.append((selected, logged, train, selected_labels(logged, count)))
-        for target, run, split, wanted in jobs:
-            if not wanted:
-                continue
-            say(f"drawing images of {printable(run.name)}, split {split}")
+    found: dict[str, Sheets] = {MISTAKES: [], REJECTED: []}
+    absences = []
+    for group, records in zip(groups, evaluations, strict=True) if count else ():
+        for part, run, split, wanted in _jobs(group, records, count):
             try:
-                found = sheets(run, split, wanted, device)
+                # Before it is told that images are drawn.
+                open_split(run, split, data)
+                say(f"drawing {part} of {printable(run.name)}, {split} split")
+                if drawn := sheets(run, split, wanted, device, data):
+                    found[part].append((run.name, drawn))
             except UserError as error:
-                missing.setdefault(str(error), []).append(run.name)
-                continue
-            if found:
-                target.append((run.name, found))
-    names = {reason: "; ".join(dict.fromkeys(runs)) for reason, runs in missing.items()}
-    return mistakes, selected, [f"No images of {names[reason]} are shown: {reason}." for reason in names]
+                absences.append(Absence(part, group.label, str(error)))
+    return found[MISTAKES], found[REJECTED], absences
+
+
+def _jobs(
+    group: RunGroup, records: Sequence[Record | None], count: int
+) -> list[tuple[str, Run, str, list[tuple[str, list[Wanted]]]]]:
+    """What is drawn of a setting: (part of the page, run, split, labels by title)."""
+    jobs = []
+    first = next(((run, record) for run, record in zip(group.runs, records, strict=True) if record), None)
+    if first is not None:
+        run, record = first
+        jobs.append((MISTAKES, run, str(record["split"]), hardest_labels(record, count)))
+    logged = next((run for run in group.runs if selected_labels(run, 1)), None)
+    if logged is not None:
+        train = str(logged.options.get("data.train_split", "train"))
+        jobs.append((REJECTED, logged, train, selected_labels(logged, count)))
+    return [job for job in jobs if job[-1]]

@@ -1,9 +1,9 @@
 """One HTML page about one run or several: figures, curves, classes, mistakes, and signs of trouble.
 
 Everything comes from the files that a run leaves (config.yaml, metrics.jsonl, results.json, evaluation.json,
-decisions.json, classes.txt); the page names those that are missing and leaves out what it would show of them. Runs
-whose configurations differ in seed and directory only are a group: their figures are a mean and a sample deviation, and
-every run is a dot. The page is one file that loads nothing; charts are SVG in it.
+decisions.json, classes.txt) and, where it can be opened, from its data set. The page names what is missing, and leaves
+out what it would show of it. Runs whose configurations differ in seed and directory only are a group: their figures are
+a mean and a sample deviation, and every run is a dot. The page is one file that loads nothing; charts are SVG in it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,16 @@ from spml_fast.analysis.report import charts
 from spml_fast.analysis.report.classes import class_data
 from spml_fast.analysis.report.confusion import HEAD, confusion_sections
 from spml_fast.analysis.report.coverage import coverage, replaced_images, unknown_positive_fraction
+from spml_fast.analysis.report.data_sets import (
+    CLASS_LABELS,
+    COUNTS,
+    MISTAKES,
+    REJECTED,
+    DataSets,
+    page_notes,
+    terminal_notes,
+    training_counts,
+)
 from spml_fast.analysis.report.decisions import (
     calibration_charts,
     calibration_errors,
@@ -41,7 +51,6 @@ from spml_fast.analysis.report.groups import (
     option_text,
     setup_rows,
     summary,
-    training_counts,
 )
 from spml_fast.analysis.report.health import health
 from spml_fast.analysis.report.mistakes import shown_mistakes
@@ -54,6 +63,8 @@ PACKAGE = "spml_fast.analysis.report"
 SCRIPTS = ("table.js", "curves.js", "report.js")
 # Images of each kind that are shown of a setting, unless told otherwise.
 IMAGES = 12
+# What the page may lack, by the section that says so.
+ABSENT = {"mistakes": MISTAKES, "selected": REJECTED, "classes": CLASS_LABELS, "data": COUNTS}
 
 
 def make_page(
@@ -75,12 +86,17 @@ def make_page(
     """
     runs = _read(folders)
     groups = group_runs(runs)
+    data = DataSets()
     evaluations = [[evaluation_record(run) for run in group.runs] for group in groups]
     decisions = [[decision_record(run) for run in group.runs] for group in groups]
     names, same = _class_names(groups, runs)
-    counts = training_counts(groups) if same else [None] * len(groups)
+    counts, absent = training_counts(groups, data) if same and names else ([None] * len(groups), [])
     device = torch.device("cpu") if device is None else device
-    mistakes, selected, missing = shown_mistakes(groups, evaluations, images, device, say)
+    mistakes, selected, undrawn = shown_mistakes(groups, evaluations, images, device, data, say)
+    covered, uncounted = coverage(groups, data)
+    absent = [*undrawn, *absent, *uncounted]
+    for sentence in terminal_notes(absent):
+        say(sentence)
     calibrated = calibrations(groups, evaluations, decisions)
     compared = len(groups) > 1
     values: dict[str, Any] = {
@@ -98,13 +114,13 @@ def make_page(
         "options": option_table(groups) if compared else [],
         "all_options": [] if compared else [(k, option_text(v)) for k, v in groups[0].options.items()],
         "curves": charts.epoch_charts(groups, charts.panel_names(runs)),
-        "selection": _selection_charts(groups, runs),
+        "selection": _selection_charts(groups, runs, data),
         "selected": selected,
         "classes": class_data(groups, names, counts, evaluations, decisions) if same and names else None,
         "class_charts": charts.class_charts(groups, counts) if same else [],
         "other_classes": not same,
         "mistakes": mistakes,
-        "missing": missing,
+        "absent": {part: page_notes(absent, name) for part, name in ABSENT.items()},
         "decisions": decision_summary(groups, decisions),
         "calibration": calibration_charts(calibrated),
         "calibrated": any(one.end("after") for one in calibrated),
@@ -114,7 +130,7 @@ def make_page(
         "class_groups": class_groups(groups),
         "conventions": conventions(groups),
         "time": time_section(groups),
-        "coverage": coverage(groups),
+        "coverage": covered,
         "replaced": replaced_images(groups),
         "health": _health(runs),
         "places": [(run.name, str(run.folder), option_text(run.options.get("run.seed")), _best(run)) for run in runs],
@@ -177,7 +193,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         tiles.append(("calibration error", f"{error:.2f}", "%"))
     if (best := number(figures.get("best_val_map"))) is not None:
         epoch = figures.get("best_epoch")
-        tiles.append(("best validation mAP", f"{best:.2f}", "%" if epoch is None else f"%, epoch {epoch}"))
+        tiles.append(("best validation mAP" if epoch is None else f"validation mAP, epoch {epoch}", f"{best:.2f}", "%"))
     tiles.append(("epochs", str(len(run.epochs)), f"of {run.planned_epochs}"))
     if (rate := number(figures.get("images_per_second"))) is not None:
         tiles.append(("speed", f"{rate:,.0f}", "images/s"))
@@ -186,9 +202,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _selection_charts(groups: Sequence[RunGroup], runs: Sequence[Run]) -> list[charts.Figure]:
+def _selection_charts(groups: Sequence[RunGroup], runs: Sequence[Run], data: DataSets) -> list[charts.Figure]:
     names = charts.selection_names(runs)
-    guesses = [unknown_positive_fraction(g.runs[0]) for g in groups] if "selection_precision" in names else None
+    guesses = [unknown_positive_fraction(g.runs[0], data) for g in groups] if "selection_precision" in names else None
     return charts.epoch_charts(groups, names, guesses)
 
 

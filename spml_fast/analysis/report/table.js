@@ -50,8 +50,8 @@ const makeTable = (data, figures, act) => {
       add("against", `AP, ${shortened(second.label, 14)}`, "other", "4.6rem", other, (row) => text(other(row), 1));
       add("gain", "difference", "±", "4.8rem", gain, (row) => (gain(row) > 0 ? "+" : "") + text(gain(row), 1));
     }
-    if (figures.there(first, "precision")) add("precision", "precision, %", "P", "4.6rem", ...per("precision", 1));
-    if (figures.there(first, "recall")) add("recall", "recall, %", "R", "4.2rem", ...per("recall", 1));
+    if (figures.there(first, "precision")) add("precision", "precision, %", "P", "5.4rem", ...per("precision", 1));
+    if (figures.there(first, "recall")) add("recall", "recall, %", "R", "4.6rem", ...per("recall", 1));
     if (!second && figures.there(first, "threshold")) add("threshold", "threshold", "from", "4.5rem", per("threshold")[0], (row) => thresholdText(figures.threshold(first, row)), true);
     if (figures.there(first, "positives")) {
       add("positives", "positives known", "+", "4.6rem", (row) => figures.positives(first, row), (row) => number(first.positives[row]), Boolean(second));
@@ -70,7 +70,7 @@ const makeTable = (data, figures, act) => {
     if (!columns.some((column) => column.key === sort.key)) sort = { key: columns[Math.min(1, columns.length - 1)].key, down: true };
     $("grid").style.setProperty("--tracks", columns.slice(1).map((c) => c.track).join(" ") + (curve() ? " 4.4rem" : ""));
     $("sort").replaceChildren(...columns.flatMap((column) => [true, false].map((down) =>
-      element("option", { value: `${column.key} ${down}` }, `${column.label}, ${column.key === "name" ? (down ? "Z to A" : "A to Z") : down ? "highest first" : "lowest first"}`))));
+      element("option", { value: `${column.key} ${down}` }, `${column.label.replace(", %", "")}, ${column.key === "name" ? (down ? "Z to A" : "A to Z") : down ? "highest first" : "lowest first"}`))));
     drawHeads();
     arrange();
   }
@@ -81,7 +81,7 @@ const makeTable = (data, figures, act) => {
       button.addEventListener("click", () => sortBy(column.key, sort.key === column.key ? !sort.down : column.down));
       return element("div", { role: "columnheader", "data-key": column.key }, button);
     });
-    if (curve()) made.push(element("div", { role: "columnheader" }, element("span", { class: "muted" }, "curve")));
+    if (curve()) made.push(element("div", { role: "columnheader" }, element("span", {}, "curve")));
     $("heads").replaceChildren(...made);
     $("grid").setAttribute("aria-colcount", made.length);
   }

@@ -60,7 +60,7 @@ const makeFilters = (data, state, cards) => {
       agreed += (what === "accept") === (truth(row) === "1");
     }
     const yours = decided ? `, you ${number(agreed)} of ${number(decided)}` : "";
-    $("truth-line").textContent = precision && `model ${precision}${yours}`;
+    $("truth-line").textContent = precision && `model ${precision} right${yours}`;
   }
 
   return { passing, fillClasses, showPrecision, showAgreement };

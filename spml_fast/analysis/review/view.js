@@ -298,6 +298,7 @@
     if (event.altKey || $("keys").open) return;
     const control = event.ctrlKey || event.metaKey;
     const target = event.target;
+    if (event.key === "Escape" && target.closest("header")) backToCards();
     if (target.matches("input:not([type=checkbox]), select, textarea")) return;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     if (control && key !== "z") return;
@@ -343,6 +344,11 @@
     $("class").focus();
   }
 
+  // Where keys decide: in a field they are typed.
+  function backToCards() {
+    list.focus({ preventScroll: true });
+  }
+
   function showDialog(id) {
     $(id).showModal();
     // Not its first button, which Enter would press.
@@ -353,6 +359,13 @@
     for (const id of ["class", "kind", "decision", "order", "low", "high"]) $(id).addEventListener("change", filter);
     $("again").addEventListener("click", () => filter(true));
     $("map").addEventListener("change", redraw);
+    for (const field of $("filters").querySelectorAll("select")) {
+      // Arrow keys go through what there is to choose; who has chosen with the pointer goes on with the cards.
+      let pointed = false;
+      field.addEventListener("pointerdown", () => { pointed = true; });
+      field.addEventListener("keydown", () => { pointed = false; });
+      field.addEventListener("change", () => pointed && backToCards());
+    }
     $("reveal").addEventListener("change", () => {
       for (const made of space.querySelectorAll("article")) mark(made, order[Number(made.dataset.place)]);
     });

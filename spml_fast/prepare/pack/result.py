@@ -90,6 +90,9 @@ def write_manifest(
             "classes_without_positive": int((known.class_counts(POSITIVE) == 0).sum()),
             "shards": len(files),
         }
+        if "left_out" in splits[name]:
+            # Preparation has counted its own.
+            splits[name]["left_out"] += plan.absent.get(name, 0) + sum(len(record.left_out) for record in records)
     new_report = {
         **report,
         "notes": [*report.get("notes", []), *plan.notes],

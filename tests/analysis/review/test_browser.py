@@ -210,13 +210,38 @@ def test_filters(tab: Page, made: MadePage) -> None:
     assert shown() == "59 of 60 shown"
 
 
+CHOOSE = """pointed => {
+  const kind = document.getElementById("kind");
+  kind.focus();
+  kind.dispatchEvent(new Event(pointed ? "pointerdown" : "keydown"));
+  kind.value = "missing";
+  kind.dispatchEvent(new Event("change"));
+}"""
+
+
+def test_keys_decide_again_after_a_filter(tab: Page, made: MadePage) -> None:
+    """Esc leaves a field, and a choice by pointer goes back to the cards; by keyboard the field stays, to go on in."""
+    open_page(tab, made)
+    tab.keyboard.press("f")
+    assert tab.evaluate("document.activeElement.id") == "class"
+    tab.keyboard.press("Escape")
+    tab.keyboard.press("a")
+    assert counts(tab).startswith("1 of 60 decided")
+    tab.evaluate(CHOOSE, False)
+    assert tab.evaluate("document.activeElement.id") == "kind"
+    tab.evaluate(CHOOSE, True)
+    assert tab.evaluate("document.activeElement.id") == "list"
+    tab.keyboard.press("r")
+    assert counts(tab).startswith("2 of 60 decided")
+
+
 def test_precision_against_hidden_labels(tab: Page, made: MadePage, tmp_path: Path) -> None:
     open_page(tab, made)
     truth = made.data["truth"]
     right, judged = truth.count("1"), 60 - truth.count("?")
     tab.click("[data-panel=truth]")
     assert f"{right} of {judged}" in tab.inner_text("#precision tr:last-child")
-    assert f"model {100 * right / judged:.1f}%" in tab.inner_text("#truth-line")
+    assert f"model {100 * right / judged:.1f}% right" in tab.inner_text("#truth-line")
     tab.check("#reveal")
     assert {text for text in tab.locator(".truth").all_inner_texts()} <= {"suggestion right", "suggestion wrong"}
     # Nothing is hidden, and the head has no maps.
