@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
@@ -161,7 +160,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 
 def plot(path: Path, rows: list[Row], runs: dict[str, list[Path]]) -> None:
-    """Bars of mAP, and precision and recall of what methods rejected or corrected, over epochs."""
+    """Dots of mAP, and precision and recall of what methods rejected or corrected, over epochs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,17 +169,27 @@ def plot(path: Path, rows: list[Row], runs: dict[str, list[Path]]) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.5), width_ratios=(3, 2), layout="constrained")
     names = list(dict.fromkeys(r.entry.name for r in rows))
     alphas = list(dict.fromkeys(r.alpha for r in rows))
-    width = 0.8 / len(alphas)
+    # Dots: a bar would have to begin at 0, where differences cannot be seen.
+    width = 0.5 / len(alphas)
     for place, alpha in enumerate(alphas):
         chosen = [r for r in rows if r.alpha == alpha]
         positions = [names.index(r.entry.name) + (place - (len(alphas) - 1) / 2) * width for r in chosen]
-        bars = left.bar(positions, [r.mean for r in chosen], width, yerr=[r.std for r in chosen], capsize=3)
-        bars.set_label(f"alpha {alpha}")
-        left.bar_label(bars, fmt="%.1f", fontsize=7, padding=3)
-    lowest = min(r.mean - r.std for r in rows)
-    left.set_ylim(max(0, math.floor(lowest / 5) * 5 - 5), 101.5)
+        means, deviations = [r.mean for r in chosen], [r.std for r in chosen]
+        label = "plain" if float(alpha) == 1 else f"BoostLU x{alpha}"
+        left.errorbar(positions, means, deviations, fmt="o", markersize=6, capsize=4, label=label)
+        for position, mean, deviation in zip(positions, means, deviations, strict=True):
+            left.annotate(
+                f"{mean:.1f}",
+                (position, mean + deviation),
+                textcoords="offset points",
+                xytext=(0, 5),
+                ha="center",
+                fontsize=7,
+            )
+    left.grid(axis="y", alpha=0.3)
+    left.set_xlim(-0.5, len(names) - 0.5)
     left.set_xticks(range(len(names)), names, rotation=20)
-    left.set_ylabel("test mAP (%)")
+    left.set_ylabel("test mAP, mean and deviation over seeds (%)")
     left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.11), ncols=len(alphas), frameon=False)
     for name in names:
         histories = [read_epochs(run) for run in runs[name]]
