@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support import warm
 from tests.support.markers import marks
+from tests.support.order import shared
 from tests.support.paths import ROOT
 from tests.support.runs import Run
 
@@ -29,11 +31,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return workers if workers > 1 else 0
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they do, before `-m` chooses among them."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Mark tests by what they do, before `-m` chooses among them; then put them in the order that workers share."""
     for item in items:
         for name in sorted(marks(item, ROOT)):
             item.add_marker(name)
+    yield
+    if hasattr(config, "workerinput"):
+        items[:] = shared(items, config.workerinput["workercount"])
 
 
 @pytest.fixture
