@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from tests.support.runs import Run
 SMALL = {"train": 192, "val": 60, "test": 90}
 # What a worker, the process that its runs are forked from, and a run of two ranks take together.
 WORKER_BYTES = 4 << 30
+
+
+def pytest_configure() -> None:
+    """Tests start some hundred processes: where Python is told to keep no bytecode, each compiles the package again."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
