@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support import warm
 from tests.support.markers import marks
+from tests.support.order import shared
 from tests.support.paths import ROOT
 from tests.support.runs import Run
 
 SMALL = {"train": 192, "val": 60, "test": 90}
 # What a worker, the process that its runs are forked from, and a run of two ranks take together.
 WORKER_BYTES = 4 << 30
+
+
+def pytest_configure() -> None:
+    """Tests start some hundred processes: where Python is told to keep no bytecode, each compiles the package again."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -29,11 +38,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return workers if workers > 1 else 0
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they do, before `-m` chooses among them."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Mark tests by what they do, before `-m` chooses among them; then put them in the order that workers share."""
     for item in items:
         for name in sorted(marks(item, ROOT)):
             item.add_marker(name)
+    yield
+    if hasattr(config, "workerinput"):
+        items[:] = shared(items, config.workerinput["workercount"])
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from spml_kernels import large_loss, large_loss_step, list_selected, select_large
@@ -129,30 +131,27 @@ def test_k_on_the_device_may_be_smaller_than_its_bound(device, form):
 
 
 def on_device(ranks, device, work):
-    """`work(rank, gather)` of every rank, in threads of their own on a GPU."""
-    # The interpreter keeps the grid in a global: one rank after another, in turns at every gather.
-    return in_turns(ranks, work) if device == "cpu" else on_ranks(ranks, work)
+    """`work(rank, gather)` of every rank, in threads of their own."""
+    # The interpreter keeps the grid in a global: there one rank computes at a time.
+    return on_ranks(ranks, in_turns(work) if device == "cpu" else work)
 
 
-def in_turns(ranks, work):
-    """`work(rank, gather)` of every rank, with gathers that replay what the other ranks would have handed in."""
-    log: list[list[torch.Tensor]] = []
-    while True:
-        handed = [[] for _ in range(ranks)]
-        found = []
-        for rank in range(ranks):
+def in_turns(work):
+    """`work(rank, gather)` that only one thread runs at a time, but for waiting in `gather`."""
+    turn = threading.Lock()
 
-            def gather(tensor, rank=rank, handed=handed):
-                step = len(handed[rank])
-                handed[rank].append(tensor)
-                if step < len(log):
-                    return torch.stack(log[step])
-                return torch.stack([tensor] * ranks)
+    def alone(rank, gather):
+        def wait(tensor):
+            turn.release()
+            try:
+                return gather(tensor)
+            finally:
+                turn.acquire()
 
-            found.append(work(rank, gather))
-        if len(log) == len(handed[0]):
-            return found
-        log.append([h[len(log)] for h in handed])
+        with turn:
+            return work(rank, wait)
+
+    return alone
 
 
 @pytest.mark.parametrize("ranks", [2, 5])

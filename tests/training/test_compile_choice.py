@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import re
 from pathlib import Path
@@ -24,7 +25,9 @@ from spml_fast.training.compile_choice import CompileTimes, compiled_sizes, sett
 from spml_fast.training.earlier_choices import EarlierChoices, earlier_choices
 from spml_fast.training.resume import Resume
 from spml_fast.training.trials import Trial
+from tests.support import warm
 from tests.support.paths import ROOT
+from tests.support.runs import environment
 
 CPU = torch.device("cpu")
 WORDS = ["--data.image_size", "64", "--model.backbone", "test_resnet", "--model.pretrained", "false"]
@@ -218,18 +221,20 @@ def test_sizes():
 
 
 @pytest.mark.slow
-def test_compiled_runs_resume_bit_for_bit(run_script, small_digits: Path, tmp_path: Path):
+def test_compiled_runs_resume_bit_for_bit(small_digits: Path, tmp_path: Path):
     """Real compiling: a run that is cut between its epochs ends where the whole one does, near the one without."""
     words = ["--config", "digits", "--data.dir", small_digits, "--train.schedule", "constant", "--train.batch_size", 40]
     words += ["--data.val_split", "null", "--data.test_split", "null", "--deepspeed.tensorboard", "false"]
     words += ["--plugins", ROOT / "tests" / "support" / "tiny_network.py", "--model.backbone", "tiny_network"]
     words += ["--data.image_size", 32]
-    places = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    # A thread compiles: its helpers would be processes that import everything again.
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
     def train(name, epochs, compiled):
         run = tmp_path / name
         more = ["--train.epochs", epochs, "--model.compile", compiled, "--run.dir", run]
-        done = run_script("train.py", *words, *more, **places)
+        given = [str(ROOT / "launch" / "train.py"), *map(str, (*words, *more))]
+        done = warm.WARM.run(given, [places], 600, environment())
         assert done.returncode == 0, done.stdout + done.stderr
         return load_file(run / "model.safetensors")
 
@@ -246,10 +251,12 @@ def test_compiled_runs_resume_bit_for_bit(run_script, small_digits: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_compiling_is_measured(classifier):
+def test_compiling_is_measured():
     """Real compiling; the network is as it was."""
-    before = copy.deepcopy(classifier.state_dict())
-    times = compile_choice.compile_times(Trial(classifier, 4, 64, CPU), None)
+    importlib.import_module("tests.support.tiny_network")
+    network = Classifier(config_of("--model.backbone", "tiny_network").model, 4, 32)
+    before = copy.deepcopy(network.state_dict())
+    times = compile_choice.compile_times(Trial(network, 4, 32, CPU), None)
     assert times.batch == 4 and len(times.rounds) >= 3 and times.compiling > times.compiled
-    assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert json.loads(json.dumps(dataclasses.asdict(times)))["images"] == times.images

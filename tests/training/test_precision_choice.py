@@ -228,15 +228,15 @@ def test_measuring_leaves_everything_as_it_was(classifier, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_says_and_keeps_it(run_script, small_digits: Path, tmp_path: Path):
+def test_a_run_says_and_keeps_it(run_script, small_digits: Path, tmp_path: Path, monkeypatch):
     """Its config.yaml has what it took; times of another outcome change new runs and no resumed one."""
-    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ["--config", "digits", "--data.dir", small_digits, "--train.precision", "auto", "--train.batch_size", 32]
     words += ["--data.test_split", "null"]
 
     def train(name, epochs):
         run = tmp_path / name
-        done = run_script("train.py", *words, "--train.epochs", epochs, "--run.dir", run, **cache)
+        done = run_script("train.py", *words, "--train.epochs", epochs, "--run.dir", run)
         assert done.returncode == 0, done.stdout + done.stderr
         said = yaml.safe_load((run / "config.yaml").read_text())["train"]["precision"]
         return said, " ".join(done.stdout.split())
