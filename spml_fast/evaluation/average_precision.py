@@ -26,6 +26,10 @@ from spml_fast.evaluation.entries import (
 )
 from spml_fast.evaluation.selection import select_entries
 
+# Pairs whose classes are ranked at once, and the most blocks of them.
+PAIR_BLOCK_ENTRIES = 1 << 18
+_MOST_PAIR_BLOCKS = 16
+
 
 @dataclass(frozen=True)
 class ClassAP:
@@ -183,16 +187,28 @@ def average_precision_pairs(
         class_a, score_a, code_a = class_a[known_entries], score_a[known_entries], code_a[known_entries]
         row_a = None if row_a is None else row_a[known_entries]
     known = np.bincount(class_a, minlength=num_classes)
-    keys = _sorted_keys(class_a, score_a, code_a, row_a, num_classes, stable=definition != "sklearn")
-    ap, positives = _segment_ap(keys, known, definition)
+    ap, positives = np.full(num_classes, np.nan), np.zeros(num_classes, np.int64)
+
+    def fill(block: tuple[int, int]) -> None:
+        low, high = block
+        inside = np.flatnonzero((class_a >= low) & (class_a < high))
+        rows = None if row_a is None else row_a[inside]
+        stable = definition != "sklearn"
+        keys = _sorted_keys(class_a[inside] - low, score_a[inside], code_a[inside], rows, high - low, stable)
+        ap[low:high], positives[low:high] = _segment_ap(keys, known[low:high], definition)
+
+    # Each block looks through all pairs for its own, so they are few.
+    entries = max(PAIR_BLOCK_ENTRIES, len(class_a) // _MOST_PAIR_BLOCKS)
+    in_threads(fill, list(_class_blocks(known, entries)))
     return ClassAP(ap, positives, known - positives, definition)
 
 
-def _class_blocks(known: IntArray) -> Iterator[tuple[int, int]]:
-    """Cut the classes into runs [low, high) of at most `BLOCK_ENTRIES` known entries, or of one class."""
+def _class_blocks(known: IntArray, entries: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cut the classes into runs [low, high) of at most so many known entries (`BLOCK_ENTRIES`), or of one class."""
+    entries = BLOCK_ENTRIES if entries is None else entries
     low, held = 0, 0
     for c, count in enumerate(known.tolist()):
-        if c > low and held + count > BLOCK_ENTRIES:
+        if c > low and held + count > entries:
             yield low, c
             low, held = c, 0
         held += count

@@ -12,3 +12,4 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few entries, so that small arrays go through many of them."""
     for module in (entries, average_precision):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 7)
+    monkeypatch.setattr(average_precision, "PAIR_BLOCK_ENTRIES", 7)
