@@ -20,6 +20,9 @@ from spml_fast.evaluation.entries import BoolArray, IntArray
 
 # Fewer entries are sorted as fast as they are counted.
 _FEWEST = 4096
+# Bins of a class are 2^20 at most, so that fp32 cannot round the lowest score's place up to 2^20.
+_MOST_BITS = 20
+_NARROWEST = np.float32(1e-30)
 
 
 class Selection(NamedTuple):
@@ -45,16 +48,14 @@ def select_entries(scores: npt.NDArray[np.float32], positive: BoolArray) -> Sele
     if count < _FEWEST or 8 * np.count_nonzero(positive) > positive.size:
         return None
     highest, lowest = scores.max(1, keepdims=True), scores.min(1, keepdims=True)
-    bins = 1 << (count - 1).bit_length()
+    bins = 1 << min(count.bit_length(), _MOST_BITS)
     with np.errstate(over="ignore", invalid="ignore"):
         width = highest - lowest
-        # Below 2 / bins of the largest number a quotient may be infinite. Equal scores share a bin whatever it is.
-        scale = np.where(width > 1e-30, np.float32(bins - 1) / width, np.float32(0))
     if not np.isfinite(width).all():
         return None
+    # Of a width that is nearly 0 the quotient would be infinite; so few bins are used then.
+    scale = np.float32(bins - 1) / np.maximum(width, _NARROWEST)
     place = ((highest - scores) * scale).astype(np.int64)
-    # The product may be rounded up to the last bin's end, and is never above.
-    np.minimum(place, bins - 1, out=place)
     place += np.arange(classes)[:, None] * bins
     flat = place.ravel()
     of_positives = np.sort(flat[positive.ravel()])

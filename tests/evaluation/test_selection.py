@@ -66,6 +66,38 @@ def test_the_same_bits_at_size(kind: str) -> None:
     np.testing.assert_array_equal(average_precision(scores, codes).ap, everything_sorted(scores, codes))
 
 
+def test_classes_that_are_not_annotated_everywhere() -> None:
+    """In a block with others that are; unknown rows of the highest scores count for nothing."""
+    scores, codes = draws(4, 20_001, 5, "plain")
+    codes[:, 2][scores[:, 2] > 2] = -1
+    expected = [
+        module._block_ap(scores[:, [c]], codes[:, [c]], (codes[:, [c]] >= 0).sum(0), "sklearn") for c in range(5)
+    ]
+    np.testing.assert_array_equal(average_precision(scores, codes).ap, np.concatenate(expected))
+    assert average_precision(scores, np.abs(codes)).ap[2] != expected[2]
+
+
+def test_scores_that_fp32_cannot_tell_apart() -> None:
+    scores, codes = draws(5, 20_001, 2, "plain")
+    fine = 1 + 1e-9 * scores.astype(np.float64)
+    np.testing.assert_array_equal(average_precision(fine, codes).ap, everything_sorted(scores, codes))
+
+
+def test_not_all_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it pays, it is done; float64, whose bits do not fit, is sorted whole."""
+    scores, codes = draws(0, 20_001, 7, "plain")
+    expected = everything_sorted(scores, codes)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("everything is sorted")
+
+    monkeypatch.setattr(module, "_block_ap", refuse)
+    np.testing.assert_array_equal(average_precision(scores, codes).ap, expected)
+    for other in (scores.astype(np.float64), scores):
+        with pytest.raises(AssertionError, match="everything is sorted"):
+            average_precision(other, codes, "sklearn" if other is not scores else "rank")
+
+
 def test_a_part_is_selected() -> None:
     scores, codes = draws(1, 20_000, 3, "plain")
     flat, positive = np.ascontiguousarray(scores.T), np.ascontiguousarray(codes.T == 1)
