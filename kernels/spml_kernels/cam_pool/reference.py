@@ -39,4 +39,5 @@ def map_of_known(features_BHWK: Tensor, weight_CK: Tensor, bias_C: Tensor, class
 
 def cam_map_reference(features_BHWK: Tensor, weight_CK: Tensor, bias_C: Tensor, classes_BN: Tensor) -> Tensor:
     """As `spml_kernels.cam_map`."""
-    return map_of_known(features_BHWK, weight_CK, bias_C, known_classes(classes_BN, len(weight_CK)))
+    known_BN = known_classes(classes_BN, len(weight_CK))
+    return map_of_known(features_BHWK, weight_CK, bias_C, known_BN)
