@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,12 @@ def read(path: Path) -> Any:
     return notebook
 
 
-def execute(path: Path, folder: Path, more: Mapping[str, tuple[str, str]] | None = None) -> Any:
+def execute(path: Path, folder: Path) -> Any:
     """Run every cell from the top, in a copy beside nothing else; returns the notebook with its outputs.
 
     Args:
         path: the notebook.
         folder: where the copy is put and runs.
-        more: id of a cell -> a text that stands in it once, and what takes its place.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -48,10 +46,6 @@ def execute(path: Path, folder: Path, more: Mapping[str, tuple[str, str]] | None
     from nbclient import NotebookClient
 
     notebook = read(Path(shutil.copy(path, folder)))
-    for name, (old, new) in (more or {}).items():
-        (cell,) = (c for c in notebook.cells if c.id == name)
-        assert cell.source.count(old) == 1, f"{path.name}, cell {name}: {old}"
-        cell.source = cell.source.replace(old, new)
     # This interpreter, whatever kernels a machine has registered.
     manager = AsyncKernelManager(kernel_name="python3")
     manager._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
