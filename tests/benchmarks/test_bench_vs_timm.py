@@ -107,4 +107,6 @@ def test_whole_comparison(run_script: Run, small_digits: Path, tmp_path: Path, m
     with (tmp_path / "vs_timm.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     assert [row["figure"] for row in written] == [row["figure"] for row in rows]
+    for side in ("spml_fast", "timm"):
+        assert [float(row[side]) for row in written] == pytest.approx([row[side] for row in rows], rel=1e-4)
     assert all(row["torch"] == torch.__version__ and row["cpu"] and row["date"] for row in written)

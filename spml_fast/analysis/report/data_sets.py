@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from spml_fast.data.labels import POSITIVE
 from spml_fast.data.manifest import Manifest
 from spml_fast.prepare.build import count_labels
 from spml_fast.runs.read import Run
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 # Parts of the page that need a data set, as its sentences name them.
 MISTAKES, REJECTED = "images of mistakes", "images of rejected labels"
@@ -76,44 +80,48 @@ class SplitCounts:
     observed: dict[str, int]
 
 
+def _once(known: dict[Key, Value | UserError], key: Key, make: Callable[[], Value]) -> Value:
+    """What `make` gives, made once for each key; a `UserError` of it is kept, and raised every time."""
+    if key not in known:
+        try:
+            known[key] = make()
+        except UserError as error:
+            known[key] = error
+    found = known[key]
+    if isinstance(found, UserError):
+        raise UserError(str(found))
+    return found
+
+
 class DataSets:
     """Opens the data sets of runs: each once, since one on object storage that does not answer takes a while."""
 
     def __init__(self) -> None:
-        self._opened: dict[tuple[str, ...], Manifest | str] = {}
-        self._counted: dict[Manifest, dict[str, SplitCounts] | str] = {}
+        self._opened: dict[tuple[str, ...], Manifest | UserError] = {}
+        self._counted: dict[Manifest, dict[str, SplitCounts] | UserError] = {}
 
     def of(self, run: Run) -> Manifest:
         """The data set of a run, where its options say. Raises `UserError` where it is not there."""
         folder, *more = (run.options.get(f"data.{name}") for name in ("dir", "image_root", "cache_dir"))
-        key = tuple(map(str, (folder, *more)))
-        if key not in self._opened:
-            try:
-                if folder is None:
-                    raise UserError("the run does not say where its data set is")
-                self._opened[key] = Manifest(folder, *more)
-            except UserError as error:
-                self._opened[key] = str(error)
-        found = self._opened[key]
-        if isinstance(found, str):
-            raise UserError(found)
-        return found
+
+        def opened() -> Manifest:
+            if folder is None:
+                raise UserError("the run does not say where its data set is")
+            return Manifest(folder, *more)
+
+        return _once(self._opened, tuple(map(str, (folder, *more))), opened)
 
     def counts(self, run: Run) -> dict[str, SplitCounts]:
         """Images and labels of every split, counted in the label arrays: no image is read. `UserError` as `of`."""
         manifest = self.of(run)
-        if manifest not in self._counted:
-            try:
-                self._counted[manifest] = {
-                    name: SplitCounts(len(split), count_labels(split.known), count_labels(split.observed))
-                    for name, split in manifest.splits.items()
-                }
-            except UserError as error:
-                self._counted[manifest] = str(error)
-        found = self._counted[manifest]
-        if isinstance(found, str):
-            raise UserError(found)
-        return found
+
+        def counted() -> dict[str, SplitCounts]:
+            return {
+                name: SplitCounts(len(split), count_labels(split.known), count_labels(split.observed))
+                for name, split in manifest.splits.items()
+            }
+
+        return _once(self._counted, manifest, counted)
 
 
 def training_counts(groups: Sequence[RunGroup], data: DataSets) -> tuple[list[np.ndarray | None], list[Absence]]:

@@ -15,8 +15,16 @@ from spml_kernels import map_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spml_fast.core.errors import UserError
 from spml_fast.core.precision import no_autocast
 from spml_fast.models.heads.base import HeadOutput, MaskOptions
+
+
+def require_positive(**options: int) -> None:
+    """Raise `UserError` for the first of a head's options that is below 1."""
+    for name, value in options.items():
+        if value < 1:
+            raise UserError(f"model.head_options.{name} is {value}; it must be at least 1")
 
 
 class Attention(nn.Module):

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import no_autocast
-from spml_fast.models.heads.attention import Attention, FeedForward, attention_output
+from spml_fast.models.heads.attention import Attention, FeedForward, attention_output, require_positive
 from spml_fast.models.heads.base import Head, HeadOptions, HeadOutput, MaskOptions, register
 
 
@@ -108,9 +108,7 @@ class MLDecoderHead(Head):
         o = self.options
         hidden = channels if o.hidden is None else o.hidden
         groups = num_classes if o.groups is None else o.groups
-        for name, value in (("groups", groups), ("hidden", hidden), ("ffn", o.ffn), ("heads", o.heads)):
-            if value < 1:
-                raise UserError(f"model.head_options.{name} is {value}; it must be at least 1")
+        require_positive(groups=groups, hidden=hidden, ffn=o.ffn, heads=o.heads)
         if not 0 <= o.dropout < 1:
             raise UserError(f"model.head_options.dropout is {o.dropout}; it must lie in [0, 1)")
         if hidden % o.heads:

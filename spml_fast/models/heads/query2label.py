@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from spml_fast.core.errors import UserError
 from spml_fast.core.precision import no_autocast
-from spml_fast.models.heads.attention import Attention, FeedForward, attention_output
+from spml_fast.models.heads.attention import Attention, FeedForward, attention_output, require_positive
 from spml_fast.models.heads.base import Head, HeadOptions, HeadOutput, MaskOptions, register
 
 
@@ -172,9 +172,7 @@ class Query2LabelHead(Head):
         o = self.options
         hidden, ffn = PRESETS[o.preset]
         hidden, ffn = o.hidden or hidden, o.ffn or ffn
-        for name, value in (("hidden", hidden), ("ffn", ffn), ("heads", o.heads), ("decoder_layers", o.decoder_layers)):
-            if value < 1:
-                raise UserError(f"model.head_options.{name} is {value}; it must be at least 1")
+        require_positive(hidden=hidden, ffn=ffn, heads=o.heads, decoder_layers=o.decoder_layers)
         if o.encoder_layers < 0 or not 0 <= o.dropout < 1:
             raise UserError("model.head_options: encoder_layers must not be negative and dropout must lie in [0, 1)")
         if hidden % o.heads or hidden % 4:
