@@ -63,7 +63,8 @@ from spml_fast.data.labels import LabelStore, SparseLabels
 from spml_fast.data.manifest import Split
 from spml_fast.methods import Method, Progress, get_method, method_names
 from spml_fast.models.classifier import Classifier
-from spml_fast.training.engine import Engine, deepspeed_config, init_distributed, shutdown_distributed
+from spml_fast.training.engine import Engine, init_distributed, shutdown_distributed
+from spml_fast.training.engine_config import deepspeed_config
 from spml_fast.training.module import TrainingModule
 from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups, suits_fused
 from spml_fast.training.precision_choice import settle_precision
@@ -147,10 +148,11 @@ class Variant:
         scheduler = make_schedule(optimizer, train, 10**6)
         self.engine: Engine | None = None
         if own_loop:
-            self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
+            self.module: torch.nn.Module = module
+            self.optimizer, self.scheduler = optimizer, scheduler
         else:
             config = deepspeed_config(train, setup.engine, 1, setup.device, setup.scratch)
-            self.engine = Engine(module, optimizer, scheduler, config)
+            self.engine = Engine(module, optimizer, scheduler, config, overlap=setup.engine.overlap_gradients)
         self.classifier.to(setup.device).train()
 
     def batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

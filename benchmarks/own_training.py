@@ -19,7 +19,8 @@ from spml_fast.evaluation.evaluate import evaluate_split
 from spml_fast.methods import Progress, get_method
 from spml_fast.models.classifier import Classifier
 from spml_fast.runs.open import input_normalisation, make_eval_loader
-from spml_fast.training.engine import Engine, deepspeed_config
+from spml_fast.training.engine import Engine
+from spml_fast.training.engine_config import deepspeed_config
 from spml_fast.training.module import TrainingModule
 from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups, suits_fused
 

@@ -10,13 +10,18 @@ network's parameters; what a method sends does not depend on the network.
 
 Modelled, NOT measured: a GPU computes as long as `model_costs.py` says. A collective of n ranks takes a start, which
 grows with the logarithm of the number of machines, and its bytes through the slower of the links within a machine and
-between machines: an all-reduce moves 2 (n - 1) / n of them, an all-gather (n - 1) times what a rank gives. DeepSpeed at
-stage 0 reduces gradients after the backward, so nothing of it is hidden; `hidden` is the efficiency if it were, as in
-DDP. Links and starts are assumptions for 8 H100 a machine and can be given. Reading images is assumed to keep up: the
-last column is what that takes on a machine.
+between machines: an all-reduce moves 2 (n - 1) / n of them, an all-gather (n - 1) times what a rank gives. Gradients
+are summed bucket by bucket during the backward, two thirds of computing; what is longer than that stays visible, and so
+does the last bucket, for which nothing is left to compute. `after` is the efficiency with
+`deepspeed.overlap_gradients false`, where DeepSpeed sums all of them when the backward is over. Links and starts are
+assumptions for 8 H100 a machine and can be given. Reading images is assumed to keep up: the last column is what that
+takes on a machine.
 
 Measured (`--measure`): updates of a rank alone and of two ranks side by side, the same number of images a rank, one
-thread each, in turn. Two ranks of one machine share its memory and caches, which two machines do not.
+thread each, in turn: with gradients averaged `during` the backward, `after` it by DeepSpeed, and by PyTorch's own
+DistributedDataParallel without DeepSpeed (`ddp`). Two ranks of one machine share its memory and caches, which two
+machines do not. For a slow network between them run it where the loopback device is one (Linux, as root):
+`unshare -n sh -c 'ip link set lo up; tc qdisc add dev lo root netem rate 2gbit; python benchmarks/scaling_model.py'`.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -54,10 +60,13 @@ from spml_fast.data.labels import SparseLabels
 from spml_fast.methods import method_names
 from spml_fast.models.classifier import Classifier
 from spml_fast.training.engine import init_distributed, shutdown_distributed
+from spml_fast.training.gradient_buckets import BUCKET_BYTES, LAST_BUCKET_BYTES
 
 GPUS_A_MACHINE = 8
 # What stands for the network where collectives are counted, and where CPUs are measured.
 SMALL, SMALL_SIZE = "resnet10t", 64
+# How gradients are averaged where that is measured.
+AVERAGES = ("during", "after", "ddp")
 # Forwards of IGNORE beside those of assumed negative (docs/operations.md, "What a model costs").
 COMPUTE = {"ignore": 2.3}
 
@@ -102,6 +111,20 @@ class Links:
         rate = self.inside if machines == 1 else min(self.inside, self.between)
         return (self.start + self.hop * math.log2(machines)) * 1e-6 + moved / rate / 1e9
 
+    def visible(self, size: int, ranks: int, backward: float) -> float:
+        """Time after the backward that gradients take which are summed during it, bucket by bucket.
+
+        Args:
+            size: bytes of all gradients.
+            ranks: number of GPUs.
+            backward: seconds that it computes.
+        """
+        last = min(size, LAST_BUCKET_BYTES)
+        buckets = [last, *[BUCKET_BYTES] * ((size - last) // BUCKET_BYTES), (size - last) % BUCKET_BYTES]
+        sums = [self.seconds(Collective("gradients", "all_reduce", part), ranks) for part in buckets if part]
+        # For the last bucket nothing is left to compute.
+        return max(sums[0], sum(sums) - backward)
+
 
 @contextmanager
 def counted(owner: list[str], found: list[Collective]) -> Iterator[None]:
@@ -122,7 +145,9 @@ def counted(owner: list[str], found: list[Collective]) -> Iterator[None]:
         yield
 
 
-def variant_of(method: str, args: argparse.Namespace, classes: int, size: int, folder: Path) -> Variant:
+def variant_of(
+    method: str, args: argparse.Namespace, classes: int, size: int, folder: Path, averages: str = "during"
+) -> Variant:
     """A method on drawn images, as a training has it.
 
     Args:
@@ -131,6 +156,7 @@ def variant_of(method: str, args: argparse.Namespace, classes: int, size: int, f
         classes: C.
         size: side of the images, pixels.
         folder: for files of the engine.
+        averages: how gradients are averaged, one of `AVERAGES`.
     """
     images = 4 * args.batch_size
     observed = np.random.default_rng(0).integers(classes, size=images)
@@ -140,12 +166,17 @@ def variant_of(method: str, args: argparse.Namespace, classes: int, size: int, f
         DataConfig(image_size=size, threads=1),
         # Every rank draws its own part.
         TrainConfig(batch_size=args.batch_size, precision="fp32"),
-        EngineConfig(tensorboard=False),
-        Classifier(ModelConfig(backbone=SMALL, pretrained=False), classes, size),
+        EngineConfig(tensorboard=False, overlap_gradients=averages == "during"),
+        Classifier(ModelConfig(backbone=args.measured if args.measure else SMALL, pretrained=False), classes, size),
         torch.device("cpu"),
         folder,
     )
-    return Variant("spml_fast", method, setup)
+    if averages != "ddp":
+        return Variant("spml_fast", method, setup)
+    variant = Variant("bare", method, setup)
+    if distributed.world_size() > 1:
+        variant.module = DistributedDataParallel(variant.module, gradient_as_bucket_view=True)
+    return variant
 
 
 def count_update(method: str, args: argparse.Namespace, folder: Path) -> tuple[list[Collective], int]:
@@ -169,17 +200,21 @@ def count_update(method: str, args: argparse.Namespace, folder: Path) -> tuple[l
     return found, gradients
 
 
-def measure_updates(method: str, args: argparse.Namespace, folder: Path) -> list[float]:
-    """Seconds of updates of this rank."""
-    variant = variant_of(method, args, 80, args.image_size, folder)
-    batches, times = variant.batches(), []
-    for _ in range(2 + args.steps):
-        distributed.barrier()
-        start = time.perf_counter()
-        variant.step(*next(batches), lambda part: None)
-        times.append(time.perf_counter() - start)
-    variant.close()
-    return times[2:]
+def measure_updates(method: str, args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+    """Seconds of updates of this rank, by how gradients are averaged; all take turns."""
+    found: dict[str, list[float]] = {}
+    variants = {averages: variant_of(method, args, 80, args.image_size, folder, averages) for averages in AVERAGES}
+    batches = {averages: variant.batches() for averages, variant in variants.items()}
+    for step in range(2 + args.steps):
+        for averages, variant in variants.items():
+            distributed.barrier()
+            start = time.perf_counter()
+            variant.step(*next(batches[averages]), lambda part: None)
+            if step >= 2:
+                found.setdefault(averages, []).append(time.perf_counter() - start)
+    for variant in variants.values():
+        variant.close()
+    return found
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -226,34 +261,30 @@ def modelled(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{args.backbone}, {args.image_size} px, {args.classes:,} classes, {args.batch_size} images a GPU; {links}")
     print("collectives of an update are counted, all times are modelled\n")
     print(
-        "| method | GPUs | collectives of the method, bytes | computing | method | gradients | efficiency | hidden |",
+        "| method | GPUs | collectives of the method, bytes | computing | method | gradients | efficiency | after |",
         end="",
     )
     print(" images/s | of a machine |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for method in args.methods:
         collectives = [Collective(**c) for c in found[method]["collectives"]]
         own = [c for c in collectives if c.owner == "method"]
-        reduced = [c for c in collectives if c.owner == "gradients" and c.kind == "all_reduce"]
-        # As many buckets as counted, or more where DeepSpeed's buckets of 5e8 elements are full.
+        # Of the asked network, not of the small one that was counted.
         size = round(4 * costs.parameters)
-        gradients = Collective("gradients", "all_reduce", size)
         compute = args.batch_size / costs.images_per_second * COMPUTE.get(method, 1.0)
         for gpus in args.gpus:
             mine = sum(links.seconds(c, gpus) for c in own)
-            # What is counted beyond the gradients themselves are small reductions of the engine.
-            extra = max(len(reduced) - 1, 0) * links.seconds(Collective("gradients", "all_reduce", 4), gpus)
-            theirs = links.seconds(gradients, gpus) + extra
-            step = compute + mine + theirs
-            # The backward is two thirds of computing; what is longer than it stays visible.
-            hidden = compute + mine + max(0.0, theirs - compute * 2 / 3)
+            theirs = links.seconds(Collective("gradients", "all_reduce", size), gpus)
+            seen = links.visible(size, gpus, compute * 2 / 3)
+            step = compute + mine + seen
+            after = compute + mine + theirs
             rate = gpus * args.batch_size / step
             rows.append(
                 {"method": method, "gpus": gpus, "compute_s": compute, "method_s": mine, "gradients_s": theirs}
-                | {"efficiency": compute / step, "hidden": compute / hidden, "images_per_second": rate}
+                | {"efficiency": compute / step, "after": compute / after, "images_per_second": rate}
             )
             print(
                 f"| {method} | {gpus} | {len(own)}, {sum(c.size for c in own):,} | {1e3 * compute:.1f} ms | "
-                f"{1e3 * mine:.2f} ms | {1e3 * theirs:.2f} ms | {compute / step:.1%} | {compute / hidden:.1%} | "
+                f"{1e3 * mine:.2f} ms | {1e3 * theirs:.2f} ms | {compute / step:.1%} | {compute / after:.1%} | "
                 f"{rate:,.0f} | {rate / max(gpus / GPUS_A_MACHINE, 1):,.0f} |"
             )
     return {"counted": found, "modelled": rows, "links": asdict(links)}
@@ -261,19 +292,23 @@ def modelled(args: argparse.Namespace) -> dict[str, Any]:
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Weak scaling of this machine: seconds of an update on one and on two ranks, in turn."""
-    times: dict[str, dict[int, list[float]]] = {method: {1: [], 2: []} for method in args.methods}
+    times: dict[str, dict[str, dict[int, list[float]]]] = {
+        method: {averages: {1: [], 2: []} for averages in AVERAGES} for method in args.methods
+    }
     for _ in range(args.rounds):
         for number in (1, 2):
-            for method, values in ranks(number).items():
-                times[method][number].append(statistics.median(values))
-    print(f"{SMALL}, {args.image_size} px, {args.batch_size} images a rank, one thread a rank")
-    for method, of in times.items():
-        ratios = [one / two for one, two in zip(of[1], of[2], strict=True)]
-        print(
-            f"{method:8} update on 1 rank {1e3 * statistics.median(of[1]):7.1f} ms, on 2 ranks "
-            f"{1e3 * statistics.median(of[2]):7.1f} ms; efficiency {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+            for method, found in ranks(number).items():
+                for averages, values in found.items():
+                    times[method][averages][number].append(statistics.median(values))
+    print(f"{args.measured}, {args.image_size} px, {args.batch_size} images a rank, one thread a rank")
+    for method, ways in times.items():
+        for averages, of in ways.items():
+            ratios = [one / two for one, two in zip(of[1], of[2], strict=True)]
+            print(
+                f"{method:8} {averages:6} update on 1 rank {1e3 * statistics.median(of[1]):7.1f} ms, on 2 ranks "
+                f"{1e3 * statistics.median(of[2]):7.1f} ms; efficiency {statistics.median(ratios):.2f} "
+                f"({min(ratios):.2f} to {max(ratios):.2f})"
+            )
     return {"measured": times}
 
 
@@ -295,6 +330,7 @@ def main() -> None:
     parser.add_argument("--start", type=float, default=20.0, help="microseconds of a collective (default: %(default)s)")
     parser.add_argument("--hop", type=float, default=10.0, help="more for twice the machines (default: %(default)s)")
     parser.add_argument("--measure", action="store_true", help="time 1 and 2 ranks of this machine instead")
+    parser.add_argument("--measured", default=SMALL, help="backbone of what is timed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

@@ -331,6 +331,8 @@ class EngineConfig(Section):
 
     Attributes:
         zero_stage: ZeRO stage. 0 suits CNNs (and keeps their weights channels_last); 1 saves memory on large ViTs.
+        overlap_gradients: at ZeRO stage 0, average gradients over ranks while the backward still computes, in buckets;
+            false, or a section of `extra` about it, leaves that to DeepSpeed, which begins after the backward.
         tensorboard: false leaves tensorboard out of run.trackers.
         extra: further sections for DeepSpeed's configuration as they are, for example
             {wandb: {enabled: true, project: spml}, csv_monitor: {enabled: true, output_path: runs/csv}}.
@@ -339,6 +341,7 @@ class EngineConfig(Section):
     section: ClassVar[str] = "deepspeed"
 
     zero_stage: Literal[0, 1, 2, 3] = 0
+    overlap_gradients: bool = True
     tensorboard: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 

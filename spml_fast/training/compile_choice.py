@@ -25,7 +25,7 @@ from spml_fast.core.text import counted
 from spml_fast.models.classifier import Classifier
 from spml_fast.training import trials
 from spml_fast.training.earlier_choices import EarlierChoices
-from spml_fast.training.engine import micro_batch_size
+from spml_fast.training.engine_config import micro_batch_size
 from spml_fast.training.trials import Trial, step_seconds
 
 # What compiling was seen to take (ResNet-50 and tf_efficientnet_lite0 on two cores: 26 to 70 s), and the part of the

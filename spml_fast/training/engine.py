@@ -1,4 +1,4 @@
-"""The only file that imports DeepSpeed: one function makes its configuration, one class hides its engine."""
+"""The only file that imports DeepSpeed: one class hides its engine."""
 
 from __future__ import annotations
 
@@ -18,37 +18,17 @@ from torch import Tensor, nn
 
 from spml_fast.core import distributed, env
 from spml_fast.core.allocator import keep_freed_memory
-from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.io import FileRecord
-from spml_fast.core.precision import autocast_dtype
-from spml_fast.runs.layout import TENSORBOARD
 from spml_fast.training import peers
 from spml_fast.training.async_save import FileContent, HostCopy
 from spml_fast.training.cluster import set_environment
 from spml_fast.training.collectives import all_within, wrapped
+from spml_fast.training.engine_config import AVERAGING_KEYS
+from spml_fast.training.gradient_buckets import GradientBuckets
 from spml_fast.training.optim import match_layouts, restore_schedule_options, schedule_options
 from spml_fast.training.tensor_files import first_line, read_tensors, write_tensors
 from spml_fast.training.watch import watch_launchers
-
-OWNED_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero_optimization",
-    "torch_autocast",
-    "bf16",
-    "fp16",
-    "amp",
-    "optimizer",
-    "scheduler",
-    # How checkpoints are written and read.
-    "checkpoint",
-    "nebula",
-    "datastates",
-)
-
 
 # Of all that DeepSpeed says: settings, notices and warnings, which this program's own checks make superfluous.
 _LOGGER = logging.getLogger("DeepSpeed")
@@ -147,48 +127,6 @@ def shutdown_distributed() -> None:
         dist.destroy_process_group()
 
 
-def micro_batch_size(train: TrainConfig, world_size: int) -> int:
-    """Largest number of samples that a rank gets in one forward."""
-    return -(-train.batch_size // (world_size * train.accumulation))
-
-
-def deepspeed_config(
-    train: TrainConfig, engine: EngineConfig, world_size: int, device: torch.device, run_dir: Path
-) -> dict[str, Any]:
-    """DeepSpeed's configuration from ours; written to the run directory.
-
-    Everything whose default has moved between DeepSpeed's releases is explicit: clipping (on by default since 2026),
-    precision (`bf16` breaks BatchNorm models, `torch_autocast` does not), the untested-optimizer switch.
-
-    Args:
-        train: batch size, accumulation, clipping and precision.
-        engine: ZeRO stage, TensorBoard and further sections.
-        world_size: number of ranks.
-        device: what the ranks compute on.
-        run_dir: where TensorBoard's events go.
-
-    Raises:
-        UserError: `deepspeed.extra` sets a section that other options own.
-    """
-    owned = sorted(set(engine.extra) & set(OWNED_KEYS))
-    if owned:
-        raise UserError(f"deepspeed.extra may not set {', '.join(owned)}; the options under train and deepspeed do")
-    autocast = autocast_dtype(train.precision, device)
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size(train, world_size),
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.clip,
-        "zero_optimization": {"stage": engine.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": autocast is not None, "dtype": "bfloat16"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-    if engine.tensorboard:
-        config["tensorboard"] = {"enabled": True, "output_path": str(run_dir), "job_name": TENSORBOARD}
-    return config | engine.extra
-
-
 @functools.cache
 def _checkpoint_files() -> Any:
     """Class of what writes and reads DeepSpeed's files in this program: `CheckpointFiles`."""
@@ -245,8 +183,9 @@ class Engine:
         module: on any device; moved by DeepSpeed.
         optimizer: torch optimizer over the module's trainable parameters.
         scheduler: stepped by DeepSpeed at every update.
-        config: what `deepspeed_config` made.
+        config: what `engine_config.deepspeed_config` made.
         channels_last: give convolution weights channels_last memory (stage 0 only; DeepSpeed cannot start with it).
+        overlap: average gradients during the backward (stage 0 on several ranks; `gradient_buckets`).
     """
 
     def __init__(
@@ -256,6 +195,7 @@ class Engine:
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         config: dict[str, Any],
         channels_last: bool = True,
+        overlap: bool = True,
     ) -> None:
         deepspeed = _deepspeed()
         # An earlier engine of this process may have left channels_last weights, which DeepSpeed cannot start with.
@@ -269,10 +209,16 @@ class Engine:
         self.stage: int = config["zero_optimization"]["stage"]
         if channels_last and self.stage == 0:
             self._engine.module.to(memory_format=torch.channels_last)
-        # There is nobody to average gradients with; DeepSpeed would copy all of them into one buffer, multiply it by 1
-        # and copy it back, a twentieth of a ResNet-50 step on a CPU.
-        self._alone = self.stage == 0 and distributed.world_size() == 1
-        if self._alone:
+        self._buckets: GradientBuckets | None = None
+        ranks = distributed.world_size()
+        if overlap and self.stage == 0 and ranks > 1 and not set(AVERAGING_KEYS) & set(config):
+            # Through DeepSpeed's function, so that its log of communication has them.
+            self._buckets = GradientBuckets(
+                module.parameters(), lambda tensor, **how: deepspeed.comm.all_reduce(tensor, **how), ranks
+            )
+        if self.stage == 0:
+            # `backward` averages. With one rank there is nobody to average with; DeepSpeed would copy all gradients
+            # into one buffer, multiply it by 1 and copy it back, a twentieth of a ResNet-50 step on a CPU.
             self._engine.enable_backward_allreduce = False
 
     @property
@@ -290,13 +236,21 @@ class Engine:
         return self._engine(*args)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward; DeepSpeed divides by the number of accumulation steps."""
-        self._engine.backward(loss)
-        if self._alone and self.at_boundary:
-            # As DeepSpeed does before it averages: optimizers pass over parameters without a gradient.
+        """Backward; DeepSpeed divides by the number of accumulation steps. At the boundary gradients are averaged."""
+        if self.stage or not self.at_boundary:
+            self._engine.backward(loss)
+        elif self._buckets is not None:
+            with self._buckets.averaged():
+                self._engine.backward(loss)
+        else:
+            self._engine.backward(loss)
+            # As DeepSpeed does before it averages, since optimizers pass over parameters without a gradient; but in the
+            # memory layout of the parameter, without which a fused update takes elements for others.
             for parameter in self.module.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
+            if distributed.world_size() > 1:
+                self._engine.allreduce_gradients()
 
     def step(self) -> None:
         """Optimizer and schedule, at the accumulation boundary."""
@@ -438,9 +392,15 @@ class Engine:
     @contextlib.contextmanager
     def collectives_within(self, span: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         """Inside, averaging of gradients, and every other collective, runs within a span."""
-        with wrapped(self._engine, ["allreduce_gradients"], span), all_within([dist, _deepspeed().comm], span):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(wrapped(self._engine, ["allreduce_gradients"], span))
+            if self._buckets is not None:
+                stack.enter_context(wrapped(self._buckets, ["finish"], span))
+            stack.enter_context(all_within([dist, _deepspeed().comm], span))
             yield
 
     def close(self) -> None:
         """Release what DeepSpeed holds, so that another engine can be made."""
+        if self._buckets is not None:
+            self._buckets.close()
         self._engine.destroy()

@@ -35,7 +35,8 @@ from spml_fast.training.batchnorm_state import average_statistics, own_statistic
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.compile_choice import compiled_sizes, settle_compile
 from spml_fast.training.earlier_choices import earlier_choices
-from spml_fast.training.engine import Engine, deepspeed_config
+from spml_fast.training.engine import Engine
+from spml_fast.training.engine_config import deepspeed_config
 from spml_fast.training.examples import selected_examples
 from spml_fast.training.final import finish_run
 from spml_fast.training.logs import Meter, RunLog, memory_gib, selection_figures
@@ -197,7 +198,7 @@ class Trainer:
         engine = dataclasses.replace(config.deepspeed, tensorboard="tensorboard" in self.trackers.names)
         ds_config = deepspeed_config(train, engine, self.world, self.device, self.run_dir)
         module = TrainingModule(self.classifier, self.method)
-        self.engine = Engine(module, optimizer, scheduler, ds_config)
+        self.engine = Engine(module, optimizer, scheduler, ds_config, overlap=engine.overlap_gradients)
         self.classifier.to(self.device)
         self.ema = weight_average(self.classifier, train, linear)
         self.guard = NonFiniteGuard(train, self.engine, self.classifier, self.loader, self.checkpoints)

@@ -22,7 +22,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.core.io import write_json
 from spml_fast.core.precision import autocast
 from spml_fast.models.classifier import Classifier
-from spml_fast.training.engine import micro_batch_size
+from spml_fast.training.engine_config import micro_batch_size
 
 
 class Times(Protocol):

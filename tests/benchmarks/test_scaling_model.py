@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.scaling_model import Collective, Links, counted
+from spml_fast.training.gradient_buckets import BUCKET_BYTES, LAST_BUCKET_BYTES
 
 LINKS = Links(inside=300.0, between=40.0, start=20.0, hop=10.0)
 
@@ -27,6 +28,18 @@ def test_an_all_reduce_moves_almost_twice_its_bytes() -> None:
 
 def test_an_all_gather_moves_what_the_others_give() -> None:
     assert math.isclose(LINKS.seconds(Collective("method", "all_gather", 40 * 10**3), 64), 50e-6 + 63 * 1e-6)
+
+
+def test_of_gradients_that_are_summed_meanwhile_the_last_bucket_is_seen() -> None:
+    last = LINKS.seconds(Collective("gradients", "all_reduce", LAST_BUCKET_BYTES), 16)
+    size = LAST_BUCKET_BYTES + 2 * BUCKET_BYTES + 12
+    assert LINKS.visible(size, 16, backward=1.0) == last
+    # A backward that is over at once: every bucket, with its start.
+    whole = LINKS.seconds(Collective("gradients", "all_reduce", size), 16)
+    assert math.isclose(LINKS.visible(size, 16, backward=0.0), whole + 3 * 30e-6)
+    assert math.isclose(LINKS.visible(size, 16, backward=1e-3), whole + 3 * 30e-6 - 1e-3)
+    assert LINKS.visible(12, 16, backward=1.0) == LINKS.seconds(Collective("gradients", "all_reduce", 12), 16)
+    assert LINKS.visible(size, 1, backward=0.0) == 0
 
 
 def test_collectives_are_noted_as_whoever_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:

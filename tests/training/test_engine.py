@@ -15,7 +15,7 @@ from spml_fast.core import precision
 from spml_fast.core.config import EngineConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.training import engine
-from spml_fast.training.engine import OWNED_KEYS, deepspeed_config, micro_batch_size
+from spml_fast.training.engine_config import OWNED_KEYS, deepspeed_config, micro_batch_size
 
 CPU = torch.device("cpu")
 
@@ -149,7 +149,8 @@ import sys
 from pathlib import Path
 import torch
 from spml_fast.core.config import EngineConfig, TrainConfig
-from spml_fast.training.engine import Engine, deepspeed_config, init_distributed, shutdown_distributed
+from spml_fast.training.engine import Engine, init_distributed, shutdown_distributed
+from spml_fast.training.engine_config import deepspeed_config
 from spml_fast.training.optim import make_optimizer, make_schedule
 
 device = init_distributed()
@@ -194,7 +195,8 @@ import sys
 from pathlib import Path
 import torch
 from spml_fast.core.config import EngineConfig, TrainConfig
-from spml_fast.training.engine import Engine, deepspeed_config, init_distributed, shutdown_distributed
+from spml_fast.training.engine import Engine, init_distributed, shutdown_distributed
+from spml_fast.training.engine_config import deepspeed_config
 from spml_fast.training.optim import make_optimizer, make_schedule
 
 device, folder, stage = init_distributed(), Path(sys.argv[1]), int(sys.argv[2])
