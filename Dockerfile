@@ -22,8 +22,10 @@ ARG TIMM=1.0
 # Extras of setup.py, separated by commas.
 ARG EXTRAS=onnx,hub
 COPY --from=ghcr.io/astral-sh/uv:0.13 /uv /bin/uv
-# Compiled here, since the user of the image cannot write there and every start would compile PyTorch again.
+# Compiled here, since the user of the image cannot write there and every start would compile PyTorch again; without
+# times of files, which layers may round.
 ENV UV_COMPILE_BYTECODE=1 \
+    PYC_INVALIDATION_MODE=UNCHECKED_HASH \
     UV_LINK_MODE=copy \
     UV_PYTHON_INSTALL_DIR=/opt/python \
     VIRTUAL_ENV=/opt/venv

@@ -79,7 +79,9 @@ def test_it_does_not_run_as_root() -> None:
 def test_modules_are_compiled_while_the_image_is_built() -> None:
     """The user of the image cannot write beside them: each start would compile all that it imports."""
     before = TEXT.partition("RUN uv ")[0]
-    assert "ENV UV_COMPILE_BYTECODE=1" in before.partition(" AS build")[2]
+    stage = before.partition(" AS build")[2]
+    # By times, half of the modules counted as stale: buildah rounds them in a layer.
+    assert "ENV UV_COMPILE_BYTECODE=1" in stage and "PYC_INVALIDATION_MODE=UNCHECKED_HASH" in stage
 
 
 def test_images_are_named_with_their_registry() -> None:
