@@ -5,8 +5,8 @@ ARG DEVICE=cuda
 ARG CUDA=13.0.2
 ARG UBUNTU=24.04
 
-FROM nvidia/cuda:${CUDA}-base-ubuntu${UBUNTU} AS base-cuda
-FROM ubuntu:${UBUNTU} AS base-cpu
+FROM docker.io/nvidia/cuda:${CUDA}-base-ubuntu${UBUNTU} AS base-cuda
+FROM docker.io/library/ubuntu:${UBUNTU} AS base-cpu
 
 # hadolint ignore=DL3006
 FROM base-${DEVICE} AS build
@@ -22,7 +22,11 @@ ARG TIMM=1.0
 # Extras of setup.py, separated by commas.
 ARG EXTRAS=onnx,hub
 COPY --from=ghcr.io/astral-sh/uv:0.13 /uv /bin/uv
-ENV UV_LINK_MODE=copy \
+# Compiled here, since the user of the image cannot write there and every start would compile PyTorch again; without
+# times of files, which layers may round.
+ENV UV_COMPILE_BYTECODE=1 \
+    PYC_INVALIDATION_MODE=UNCHECKED_HASH \
+    UV_LINK_MODE=copy \
     UV_PYTHON_INSTALL_DIR=/opt/python \
     VIRTUAL_ENV=/opt/venv
 RUN uv venv --managed-python --python "${PYTHON}" /opt/venv
@@ -48,11 +52,9 @@ LABEL org.opencontainers.image.title="spml_fast" \
       org.opencontainers.image.licenses="MIT"
 # Triton compiles what launches a kernel with the C compiler; DALI and PyTorch use OpenMP.
 # hadolint ignore=DL3008
-RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
-    --mount=type=cache,target=/var/lib/apt,sharing=locked \
-    rm -f /etc/apt/apt.conf.d/docker-clean \
-    && apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev libgomp1 ca-certificates
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev libgomp1 ca-certificates \
+    && rm -rf /var/lib/apt/lists/*
 # The image of Ubuntu has a user of that number already.
 RUN (userdel --remove ubuntu 2>/dev/null || true) \
     && useradd --create-home --uid 1000 spml \

@@ -1,4 +1,4 @@
-"""What the Dockerfile names exists, and its versions are supported ones. No daemon builds it here."""
+"""What the Dockerfile names exists, and its versions are supported ones. It is not built here."""
 
 from __future__ import annotations
 
@@ -74,6 +74,28 @@ def test_it_does_not_run_as_root() -> None:
     assert steps("USER") == ["1000:1000"]
     last = {kind: max(i for i, line in enumerate(STEPS) if line.startswith(kind)) for kind in ("USER", "RUN", "COPY")}
     assert last["USER"] > last["RUN"] and last["USER"] > last["COPY"]
+
+
+def test_modules_are_compiled_while_the_image_is_built() -> None:
+    """The user of the image cannot write beside them: each start would compile all that it imports."""
+    before = TEXT.partition("RUN uv ")[0]
+    stage = before.partition(" AS build")[2]
+    # By times, half of the modules counted as stale: buildah rounds them in a layer.
+    assert "ENV UV_COMPILE_BYTECODE=1" in stage and "PYC_INVALIDATION_MODE=UNCHECKED_HASH" in stage
+
+
+def test_images_are_named_with_their_registry() -> None:
+    """Podman and buildah guess none."""
+    stages = {line.partition(" AS ")[2] for line in steps("FROM")}
+    taken = [line.partition(" AS ")[0] for line in steps("FROM")]
+    taken += [line.split("=")[1].split()[0] for line in steps("COPY") if line.startswith("--from")]
+    outside = [name for name in taken if name not in stages and name != "base-${DEVICE}"]
+    assert outside and all("." in name.partition("/")[0] for name in outside)
+
+
+def test_lists_of_packages_are_removed_where_they_were_fetched() -> None:
+    (step,) = [line for line in steps("RUN") if "apt-get" in line]
+    assert "apt-get update" in step and step.endswith("rm -rf /var/lib/apt/lists/*")
 
 
 def test_hadolint() -> None:
