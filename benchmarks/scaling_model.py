@@ -20,8 +20,7 @@ takes on a machine.
 Measured (`--measure`): updates of a rank alone and of two ranks side by side, the same number of images a rank, one
 thread each, in turn: with gradients averaged `during` the backward, `after` it by DeepSpeed, and by PyTorch's own
 DistributedDataParallel without DeepSpeed (`ddp`). Two ranks of one machine share its memory and caches, which two
-machines do not. For a slow network between them run it where the loopback device is one (Linux, as root):
-`unshare -n sh -c 'ip link set lo up; tc qdisc add dev lo root netem rate 2gbit; python benchmarks/scaling_model.py'`.
+machines do not.
 """
 
 from __future__ import annotations

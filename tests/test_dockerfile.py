@@ -80,7 +80,7 @@ def test_modules_are_compiled_while_the_image_is_built() -> None:
     """The user of the image cannot write beside them: each start would compile all that it imports."""
     before = TEXT.partition("RUN uv ")[0]
     stage = before.partition(" AS build")[2]
-    # By times, half of the modules counted as stale: buildah rounds them in a layer.
+    # By times, half of the modules counted as stale in an image that was built.
     assert "ENV UV_COMPILE_BYTECODE=1" in stage and "PYC_INVALIDATION_MODE=UNCHECKED_HASH" in stage
 
 
