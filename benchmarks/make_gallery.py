@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.page_picture import shot
 from spml_fast.core.errors import UserError, run_command
+from spml_fast.core.progress import fitting
 from tests.support.browser import launched_browser
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 # The run of the digit scenes, in the folder where commands run.
 RUN = Path("runs/digits")
-# Columns of a terminal at most, and pixels of a window.
-COLUMNS = 150
+# Columns of a terminal at most, those of the one in which a training is shown, and pixels of a window.
+COLUMNS, TERMINAL = 150, 110
 WINDOW = (1180, 760)
 # Colours of a picture's palette, and its most bytes.
 COLOURS, LARGEST = 128, 250_000
@@ -70,7 +71,10 @@ class Studio:
 
     def command(self, *words: str | Path) -> str:
         """What `spml-fast WORDS` prints. Raises `UserError` with its last line where it fails."""
-        line = [sys.executable, "-m", "spml_fast", *(str(word) for word in words)]
+        # What it names in the commands to try next.
+        program = Path(sys.executable).with_name("spml-fast")
+        start = [str(program)] if program.is_file() else [sys.executable, "-m", "spml_fast"]
+        line = [*start, *(str(word) for word in words)]
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         done = subprocess.run(line, capture_output=True, text=True, cwd=self.where, env=environment)
@@ -239,7 +243,10 @@ def page() -> str:
 def train(studio: Studio) -> None:
     """Train the recipe `digits`, and show the terminal."""
     text = studio.command("train", "--config", "digits", "--run.dir", studio.run)
-    (studio.out / "train.svg").write_text(terminal(f"$ spml-fast train\n{text}", "train"), encoding="utf-8")
+    # Into a pipe a line has all of its fields; the picture is of a terminal.
+    lines = [" | ".join(fitting(line.split(" | "), TERMINAL)) for line in text.splitlines()]
+    svg = terminal("\n".join(["$ spml-fast train", *lines]), "train")
+    (studio.out / "train.svg").write_text(svg, encoding="utf-8")
 
 
 def require_digits(run: Path, where: Path) -> Manifest:
