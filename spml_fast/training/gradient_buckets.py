@@ -139,7 +139,6 @@ class GradientBuckets:
         self._active = True
         try:
             yield
-            self._active = False
             self.finish()
         finally:
             self._active = False
