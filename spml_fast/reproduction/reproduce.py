@@ -170,7 +170,7 @@ def plot(path: Path, rows: list[Row], runs: dict[str, list[Path]]) -> None:
     names = list(dict.fromkeys(r.entry.name for r in rows))
     alphas = list(dict.fromkeys(r.alpha for r in rows))
     # Dots: a bar would have to begin at 0, where differences cannot be seen.
-    width = 0.5 / len(alphas)
+    width = 0.64 / len(alphas)
     for place, alpha in enumerate(alphas):
         chosen = [r for r in rows if r.alpha == alpha]
         positions = [names.index(r.entry.name) + (place - (len(alphas) - 1) / 2) * width for r in chosen]
