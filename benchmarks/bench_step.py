@@ -66,7 +66,7 @@ from spml_fast.models.classifier import Classifier
 from spml_fast.training.engine import Engine, init_distributed, shutdown_distributed
 from spml_fast.training.engine_config import deepspeed_config
 from spml_fast.training.module import TrainingModule
-from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups, suits_fused
+from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
 from spml_fast.training.precision_choice import settle_precision
 from tests.support.pil import ReferenceViews
 
@@ -143,8 +143,7 @@ class Variant:
             self.classifier.compiled_sizes = (train.batch_size,)
             self.classifier.compile_backbone()
         groups = parameter_groups(self.classifier, self.method, train, head_only=False)
-        fused = suits_fused(groups, setup.device) if self.way.ours else not self.way.usual
-        optimizer = make_optimizer(groups, train, fused)
+        optimizer = make_optimizer(groups, train, fused=not self.way.usual)
         scheduler = make_schedule(optimizer, train, 10**6)
         self.engine: Engine | None = None
         if own_loop:

@@ -22,7 +22,7 @@ from spml_fast.runs.open import input_normalisation, make_eval_loader
 from spml_fast.training.engine import Engine
 from spml_fast.training.engine_config import deepspeed_config
 from spml_fast.training.module import TrainingModule
-from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups, suits_fused
+from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
 
 
 class OwnTraining:
@@ -77,7 +77,7 @@ class OwnTraining:
             std=std,
         )
         groups = parameter_groups(self.classifier, method, train, head_only=False)
-        optimizer = make_optimizer(groups, train, fused=suits_fused(groups, device))
+        optimizer = make_optimizer(groups, train)
         schedule = make_schedule(optimizer, train, options.epochs * self.loader.updates_per_epoch)
         self._scratch = tempfile.TemporaryDirectory()
         settings = deepspeed_config(train, self.config.deepspeed, 1, device, Path(self._scratch.name))

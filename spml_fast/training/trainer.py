@@ -43,7 +43,7 @@ from spml_fast.training.logs import Meter, RunLog, memory_gib, selection_figures
 from spml_fast.training.memory import explain_out_of_memory
 from spml_fast.training.module import TrainingModule
 from spml_fast.training.nonfinite import NonFiniteGuard
-from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups, suits_fused
+from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
 from spml_fast.training.pace import Pace
 from spml_fast.training.precision_choice import settle_precision
 from spml_fast.training.resume import Resume, check_same_run, defining_options, find_resume
@@ -193,7 +193,7 @@ class Trainer:
             self.classifier.compiled_sizes = compiled_sizes(config)
         updates = phase.epochs * self.loader.updates_per_epoch
         groups = parameter_groups(self.classifier, self.method, train, head_only=linear)
-        optimizer = make_optimizer(groups, train, fused=suits_fused(groups, self.device))
+        optimizer = make_optimizer(groups, train)
         scheduler = make_schedule(optimizer, train, updates)
         engine = dataclasses.replace(config.deepspeed, tensorboard="tensorboard" in self.trackers.names)
         ds_config = deepspeed_config(train, engine, self.world, self.device, self.run_dir)

@@ -16,7 +16,6 @@ from benchmarks.bench_vs_timm import metric_calls, parse, peak_beside, row_of, s
 from benchmarks.timm_rival import LOSSES, TimmTraining
 from spml_fast.core.errors import UserError
 from spml_fast.data.manifest import Manifest
-from spml_fast.training import optim
 from tests.support.paths import ROOT
 from tests.support.runs import Run
 
@@ -73,18 +72,16 @@ def test_words_of_a_worker_say_the_same() -> None:
         assert getattr(again, name) == getattr(options, name)
 
 
-@pytest.mark.parametrize("large", [True, False])
-def test_both_update_as_fast_as_they_can(large: bool, small_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rival always in one kernel; ours where a training does."""
+def test_both_update_as_fast_as_they_can(small_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one kernel."""
     made: list[torch.optim.Optimizer] = []
     monkeypatch.setattr(own_training, "Engine", lambda module, optimizer, *_: made.append(optimizer))
-    monkeypatch.setattr(optim, "FUSED_FROM", 1 if large else 10**9)
     manifest, cpu = Manifest(small_digits), torch.device("cpu")
     splits = [manifest.split(name) for name in ("train", "test")]
     options = parse(["--threads", "1"])
     made.append(TimmTraining(splits, manifest.num_classes, options, cpu).optimizer)
     own_training.OwnTraining(splits, manifest.classes, options, cpu, small_digits)
-    assert [bool(one.param_groups[0]["fused"]) for one in made] == [True, large]
+    assert [bool(one.param_groups[0]["fused"]) for one in made] == [True, True]
 
 
 @pytest.mark.slow

@@ -88,11 +88,10 @@ def test_fused_optimizers_do_the_same(name):
     assert not torch.allclose(ends[0], torch.ones(2, 2)) and torch.allclose(*ends, rtol=1e-5)
 
 
-def test_cpus_update_large_networks_in_one_kernel():
-    parameters = [torch.nn.Parameter(torch.zeros(1000, n)) for n in (600, 399)]
-    groups = [{"params": [p], "lr": 1.0} for p in parameters]
-    assert not optim.suits_fused(groups, torch.device("cpu")) and optim.suits_fused(groups, torch.device("cuda"))
-    assert optim.suits_fused([*groups, {"params": [torch.nn.Parameter(torch.zeros(1000))]}], torch.device("cpu"))
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_all_parameters_are_updated_in_one_kernel(name):
+    optimizer = optim.make_optimizer(a_group(0.1), TrainConfig(optimizer=name))
+    assert optimizer.param_groups[0]["fused"] is True
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
