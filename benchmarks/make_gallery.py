@@ -170,8 +170,8 @@ CAPTIONS = [
     Caption(
         ("gallery/train.svg",),
         "Training",
-        "`spml-fast train`: what is trained, how long it will take, a line an epoch with the labels that the method "
-        "left out and how many of them were hidden positives, and the test figures.",
+        "`spml-fast train`: what is trained, how long it will take, a line an epoch, the test figures and commands to "
+        "try next. A wider terminal also says which labels the method left out, and how many were hidden positives.",
     ),
     Caption(
         ("gallery/evaluate.svg",),
