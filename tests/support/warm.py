@@ -45,9 +45,8 @@ LIBRARIES = [
     "nvidia.dali.plugin.pytorch",
     "deepspeed",
 ]
-# When one rank has failed the others get this many seconds to say why they fail too, as under the launchers, which give
-# 30: with a test on each of two slow cores more than 5 pass until such a process has ended.
-GRACE = 15.0
+# When one rank has failed the others get this many seconds to say why they fail too, as under the launchers.
+GRACE = 5.0
 
 
 class Kill(NamedTuple):
