@@ -1,4 +1,4 @@
-"""The views of decoded images on CPUs: crop, resize, RandAugment, flip, normalise; an image is a job of a thread.
+"""The views of decoded images on CPUs: crop, resize, RandAugment, flip, normalise; threads make them.
 
 Without a GPU, DALI decodes alone. PyTorch resizes bytes as Pillow does, with the same antialiased triangular filter and
 whole-number weights, at a fifth of the time that DALI's CPU resize takes, and pillow_ops.py has RandAugment as
@@ -28,6 +28,9 @@ IntArray = npt.NDArray[np.integer[Any]]
 
 # Batches of a view whose memory is kept for later ones: fresh memory costs a third of the normalisation.
 _KEPT = 4
+# Bytes of a view that a job makes at most, unless one image has more: to hand over a job, and to call NumPy, takes as
+# long as a small image. A core's cache holds them until they are normalised.
+_JOB_BYTES = 1 << 18
 
 
 class _Batches:
@@ -108,6 +111,7 @@ class CpuViews:
         self._options = options
         side = options.image_size
         self._batches = [_Batches((batch_size, side, side, 3)) for _ in options.views]
+        self._job_images = _JOB_BYTES // (side * side * 3 * 4)
         self._threads = DaemonThreads(threads, "views", native=True)
         # One row of an image.
         self._mean = np.tile(np.array([255.0 * m for m in options.mean], np.float32), side)
@@ -122,11 +126,29 @@ class CpuViews:
             inputs: as the loaders' `_inputs` make them, arrays with a row per image.
         """
         batches = [batches.take()[:count] for batches in self._batches]
+        size = max(1, min(count // (4 * self._threads.threads), self._job_images))
         futures = [
-            self._threads.submit(partial(self._make, image, inputs, place, [batch[place] for batch in batches]))
-            for place in range(count)
+            self._threads.submit(
+                partial(self._make_some, image, inputs, range(start, min(start + size, count)), batches)
+            )
+            for start in range(0, count, size)
         ]
         return PendingViews(futures, tuple(torch.from_numpy(batch).permute(0, 3, 1, 2) for batch in batches))
+
+    def _make_some(
+        self,
+        image: Callable[[int], Pixels],
+        inputs: dict[str, Any],
+        places: range,
+        batches: Sequence[npt.NDArray[np.float32]],
+    ) -> None:
+        """All views of some images, written to their places in `batches`, float32 [B, S, S, 3] each."""
+        for place in places:
+            self._make(image, inputs, place, [batch[place] for batch in batches])
+        for batch in batches:
+            rows = batch[places.start : places.stop].reshape(-1, len(self._mean))
+            rows -= self._mean
+            rows *= self._scale
 
     def _make(
         self,
@@ -135,7 +157,7 @@ class CpuViews:
         place: int,
         outputs: Sequence[npt.NDArray[np.float32]],
     ) -> None:
-        """All views of one image, written to `outputs`, float32 [S, S, 3] each."""
+        """All views of one image, not normalised, written to `outputs`, float32 [S, S, 3] each."""
         options, pixels = self._options, image(place)
         plain: Pixels | None = None
         for view, out in zip(options.views, outputs, strict=True):
@@ -154,7 +176,7 @@ class CpuViews:
                 small = randaugment(small, self._operations(inputs, place))
             if options.flipped and inputs[f"flip_{view}"][place]:
                 small = _mirrored(small)
-            self._normalise(small, out)
+            np.copyto(out, small)
 
     def _operations(self, inputs: dict[str, Any], place: int) -> list[Operation]:
         names = ("op", "factor", "matrix", "mask", "threshold")
@@ -173,12 +195,6 @@ class CpuViews:
                 raise RuntimeError(f"a crop of {width} x {height} pixels lies outside of its image")
             pixels = pixels[top : top + height, left : left + width]
         return _resized(pixels, self._options.image_size)
-
-    def _normalise(self, pixels: Pixels, out: npt.NDArray[np.float32]) -> None:
-        rows = out.reshape(len(out), -1)
-        np.copyto(rows, pixels.reshape(rows.shape))
-        rows -= self._mean
-        rows *= self._scale
 
 
 def _scaled(start: IntArray, shape: IntArray, full: IntArray, reduced: tuple[int, ...]) -> tuple[IntArray, IntArray]:

@@ -46,6 +46,22 @@ def test_normalisation():
     torch.testing.assert_close(batch, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("job_bytes", [1, 5 * 8 * 8 * 3 * 4, 1 << 18])
+def test_images_that_share_a_job(job_bytes, monkeypatch):
+    """However many images a job makes, each becomes what it becomes alone."""
+    monkeypatch.setattr(cpu_views, "_JOB_BYTES", job_bytes)
+    flips = {"flip_weak": np.arange(67) % 2, "flip_strong": np.arange(67) % 3 == 0}
+    views = CpuViews(GraphOptions(("weak", "strong"), 8, MEAN, STD, gpu=False, flipped=True), 67, 2)
+    pending = views.submit(_pixels, 67, flips)
+    assert len(pending._futures) == {1: 67, 1 << 18: 9}.get(job_bytes, 14)
+    batches = [batch.clone() for batch in pending.result()]
+    for place in range(67):
+        own = {name: values[place:] for name, values in flips.items()}
+        alone = views.submit(lambda _, place=place: _pixels(place), 1, own).result()
+        for batch, image in zip(batches, alone, strict=True):
+            assert torch.equal(batch[place], image[0])
+
+
 def test_memory_is_used_again_when_nobody_has_it():
     views = _views()
     (first,) = views.submit(_pixels, 3, {}).result()
