@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from spml_fast.core import env
+from spml_fast.core.ending import end_process, is_whole_program
 from spml_fast.core.text import in_whole_words, shortened, without_controls
 
 _OUT_OF_MEMORY = (
@@ -46,7 +47,20 @@ def fail(message: str, status: int = 1) -> NoReturn:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command line program: a `UserError` becomes one sentence and exit status 1, never a traceback."""
+    """Run a command line program: a `UserError` becomes one sentence and exit status 1, never a traceback.
+
+    Where nothing comes after it the process ends here (`end_process`); else `SystemExit` is raised.
+    """
+    try:
+        _run(main)
+    except SystemExit as leaving:
+        status = leaving.code or 0
+        if isinstance(status, int) and is_whole_program(sys._getframe()):
+            end_process(status)
+        raise
+
+
+def _run(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main()
     except UserError as error:

@@ -173,7 +173,7 @@ class Peers:
             lost = self._hanging()
             if lost:
                 self._say_and_exit(lost, None if all(map(self._ended, lost.values())) else self.limit)
-        if not self.stopped.wait(2 * NOTICE):
+        if not self.stopped.wait(NOTICE if self.failed else 2 * NOTICE):
             # A collective that broke has ended the process by now; one on a GPU may never.
             unknown = Line("an unknown machine", 0)
             self._say_and_exit({} if self.failed else {0: self.lines.get(0, unknown)}, limit)

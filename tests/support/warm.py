@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from tests.support.paths import ROOT
@@ -151,7 +152,7 @@ def _fork(request: dict[str, Any], rank: dict[str, str]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for standard, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), standard)
-    # What is frozen is never freed, of which nanobind's libraries (triton since 3.9) complain when a process ends.
+    # What is frozen is never freed, of which nanobind's libraries (triton since 3.9) complain when Python frees it.
     atexit.register(gc.unfreeze)
     os.environ.clear()
     os.environ.update(rank)
@@ -160,6 +161,16 @@ def _fork(request: dict[str, Any], rank: dict[str, str]) -> int:
     # Forks would all draw the same numbers where a program forgets to seed; processes do not.
     importlib.import_module("numpy").random.seed()
     return 0
+
+
+def _run_path(path: str) -> None:
+    """Run a script as a program, and end the process as it does when it is all that runs."""
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as leaving:
+        if isinstance(leaving.code, (int, NoneType)):
+            importlib.import_module("spml_fast.core.ending").end_process(leaving.code or 0)
+        raise
 
 
 def _wait(pids: list[int], timeout: float, kill: Kill | None) -> list[int | None]:
@@ -206,7 +217,7 @@ def main() -> None:
         for rank in request["ranks"]:
             pid = _fork(request, rank)
             if pid == 0:
-                runpy.run_path(sys.argv[0], run_name="__main__")
+                _run_path(sys.argv[0])
                 return
             pids.append(pid)
         kill = None if request["kill"] is None else Kill(*request["kill"])

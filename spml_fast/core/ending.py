@@ -1,0 +1,55 @@
+"""The end of a program: all that Python owes to others, and memory left to the operating system."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from types import FrameType
+from typing import NoReturn
+
+# As Python ends when its output cannot be flushed.
+UNFLUSHED = 120
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process: wait for threads, call what `atexit` has, flush standard output and error.
+
+    Python would go on to take modules apart one by one, and call destructors of libraries whose threads may still run:
+    with PyTorch and timm that takes longer than a second, in which other ranks already wait for sockets to close.
+
+    Args:
+        status: of the process.
+    """
+    # As the processes of Python's own multiprocessing end. Before it threads of executors would never be done.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError as error:
+            if not status and stream is sys.stdout:
+                print(f"error: the output cannot be written: {error}", file=sys.stderr)
+            status = status or UNFLUSHED
+    os._exit(status)
+
+
+def is_whole_program(frame: FrameType | None) -> bool:
+    """Whether what this package was asked to run is the program, so that nothing comes after it.
+
+    A profiler, a debugger, a test or a notebook goes on when a program that it has started is done.
+
+    Args:
+        frame: of what asks.
+    """
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("spml_fast."):
+        frame = frame.f_back
+    if frame is None or frame.f_globals is not vars(sys.modules["__main__"]) or sys.flags.inspect:
+        return False
+    names = []
+    while (frame := frame.f_back) is not None:
+        names.append(frame.f_globals.get("__name__"))
+    # `python -m`
+    return set(names) <= {"runpy"}
