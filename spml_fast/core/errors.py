@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from spml_fast.core import env
-from spml_fast.core.ending import end_process, is_whole_program
+from spml_fast.core.process import begin_process, end_process, is_whole_program
 from spml_fast.core.text import in_whole_words, shortened, without_controls
 
 _OUT_OF_MEMORY = (
@@ -51,11 +51,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     Where nothing comes after it the process ends here (`end_process`); else `SystemExit` is raised.
     """
+    is_program = is_whole_program(sys._getframe())
+    if is_program:
+        begin_process()
     try:
         _run(main)
     except SystemExit as leaving:
         status = leaving.code or 0
-        if isinstance(status, int) and is_whole_program(sys._getframe()):
+        if isinstance(status, int) and is_program:
             end_process(status)
         raise
 

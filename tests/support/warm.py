@@ -169,7 +169,7 @@ def _run_path(path: str) -> None:
         runpy.run_path(path, run_name="__main__")
     except SystemExit as leaving:
         if isinstance(leaving.code, (int, NoneType)):
-            importlib.import_module("spml_fast.core.ending").end_process(leaving.code or 0)
+            importlib.import_module("spml_fast.core.process").end_process(leaving.code or 0)
         raise
 
 

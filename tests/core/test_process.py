@@ -1,7 +1,8 @@
-"""How programs end: quickly where nothing comes after them, and with everything done that others were promised."""
+"""Processes of programs: they start quicker, and end with everything done that others were promised."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from spml_fast.core.errors import UserError, run_command
 from tests.support.paths import ROOT
 
 PROGRAM = """
-import atexit, sys, threading, time
+import atexit, gc, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from spml_fast.core.errors import UserError, run_command
 
@@ -30,6 +31,7 @@ def late(name, seconds):
     print(name)
 
 def main():
+    print("looks after", gc.get_threshold()[0])
     atexit.register(print, "first registered")
     atexit.register(print, "last registered")
     pool.submit(late, "job", 0.1)
@@ -41,7 +43,7 @@ def main():
 if __name__ == "__main__":
     run_command(main)
 """
-SAID = ["first registered", "job", "last registered", "thread"]
+SAID = ["first registered", "job", "last registered", "looks after 20000", "thread"]
 
 
 @pytest.fixture
@@ -95,6 +97,14 @@ def test_what_started_a_program_goes_on(program: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and "left with 3" in done.stdout and "freed" in done.stdout
     with pytest.raises(SystemExit, match=r"^1$"):
         run_command(wrong)
+
+
+def test_only_a_program_has_cycles_looked_for_less_often(program: Path) -> None:
+    assert "looks after 20000" in run(program, "0").stdout
+    before = gc.get_threshold()
+    with pytest.raises(SystemExit):
+        run_command(wrong)
+    assert gc.get_threshold() == before
 
 
 def wrong() -> int:

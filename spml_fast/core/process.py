@@ -1,8 +1,9 @@
-"""The end of a program: all that Python owes to others, and memory left to the operating system."""
+"""The process of a program: a quicker start, and an end that does what others were promised and frees nothing."""
 
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import threading
@@ -11,6 +12,15 @@ from typing import NoReturn
 
 # As Python ends when its output cannot be flushed.
 UNFLUSHED = 120
+# New objects after which Python looks for cycles among them. At its own 700 a third of the time in which PyTorch, timm
+# and DeepSpeed are imported goes into looking at what they keep.
+NEW_OBJECTS = 20_000
+
+
+def begin_process() -> None:
+    """Have Python look for garbage in cycles less often, for the rest of the process."""
+    _, *older = gc.get_threshold()
+    gc.set_threshold(NEW_OBJECTS, *older)
 
 
 def end_process(status: int) -> NoReturn:
