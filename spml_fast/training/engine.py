@@ -222,6 +222,7 @@ class Engine:
             # `backward` averages. With one rank there is nobody to average with; DeepSpeed would copy all gradients
             # into one buffer, multiply it by 1 and copy it back, a twentieth of a ResNet-50 step on a CPU.
             self._engine.enable_backward_allreduce = False
+            self._engine.zero_grad = self._forget_gradients
 
     @property
     def module(self) -> nn.Module:
@@ -253,6 +254,10 @@ class Engine:
                     parameter.grad = torch.zeros_like(parameter)
             if distributed.world_size() > 1:
                 self._engine.allreduce_gradients()
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def step(self) -> None:
         """Optimizer and schedule, at the accumulation boundary."""
@@ -289,7 +294,7 @@ class Engine:
         """
         if self.stage:
             return None
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients) if gradients else None
 
     def step_norm(self) -> Tensor | float | None:
@@ -309,7 +314,7 @@ class Engine:
 
     def step_without_update(self) -> None:
         """At stage 0: count an update, and move the schedule, but leave weights and optimizer state alone."""
-        for parameter in self.module.parameters():
+        for parameter in self._parameters:
             if parameter.grad is not None:
                 # Clipping wants gradients to be there.
                 parameter.grad.zero_()

@@ -14,7 +14,7 @@ from spml_fast.core import distributed, spans
 from spml_fast.core.batch import Batch, MicroBatch
 from spml_fast.core.config import Config
 from spml_fast.core.precision import autocast, autocast_dtype, set_cudnn_policy
-from spml_fast.core.seeds import rng_seed
+from spml_fast.core.seeds import rng_seed, seed_device
 from spml_fast.core.spans import span
 from spml_fast.data.labels import LabelStore
 from spml_fast.data.loader import EvalLoader
@@ -279,7 +279,7 @@ class Trainer:
                     return update
                 peers.begin_update()
                 progress = self._progress(phase, epoch, update)
-                torch.manual_seed(rng_seed(config.run.seed, phase_index, progress.update, self.rank))
+                seed_device(rng_seed(config.run.seed, phase_index, progress.update, self.rank), self.device)
                 self._update(micro, progress, sums)
                 meter.samples += micro[0].update_size
                 update += 1
