@@ -31,7 +31,9 @@ def _betas(values: Sequence[float]) -> str | None:
 
 
 def _cache(value: str) -> str | None:
-    return None if value else "is empty; it must be none, auto or a folder"
+    # Who types one of these does not mean a folder.
+    switch = value.lower() in ("", "off", "no", "false", "null", "on", "yes", "true")
+    return f"is {value!r}; it must be none, auto or a folder" if switch else None
 
 
 def _different(values: Sequence[str]) -> str | None:

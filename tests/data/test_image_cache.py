@@ -116,8 +116,9 @@ def test_views_of_original_images_are_refused(photos):
     # No operation, or no strong view: nothing of the original is needed.
     train_loader(photos, cached(strong_from="original", randaugment_ops=0))
     train_loader(photos, cached(strong_from="original"), views=("weak",))
-    with pytest.raises(UserError, match=r"data\.cache"):
-        DataConfig(cache="")
+    for word in ("", "off", "No", "true"):
+        with pytest.raises(UserError, match=rf"data\.cache is '{word}'; it must be none, auto or a folder"):
+            DataConfig(cache=word)
     assert not (photos.folder.parent / "elsewhere").exists()
 
 
