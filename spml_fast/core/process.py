@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import sys
@@ -32,9 +33,12 @@ def end_process(status: int) -> NoReturn:
     Args:
         status: of the process.
     """
-    # As the processes of Python's own multiprocessing end. Before it threads of executors would never be done.
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
+    # Who interrupts the end does not want to wait for it.
+    with contextlib.suppress(KeyboardInterrupt):
+        # As the processes of Python's own multiprocessing end. Before it threads of executors would never be done.
+        threading._shutdown()  # type: ignore[attr-defined]
+    with contextlib.suppress(KeyboardInterrupt):
+        atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None and not stream.closed:

@@ -111,6 +111,14 @@ def wrong() -> int:
     raise UserError("that is wrong")
 
 
+def test_who_interrupts_the_end_does_not_wait(program: Path) -> None:
+    text = program.read_text().replace('args=("thread", 0.3)', 'args=("thread", 60)')
+    interrupt = "threading._register_atexit(os.kill, os.getpid(), signal.SIGINT)"
+    program.write_text(text.replace("def main():", f"import os, signal\ndef main():\n    {interrupt}"))
+    done = run(program, "3", timeout=30)
+    assert (done.returncode, done.stderr) == (3, "") and "first registered" in done.stdout
+
+
 def test_output_that_cannot_be_written_is_no_success(program: Path) -> None:
     for word, status in (("0", 120), ("3", 3)):
         with open("/dev/full", "w") as full:
