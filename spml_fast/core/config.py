@@ -31,9 +31,9 @@ def _betas(values: Sequence[float]) -> str | None:
 
 
 def _cache(value: str) -> str | None:
-    # Who types one of these does not mean a folder.
-    switch = value.lower() in ("", "off", "no", "false", "null", "on", "yes", "true")
-    return f"is {value!r}; it must be none, auto or a folder" if switch else None
+    # Who types one of these means no folder of that name.
+    fine = value.lower() not in ("", "off", "no", "false", "null", "on", "yes", "true")
+    return None if fine else f"is {value!r}; it must be none, auto or a folder"
 
 
 def _different(values: Sequence[str]) -> str | None:

@@ -58,6 +58,10 @@ SETTINGS = (
     Setting("IGNORE", {"method": "ignore", "method__warm_up": 1}),
     Setting("AN, Query2Label", {"method": "an", "model__head": "query2label", "model__head_options__preset": "tiny"}),
     Setting("EM+APL", {"method": "em_apl"}),
+    Setting("AN, ML-Decoder", {"method": "an", "model__head": "ml_decoder"}),
+    Setting("AN, mean of the weights", {"method": "an", "train__average_weights": "true"}),
+    Setting("AN, image cache", {"method": "an", "data__cache": "auto"}),
+    Setting("LL-R, two ranks, accumulation 2", {"method": "ll_r", "train__accumulation": 2}, (2, 2)),
     Setting("ROLE, two ranks", {"method": "role", "method__expected_positives": 2.5}, (2, 2)),
     # Statistics of BatchNorm in training mode depend on how the batch is split.
     Setting("AN, one rank and two by turns", {"method": "an", "model__freeze_bn": "true"}, (2, 1), exact=False),
