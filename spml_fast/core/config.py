@@ -31,8 +31,7 @@ def _betas(values: Sequence[float]) -> str | None:
 
 
 def _cache(value: str) -> str | None:
-    # Who types one of these means no folder of that name.
-    fine = value.lower() not in ("", "off", "no", "false", "null", "on", "yes", "true")
+    fine = value.lower() not in ("", "off", "no", "false", "null", "on", "yes", "true")  # Those mean no folder.
     return None if fine else f"is {value!r}; it must be none, auto or a folder"
 
 
