@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -56,6 +57,8 @@ def _deepspeed() -> Any:
     """DeepSpeed, imported late and quietly, without its C++ build on machines without a GPU."""
     set_environment()
     level = _log_level()
+    # DeepSpeed calls collectives by names that PyTorch 2.14 has changed: lines in every update, on every rank.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
 
     _LOGGER.setLevel(level)

@@ -192,7 +192,9 @@ class StepProfile:
 
         def before(module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
             images = args[0] if args else options["images"]
-            view = next((f"{name} view" for name, given in self._views if given is images), DERIVED)
+            # ZeRO stage 3 hands over another tensor of the same memory.
+            start = images.data_ptr()
+            view = next((f"{name} view" for name, given in self._views if given.data_ptr() == start), DERIVED)
             under_way.append(spans.span(f"{spans.FORWARD}: {view}"))
             under_way[-1].__enter__()
 

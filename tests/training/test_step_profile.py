@@ -267,8 +267,10 @@ def test_a_profiled_run_trains_the_same(run_script, small_digits: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.multirank
-def test_of_two_ranks_the_first_tells_what_it_sends(run_script, small_digits: Path, tmp_path: Path):
-    said = train(run_script, small_digits, tmp_path / "run", "--train.epochs", 1, "--profile", 1, ranks=2)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_of_two_ranks_the_first_tells_what_it_sends(stage: int, run_script, small_digits: Path, tmp_path: Path):
+    words = ["--train.epochs", 1, "--profile", 1, "--deepspeed.zero_stage", stage]
+    said = train(run_script, small_digits, tmp_path / "run", *words, ranks=2)
     assert said.count("where the time of an update goes") == 1
     assert check(tmp_path / "run", "", 1) >= {*ALWAYS, "communication"}
     assert len(list((tmp_path / "run" / "profile").iterdir())) == 2

@@ -283,7 +283,10 @@ class TestRanks:
     ) -> None:
         plain, staged = alone(**self.FROZEN), tmp_path / "staged"
         more = self.FROZEN | {"deepspeed__zero_stage": stage}
-        succeed(run_script("train.py", *options(small_digits, staged, **more), ranks=2))
+        done = run_script("train.py", *options(small_digits, staged, **more), ranks=2)
+        succeed(done)
+        # What DeepSpeed calls by names that PyTorch has changed is nothing that a user can mend.
+        assert "deprecated" not in done.stderr
         np.testing.assert_allclose(losses(plain), losses(staged), rtol=1e-4)
         first, second = weights(plain), weights(staged)
         assert all(first[k].shape == second[k].shape for k in first)
