@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -179,6 +180,11 @@ def _checkpoint_files() -> Any:
     return CheckpointFiles
 
 
+def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
 class Engine:
     """A DeepSpeed engine around one module whose forward returns (loss, ...).
 
@@ -225,7 +231,7 @@ class Engine:
             # `backward` averages. With one rank there is nobody to average with; DeepSpeed would copy all gradients
             # into one buffer, multiply it by 1 and copy it back, a twentieth of a ResNet-50 step on a CPU.
             self._engine.enable_backward_allreduce = False
-            self._engine.zero_grad = self._forget_gradients
+            self._engine.zero_grad = functools.partial(_forget_gradients, self._parameters)
 
     @property
     def module(self) -> nn.Module:
@@ -257,10 +263,6 @@ class Engine:
                     parameter.grad = torch.zeros_like(parameter)
             if distributed.world_size() > 1:
                 self._engine.allreduce_gradients()
-
-    def _forget_gradients(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
 
     def step(self) -> None:
         """Optimizer and schedule, at the accumulation boundary."""
@@ -410,7 +412,10 @@ class Engine:
             yield
 
     def close(self) -> None:
-        """Release what DeepSpeed holds, so that another engine can be made."""
+        """Release what DeepSpeed holds, the optimizer's state among it, so that another engine can be made."""
         if self._buckets is not None:
             self._buckets.close()
         self._engine.destroy()
+        del self._engine, self._schedule, self._buckets
+        # DeepSpeed's objects refer to each other, and would stay until Python next looks at old ones.
+        gc.collect()

@@ -21,7 +21,7 @@ from spml_fast.data.loader import TrainLoader
 from spml_fast.data.manifest import Manifest, Split
 from spml_fast.data.repeat_factor import RepeatFactorSampler, repeat_factors
 from spml_fast.data.sampler import TrainSampler
-from spml_fast.methods import get_method
+from spml_fast.methods import Method, get_method
 from spml_fast.models.batchnorm import synchronised
 from spml_fast.models.classifier import Classifier
 from spml_fast.models.heads import get_head
@@ -29,6 +29,10 @@ from spml_fast.models.weights import load_weights
 from spml_fast.runs.layout import RunLayout
 from spml_fast.runs.open import input_normalisation, open_data
 from spml_fast.runs.warm_start import without_source
+from spml_fast.training.engine import Engine
+from spml_fast.training.engine_config import deepspeed_config
+from spml_fast.training.module import TrainingModule
+from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -324,6 +328,38 @@ def make_train_loader(config: Config, data: RunData, classifier: Classifier, dev
         std=std,
         make_sampler=make_sampler(config, data.labels),
     )
+
+
+def phase_engine(
+    config: Config,
+    classifier: Classifier,
+    method: Method,
+    head_only: bool,
+    updates: int,
+    run_dir: Path,
+    device: torch.device,
+    monitored: bool,
+) -> tuple[Engine, dict[str, Any]]:
+    """The engine of a phase, and DeepSpeed's configuration.
+
+    Nothing else refers to the optimizer and the module, so that closing the engine frees what the next phase has anew.
+
+    Args:
+        config: of the run.
+        classifier: what trains.
+        method: by which.
+        head_only: the backbone stays as it is.
+        updates: of the phase.
+        run_dir: the run directory.
+        device: of this rank.
+        monitored: DeepSpeed writes its figures for TensorBoard.
+    """
+    train, settings = config.train, dataclasses.replace(config.deepspeed, tensorboard=monitored)
+    optimizer = make_optimizer(parameter_groups(classifier, method, train, head_only=head_only), train)
+    schedule = make_schedule(optimizer, train, updates)
+    about = deepspeed_config(train, settings, distributed.world_size(), device, run_dir)
+    module = TrainingModule(classifier, method)
+    return Engine(module, optimizer, schedule, about, overlap=settings.overlap_gradients), about
 
 
 def resolved_config(

@@ -35,15 +35,11 @@ from spml_fast.training.batchnorm_state import average_statistics, own_statistic
 from spml_fast.training.checkpoint import CheckpointPosition
 from spml_fast.training.compile_choice import compiled_sizes, settle_compile
 from spml_fast.training.earlier_choices import earlier_choices
-from spml_fast.training.engine import Engine
-from spml_fast.training.engine_config import deepspeed_config
 from spml_fast.training.examples import selected_examples
 from spml_fast.training.final import finish_run
 from spml_fast.training.logs import Meter, RunLog, memory_gib, selection_figures
 from spml_fast.training.memory import explain_out_of_memory
-from spml_fast.training.module import TrainingModule
 from spml_fast.training.nonfinite import NonFiniteGuard
-from spml_fast.training.optim import make_optimizer, make_schedule, parameter_groups
 from spml_fast.training.pace import Pace
 from spml_fast.training.precision_choice import settle_precision
 from spml_fast.training.resume import Resume, check_same_run, defining_options, find_resume
@@ -60,6 +56,7 @@ from spml_fast.training.setup import (
     make_run_dir,
     make_train_loader,
     make_truth,
+    phase_engine,
     phase_index,
     resolve_phases,
     resolved_config,
@@ -192,13 +189,10 @@ class Trainer:
             self.classifier.compile_backbone()
             self.classifier.compiled_sizes = compiled_sizes(config)
         updates = phase.epochs * self.loader.updates_per_epoch
-        groups = parameter_groups(self.classifier, self.method, train, head_only=linear)
-        optimizer = make_optimizer(groups, train)
-        scheduler = make_schedule(optimizer, train, updates)
-        engine = dataclasses.replace(config.deepspeed, tensorboard="tensorboard" in self.trackers.names)
-        ds_config = deepspeed_config(train, engine, self.world, self.device, self.run_dir)
-        module = TrainingModule(self.classifier, self.method)
-        self.engine = Engine(module, optimizer, scheduler, ds_config, overlap=engine.overlap_gradients)
+        monitored = "tensorboard" in self.trackers.names
+        self.engine, ds_config = phase_engine(
+            config, self.classifier, self.method, linear, updates, self.run_dir, self.device, monitored
+        )
         self.classifier.to(self.device)
         self.ema = weight_average(self.classifier, train, linear)
         self.guard = NonFiniteGuard(train, self.engine, self.classifier, self.loader, self.checkpoints)

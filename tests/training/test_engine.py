@@ -145,7 +145,7 @@ def test_a_level_that_does_not_exist(logger, monkeypatch):
 
 
 ONE_RANK = """
-import sys
+import gc, sys, weakref
 from pathlib import Path
 import torch
 from spml_fast.core.config import EngineConfig, TrainConfig
@@ -178,6 +178,14 @@ for number, part in enumerate(images):
     engine.step()
 assert not copies
 torch.testing.assert_close(idle.detach(), before * (1 - 0.1 * 0.5))
+
+gc.disable()
+state = weakref.ref(optimizer.state[used]["exp_avg"])
+# DeepSpeed's hooks on a module keep its engine; in a training each phase has a module of its own.
+del optimizer, layers
+assert state() is not None
+engine.close()
+assert state() is None, "the next phase has its own"
 shutdown_distributed()
 """
 
