@@ -71,10 +71,10 @@ def merge_csv(
     path.parent.mkdir(parents=True, exist_ok=True)
     table: dict[tuple[str, ...], Row] = {}
     if keep:
-        given = {tuple(str(r.get(k, "")) for k in whole) for r in rows} if whole else set()
+        given = {_cells(r, whole) for r in rows} if whole else set()
         kept = (r for r in read_csv(path) if tuple(r.get(k, "") for k in whole) not in given)
         table = {tuple(r.get(k, "") for k in key): r for r in kept}
-    table |= {tuple(str(r.get(k, "")) for k in key): r for r in rows}
+    table |= {_cells(r, key): r for r in rows}
     columns = list(dict.fromkeys(name for row in (*rows, *table.values()) for name in row))
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="", encoding="utf-8") as file:
@@ -82,6 +82,11 @@ def merge_csv(
         writer.writeheader()
         writer.writerows({k: _short(v) for k, v in row.items()} for row in table.values())
     os.replace(part, path)
+
+
+def _cells(row: Row, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Some values of a row as the file has them, where None is nothing."""
+    return tuple("" if row.get(name) is None else str(row[name]) for name in names)
 
 
 def _short(value: Any) -> Any:

@@ -20,7 +20,7 @@ from benchmarks.kernel_gate import gate
 from benchmarks.kernel_gpu import bench_work, run, work_through
 from benchmarks.kernel_losses import label_loss_work, large_loss_work
 from benchmarks.kernel_maps import cam_work
-from benchmarks.kernel_report import GOAL_SHAPE, judge, machine, merge_csv, plot_times
+from benchmarks.kernel_report import GOAL_SHAPE, judge, machine, merge_csv, plot_times, read_csv
 from spml_fast.methods.assume_negative import AssumeNegative
 from tests.support.kernel_card import CEILINGS, Cpu
 
@@ -258,6 +258,10 @@ def test_tables_keep_other_rows_and_take_new_columns(tmp_path):
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["provider"], r["p50"], r["note"]) for r in rows] == [("fused", "3.1235", "later"), ("eager", "2.0", "")]
+    # A value that is missing is the empty one of the file.
+    for gpu in (None, None, "H100"):
+        merge_csv(tmp_path / "machines.csv", [{"part": "step", "gpu": gpu}], key=("part", "gpu"))
+    assert [r["gpu"] for r in read_csv(tmp_path / "machines.csv")] == ["", "H100"]
     merge_csv(path, [row("eager", "bwd", 1.0)], keep=False)
     assert len(path.read_text().splitlines()) == 2 and [p.name for p in path.parent.iterdir()] == ["t.csv"]
 
