@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from spml_fast.core import env
-from spml_fast.core.process import begin_process, end_process, is_whole_program
+from spml_fast.core.process import BROKEN_PIPE, begin_process, end_process, is_whole_program
 from spml_fast.core.text import in_whole_words, shortened, without_controls
 
 _OUT_OF_MEMORY = (
@@ -71,7 +71,7 @@ def _run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         # `prog | head` closes our standard output early; that is not a failure worth a traceback.
         sys.stderr.close()
-        raise SystemExit(141) from None
+        raise SystemExit(BROKEN_PIPE) from None
     except KeyboardInterrupt:
         fail("interrupted; what was already written is kept", status=130)
     raise SystemExit(status or 0)

@@ -11,8 +11,8 @@ import threading
 from types import FrameType
 from typing import NoReturn
 
-# As Python ends when its output cannot be flushed.
-UNFLUSHED = 120
+# As Python ends when its output cannot be flushed, and as the shell says that nobody reads it any more (`prog | head`).
+UNFLUSHED, BROKEN_PIPE = 120, 141
 # New objects after which Python looks for cycles among them. At its own 700 a third of the time in which PyTorch, timm
 # and DeepSpeed are imported goes into looking at what they keep.
 NEW_OBJECTS = 20_000
@@ -43,6 +43,8 @@ def end_process(status: int) -> NoReturn:
         try:
             if stream is not None and not stream.closed:
                 stream.flush()
+        except BrokenPipeError:
+            status = status or BROKEN_PIPE
         except OSError as error:
             if not status and stream is sys.stdout:
                 print(f"error: the output cannot be written: {error}", file=sys.stderr)

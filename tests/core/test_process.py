@@ -125,5 +125,10 @@ def test_output_that_cannot_be_written_is_no_success(program: Path) -> None:
             done = run(program, word, stdout=full)
         assert done.returncode == status
         assert ("error: the output cannot be written: " in done.stderr) == (status == 120)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody:
+        done = run(program, "0", stdout=nobody)
+    assert done.returncode == 141 and not done.stderr
     done = run("-c", "import sys\nsys.stdout = None\nexec(open(sys.argv.pop(1)).read())", program, "0")
     assert done.returncode == 0 and not done.stderr
