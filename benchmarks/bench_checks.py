@@ -230,7 +230,7 @@ def measure(args: argparse.Namespace, device: torch.device, scratch: Path) -> di
     setup = Setup(
         split,
         SparseLabels.from_positives([[int(c)] for c in observed], args.classes, -1),
-        DataConfig(image_size=args.image_size, threads=1),
+        DataConfig(image_size=args.image_size, threads=1, keep_decoded=0),
         TrainConfig(batch_size=args.batch_size),
         EngineConfig(tensorboard=False),
         Classifier(model, args.classes, args.image_size),

@@ -10,8 +10,9 @@ Loaders, each with the same decoding threads (or workers):
     pil            torchvision transforms on Pillow images in a torch DataLoader with worker processes, always as the
                    papers have it: every image decoded, RandAugment of the strong view on the image in its own size
 A row is a view with an option of ours: `resized` has data.strong_from resized, `reduced` data.decode reduced (which
-wants images twice as large as the view: --image-size 224 for those of 640 x 480), `cached` data.cache. The loaders of a
-row take turns, and its figures are medians over the rounds. Processor time, of all threads and workers, says more
+wants images twice as large as the view: --image-size 224 for those of 640 x 480), `cached` data.cache, `kept`
+data.keep_decoded (the others decode every image in every epoch, as larger sets have to). The loaders of a row take
+turns, and its figures are medians over the rounds. Processor time, of all threads and workers, says more
 than images per second where other programs use the machine. First the views are compared with Pillow's and
 torchvision's; wrong views are not timed.
 """
@@ -40,6 +41,7 @@ from benchmarks.machine import machine
 from spml_fast.core.config import DataConfig
 from spml_fast.core.errors import UserError, run_command
 from spml_fast.core.outputs import add_json_option, json_output
+from spml_fast.data.decoded_images import room_for
 from spml_fast.data.loader import EvalLoader, TrainLoader
 from spml_fast.data.manifest import Split
 from spml_fast.prepare.pack import PackOptions, pack
@@ -71,12 +73,14 @@ def rows(cache: Path) -> dict[str, Row]:
     """All rows by name; caches go to the folder `cache`."""
     plain, ours = ("spml_fast", "shards", "dali_readers", "pil"), ("spml_fast", "pil")
     resized, cached, reduced = {"strong_from": "resized"}, {"cache": str(cache)}, {"decode": "reduced"}
+    kept = {"keep_decoded": 1e3}
     return {
         **{mode: Row(mode, {}, plain) for mode in MODES},
         "weak+strong resized": Row("weak+strong", resized, ours),
         "eval reduced": Row("eval", reduced, ours),
         "weak reduced": Row("weak", reduced, ours),
         "weak+strong resized reduced": Row("weak+strong", {**resized, **reduced}, ours),
+        **{f"{mode} kept": Row(mode, kept, ours) for mode in MODES},
         "eval cached": Row("eval", cached, ours),
         "weak cached": Row("weak", cached, ours),
         "weak+strong resized cached": Row("weak+strong", {**resized, **cached}, ours),
@@ -141,7 +145,7 @@ class Loaders:
         options: dict[str, Any] = {"batch_size": self.batch_size, "device": self.device, "mean": MEAN, "std": STD}
         config = replace(self.config, **changes)
         if mode == "eval":
-            evaluation = EvalLoader(split, config, **options)
+            evaluation = EvalLoader(split, config, decoded=room_for(split, config), **options)
             return lambda epoch: (views.real for views in evaluation)
         train = TrainLoader(split, config, views=MODES[mode], accumulation=1, seed=0, **options)
         return lambda epoch: (views.real for update in train.epoch(epoch) for views in update)
@@ -379,7 +383,7 @@ def main() -> int:
     warnings.showwarning = lambda *args, **kwargs: None
     device = torch.device(args.device)
     threads = args.threads or len(os.sched_getaffinity(0))
-    config = DataConfig(image_size=args.image_size, threads=threads, shuffle=args.shuffle)
+    config = DataConfig(image_size=args.image_size, threads=threads, shuffle=args.shuffle, keep_decoded=0)
     hardware = machine(device)
     with tempfile.TemporaryDirectory() as scratch:
         split = images(args.images, args.count, Path(scratch))

@@ -188,6 +188,7 @@ def measure_all(args: argparse.Namespace, scratch: Path) -> list[list[Any]]:
         shuffle_window=max(args.batch_size, args.block, len(disk) // 4),
         read_threads=args.read_threads,
         cache_size=100.0,
+        keep_decoded=0,
     )
     bare = dataclasses.replace(config, cache_size=0.0)
     rows = [(0.0, "disk", measure(disk, config, args.batch_size, ["disk"], args.repeats)[0])]

@@ -544,7 +544,7 @@ def make_setup(args: argparse.Namespace, device: torch.device, scratch: Path) ->
     return Setup(
         split,
         SparseLabels.from_positives([[int(c)] for c in observed], args.classes, -1),
-        DataConfig(image_size=args.image_size, threads=args.threads or len(os.sched_getaffinity(0))),
+        DataConfig(image_size=args.image_size, threads=args.threads or len(os.sched_getaffinity(0)), keep_decoded=0),
         TrainConfig(batch_size=args.batch_size, precision=args.precision),
         EngineConfig(tensorboard=False),
         Classifier(model, args.classes, args.image_size),

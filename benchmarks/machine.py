@@ -20,12 +20,39 @@ def installed(module: str) -> bool:
         return False
 
 
+# What makes processors of one name differ most, the best one first: flags of /proc/cpuinfo and what they are called.
+_VECTORS = (
+    ("amx_bf16", "AMX"),
+    ("avx512_bf16", "AVX512-BF16"),
+    ("avx512f", "AVX-512"),
+    ("avx2", "AVX2"),
+    ("bf16", "NEON with bf16"),
+    ("asimd", "NEON"),
+)
+
+
+def processor(cpuinfo: str, otherwise: str) -> str:
+    """Name of a processor with its best vector instructions: virtual machines call several generations by one name.
+
+    Args:
+        cpuinfo: text of /proc/cpuinfo.
+        otherwise: name where that has none.
+    """
+    values: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        values.setdefault(key.strip(), value.strip())
+    name = values.get("model name") or otherwise
+    flags = (values.get("flags") or values.get("Features") or "").split()
+    best = next((called for flag, called in _VECTORS if flag in flags), None)
+    return name if best is None else f"{name} ({best})"
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Hardware and versions that results are of; None for what there is not."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+        cpu = processor(Path("/proc/cpuinfo").read_text(encoding="utf-8"), cpu)
     names = {"torchvision": "torchvision", "dali": "nvidia.dali", "pillow": "PIL"}
     versions = {n: importlib.import_module(m).__version__ if installed(m) else None for n, m in names.items()}
     return {

@@ -162,7 +162,7 @@ def variant_of(
     setup = Setup(
         None,
         SparseLabels.from_positives([[int(c)] for c in observed], classes, -1),
-        DataConfig(image_size=size, threads=1),
+        DataConfig(image_size=size, threads=1, keep_decoded=0),
         # Every rank draws its own part.
         TrainConfig(batch_size=args.batch_size, precision="fp32"),
         EngineConfig(tensorboard=False, overlap_gradients=averages == "during"),

@@ -10,7 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from spml_fast.core.errors import UserError
-from spml_fast.core.rules import Section, all_positive, channels, fraction, not_negative, positive, ruled
+from spml_fast.core.rules import (
+    Section,
+    adam_betas,
+    all_different,
+    all_positive,
+    cache_place,
+    channels,
+    crc32_digits,
+    fraction,
+    not_negative,
+    positive,
+    ruled,
+)
 
 # Width x height of the largest image that is decoded unless another limit is given: half a gigabyte as RGB.
 MAX_PIXELS = 178_956_970
@@ -18,26 +30,6 @@ MAX_PIXELS = 178_956_970
 
 def _seed(value: int) -> str | None:
     return None if 0 <= value < 2**63 else f"is {value}; it must lie between 0 and 2^63 - 1"
-
-
-def _crc32(value: str) -> str | None:
-    fine = len(value) == 8 and all(digit in "0123456789abcdef" for digit in value)
-    return None if fine else f"is {value!r}; it must be the 8 hexadecimal digits of a CRC-32 checksum"
-
-
-def _betas(values: Sequence[float]) -> str | None:
-    fine = len(values) == 2 and all(0 <= beta < 1 for beta in values)
-    return None if fine else f"is {values}; it needs two numbers from 0 to below 1"
-
-
-def _cache(value: str) -> str | None:
-    fine = value.lower() not in ("", "off", "no", "false", "null", "on", "yes", "true")  # Those mean no folder.
-    return None if fine else f"is {value!r}; it must be none, auto or a folder"
-
-
-def _different(values: Sequence[str]) -> str | None:
-    twice = next((value for value in values if values.count(value) > 1), None)
-    return None if twice is None else f"has {twice} twice"
 
 
 def _alphas(values: Sequence[float]) -> str | None:
@@ -93,6 +85,8 @@ class DataConfig(Section):
         cache: none decodes images anew in every epoch; auto keeps them decoded and resized in the Manifest's folder,
             any other value in the folder of that name (docs/data.md). For sets that fit on a disk, and views that are
             made of resized images: train_crop squash, and strong_from resized where there is a strong view.
+        keep_decoded: GB (10^9 bytes) of memory for decoded images: a split that needs no more stays there once it was
+            decoded, in every rank; 0 decodes in every epoch. Without a GPU, and with data.decode full, only.
         decode: full, or reduced: JPEGs at a half, a quarter or an eighth of their size where that is not below what the
             view shows, which is less work and rounds differently (docs/data.md). Without a GPU only; what data.cache
             keeps is decoded in full.
@@ -129,7 +123,8 @@ class DataConfig(Section):
     cache_size: float = not_negative(20.0)
     bad_images: Literal["stop", "replace"] = "stop"
     bad_image_limit: int = not_negative(100)
-    cache: str = ruled("none", _cache)
+    cache: str = ruled("none", cache_place)
+    keep_decoded: float = not_negative(0.25)
     decode: Literal["full", "reduced"] = "full"
     max_pixels: int = positive(MAX_PIXELS)
 
@@ -183,7 +178,7 @@ class ModelConfig(Section):
     backbone: str = "resnet50.tv_in1k"
     pretrained: bool = True
     weights: str | None = None
-    weights_crc32: str | None = ruled(None, _crc32)
+    weights_crc32: str | None = ruled(None, crc32_digits)
     head: str = "cam"
     head_options: HeadOptions | dict[str, Any] = field(default_factory=dict)
     alpha_train: float = positive(5.0)
@@ -266,7 +261,7 @@ class TrainConfig(Section):
     weight_decay: float = not_negative(0.0)
     decay_all: bool = False
     momentum: float = not_negative(0.9)
-    betas: list[float] = ruled([0.9, 0.999], _betas)
+    betas: list[float] = ruled([0.9, 0.999], adam_betas)
     schedule: Literal["constant", "one_cycle", "cosine"] = "constant"
     warmup_share: float = fraction(0.2)
     clip: float = not_negative(0.0)
@@ -389,7 +384,7 @@ class RunConfig(Section):
     stop_seconds: float = positive(25.0)
     deterministic: bool = False
     timeout_minutes: float = positive(10.0)
-    trackers: list[str] = ruled(["tensorboard"], _different)
+    trackers: list[str] = ruled(["tensorboard"], all_different)
     tracker_images: int = not_negative(8)
     tracker_options: dict[str, Any] = field(default_factory=dict)
     profile: int | None = positive(None)

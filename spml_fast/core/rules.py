@@ -98,3 +98,27 @@ def channels(values: Sequence[float]) -> str | None:
 def all_positive(values: Sequence[float]) -> str | None:
     """Rule of a list of numbers greater than 0."""
     return None if all(value > 0 for value in values) else f"is {values}; its numbers must be greater than 0"
+
+
+def all_different(values: Sequence[str]) -> str | None:
+    """Rule of a list in which nothing comes twice."""
+    twice = next((value for value in values if values.count(value) > 1), None)
+    return None if twice is None else f"has {twice} twice"
+
+
+def adam_betas(values: Sequence[float]) -> str | None:
+    """Rule of Adam's two rates of decay."""
+    fine = len(values) == 2 and all(0 <= beta < 1 for beta in values)
+    return None if fine else f"is {values}; it needs two numbers from 0 to below 1"
+
+
+def crc32_digits(value: str) -> str | None:
+    """Rule of a CRC-32 checksum."""
+    fine = len(value) == 8 and all(digit in "0123456789abcdef" for digit in value)
+    return None if fine else f"is {value!r}; it must be the 8 hexadecimal digits of a CRC-32 checksum"
+
+
+def cache_place(value: str) -> str | None:
+    """Rule of `data.cache`: words that mean no or yes elsewhere are no folder's name."""
+    fine = value.lower() not in ("", "off", "no", "false", "null", "on", "yes", "true")
+    return None if fine else f"is {value!r}; it must be none, auto or a folder"

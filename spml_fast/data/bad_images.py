@@ -24,6 +24,7 @@ from spml_fast.core.io import open_regular
 from spml_fast.data.dali_graph import decode_graph
 from spml_fast.data.image_check import any_size, limit_text
 from spml_fast.data.manifest import Split
+from spml_fast.data.pipelines import built
 from spml_fast.data.read_retry import read_patiently
 from spml_fast.data.remote.store import StoreError
 from spml_fast.data.shards import RESTORE_SHARD
@@ -182,8 +183,7 @@ def read_size(split: Split, sample: int) -> tuple[int, int]:
 def _is_decoded(encoded: bytes) -> bool:
     """Whether DALI decodes an image."""
     # A pipeline that has failed is of no more use.
-    pipe = decode_graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    pipe.build()
+    pipe = built(decode_graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1))
     try:
         pipe.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
         pipe.run()

@@ -178,8 +178,10 @@ def _within_limit(encoded: Any, max_pixels: Any) -> Any:
     return fn.slice(encoded, start=size * 0, shape=size + too_large, axes=[0], out_of_bounds_policy="error")
 
 
-# Inputs of `_upright`, and of the decoder of reduced images; the views have more.
-DECODING_INPUTS = frozenset({"path", "encoded", "max_pixels", "smallest", "turn", "turn_horizontal", "turn_vertical"})
+# Inputs of `_upright`, and of the decoders of reduced images and of those that stay in memory; the views have more.
+DECODING_INPUTS = frozenset(
+    {"sample", "path", "encoded", "max_pixels", "smallest", "turn", "turn_horizontal", "turn_vertical"}
+)
 
 
 def _upright(options: GraphOptions) -> Any:

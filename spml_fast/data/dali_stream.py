@@ -16,6 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,10 @@ from spml_fast.data.bad_images import (
 )
 from spml_fast.data.cpu_views import CpuViews, PendingViews
 from spml_fast.data.dali_graph import DECODING_INPUTS, GraphOptions, graph
+from spml_fast.data.decoded_images import DecodedImages, KeepingDecoder
 from spml_fast.data.image_cache import ImageCache
 from spml_fast.data.manifest import Split
+from spml_fast.data.pipelines import built
 from spml_fast.data.read_retry import RETRY_PAUSES, may_pass
 from spml_fast.data.reduced_decoding import ReducingDecoder
 from spml_fast.data.remote.shards import RemoteShards
@@ -80,9 +83,12 @@ def _close_all() -> None:
 class _ReadGroup:
     """Requests whose images are read from shards together."""
 
-    def __init__(self, requests: Sequence[BatchRequest], reader: ShardReader) -> None:
+    def __init__(self, requests: Sequence[BatchRequest], reader: ShardReader, decoded: DecodedImages | None) -> None:
         self.requests = deque(requests)
-        self.reading: PendingImages = reader.submit(np.concatenate([request.index for request in self.requests]))
+        samples = np.concatenate([request.index for request in self.requests])
+        # Places of those that are read: not of those that are decoded already.
+        self._places = np.arange(len(samples)) if decoded is None else decoded.missing(samples)
+        self.reading: PendingImages = reader.submit(samples[self._places])
         self._used = 0
 
     def take(self) -> tuple[BatchRequest, list[Encoded | None]]:
@@ -90,10 +96,17 @@ class _ReadGroup:
         images = self.reading.result()
         request = self.requests.popleft()
         first, self._used = self._used, self._used + len(request.index)
-        taken = images[first : self._used]
-        # Their memory is free as soon as the batch is done, not when the group is.
-        images[first : self._used] = [None] * len(taken)
+        taken: list[Encoded | None] = [None] * len(request.index)
+        for row in range(*np.searchsorted(self._places, (first, self._used)).tolist()):
+            # Their memory is free as soon as the batch is done, not when the group is.
+            taken[self._places[row] - first], images[row] = images[row], None
         return request, taken
+
+
+def _make_pipeline(options: GraphOptions, pipeline_options: dict[str, Any], depth: int) -> Any:
+    """A DALI pipeline whose queue holds `depth` batches."""
+    more = {"prefetch_queue_depth": depth, "enable_conditionals": options.has_branches}
+    return built(graph(options=options, **more, **pipeline_options))
 
 
 class Stream:
@@ -114,6 +127,7 @@ class Stream:
         bad_images: what happens to images that cannot be used; None raises `UserError` at the first one.
         choose: which image stands in for one that cannot be used; needed where they are replaced.
         cache: resized images that take the place of the split's, where DALI makes the views.
+        decoded: images that are in memory, which those that are decoded join, where threads make the views.
     """
 
     def __init__(
@@ -130,8 +144,9 @@ class Stream:
         bad_images: BadImages | None = None,
         choose: Choice | None = None,
         cache: ImageCache | None = None,
+        decoded: DecodedImages | None = None,
     ) -> None:
-        self._cache = cache
+        self._cache, self._decoded = cache, decoded
         self._split, self._graph_options, self._inputs, self._device = split, graph_options, inputs, device
         self._bad, self._choose = bad_images or BadImages(split), choose
         self._prefetch, self._max_pixels = prefetch, config.max_pixels
@@ -199,7 +214,7 @@ class Stream:
             return taken
         while len(taken) < count:
             while len(self._ahead) < self._groups and (members := next(source, None)):
-                self._ahead.append(_ReadGroup(members, self._reader))
+                self._ahead.append(_ReadGroup(members, self._reader, self._decoded))
             if not self._ahead or (len(taken) >= needed and not self._ahead[0].reading.done()):
                 break
             request, encoded = self._ahead[0].take()
@@ -213,7 +228,8 @@ class Stream:
         """The graph's inputs, but for `encoded`."""
         if self._cache is not None:
             return {"resized": [self._cache.image(i) for i in request.index.tolist()], **self._inputs(request)}
-        return {"max_pixels": pixel_limits(self._split, request.index, self._max_pixels), **self._inputs(request)}
+        inputs = {"max_pixels": pixel_limits(self._split, request.index, self._max_pixels), **self._inputs(request)}
+        return inputs if self._decoded is None else {"sample": request.index, **inputs}
 
     def _require_files(self, index: npt.NDArray[np.int64]) -> None:
         """Raise `UserError` where one of the samples is a pipe, device or folder. What is missing DALI finds itself."""
@@ -241,14 +257,13 @@ class Stream:
             if not taken:
                 return
             self._depth = len(taken)
-            options = self._graph_options
-            if options.reduced:
+            make = partial(_make_pipeline, self._graph_options, self._pipeline_options)
+            if self._graph_options.reduced:
                 self._pipe = ReducingDecoder(self._decoding_threads)
+            elif self._decoded is not None:
+                self._pipe = KeepingDecoder(self._decoded, make)
             else:
-                more = {"prefetch_queue_depth": self._depth, "enable_conditionals": options.has_branches}
-                pipe = graph(options=options, **more, **self._pipeline_options)
-                pipe.build()
-                self._pipe = pipe
+                self._pipe = make(self._depth)
         for arrays in taken:
             for name, value in arrays.items():
                 if self._views is None or name in DECODING_INPUTS:
@@ -327,9 +342,9 @@ class Stream:
         if isinstance(error, StoreError):
             # No image is bad because nothing can be read.
             raise error
-        found = find_bad(self._split, _samples(made), self._graph_options.cropped, self._max_pixels)
+        found = find_bad(self._split, self._to_decode(made), self._graph_options.cropped, self._max_pixels)
         if named:
-            found = itertools.chain(found, find_unreadable(self._split, _samples(unread)))
+            found = itertools.chain(found, find_unreadable(self._split, self._to_decode(unread)))
         before = len(self._bad.reasons)
         for sample, problem in found:
             if sample not in self._bad.reasons:
@@ -341,6 +356,13 @@ class Stream:
             time.sleep(RETRY_PAUSES[self._failures])
             self._failures += 1
         return self._source(iter([*made, *unread]))
+
+    def _to_decode(self, requests: Sequence[BatchRequest]) -> list[int]:
+        """Samples of requests that are not in memory, in order."""
+        samples = np.concatenate([np.zeros(0, np.int64), *(request.index for request in requests)])
+        if self._decoded is not None:
+            samples = samples[self._decoded.missing(samples)]
+        return samples.tolist()
 
     def _forget(self) -> None:
         """Throw away the pipeline and everything that was given to it."""
@@ -406,8 +428,3 @@ class Stream:
                 raise
             except (RuntimeError, UserError) as error:
                 source = itertools.chain(self._recover(error), source)
-
-
-def _samples(requests: Sequence[BatchRequest]) -> list[int]:
-    """Sample indices of requests, in order."""
-    return list(itertools.chain.from_iterable(request.index.tolist() for request in requests))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -33,84 +34,24 @@ from spml_fast.core.batch import MicroBatch
 from spml_fast.core.config import DataConfig
 from spml_fast.core.progress import watched
 from spml_fast.data import augment
-from spml_fast.data.bad_images import BadImages, BatchRequest, read_size
+from spml_fast.data.bad_images import BadImages, BatchRequest
 from spml_fast.data.cached_stream import CachedStream
 from spml_fast.data.cpu_views import CpuViews
 from spml_fast.data.dali_graph import GraphOptions
 from spml_fast.data.dali_stream import Inputs, Stream, decoding_threads
+from spml_fast.data.decoded_images import DecodedImages, room_for
+from spml_fast.data.graph_inputs import (
+    encoded_paths,
+    is_oriented,
+    sharpness_kernels,
+    shown_sizes,
+    smallest_sizes,
+    turns,
+)
 from spml_fast.data.image_cache import CacheKind, ImageCache, Pixels, open_cache
 from spml_fast.data.manifest import Split
 from spml_fast.data.sampler import EvalBatchIndex, EvalSampler, MicroBatchIndex, TrainSampler, Windows
 from spml_fast.data.view_checks import check_views
-
-
-def _paths(split: Split, index: npt.NDArray[np.int64]) -> Inputs:
-    """File names as DALI takes them: bytes, in any encoding. Nothing for shards, whose images `Stream` hands in."""
-    if split.shards is not None:
-        return {}
-    return {"path": [np.frombuffer(split.path(i).encode("utf-8", "surrogateescape"), np.uint8) for i in index.tolist()]}
-
-
-def _is_oriented(split: Split) -> bool:
-    """Whether any image of the split has to be turned."""
-    return bool((split.orientation != 1).any())
-
-
-# EXIF orientation 1..8 as an optional swap of rows and columns and then mirrors: (turn: 0 nothing, 1 mirrors only,
-# 2 swap and mirrors; mirror horizontally; mirror vertically).
-_TURNS = np.array(
-    [(0, 0, 0), (0, 0, 0), (1, 1, 0), (1, 1, 1), (1, 0, 1), (2, 0, 0), (2, 1, 0), (2, 1, 1), (2, 0, 1)], np.int32
-)
-
-
-def _turns(split: Split, index: npt.NDArray[np.int64]) -> Inputs:
-    """How each image is turned upright."""
-    turns = _TURNS[np.asarray(split.orientation[index])]
-    return {
-        name: np.ascontiguousarray(turns[:, k]) for k, name in enumerate(("turn", "turn_horizontal", "turn_vertical"))
-    }
-
-
-def _sharpness_kernels(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Filters that blend an image with Pillow's smoothed one, float32 [n, 3, 3]."""
-    smooth = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / np.float32(13)
-    same = np.zeros((3, 3), np.float32)
-    same[1, 1] = 1
-    return factor[:, None, None] * same + (1 - factor)[:, None, None] * smooth
-
-
-def _sizes(split: Split, index: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Widths and heights as shown, int64 [n] each; read from the images where preparation did not."""
-    width, height = split.width[index].astype(np.int64), split.height[index].astype(np.int64)
-    for position in np.flatnonzero((width <= 0) | (height <= 0)).tolist():
-        sample = int(index[position])
-        width[position], height[position] = read_size(split, sample)
-    return width, height
-
-
-def _smallest(
-    split: Split,
-    index: npt.NDArray[np.int64],
-    side: int,
-    crop: npt.NDArray[np.integer[Any]] | None = None,
-    full: npt.NDArray[np.int64] | None = None,
-) -> npt.NDArray[np.int64]:
-    """Width and height as stored, int64 [n, 2], that an image needs for what a view shows of it to have `side` pixels.
-
-    Args:
-        split: the images.
-        index: int64 [n].
-        side: of the view.
-        crop: height and width of what it shows, [n, 2], of an image as shown; None for all of it.
-        full: height and width of the image as shown, int64 [n, 2].
-    """
-    need = np.full((len(index), 2), side, np.int64)
-    if crop is not None and full is not None:
-        # Rounded up: as many pixels of the crop as of the view.
-        need = -(-side * full // np.maximum(crop, 1)).astype(np.int64)
-    # Height and width as shown are width and height of an image that is stored on its side.
-    on_side = np.asarray(split.orientation[index]) >= 5
-    return np.where(on_side[:, None], need, need[:, ::-1])
 
 
 def _own_part(world_size: int | None, rank: int | None) -> tuple[int, int]:
@@ -119,6 +60,18 @@ def _own_part(world_size: int | None, rank: int | None) -> tuple[int, int]:
         distributed.world_size() if world_size is None else world_size,
         distributed.rank() if rank is None else rank,
     )
+
+
+def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A loader's method for its own stream, without a circle of references, so that a dropped loader is gone."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:
+        bound = reference()
+        assert bound is not None, "the loader is gone"
+        return bound(*arguments)
+
+    return call
 
 
 def _to_device(index: npt.NDArray[np.int64], device: torch.device) -> Tensor:
@@ -158,6 +111,7 @@ def _make_stream(
     options: GraphOptions,
     inputs: Callable[[BatchRequest], Inputs],
     cache: ImageCache | None,
+    decoded: DecodedImages | None,
     **more: Any,
 ) -> Stream | CachedStream:
     """What makes batches of a split, or of its cache.
@@ -167,10 +121,11 @@ def _make_stream(
         options: of the views.
         inputs: request -> what the views need.
         cache: the resized images; None decodes.
+        decoded: the decoded images that stay in memory.
         more: further arguments of `Stream`.
     """
     if cache is None or not options.in_threads:
-        return Stream(split, options, inputs, cache=cache, **more)
+        return Stream(split, options, inputs, cache=cache, decoded=decoded if options.in_threads else None, **more)
     views = CpuViews(options, more["batch_size"], decoding_threads(more["config"]))
     return CachedStream(cache, views, inputs, more["prefetch"])
 
@@ -196,6 +151,7 @@ class TrainLoader:
         sampler: which samples come when.
         updates_per_epoch: optimizer updates of one epoch.
         bad_images: the images that this rank could not use so far (`data.bad_images`).
+        decoded: those that stay in memory (`data.keep_decoded`), or None.
 
     Raises:
         UserError: the split is too small for the ranks, its views cannot be made of cached images, the cache cannot be
@@ -230,38 +186,45 @@ class TrainLoader:
         )
         self.updates_per_epoch = self.sampler.updates_per_epoch
         cache = _open_cache(split, config, device)
-        self._graph_options = GraphOptions(
-            views,
-            config.image_size,
-            tuple(mean),
-            tuple(std),
-            gpu=device.type == "cuda",
-            sharded=split.shards is not None,
-            cached=cache is not None,
-            reduced=cache is None and config.decode == "reduced",
-            oriented=cache is None and _is_oriented(split),
-            flipped=config.hflip > 0,
-            cropped=config.train_crop == "random_resized",
-            randaugment_ops=config.randaugment_ops if config.randaugment in views else 0,
-            randaugment_view=config.randaugment,
-            randaugment_resized=config.randaugment == "weak" or config.strong_from == "resized",
-            cutout=config.cutout > 0,
-        )
+        self._graph_options = self._options(mean, std, cache is not None)
+        self.decoded = room_for(split, config)
         self.bad_images = BadImages(split, config.bad_images == "replace", config.bad_image_limit)
         self._stream = _make_stream(
             split,
             self._graph_options,
-            self._inputs,
+            _weak(self._inputs),
             cache,
+            self.decoded,
             batch_size=self.sampler.largest_micro_batch,
             config=config,
             prefetch=max(1, config.prefetch),
             device=device,
             windowed=self.sampler.windows is not None,
             bad_images=self.bad_images,
-            choose=self._stand_in,
+            choose=_weak(self._stand_in),
         )
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None  # of the last epoch with a replaced image
+
+    def _options(self, mean: Sequence[float], std: Sequence[float], cached: bool) -> GraphOptions:
+        """What the views are made of, and how."""
+        split, config = self.split, self.config
+        return GraphOptions(
+            self.views,
+            config.image_size,
+            tuple(mean),
+            tuple(std),
+            gpu=self.device.type == "cuda",
+            sharded=split.shards is not None,
+            cached=cached,
+            reduced=not cached and config.decode == "reduced",
+            oriented=not cached and is_oriented(split),
+            flipped=config.hflip > 0,
+            cropped=config.train_crop == "random_resized",
+            randaugment_ops=config.randaugment_ops if config.randaugment in self.views else 0,
+            randaugment_view=config.randaugment,
+            randaugment_resized=config.randaugment == "weak" or config.strong_from == "resized",
+            cutout=config.cutout > 0,
+        )
 
     def _stand_in(self, request: BatchRequest, place: int, attempt: int) -> int:
         """Sample that takes the place of a bad one: of the same position in the update after it, or in a later one."""
@@ -274,15 +237,15 @@ class TrainLoader:
 
     def _inputs(self, request: BatchRequest) -> Inputs:
         epoch, index, graph = request.key[0], request.index, self._graph_options
-        inputs = {} if graph.cached else _paths(self.split, index)
+        inputs = {} if graph.cached else encoded_paths(self.split, index)
         if graph.oriented:
-            inputs |= _turns(self.split, index)
+            inputs |= turns(self.split, index)
         if graph.flipped:
             for view in graph.views:
                 flips = augment.flips(self.seed, epoch, index, view, self.config.hflip)
                 inputs[f"flip_{view}"] = flips.astype(np.int32)
         if graph.cropped or (graph.randaugment_ops and not graph.randaugment_resized):
-            width, height = _sizes(self.split, index)
+            width, height = shown_sizes(self.split, index)
         if graph.cropped:
             box = augment.crop_boxes(self.seed, epoch, index, width, height, self.config.crop_scale)
             inputs["crop_start"], inputs["crop_shape"] = box[:, :2].copy(), box[:, 2:].copy()
@@ -290,7 +253,7 @@ class TrainLoader:
                 inputs["full_shape"] = np.stack([height, width], 1)
         if graph.reduced:
             seen = inputs.get("crop_shape"), inputs.get("full_shape")
-            inputs["smallest"] = _smallest(self.split, index, graph.image_size, *seen)
+            inputs["smallest"] = smallest_sizes(self.split, index, graph.image_size, *seen)
         if graph.cutout:
             anchor, shape, colour = augment.cutouts(self.seed, epoch, index, graph.image_size, self.config.cutout)
             inputs |= {"cutout_anchor": anchor, "cutout_shape": shape, "cutout_fill_value": colour}
@@ -314,7 +277,7 @@ class TrainLoader:
             inputs[f"factor{step}"] = factor
             matrix = augment.randaugment_matrices(op, sign, magnitude, width, height)
             inputs[f"matrix{step}"] = matrix if graph.in_threads else matrix.astype(np.float32)
-            inputs[f"kernel{step}"] = _sharpness_kernels(factor)
+            inputs[f"kernel{step}"] = sharpness_kernels(factor)
             inputs[f"mask{step}"] = np.full(len(index), augment.posterize_mask(magnitude), np.uint8)
             inputs[f"threshold{step}"] = np.full(len(index), augment.solarize_threshold(magnitude), np.uint8)
         return inputs
@@ -364,6 +327,7 @@ class EvalLoader:
         rank: of this process in that group; None asks torch.distributed.
         bad_images: those of a training split that is scored; another image is scored in the place of each. None stops
             at the first one: figures over fewer images would be other figures.
+        decoded: the split's images that are in memory, which those that are decoded join; None keeps none.
 
     Raises:
         UserError: the split is empty, its cache cannot be made, or (while iterating) an image is missing or damaged.
@@ -381,6 +345,7 @@ class EvalLoader:
         world_size: int | None = None,
         rank: int | None = None,
         bad_images: BadImages | None = None,
+        decoded: DecodedImages | None = None,
     ) -> None:
         self.split, self.device = split, device
         self.sampler = EvalSampler(
@@ -399,20 +364,21 @@ class EvalLoader:
             cached=cache is not None,
             # A GPU decodes whole images.
             reduced=cache is None and config.decode == "reduced" and device.type != "cuda",
-            oriented=cache is None and _is_oriented(split),
+            oriented=cache is None and is_oriented(split),
         )
         self._stream = _make_stream(
             split,
             self._graph_options,
-            self._inputs,
+            _weak(self._inputs),
             cache,
+            decoded,
             batch_size=min(batch_size, len(split)),
             config=config,
             # DALI wants its queue filled at the start, and an evaluation may be shorter than the queue.
             prefetch=min(max(1, config.prefetch), len(self.sampler)),
             device=device,
             bad_images=bad_images,
-            choose=self._neighbour,
+            choose=_weak(self._neighbour),
         )
 
     def _neighbour(self, request: BatchRequest, place: int, attempt: int) -> int:
@@ -428,11 +394,11 @@ class EvalLoader:
         return watched(self, task or "", enabled=shown, total=len(self.split), size=lambda batch: batch.global_size)
 
     def _inputs(self, request: BatchRequest) -> Inputs:
-        inputs = {} if self._graph_options.cached else _paths(self.split, request.index)
+        inputs = {} if self._graph_options.cached else encoded_paths(self.split, request.index)
         if self._graph_options.oriented:
-            inputs |= _turns(self.split, request.index)
+            inputs |= turns(self.split, request.index)
         if self._graph_options.reduced:
-            inputs["smallest"] = _smallest(self.split, request.index, self._graph_options.image_size)
+            inputs["smallest"] = smallest_sizes(self.split, request.index, self._graph_options.image_size)
         return inputs
 
     def __iter__(self) -> Iterator[MicroBatch]:

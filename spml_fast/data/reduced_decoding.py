@@ -23,6 +23,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from spml_fast.core.workers import DaemonThreads
 from spml_fast.data.dali_graph import decode_graph
+from spml_fast.data.pipelines import built
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -47,8 +48,8 @@ class _Dali:
         try:
             pipe = self.idle.pop()
         except IndexError:
-            pipe = decode_graph(limited=True, batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-            pipe.build()
+            options: dict[str, Any] = {"num_threads": 1, "device_id": None, "prefetch_queue_depth": 1}
+            pipe = built(decode_graph(limited=True, batch_size=1, **options))
         try:
             pipe.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
             pipe.feed_input("max_pixels", [np.int64(max_pixels)])

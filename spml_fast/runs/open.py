@@ -14,6 +14,7 @@ from spml_fast.core import distributed
 from spml_fast.core.config import Config
 from spml_fast.core.errors import UserError
 from spml_fast.data.bad_images import BadImages
+from spml_fast.data.decoded_images import DecodedImages
 from spml_fast.data.loader import EvalLoader
 from spml_fast.data.manifest import Manifest, Split, may_exist
 from spml_fast.models.classifier import Classifier
@@ -98,6 +99,7 @@ def make_eval_loader(
     classifier: Classifier,
     device: torch.device,
     bad_images: BadImages | None = None,
+    decoded: DecodedImages | None = None,
 ) -> EvalLoader:
     """The loader that both training and stand-alone evaluation use.
 
@@ -107,11 +109,18 @@ def make_eval_loader(
         classifier: its backbone knows the normalisation where the configuration has none.
         device: where the images go.
         bad_images: as in `EvalLoader`.
+        decoded: as in `EvalLoader`: for a split that is evaluated again and again.
     """
     mean, std = input_normalisation(config, classifier)
-    batch_size = config.eval.batch_size
     return EvalLoader(
-        split, config.data, batch_size=batch_size, device=device, mean=mean, std=std, bad_images=bad_images
+        split,
+        config.data,
+        batch_size=config.eval.batch_size,
+        device=device,
+        mean=mean,
+        std=std,
+        bad_images=bad_images,
+        decoded=decoded,
     )
 
 

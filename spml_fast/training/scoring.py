@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 def training_scorer(trainer: Trainer) -> EvalLoader:
     """The loader of the training split's evaluation views."""
     if trainer.train_scorer is None:
-        bad = trainer.loader.bad_images
-        data, config = trainer.data.train, trainer.config
-        trainer.train_scorer = make_eval_loader(config, data, trainer.classifier, trainer.device, bad)
+        loader = trainer.loader
+        trainer.train_scorer = make_eval_loader(
+            trainer.config, loader.split, trainer.classifier, trainer.device, loader.bad_images, loader.decoded
+        )
     return trainer.train_scorer
 
 

@@ -16,6 +16,7 @@ from spml_fast.core.config import Config
 from spml_fast.core.precision import autocast, autocast_dtype, set_cudnn_policy
 from spml_fast.core.seeds import rng_seed, seed_device
 from spml_fast.core.spans import span
+from spml_fast.data.decoded_images import room_for
 from spml_fast.data.labels import LabelStore
 from spml_fast.data.loader import EvalLoader
 from spml_fast.evaluation.evaluate import evaluate_split
@@ -109,7 +110,8 @@ class Trainer:
         self.train_scorer: EvalLoader | None = None
         self.val_loader: EvalLoader | None = None
         if self.data.val is not None:
-            self.val_loader = make_eval_loader(config, self.data.val, self.classifier, device)
+            decoded = room_for(self.data.val, config.data)
+            self.val_loader = make_eval_loader(config, self.data.val, self.classifier, device, decoded=decoded)
         self.phases = make_phases(config)
         updates = self.loader.updates_per_epoch
         self.total_updates = sum(p.epochs for p in self.phases) * updates

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spml_fast.core.config import DataConfig
 from spml_fast.data import augment, dali_graph
-from spml_fast.data import loader as loaders
+from spml_fast.data.graph_inputs import is_oriented
 from spml_fast.data.manifest import Split
 from tests.support.loading import (
     CPU,
@@ -185,7 +185,7 @@ def test_all_orientations(tmp_path):
     plain = make_split(tmp_path / "plain", tmp_path, names)
     raw = by_index(eval_loader(plain), "eval")
     assert (raw[7] - ours[7]).abs().mean() > 5
-    assert not loaders._is_oriented(plain) and loaders._is_oriented(split)
+    assert not is_oriented(plain) and is_oriented(split)
 
 
 def test_normalisation_and_memory_layout(photos):

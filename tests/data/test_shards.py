@@ -56,7 +56,9 @@ def _copy(split: Split, tmp_path: Path) -> Split:
 
 
 def _config(**changes) -> DataConfig:
-    return DataConfig(**{"image_size": 40, "threads": 2, "shuffle_window": 12, "shuffle_block": 3, **changes})
+    """Shards are read in every epoch."""
+    given = {"image_size": 40, "threads": 2, "shuffle_window": 12, "shuffle_block": 3, "keep_decoded": 0}
+    return DataConfig(**{**given, **changes})
 
 
 def _train(split: Split, config: DataConfig, **changes) -> TrainLoader:

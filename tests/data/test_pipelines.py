@@ -1,0 +1,62 @@
+"""Processes that are forked while pipelines run, and loaders that are dropped."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import weakref
+
+import pytest
+
+from spml_fast.data.manifest import Split
+from tests.support.loading import data_config, eval_loader, make_photos, train_loader
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Split:
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+def _drop(held: list) -> None:
+    held.clear()
+    gc.collect()
+
+
+CONFIGS = {
+    "in memory": data_config(),
+    "anew": data_config(keep_decoded=0),
+    "reduced": data_config(decode="reduced", strong_from="resized"),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_fork_may_drop_a_loader(config, photos):
+    """Before, it crashed or waited for ever."""
+    loader = train_loader(photos, config)
+    epoch = loader.epoch(0)
+    next(epoch)
+    held = [loader, epoch]
+    process = multiprocessing.get_context("fork").Process(target=_drop, args=(held,))
+    process.start()
+    process.join(60)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+    # The one who has the threads goes on.
+    assert sum(len(update) for update in epoch) == loader.updates_per_epoch - 1
+
+
+@pytest.mark.parametrize("make", [train_loader, eval_loader])
+def test_a_dropped_loader_is_gone_at_once(make, photos):
+    """Its images, and DALI's threads, do not wait for the garbage collector."""
+    loader = make(photos)
+    list(loader.epoch(0) if make is train_loader else loader)
+    stream = weakref.ref(loader._stream)
+    gc.collect()
+    gc.disable()
+    try:
+        del loader
+        assert stream() is None
+    finally:
+        gc.enable()
