@@ -42,7 +42,8 @@ def health(run: Run) -> list[str]:
     wait = number(run.figures.get("data_wait"))
     if wait is not None and wait > 0.1:
         out.append(
-            f"{100 * wait:.0f}% of the training time went into waiting for data: more data.threads, smaller images "
-            "(prepare.py shard --short-side) or a faster disk would help"
+            f"{100 * wait:.0f}% of the training time went into waiting for data: more data.threads, decoded images "
+            "in memory (data.keep_decoded, without a GPU), smaller ones (`spml-fast prepare shard --short-side`) or a "
+            "faster disk would help"
         )
     return out

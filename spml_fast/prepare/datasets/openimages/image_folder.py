@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spml_fast.core.errors import UserError
+from spml_fast.core.invocation import command_line
 from spml_fast.prepare.datasets.openimages.ids import ids_from_hex
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".JPG", ".JPEG", ".png", ".webp"})
@@ -121,10 +122,12 @@ def _template(root: Path, folder: str, suffix: str) -> str:
 def _no_images(folder: Path, archives: list[str]) -> UserError:
     """What to do about a folder without images."""
     if archives:
+        words = ("--manifest", "LABELS", "--tars", folder, "--leave-out", "--out", "DIR")
+        command = command_line("prepare", "shard", *words)
         return UserError(
             f"{folder} holds {len(archives)} packed files ({archives[0]}, ...) and no images; "
-            "unpack them, or prepare the labels with --images none and then pack the images straight from the "
-            f"tar files: prepare.py shard --manifest LABELS --tars {folder} --leave-out --out DIR"
+            "unpack them, or prepare the labels with --images none and then pack the images straight from the tar "
+            f"files: {command}"
         )
     return UserError(
         f"there is no image below {folder} that is named by an OpenImages id (16 hexadecimal digits and .jpg); "
