@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import itertools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -60,18 +59,6 @@ def _own_part(world_size: int | None, rank: int | None) -> tuple[int, int]:
         distributed.world_size() if world_size is None else world_size,
         distributed.rank() if rank is None else rank,
     )
-
-
-def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A loader's method for its own stream, without a circle of references, so that a dropped loader is gone."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*arguments: Any) -> Any:
-        bound = reference()
-        assert bound is not None, "the loader is gone"
-        return bound(*arguments)
-
-    return call
 
 
 def _to_device(index: npt.NDArray[np.int64], device: torch.device) -> Tensor:
@@ -192,7 +179,7 @@ class TrainLoader:
         self._stream = _make_stream(
             split,
             self._graph_options,
-            _weak(self._inputs),
+            self._inputs,
             cache,
             self.decoded,
             batch_size=self.sampler.largest_micro_batch,
@@ -201,7 +188,7 @@ class TrainLoader:
             device=device,
             windowed=self.sampler.windows is not None,
             bad_images=self.bad_images,
-            choose=_weak(self._stand_in),
+            choose=self._stand_in,
         )
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None  # of the last epoch with a replaced image
 
@@ -369,7 +356,7 @@ class EvalLoader:
         self._stream = _make_stream(
             split,
             self._graph_options,
-            _weak(self._inputs),
+            self._inputs,
             cache,
             decoded,
             batch_size=min(batch_size, len(split)),
@@ -378,7 +365,7 @@ class EvalLoader:
             prefetch=min(max(1, config.prefetch), len(self.sampler)),
             device=device,
             bad_images=bad_images,
-            choose=_weak(self._neighbour),
+            choose=self._neighbour,
         )
 
     def _neighbour(self, request: BatchRequest, place: int, attempt: int) -> int:

@@ -1,15 +1,14 @@
-"""Processes that are forked while pipelines run, and loaders that are dropped."""
+"""Processes that are forked while pipelines run."""
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
-import weakref
 
 import pytest
 
 from spml_fast.data.manifest import Split
-from tests.support.loading import data_config, eval_loader, make_photos, train_loader
+from tests.support.loading import data_config, make_photos, train_loader
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +44,3 @@ def test_a_fork_may_drop_a_loader(config, photos):
         process.kill()
     # The one who has the threads goes on.
     assert sum(len(update) for update in epoch) == loader.updates_per_epoch - 1
-
-
-@pytest.mark.parametrize("make", [train_loader, eval_loader])
-def test_a_dropped_loader_is_gone_at_once(make, photos):
-    """Its images, and DALI's threads, do not wait for the garbage collector."""
-    loader = make(photos)
-    list(loader.epoch(0) if make is train_loader else loader)
-    stream = weakref.ref(loader._stream)
-    gc.collect()
-    gc.disable()
-    try:
-        del loader
-        assert stream() is None
-    finally:
-        gc.enable()
