@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -68,20 +67,11 @@ def run(tree: Path, options: Sequence[str]) -> tuple[float, float]:
         options: of the command.
 
     Raises:
-        UserError: the command failed.
+        RuntimeError: the command failed.
     """
-    shutil.rmtree(tree / "data", ignore_errors=True)
-    out = tree / "run"
-    shutil.rmtree(out, ignore_errors=True)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (tree, tree / "kernels")))
-    try:
-        usage = usage_of(["env", "-C", str(tree), "deepspeed", "launch/train.py", "--run.dir", str(out), *options])
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    out, path = tree / "run", os.pathsep.join(map(str, (tree, tree / "kernels")))
+    command = ["deepspeed", "launch/train.py", "--run.dir", str(out), *options]
+    usage = usage_of(["env", "-C", str(tree), f"PYTHONPATH={path}", *command])
     return usage.seconds, _score(out / "results.json")
 
 

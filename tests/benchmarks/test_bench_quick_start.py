@@ -52,7 +52,7 @@ def test_a_row_of_two_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
     def usage_of(command: list[str]) -> Usage:
         tree = Path(command[2])
-        given[tree.name] = command[3:]
+        given[tree.name] = command[4:]
         (tree / "run").mkdir()
         score = 98.5 if tree.name == "new" else 98.4
         (tree / "run" / "results.json").write_text(json.dumps({"alpha": {"1": {"map": score}, "5": {"map": 1.0}}}))

@@ -15,7 +15,7 @@ from spml_fast.core.errors import UserError
 from spml_fast.data.decoded_images import DecodedImages, KeepingDecoder, decoded_bytes, room_for
 from spml_fast.data.loader import TrainLoader
 from spml_fast.data.manifest import Manifest, Split
-from tests.support.loading import data_config, eval_loader, flat, make_photos, train_loader
+from tests.support.loading import data_config, eval_loader, flat, make_photos, same, train_loader
 from tests.support.pil import make_split, photo
 from tests.support.shards import pack_quietly
 
@@ -38,24 +38,14 @@ def anew(**changes: Any) -> DataConfig:
     return data_config(keep_decoded=0, **changes)
 
 
-def same(ours, theirs) -> None:
-    ours, theirs = list(ours), list(theirs)
-    assert len(ours) == len(theirs) > 0
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.index, b.index) and (a.real, a.update_size) == (b.real, b.update_size)
-        assert a.views.keys() == b.views.keys()
-        assert all(torch.equal(a.views[view], b.views[view]) for view in a.views)
-
-
 def remove_images(split: Split) -> None:
     for sample in range(len(split)):
         Path(split.path(sample)).unlink()
 
 
-def loaders(split: Split, other: Split | None = None, batch_size: int = 4, **changes: Any) -> list[TrainLoader]:
+def loaders(split: Split, batch_size: int = 4, **changes: Any) -> list[TrainLoader]:
     """One that keeps images, and one that decodes them in every epoch."""
-    configs = data_config(**changes), anew(**changes)
-    return [train_loader(s, c, batch_size=batch_size) for s, c in zip((split, other or split), configs, strict=True)]
+    return [train_loader(split, c, batch_size=batch_size) for c in (data_config(**changes), anew(**changes))]
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
@@ -182,7 +172,7 @@ def test_an_image_that_was_replaced_is_not_kept(size, photos):
         flat(cropped.epoch(0))
 
 
-def test_which_splits_stay_in_memory(photos, tmp_path):
+def test_which_splits_stay_in_memory(photos):
     size = sum(3 * w * h for w, h in zip(photos.width.tolist(), photos.height.tolist(), strict=True))
     assert decoded_bytes(photos) == size == 3 * sum((60 + 9 * i) * (90 - 4 * i) for i in range(IMAGES))
     fits = data_config(keep_decoded=size / 1e9)

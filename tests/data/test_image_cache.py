@@ -25,7 +25,7 @@ from spml_fast.data.cached_stream import CachedStream
 from spml_fast.data.dali_graph import GraphOptions
 from spml_fast.data.image_files import ImageFiles
 from spml_fast.data.manifest import Manifest, Split
-from tests.support.loading import SIDE, data_config, eval_loader, flat, train_loader
+from tests.support.loading import SIDE, data_config, eval_loader, flat, same, train_loader
 from tests.support.pil import make_split, photo
 from tests.support.shards import pack_quietly
 
@@ -44,17 +44,6 @@ def photos(tmp_path) -> Split:
 
 def cached(**changes: Any) -> DataConfig:
     return data_config(**{"cache": "auto", "strong_from": "resized", **changes})
-
-
-def same(ours, theirs) -> None:
-    ours, theirs = list(ours), list(theirs)
-    assert len(ours) == len(theirs) > 0
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.index, b.index) and (a.real, a.update_size) == (b.real, b.update_size)
-        assert a.views.keys() == b.views.keys()
-        for view in a.views:
-            assert torch.equal(a.views[view], b.views[view]), view
-            assert a.views[view].stride() == b.views[view].stride()
 
 
 def folder(split: Split, side: int = SIDE) -> Path:

@@ -31,10 +31,10 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_a_fork_may_drop_a_loader(config, photos):
     """Before, it crashed or waited for ever."""
-    loader = train_loader(photos, config)
-    epoch = loader.epoch(0)
-    next(epoch)
-    held = [loader, epoch]
+    # Nobody else refers to them: the fork has this frame, too.
+    held: list = [train_loader(photos, config)]
+    held.append(held[0].epoch(0))
+    next(held[1])
     process = multiprocessing.get_context("fork").Process(target=_drop, args=(held,))
     process.start()
     process.join(60)
@@ -43,4 +43,4 @@ def test_a_fork_may_drop_a_loader(config, photos):
     finally:
         process.kill()
     # The one who has the threads goes on.
-    assert sum(len(update) for update in epoch) == loader.updates_per_epoch - 1
+    assert sum(len(update) for update in held[1]) == held[0].updates_per_epoch - 1

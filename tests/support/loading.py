@@ -81,3 +81,15 @@ def distances(views: dict[int, Tensor], reference: ReferenceViews, view: str) ->
     """Mean distance in grey levels per sample, float32 [N], in index order."""
     pairs = ((views[i], reference.view(reference.image(i), view, i)) for i in sorted(views))
     return torch.stack([(ours - theirs).abs().mean() for ours, theirs in pairs])
+
+
+def same(ours: Iterable[MicroBatch], theirs: Iterable[MicroBatch]) -> None:
+    """Two loaders made the same batches, to the bit and in the same layout."""
+    ours, theirs = list(ours), list(theirs)
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.index, b.index) and (a.real, a.update_size) == (b.real, b.update_size)
+        assert a.views.keys() == b.views.keys()
+        for view in a.views:
+            assert torch.equal(a.views[view], b.views[view]), view
+            assert a.views[view].stride() == b.views[view].stride()
