@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
     device = init_distributed(config.run.timeout_minutes)
     from spml_fast.core.distributed import is_main
+    from spml_fast.core.process import keep_what_exists
     from spml_fast.core.progress import say
     from spml_fast.core.text import in_whole_words
     from spml_fast.training.peers import reporting
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         say(recipe_line(recipe, config))
     status = 0
     try:
+        keep_what_exists()
         with reporting():
             results = Trainer(config, device, program=True).run()
         if is_main():

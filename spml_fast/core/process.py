@@ -24,6 +24,17 @@ def begin_process() -> None:
     gc.set_threshold(NEW_OBJECTS, *older)
 
 
+def keep_what_exists() -> None:
+    """Have Python look for garbage among objects alone that are made from now on.
+
+    For a program that has imported what it needs and is about to work: its modules are most of the objects there are,
+    and stay to its end. Nothing happens where the process is not one of ours (`begin_process`): whoever made its
+    objects may want to be rid of them.
+    """
+    if gc.get_threshold()[0] == NEW_OBJECTS:
+        gc.freeze()
+
+
 def end_process(status: int) -> NoReturn:
     """End the process: wait for threads, call what `atexit` has, flush standard output and error.
 
@@ -37,6 +48,8 @@ def end_process(status: int) -> NoReturn:
     with contextlib.suppress(KeyboardInterrupt):
         # As the processes of Python's own multiprocessing end. Before it threads of executors would never be done.
         threading._shutdown()  # type: ignore[attr-defined]
+    # DALI looks for garbage at the end: a third of a second, and the order in which cycles come apart is nobody's.
+    gc.freeze()
     with contextlib.suppress(KeyboardInterrupt):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

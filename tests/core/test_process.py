@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from spml_fast.core.errors import UserError, run_command
+from spml_fast.core.process import keep_what_exists
 from tests.support.paths import ROOT
 
 PROGRAM = """
@@ -20,7 +21,7 @@ from spml_fast.core.errors import UserError, run_command
 
 class Freed:
     def __del__(self):
-        sys.stdout.write("freed\\n")
+        sys.stdout and sys.stdout.write("freed\\n")
 
 freed = Freed()
 freed.itself = freed
@@ -32,6 +33,9 @@ def late(name, seconds):
 
 def main():
     print("looks after", gc.get_threshold()[0])
+    # As DALI does; `freed` is garbage by then.
+    atexit.register(gc.collect)
+    del globals()["freed"]
     atexit.register(print, "first registered")
     atexit.register(print, "last registered")
     pool.submit(late, "job", 0.1)
@@ -105,6 +109,16 @@ def test_only_a_program_has_cycles_looked_for_less_often(program: Path) -> None:
     with pytest.raises(SystemExit):
         run_command(wrong)
     assert gc.get_threshold() == before
+
+
+def test_only_a_program_keeps_what_exists(program: Path) -> None:
+    keep_what_exists()
+    assert gc.get_freeze_count() == 0
+    begin = "from spml_fast.core.process import keep_what_exists\n" + program.read_text()
+    for order in ("keep_what_exists(), made()", "made(), keep_what_exists()"):
+        made = "def made():\n    other = Freed()\n    other.itself = other\n"
+        program.write_text(begin.replace("def main():\n", f"{made}\ndef main():\n    {order}, gc.collect()\n"))
+        assert ("freed" in run(program, "0").stdout) == order.endswith("made()")
 
 
 def wrong() -> int:
