@@ -298,10 +298,15 @@ def end_update(phase: str, epoch: int, update: int) -> None:
 
 
 def stop() -> None:
-    """End the watch; every rank does so before it leaves the process group."""
+    """End the watch; every rank does so before it leaves the process group.
+
+    Its thread is waited for, so that what it asks the store is answered before the store goes. A call that takes
+    longer is left alone.
+    """
     global _peers
     if _peers is not None:
         _peers.stop()
+        _peers.thread.join(NOTICE)
         _peers = None
 
 

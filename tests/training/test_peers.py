@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from spml_fast.training import peers as of_ranks
 from spml_fast.training.peers import INTERVAL, Line, Peers, sentence
 from tests.support.paths import ROOT
 from tests.support.runs import Run, environment, rank_variables, read_metrics
@@ -229,6 +231,26 @@ def test_all_lines_are_read_in_one_call(three: list[Peers]) -> None:
     store.check = checks.append
     three[0].read()
     assert sorted(three[0].lines) == [1, 2] and store.calls == before + 1 and not checks
+
+
+def test_the_end_waits_for_an_answer_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store goes with the process group, right after it."""
+    asked, asks = threading.Event(), threading.Event()
+
+    class Slow(Store):
+        def check(self, keys: list[str]) -> bool:
+            asks.set()
+            asked.set()
+            time.sleep(0.5)
+            asks.clear()
+            return False
+
+    monkeypatch.setattr(of_ranks, "INTERVAL", 0.01)
+    watch = Peers(Slow(), 0, 1, 60.0)
+    monkeypatch.setattr(of_ranks, "_peers", watch)
+    assert asked.wait(10)
+    of_ranks.stop()
+    assert not asks.is_set() and not watch.thread.is_alive() and of_ranks._peers is None
 
 
 def test_the_sentence_names_rank_machine_and_update() -> None:
