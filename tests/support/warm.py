@@ -152,8 +152,6 @@ def _fork(request: dict[str, Any], rank: dict[str, str]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for standard, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), standard)
-    # What is frozen is never freed, of which nanobind's libraries (triton since 3.9) complain when Python frees it.
-    atexit.register(gc.unfreeze)
     os.environ.clear()
     os.environ.update(rank)
     sys.argv = list(request["words"])
@@ -171,6 +169,9 @@ def _run_path(path: str) -> None:
         if isinstance(leaving.code, (int, NoneType)):
             importlib.import_module("spml_fast.core.process").end_process(leaving.code or 0)
         raise
+    finally:
+        # Python frees everything now, and nanobind's libraries (triton since 3.9) complain of what stays frozen.
+        gc.unfreeze()
 
 
 def _wait(pids: list[int], timeout: float, kill: Kill | None) -> list[int | None]:
