@@ -66,27 +66,54 @@ def pytest_in(tree: Path, *words: str | Path, may_fail: bool = False) -> str:
     return done.stdout
 
 
-def seconds_of(report: Path) -> dict[str, float]:
-    """Seconds of every test that passed, by its id, from a file that `pytest --junitxml` wrote."""
+def seconds_of(report: Path, tree: Path) -> dict[str, float]:
+    """Seconds of every test that passed, by its id.
+
+    Args:
+        report: a file that `pytest --junitxml` wrote.
+        tree: the checkout that it is of.
+    """
     found = {}
     for case in ET.parse(report).iter("testcase"):
         if not {child.tag for child in case} & {"failure", "error", "skipped"}:
-            found[f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}"] = float(
-                case.attrib["time"]
-            )
+            found[_id(case.attrib["classname"].split("."), case.attrib["name"], tree)] = float(case.attrib["time"])
     return found
+
+
+def _id(parts: Sequence[str], name: str, tree: Path) -> str:
+    """A test's id; a report joins folders, module and classes by dots."""
+    files = (
+        number for number in range(len(parts), 0, -1) if tree.joinpath(*parts[:number]).with_suffix(".py").exists()
+    )
+    end = next(files, len(parts))
+    return "::".join((f"{'/'.join(parts[:end])}.py", *parts[end:], name))
+
+
+def _name(test: str) -> str:
+    """Function and parameters of an id."""
+    place, bracket, parameters = test.partition("[")
+    return place.rpartition("::")[2] + bracket + parameters
+
+
+def _file(test: str) -> str:
+    """Name of the file of an id."""
+    return test.partition("::")[0].rpartition("/")[2]
 
 
 def same_tests(wanted: Sequence[str], others: Sequence[str]) -> dict[str, str]:
     """For each test the one of the same name and parameters, wherever it is now; none where several could be it.
 
+    Of several, one in a file of the same name is it.
+
     Args:
-        wanted: ids, `file::name[parameters]`.
+        wanted: ids, `file::name[parameters]` or `file::class::name[parameters]`.
         others: ids of the other version.
     """
     found = {}
     for test in wanted:
-        same = [other for other in others if other.partition("::")[2] == test.partition("::")[2]]
+        same = [other for other in others if _name(other) == _name(test)]
+        if len(same) > 1:
+            same = [other for other in same if _file(other) == _file(test)]
         if len(same) == 1:
             found[test] = same[0]
     return found
@@ -106,7 +133,7 @@ def timed(tree: Path, tests: Sequence[str]) -> list[float]:
     """
     report = tree / "seconds.xml"
     pytest_in(tree, "-n", "0", "-q", "--junitxml", report, *tests)
-    found = seconds_of(report)
+    found = seconds_of(report, tree)
     report.unlink()
     if missing := [test for test in tests if test not in found]:
         raise RuntimeError(f"did not pass: {', '.join(missing)}")
@@ -170,7 +197,7 @@ def main() -> int:
         checkout(older, Path(scratch) / older) as old,
         checkout(newer, Path(scratch) / newer) as new,
     ):
-        whole = seconds_of(options.report or suite_report(old))
+        whole = seconds_of(options.report or suite_report(old), old)
         slowest = sorted(whole, key=lambda test: -whole[test])[: options.count]
         pairs = same_tests(slowest, collected(new))
         for test in slowest:

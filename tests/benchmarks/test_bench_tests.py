@@ -22,6 +22,10 @@ import pytest
 def test_slow(what):
     time.sleep({"a.b": 0.8, "c": 0.6}[what])
 
+class TestParts:
+    def test_part(self):
+        time.sleep(0.5)
+
 def test_gone():
     time.sleep(0.4)
 
@@ -48,6 +52,9 @@ def made():
 def test_slow(made, what):
     pass
 
+def test_part():
+    time.sleep(0.1)
+
 def test_quick():
     pass
 """
@@ -70,19 +77,20 @@ def test_the_slowest_tests_are_found_where_they_are_now(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small(monkeypatch, tmp_path)
-    words = ("--against", "HEAD~1", "--count", "3", "--rounds", "1", "--results", str(tmp_path))
+    words = ("--against", "HEAD~1", "--count", "4", "--rounds", "1", "--results", str(tmp_path))
     assert start(monkeypatch, *words) == 0
     rows = {row["test"]: row for row in read_csv(tmp_path / "tests.csv")}
-    assert list(rows) == ["tests/test_all.py::test_slow[a.b]", "tests/test_all.py::test_slow[c]", "all"]
-    for row, seconds, newer in zip(rows.values(), (0.8, 0.6, 1.4), (0.2, 0, 0.2), strict=True):
+    names = ("test_slow[a.b]", "test_slow[c]", "TestParts::test_part")
+    assert list(rows) == [*(f"tests/test_all.py::{name}" for name in names), "all"]
+    for row, seconds, newer in zip(rows.values(), (0.8, 0.6, 0.5, 1.9), (0.2, 0, 0.1, 0.3), strict=True):
         # A test is never done sooner than it sleeps.
         assert float(row["seconds_against"]) >= seconds and float(row["seconds"]) >= newer
     # Of the first one, with the fixture that it waits for.
-    assert float(rows["all"]["seconds"]) == pytest.approx(sum(float(row["seconds"]) for row in list(rows.values())[:2]))
-    assert rows["all"]["found"] == "2" and rows["all"]["slowest"] == "3"
+    assert float(rows["all"]["seconds"]) == pytest.approx(sum(float(row["seconds"]) for row in list(rows.values())[:3]))
+    assert rows["all"]["found"] == "3" and rows["all"]["slowest"] == "4"
     assert "tests/test_all.py::test_gone (no such test now)" in capsys.readouterr().out
     (line,) = (line for line in table(tmp_path).splitlines() if line.startswith("| the ten slowest tests |"))
-    assert "2 of 3 still there" in line
+    assert "3 of 4 still there" in line
 
 
 def test_a_report_takes_the_place_of_the_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,7 +101,7 @@ def test_a_report_takes_the_place_of_the_suite(monkeypatch: pytest.MonkeyPatch, 
         '<testcase classname="tests.test_all" name="test_slow[c]" time="9"><failure/></testcase>'
         "</testsuite></testsuites>"
     )
-    assert seconds_of(report) == {"tests/test_all.py::test_quick": 5.5}
+    assert seconds_of(report, versions.ROOT) == {"tests/test_all.py::test_quick": 5.5}
     words = ("--against", "HEAD~1", "--report", str(report), "--rounds", "1", "--results", str(tmp_path))
     assert start(monkeypatch, *words) == 0
     assert [row["test"] for row in read_csv(tmp_path / "tests.csv")] == ["tests/test_all.py::test_quick", "all"]
@@ -111,8 +119,10 @@ def test_a_test_that_fails_is_no_measurement(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_which_tests_are_the_same() -> None:
-    others = ["b.py::test_x[1]", "c.py::test_x[1]", "b.py::test_y", "b.py::test_y[2]"]
-    assert same_tests(["a.py::test_x[1]", "a.py::test_y", "a.py::test_z"], others) == {"a.py::test_y": "b.py::test_y"}
+    others = ["b.py::test_x[1]", "c.py::test_x[1]", "b.py::test_y", "b.py::test_y[2]", "b.py::Test::test_z[a::b]"]
+    others += ["b.py::test_w", "new/a.py::test_w"]
+    wanted = ["a.py::test_x[1]", "a.py::Test::test_y", "a.py::test_z", "a.py::test_z[a::b]", "old/a.py::Test::test_w"]
+    assert same_tests(wanted, others) == {wanted[1]: others[2], wanted[3]: others[4], wanted[4]: others[6]}
 
 
 @pytest.mark.parametrize(
