@@ -156,13 +156,19 @@ def rows_of(taken: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> lis
     Args:
         taken: seconds of the rounds by test, those of the newer version first.
     """
-    rows = [
-        {"test": test, "seconds": statistics.median(newer), "seconds_against": statistics.median(older)}
-        for test, (newer, older) in taken.items()
-    ]
-    rows.append({"test": ALL} | {name: sum(row[name] for row in rows) for name in ("seconds", "seconds_against")})
+    newer = {test: statistics.median(rounds) for test, (rounds, _) in taken.items()}
+    older = {test: statistics.median(rounds) for test, (_, rounds) in taken.items()}
+    newer[ALL], older[ALL] = sum(newer.values()), sum(older.values())
     # Reports have milliseconds.
-    return [row | {"ratio": row["seconds_against"] / max(row["seconds"], 1e-3)} for row in rows]
+    return [
+        {
+            "test": test,
+            "seconds": newer[test],
+            "seconds_against": older[test],
+            "ratio": older[test] / max(newer[test], 1e-3),
+        }
+        for test in newer
+    ]
 
 
 def parse() -> argparse.Namespace:
