@@ -26,6 +26,8 @@ def make_run(folder: Path, *options: str, data: Path | None = None) -> Path:
     """A run directory with random weights, and BatchNorm statistics of noise."""
     folder.mkdir(parents=True)
     given = ["--data.dir", str(data or folder / "gone"), "--data.image_size", "64", "--model.pretrained", "false"]
+    # Exports compute in fp32; `auto` takes bf16 on processors with AMX.
+    given += ["--train.precision", "fp32"]
     config = parse_config(["--run.dir", str(folder), *given, *options])
     torch.manual_seed(0)
     classifier = Classifier(config.model, len(CLASSES), config.data.image_size)
