@@ -116,6 +116,7 @@ def describe(
         "alpha": f"{alpha:g}",
         "prefix_tokens": str(classifier.prefix_tokens),
         "method": str(config.method.name),
+        "precision": config.train.precision,
         "spml_fast": __version__,
     }
 

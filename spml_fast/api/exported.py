@@ -7,13 +7,13 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from spml_fast.core.config import Config, DataConfig, ModelConfig
+from spml_fast.core.config import Config, DataConfig, ModelConfig, TrainConfig
 from spml_fast.core.errors import UserError
 from spml_fast.core.text import parse_json
 from spml_fast.evaluation.decisions import Decisions, decisions_of_metadata
@@ -88,15 +88,21 @@ def _config(about: Mapping[str, str], path: Path, normalised: bool) -> Config:
             "file that `spml-fast export` wrote"
         )
     method = about["method"] if about.get("method") in method_names() else DEFAULT_METHOD
+    # As the run computes. Others who use an export that does not say compute in fp32, whatever the machine prefers.
+    precision = about.get("precision", "fp32")
     try:
         mean, std = (parse_json(about[name]) if normalised else None for name in ("mean", "std"))
         alpha = float(about.get("alpha", 1))
         data = DataConfig(image_size=int(about["image_size"]), mean=mean, std=std)
+        if precision not in get_args(get_type_hints(TrainConfig)["precision"]):
+            raise ValueError(f"precision {precision!r}")
+        train = TrainConfig(precision=precision)  # type: ignore[arg-type]
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} has damaged metadata ({error}); {AGAIN}") from error
     return Config(
         method=get_method(method).Options(name=method),
         data=data,
+        train=train,
         model=ModelConfig(backbone=about["backbone"], pretrained=False, alpha_train=alpha, alpha_eval=alpha),
     )
 

@@ -101,6 +101,21 @@ def test_transformers_that_pool_their_tokens(paths, tmp_path, capsys):
     assert spml_fast.load(tmp_path / "vit", "cpu").config.model.backbone == "test_vit"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_an_export_computes_as_its_run(precision, tmp_path):
+    """On every machine: `auto` would take bf16 where a processor has AMX, and on a GPU, for a run in fp32 too."""
+    run = make_run(tmp_path / "run", "--model.backbone", "test_resnet", "--train.precision", precision)
+    path = tmp_path / "model.safetensors"
+    call("--run", run, "--format", "safetensors", "--out", path)
+    assert spml_fast.load(path, "cpu").config.train.precision == precision
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    # Of a version that did not say.
+    del metadata["precision"]
+    save_file(load_file(path), tmp_path / "older.safetensors", metadata=metadata)
+    assert spml_fast.load(tmp_path / "older.safetensors", "cpu").config.train.precision == "fp32"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -178,6 +193,7 @@ def test_damaged_folders(run, tmp_path):
         ({"mean": "[1]"}, r"data\.mean"),
         ({"mean": '"x"'}, r"damaged metadata|data\.mean"),
         ({"alpha": "much"}, "has damaged metadata"),
+        ({"precision": "half"}, "has damaged metadata .precision 'half'."),
         ({"backbone": "hf-hub:somebody/model"}, "timm has no model"),
         ({"head": "os.system"}, "which is not known here"),
         ({"head_options": "3"}, "head_options are no options by name"),

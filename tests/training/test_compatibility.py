@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from spml_fast.core.precision import prefers_bf16
 from spml_fast.data.manifest import Manifest
 from tests.support.paths import ROOT
 from tests.support.runs import Run, read_metrics
@@ -24,7 +26,12 @@ def old_run(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     shutil.copytree(OLD / "run", run)
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("dir: manifest", f"dir: {tmp_path / 'manifest'}"), encoding="utf-8")
+    text = config.read_text(encoding="utf-8").replace("dir: manifest", f"dir: {tmp_path / 'manifest'}")
+    if prefers_bf16(torch.device("cpu")):
+        # What `auto` of 0.1.0 was where the run began.
+        assert "precision: auto" in text
+        text = text.replace("precision: auto", "precision: fp32")
+    config.write_text(text, encoding="utf-8")
     return run
 
 
