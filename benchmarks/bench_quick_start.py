@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.child_usage import usage_of
 from benchmarks.kernel_report import merge_csv
 from benchmarks.machine import machine
-from benchmarks.versions import checkout, import_path, resolve
+from benchmarks.versions import add_versions, checkout, import_path, resolve
 from spml_fast.core.errors import UserError, run_command
 from spml_fast.core.outputs import add_json_option, json_output
 
@@ -88,8 +88,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("--version", default="HEAD", help="what is measured, as git names it")
-    parser.add_argument("--against", default="61ba7a5", help="what it is compared with")
+    add_versions(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--precision", nargs="+", choices=list(GOALS), default=["fp32"], help="of --version; the other one has fp32"

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.kernel_report import merge_csv
 from benchmarks.machine import machine
-from benchmarks.versions import checkout, import_path, resolve
+from benchmarks.versions import add_versions, checkout, import_path, resolve
 from spml_fast.core.errors import UserError, run_command
 from spml_fast.core.outputs import add_json_option, json_output
 
@@ -175,8 +175,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("--version", default="HEAD", help="what is measured, as git names it")
-    parser.add_argument("--against", default="61ba7a5", help="what it is compared with")
+    add_versions(parser)
     parser.add_argument("--report", type=Path, help="what pytest's --junitxml wrote of the suite of --against")
     parser.add_argument("--count", type=int, default=10, help="how many of the slowest tests")
     parser.add_argument("--rounds", type=int, default=3)

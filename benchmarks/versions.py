@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ def git(*words: str) -> str:
         reason = getattr(error, "stderr", "") or str(error)
         raise UserError(f"git {' '.join(words)} failed: {reason.strip()}") from error
     return done.stdout.strip()
+
+
+def add_versions(parser: argparse.ArgumentParser) -> None:
+    """Options that name the two versions, for `resolve`."""
+    parser.add_argument("--version", default="HEAD", help="what is measured, as git names it")
+    parser.add_argument("--against", default="61ba7a5", help="what it is compared with")
 
 
 def resolve(version: str, against: str) -> tuple[str, str]:
