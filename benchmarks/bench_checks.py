@@ -131,7 +131,7 @@ class Checked:
         losses = [self.loss.detach()]
         found = {
             "gradient norm": cpu_ms(self.engine.gradient_norm_on_device, 5),
-            "mark": cpu_ms(lambda: self.guard._mark(losses, norm, self.progress), 200),
+            "mark": cpu_ms(lambda: self.guard._note(losses, norm, self.progress), 200),
             "reading": cpu_ms(self.guard.check, 50) / self.setup.train.log_every,
             "agreement": cpu_ms(lambda: self.agreement.exchange([0, 0, 0]), 200),
         }

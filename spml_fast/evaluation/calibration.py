@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit
 
 from spml_fast.evaluation.entries import BoolArray, FloatArray, IntArray, as_dense, as_pairs, check_dense
@@ -184,6 +183,9 @@ def fit_temperature(logit: FloatArray, positive: BoolArray) -> float:
         logit: float64 [M].
         positive: bool [M].
     """
+    # Half a second that a training without calibration does without.
+    from scipy.optimize import minimize_scalar
+
     # The loss is convex in the scale, so it has one minimum over its logarithm too.
     found = minimize_scalar(
         lambda u: log_loss(np.exp(u) * logit, positive),
@@ -209,6 +211,8 @@ def fit_scale_and_shift(
         deviations: standard deviations of the logarithm of the scale, and of the shift, around these; infinite ones
             do not draw.
     """
+    from scipy.optimize import minimize
+
     centre = np.array([np.log(around[0]), around[1]])
     tightness = 1 / np.square(np.array(deviations))
 

@@ -69,6 +69,8 @@ def _deepspeed() -> Any:
         # Its shared-memory collectives for CPUs are an optional speed-up that needs a compiler and over a minute at the
         # first start, and a killed build leaves a lock that hangs later runs. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Optimizers of PyTorch ask in every update whether there is a GPU, and DeepSpeed has them look for NVML then.
+        env.ask_cuda_alone()
     return deepspeed
 
 
@@ -215,6 +217,10 @@ class Engine:
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config)
         )
         self._files = self._engine.checkpoint_engine = _checkpoint_files()()
+        self._monitored = bool(self._engine.monitor.enabled)
+        if not (self._engine.wall_clock_breakdown() or self._engine.flops_profiler_enabled()):
+            # It would write and flush the learning rate in every update; `write_events` has it where it is due.
+            self._engine.monitor.enabled = False
         self.stage: int = config["zero_optimization"]["stage"]
         if channels_last and self.stage == 0:
             self._engine.module.to(memory_format=torch.channels_last)
@@ -333,9 +339,8 @@ class Engine:
 
     def write_events(self, values: dict[str, float], samples: int) -> None:
         """Hand figures to DeepSpeed's monitor (TensorBoard, W&B, CSV), rank 0 only."""
-        monitor = self._engine.monitor
-        if monitor.enabled and distributed.is_main():
-            monitor.write_events([(name, value, samples) for name, value in values.items()])
+        if self._monitored and distributed.is_main():
+            self._engine.monitor.write_events([(name, value, samples) for name, value in values.items()])
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> dict[str, FileRecord]:
         """Write a checkpoint (collective); returns name and checksum of every file that this rank wrote.

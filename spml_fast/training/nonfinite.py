@@ -1,8 +1,9 @@
 """Notices losses and gradients that are not finite, says where they began, and keeps such weights off the disk.
 
-Every update leaves a mark on the device, without waiting for it: whether its losses and its gradient norm were finite,
-and if this was the first time, which update it was. `check` reads the marks of all ranks; the trainer calls it whenever
-it waits for the device anyway, every `train.log_every` updates and at the end of an epoch.
+Losses and gradient norm of every update stay on the device, and are looked through there, some dozens of updates at a
+time and without waiting: whether they were finite, and which was the first that was not. `check` reads what was found
+on all ranks; the trainer calls it whenever it waits for the device anyway, every `train.log_every` updates and at the
+end of an epoch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from spml_fast.data.loader import TrainLoader
 from spml_fast.methods import Progress
 from spml_fast.training.engine import Engine
 from spml_fast.training.saving import RunCheckpoints
+
+# Updates that are looked through at once: their losses and norms take half a kilobyte each of a GPU's memory.
+_TOGETHER = 64
 
 
 class NonFiniteGuard:
@@ -51,10 +55,13 @@ class NonFiniteGuard:
         self.skipped = 0
         self._phase = ""
         self._losses: list[Tensor] = []
-        # Of the first update that was not finite, on the device: its number from 1 (0: none), learning rate, losses of
-        # its micro-steps and gradient norm; whether the number is known to the host is asked for in `check` alone.
-        zero = torch.zeros((), device=engine.device, dtype=torch.float64)
-        self._first, self._lr = zero, zero
+        # Number from 1 and learning rate of every update since the last check, and losses of its micro-steps and
+        # gradient norm of those that were not looked through yet.
+        self._updates: list[tuple[int, float]] = []
+        self._unseen: list[tuple[list[Tensor], Tensor]] = []
+        # Of the first update that was not finite, on the device: its place in `_updates` from 1 (0: none), its losses
+        # and norm; the host asks in `check` alone.
+        self._first = torch.zeros((), device=engine.device, dtype=torch.int64)
         self._values = torch.zeros(train.accumulation + 1, device=engine.device, dtype=torch.float64)
         self._saved: list[tuple[Tensor, Tensor]] = []
         if self.skips:
@@ -89,23 +96,37 @@ class NonFiniteGuard:
         norm: Tensor | float | None = self.engine.gradient_norm_on_device()
         if not self.skips:
             self.engine.step()
-            self._mark(losses, self.engine.step_norm() if norm is None else norm, progress)
+            self._note(losses, self.engine.step_norm() if norm is None else norm, progress)
             return True
         return self._step_or_skip(losses, norm, progress)
 
-    def _mark(self, losses: list[Tensor], norm: Tensor | float | None, progress: Progress) -> Tensor:
-        """Note an update; returns whether it was finite on this rank, a bool tensor on the device."""
-        values = torch.stack([loss.double() for loss in losses])
+    def _note(self, losses: list[Tensor], norm: Tensor | float | None, progress: Progress) -> None:
+        """Keep what tells whether an update was finite on this rank."""
         if not isinstance(norm, Tensor):
-            norm = torch.full_like(values[0], 0.0 if norm is None else norm)
-        values = torch.cat([values, norm.double().reshape(1)])
-        finite = values.isfinite().all()
-        first = ~finite & (self._first == 0)
-        self._first = torch.where(first, progress.update + 1, self._first)
-        self._lr = torch.where(first, progress.lr, self._lr)
-        self._values = torch.where(first, values, self._values)
+            norm = torch.full_like(losses[0], 0.0 if norm is None else norm)
+        self._updates.append((progress.update + 1, progress.lr))
+        self._unseen.append((losses, norm.reshape(())))
         self._phase = progress.phase
-        return finite
+        if len(self._unseen) == _TOGETHER:
+            self._look()
+
+    def _look(self) -> None:
+        """Look through what was kept, on the device."""
+        if not self._unseen:
+            return
+        unseen, self._unseen = self._unseen, []
+        losses = torch.stack([loss for update, _ in unseen for loss in update]).double().view(len(unseen), -1)
+        values = torch.cat([losses, torch.stack([norm for _, norm in unseen]).double()[:, None]], 1)
+        bad = ~values.isfinite().all(1)
+        place = bad.int().argmax(0, keepdim=True)
+        first = bad.any() & (self._first == 0)
+        self._first = torch.where(first, place[0] + (len(self._updates) - len(unseen) + 1), self._first)
+        self._values = torch.where(first, values.index_select(0, place)[0], self._values)
+
+    def _forget(self) -> None:
+        """Begin anew, after all updates were judged."""
+        self._updates, self._unseen = [], []
+        self._first = torch.zeros_like(self._first)
 
     def _step_or_skip(self, losses: list[Tensor], norm: Tensor | float | None, progress: Progress) -> bool:
         """An update that is left out if it is not finite on any rank; waits for the device."""
@@ -113,8 +134,8 @@ class NonFiniteGuard:
         if self.engine.stage:
             applied = self.engine.step_unless_overflow()
             norm = self.engine.step_norm() if applied else math.inf
-        finite = not int(distributed.all_reduce_sum((~self._mark(losses, norm, progress)).long()))
-        if finite:
+        self._note(losses, norm, progress)
+        if self._all_finite():
             if not self.engine.stage:
                 self.engine.step()
             return True
@@ -129,8 +150,16 @@ class NonFiniteGuard:
         if self.skipped > self.train.nonfinite_limit:
             self.check()
         self._report("skipped")
-        self._first = torch.zeros_like(self._first)
+        self._forget()
         return False
+
+    def _all_finite(self) -> bool:
+        """Whether all updates that were not judged yet were finite on all ranks (collective; waits for the device)."""
+        self._look()
+        finite = not int(distributed.all_reduce_sum((self._first > 0).long()))
+        if finite:
+            self._forget()
+        return finite
 
     def check(self) -> None:
         """Stop the run if any update on any rank was not finite (collective; waits for the device).
@@ -138,7 +167,7 @@ class NonFiniteGuard:
         Raises:
             UserError: on rank 0, with all that is known; the others leave without a word.
         """
-        if int(distributed.all_reduce_sum((self._first > 0).long())):
+        if not self._all_finite():
             self._stop(self._report("stopped"))
 
     def check_weights(self, ema: nn.Module | None) -> None:
@@ -161,14 +190,15 @@ class NonFiniteGuard:
 
     def _report(self, outcome: str) -> str:
         """Write down the first update that was not finite, with the images of all ranks; a sentence's beginning."""
-        own = (float(self._first), float(self._lr), [float(v) for v in self._values])
+        place = int(self._first)
+        own = (*(self._updates[place - 1] if place else (0, 0.0)), [float(v) for v in self._values])
         ranks = distributed.gather_objects(own)
-        number = int(min(first for first, _, _ in ranks if first))
+        number = min(first for first, _, _ in ranks if first)
         epoch, update = divmod(number - 1, self.loader.updates_per_epoch)
         samples = [
             entry for part in distributed.gather_objects(list(self._samples(epoch + 1, update))) for entry in part
         ]
-        marked = [(rank, lr, values) for rank, (first, lr, values) in enumerate(ranks) if int(first) == number]
+        marked = [(rank, lr, values) for rank, (first, lr, values) in enumerate(ranks) if first == number]
         losses = {str(rank): [f"{value:g}" for value in values[:-1]] for rank, _, values in marked}
         _, lr, values = marked[0]
         entry: dict[str, Any] = {"outcome": outcome, "phase": self._phase, "epoch": epoch + 1, "update": update + 1}

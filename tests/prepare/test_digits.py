@@ -51,7 +51,7 @@ def test_digits_labels_are_their_boxes(tmp_path):
 def test_digits_ink_is_inside_the_boxes():
     ink, labels = digits._load_digits()
     scenes = digits.plan_scenes(30, np.arange(digits.TRAIN_DIGITS), labels, [0])
-    images = np.stack(list(digits.render_scenes(scenes, ink))).astype(int)
+    images = np.concatenate(list(digits.render_scenes(scenes, ink))).astype(int)
     background = scenes.patches.repeat(16, 1).repeat(16, 2).astype(int)
     changed = np.abs(images - background).max(-1) > 100
     boxes = digits._boxes(scenes, ink).astype(int)
@@ -62,6 +62,54 @@ def test_digits_ink_is_inside_the_boxes():
             covered[scene, y0:y1, x0:x1] = True
             assert changed[scene, y0:y1, x0:x1].any()
     assert not (changed & ~covered).any()
+
+
+def test_scenes_are_drawn_digit_by_digit():
+    ink, labels = digits._load_digits()
+    # More than one block, whose last is not full; digits that overlap.
+    scenes = digits.plan_scenes(digits._BLOCK + 30, np.arange(digits.TRAIN_DIGITS), labels, [3])
+    canvases = scenes.patches.repeat(16, 1).repeat(16, 2).astype(np.float32)
+    for i, canvas in enumerate(canvases):
+        for k in range(scenes.indptr[i], scenes.indptr[i + 1]):
+            square = canvas[scenes.y[k] : scenes.y[k] + 20, scenes.x[k] : scenes.x[k] + 20]
+            square += ink[scenes.source[k], :, :, None] * (scenes.colour[k] - square)
+    rng = np.random.default_rng(scenes.noise_seed)
+    for start in range(0, len(scenes), digits._BLOCK):
+        part = canvases[start : start + digits._BLOCK]
+        part += np.float32(digits.NOISE) * rng.standard_normal(part.shape, dtype=np.float32)
+    expected = np.clip(np.round(canvases), 0, 255).astype(np.uint8)
+    assert np.array_equal(np.concatenate(list(digits.render_scenes(scenes, ink))), expected)
+
+
+def test_the_digits_are_scikit_learns(monkeypatch):
+    from sklearn.datasets import load_digits
+
+    for found in (True, False):
+        if not found:
+            # As with a version that keeps its file elsewhere.
+            monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
+        pixels, labels = digits._scikit_learn_digits()
+        assert np.array_equal(pixels.reshape(-1, 8, 8), load_digits().images)
+        assert np.array_equal(labels, load_digits().target)
+
+
+def test_an_image_that_cannot_be_written_ends_it(tmp_path, monkeypatch):
+    raw = digits.read_digits(SIZES)
+    assert raw.make_images is not None
+    (tmp_path / "test").touch()
+    with pytest.raises(FileExistsError):
+        raw.make_images(tmp_path)
+    (tmp_path / "b").mkdir()
+    make = Image.Image.save
+
+    def fails(image: Image.Image, path: Path, **more: object) -> None:
+        if path.name == "00003.jpg":
+            raise OSError("no space left")
+        make(image, path, **more)
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(OSError, match="no space left"):
+        raw.make_images(tmp_path / "b")
 
 
 def test_digits_of_test_scenes_are_never_in_training():

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from spml_fast.core.config import TrainConfig
 from spml_fast.data.manifest import Manifest
 from spml_fast.data.sampler import TrainSampler
+from spml_fast.methods import Progress
+from spml_fast.training.nonfinite import NonFiniteGuard
 from tests.support.runs import Run, read_metrics
 from tests.training.test_training import losses, options, succeed, weights
 
@@ -187,3 +192,21 @@ def test_skip_has_a_limit(small_digits: Path, run_script: Run, tmp_path: Path) -
     assert done.returncode == 1 and "train.nonfinite_limit is 3" in done.stderr, done.stdout + done.stderr
     assert [e["outcome"] for e in events(run)] == ["skipped"] * 3 + ["stopped"]
     assert not (run / "model.safetensors").exists() and "no checkpoint was written yet" in done.stderr
+
+
+@pytest.mark.parametrize("first", [0, 1, 63, 64, 70, 127, 128, 149])
+def test_the_first_of_many_updates_is_named(first: int) -> None:
+    # No more of an engine is used before an update is judged.
+    engine: Any = SimpleNamespace(device="cpu")
+    unused: Any = SimpleNamespace(layout=None)
+    guard = NonFiniteGuard(TrainConfig(accumulation=2), engine, unused, unused, unused)
+    for update in range(150):
+        bad = update == first or (update > first and update % 7 == 0)
+        losses = [torch.tensor(float(update)), torch.tensor(math.nan if bad else 1.0)]
+        progress = Progress(1, 1, update, 150, "finetune", lr=update / 1000)
+        guard._note(losses, torch.tensor(2.0) if update % 2 else 2.0, progress)
+    assert not guard._all_finite()
+    assert guard._updates[int(guard._first) - 1] == (first + 1, first / 1000)
+    assert guard._values[0] == first and guard._values[1].isnan() and guard._values[2] == 2
+    guard._forget()
+    assert guard._all_finite() and not guard._updates
