@@ -29,6 +29,8 @@ from spml_fast.evaluation.selection import select_entries
 # Pairs whose classes are ranked at once, and the most blocks of them.
 PAIR_BLOCK_ENTRIES = 1 << 18
 _MOST_PAIR_BLOCKS = 16
+# Entries whose ranks are counted at once, few enough for what is between the passes to stay close to the processor.
+_NEAR_ENTRIES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -182,20 +184,36 @@ def average_precision_pairs(
     """
     check_choice("definition", definition, get_args(Definition))
     class_a, score_a, code_a, row_a = as_pairs(class_id, score, code, num_classes, row, class_names)
-    known_entries = code_a >= 0
-    if not known_entries.all():
+    if len(code_a) and code_a.min() < 0:
+        known_entries = code_a >= 0
         class_a, score_a, code_a = class_a[known_entries], score_a[known_entries], code_a[known_entries]
         row_a = None if row_a is None else row_a[known_entries]
-    known = np.bincount(class_a, minlength=num_classes)
+    stable = definition != "sklearn"
+    if not stable:
+        row_a = None
+    parts = [slice(start, start + PAIR_BLOCK_ENTRIES) for start in range(0, len(class_a) or 1, PAIR_BLOCK_ENTRIES)]
+    # In parts, since NumPy counts int64 and copies other integers.
+    counts = in_threads(lambda part: np.bincount(class_a[part], minlength=num_classes), parts)
+    known = sum(counts, np.zeros(num_classes, np.int64))
     ap, positives = np.full(num_classes, np.nan), np.zeros(num_classes, np.int64)
 
     def fill(block: tuple[int, int]) -> None:
         low, high = block
-        inside = np.flatnonzero((class_a >= low) & (class_a < high))
-        rows = None if row_a is None else row_a[inside]
-        stable = definition != "sklearn"
-        keys = _sorted_keys(class_a[inside] - low, score_a[inside], code_a[inside], rows, high - low, stable)
-        ap[low:high], positives[low:high] = _segment_ap(keys, known[low:high], definition)
+        # In parts, for what says which pairs are inside is soon as large as they are.
+        inside = [np.flatnonzero((class_a[part] >= low) & (class_a[part] < high)) for part in parts]
+
+        def taken(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.concatenate([array[part][places] for part, places in zip(parts, inside, strict=True)])
+
+        rows = None if row_a is None else taken(row_a)
+        keys = _sorted_keys(taken(class_a) - low, taken(score_a), taken(code_a), rows, high - low, stable)
+        inside.clear()
+        first = 0
+        for start, stop in _class_blocks(known[low:high], _NEAR_ENTRIES):
+            part = slice(low + start, low + stop)
+            last = first + int(known[part].sum())
+            ap[part], positives[part] = _segment_ap(keys[first:last], known[part], definition)
+            first = last
 
     # Each block looks through all pairs for its own, so they are few.
     entries = max(PAIR_BLOCK_ENTRIES, len(class_a) // _MOST_PAIR_BLOCKS)
@@ -328,7 +346,8 @@ def _segment_ap(
         definition: of AP.
         skipped: int64 [P], entries without a key that rank above each positive; None for none.
     """
-    positions = np.flatnonzero(keys & np.uint64(1))
+    # NumPy finds what is true several times faster than what is not 0.
+    positions = np.flatnonzero((keys & np.uint64(1)).astype(np.bool_))
     starts = np.concatenate([[0], np.cumsum(known)])
     bounds = np.searchsorted(positions, starts)
     positives = np.diff(bounds)
@@ -344,9 +363,13 @@ def _segment_ap(
     if definition == "sklearn":
         # The negatives of a tie lie before its positives, so the last positive of a tie is the end of the tie.
         tie = keys[positions]
-        last = np.flatnonzero(np.append(tie[1:] != tie[:-1], True))
-        terms = np.diff(last, prepend=-1) * (tp[last] / seen[last])
-        segments = np.searchsorted(last, first[has])
+        ends = np.append(tie[1:] != tie[:-1], True)
+        if ends.all():
+            terms, segments = tp / seen, first[has]
+        else:
+            last = np.flatnonzero(ends)
+            terms = np.diff(last, prepend=-1) * (tp[last] / seen[last])
+            segments = np.searchsorted(last, first[has])
     else:
         terms, segments = tp / seen, first[has]
         if definition == "voc":

@@ -13,3 +13,4 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (entries, average_precision):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 7)
     monkeypatch.setattr(average_precision, "PAIR_BLOCK_ENTRIES", 7)
+    monkeypatch.setattr(average_precision, "_NEAR_ENTRIES", 4)
