@@ -158,11 +158,6 @@ def default_cublas_workspace(sizes: str) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", sizes)
 
 
-def ask_cuda_alone() -> None:
-    """PYTORCH_NVML_BASED_CUDA_CHECK: whether there is a GPU is asked of CUDA, and NVML's library is not looked for."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-
-
 def deepspeed_log() -> str:
     """SPML_DEEPSPEED_LOG: from which level on a rank prints what DeepSpeed logs; "error" where it is not set."""
     return os.environ.get("SPML_DEEPSPEED_LOG") or "error"

@@ -191,6 +191,7 @@ def average_precision_pairs(
     stable = definition != "sklearn"
     if not stable:
         row_a = None
+    # One part at least, so that there is something to join where there are no pairs.
     parts = [slice(start, start + PAIR_BLOCK_ENTRIES) for start in range(0, len(class_a) or 1, PAIR_BLOCK_ENTRIES)]
     # In parts, since NumPy counts int64 and copies other integers.
     counts = in_threads(lambda part: np.bincount(class_a[part], minlength=num_classes), parts)

@@ -69,8 +69,6 @@ def _deepspeed() -> Any:
         # Its shared-memory collectives for CPUs are an optional speed-up that needs a compiler and over a minute at the
         # first start, and a killed build leaves a lock that hangs later runs. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Optimizers of PyTorch ask in every update whether there is a GPU, and DeepSpeed has them look for NVML then.
-        env.ask_cuda_alone()
     return deepspeed
 
 

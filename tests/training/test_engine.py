@@ -91,6 +91,8 @@ def test_deepspeed_still_has_what_is_used():
         "assert 'deepspeed_shm_comm' in deepspeed.ops.__compatible_ops__\n"
         "assert callable(deepspeed.initialize) and callable(deepspeed.init_distributed)\n"
         "assert callable(deepspeed.zero.GatheredParameters)\n"
+        "engine = deepspeed.DeepSpeedEngine\n"
+        "assert callable(engine.wall_clock_breakdown) and callable(engine.flops_profiler_enabled)\n"
         "import inspect\n"
         "assert 'if self.enable_backward_allreduce' in inspect.getsource(deepspeed.DeepSpeedEngine)\n"
     )

@@ -130,7 +130,7 @@ def plan_scenes(count: int, sources: npt.NDArray[np.int64], labels: npt.NDArray[
 
 
 def render_scenes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.uint8]]:
-    """Images uint8 [n, 64, 64, 3] of some hundred scenes after the other, in their order.
+    """Images uint8 [n, 64, 64, 3] of scenes, some hundred at a time, in their order.
 
     Args:
         scenes: what they show.
@@ -151,9 +151,10 @@ def render_scenes(scenes: Scenes, ink: npt.NDArray[np.float32]) -> Iterator[npt.
             square = block[scene[:, None, None], rows, columns]
             square += ink[scenes.source[k], :, :, None] * (scenes.colour[k, None, None] - square)
             block[scene[:, None, None], rows, columns] = square
-        rng.standard_normal(out=noise[: len(block)], dtype=np.float32)
-        noise *= NOISE
-        block += noise[: len(block)]
+        added = noise[: len(block)]
+        rng.standard_normal(out=added, dtype=np.float32)
+        added *= NOISE
+        block += added
         yield np.clip(np.round(block, out=block), 0, 255, out=block).astype(np.uint8)
 
 
@@ -202,9 +203,9 @@ def read_digits(sizes: Mapping[str, int] = SIZES, scene_seed: int = 0) -> RawDat
         )
 
     def make_images(folder: Path) -> None:
-        def save(first: int, images: npt.NDArray[np.uint8]) -> None:
+        def save(out: Path, first: int, images: npt.NDArray[np.uint8]) -> None:
             for i, pixels in enumerate(images, first):
-                Image.fromarray(pixels).save(folder / name / f"{i:05d}.jpg", quality=JPEG_QUALITY)
+                Image.fromarray(pixels).save(out / f"{i:05d}.jpg", quality=JPEG_QUALITY)
 
         total = sum(len(scenes) for scenes in plans.values())
         with show_progress(total, "drawing digit scenes") as advance, ThreadPoolExecutor(1) as writer:
@@ -214,7 +215,7 @@ def read_digits(sizes: Mapping[str, int] = SIZES, scene_seed: int = 0) -> RawDat
                 # The next scenes are drawn while these are written.
                 for images in render_scenes(scenes, ink):
                     under_way.result()
-                    under_way = writer.submit(save, done, images)
+                    under_way = writer.submit(save, folder / name, done, images)
                     done += len(images)
                     advance(len(images))
                 under_way.result()
