@@ -4,7 +4,8 @@ Collectives alone tell little: when a rank is gone the others get an error that 
 the host does not even notice. So each rank writes a line about itself to the store of torch.distributed once a second,
 from a thread with a connection of its own: machine, process, and where it is. The same thread reads the others' lines.
 
-- A rank that leaves with an error says so in the store; the others end without a word, since it has said why.
+- A rank that leaves with an error says so in the store; the others end without a word, since it has said why. Where
+  several meet the same error, however long after each other, one of them says it: rank 0 if it is not much later.
 - When a collective breaks, the lines tell which rank is gone, on which machine, and how far it had come.
 - The run ends when, for the time limit, a rank's line has not changed (its machine is lost, or it was stopped), a
   rank has kept others waiting that are further, or no rank has moved within an update. Between updates all ranks may
@@ -14,6 +15,7 @@ from a thread with a connection of its own: machine, process, and where it is. T
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -34,6 +36,9 @@ from spml_fast.core.errors import UserError
 INTERVAL = 1.0
 # Seconds in which the others take notice of an error, and end by themselves.
 NOTICE = 3.0
+# Seconds for which an error that rank 0 may meet too is left to it; less than NOTICE, since a launcher ends all ranks
+# when one is gone.
+PATIENCE = 2.0
 FAILED = "spml_fast/failed"
 ERROR = "spml_fast/error"
 # What errors of a collective whose peer is gone have in common; torch has no class for gloo's.
@@ -88,8 +93,11 @@ class Peers:
         self._there: list[int] = []
         self.moved = time.monotonic()
         self.stopped = threading.Event()
-        self.failed, self.error = False, ""
-        self.noticed = threading.Event()
+        # Whether a rank has said that it fails, which one reports what, and whether this one needs the store no more.
+        self.failed, self.seen = False, False
+        self.reporter: Line | None = None
+        self.error = ""
+        self._lock = threading.Lock()
         store.set_timeout(timedelta(seconds=10))
         self._write()
         self.thread = threading.Thread(target=self._run, name="peers", daemon=True)
@@ -154,13 +162,9 @@ class Peers:
                 self._write()
                 self.failed = self.store.check([FAILED])
                 if self.failed:
+                    # What waits for rank 0 looks at the store, which that rank may take with it once all have seen.
                     distributed.given_up.set()
-                    # Whatever waits for rank 0 looks at the store, which may go with that rank as soon as this is
-                    # read; and rank 0 may be about to say the same as this one.
                     time.sleep(0.2)
-                    self.error = self.store.get(ERROR).decode() if self.store.check([ERROR]) else ""
-                    self.store.set(f"spml_fast/seen/{self.rank}", "1")
-                    self.noticed.set()
                     break
                 self.read()
             except (RuntimeError, ValueError) as error:
@@ -173,7 +177,10 @@ class Peers:
             lost = self._hanging()
             if lost:
                 self._say_and_exit(lost, None if all(map(self._ended, lost.values())) else self.limit)
-        if not self.stopped.wait(NOTICE if self.failed else 2 * NOTICE):
+        end = time.monotonic() + (NOTICE if self.failed else 2 * NOTICE)
+        if self.failed:
+            self._find_reporter(end)
+        if not self.stopped.wait(max(0.0, end - time.monotonic())):
             # A collective that broke has ended the process by now; one on a GPU may never.
             unknown = Line("an unknown machine", 0)
             self._say_and_exit({} if self.failed else {0: self.lines.get(0, unknown)}, limit)
@@ -217,25 +224,74 @@ class Peers:
             text: the error, if it is a user's.
 
         Returns:
-            Whether rank 0 has met the same error and reports it; one sentence is enough.
+            Whether another rank has met the same error and reports it; one sentence is enough.
         """
         if self.rank:
-            with contextlib.suppress(RuntimeError, ValueError):
-                if not self.failed:
-                    self.store.set(FAILED, str(self.rank))
-            self.noticed.wait(NOTICE)
-            self.stop()
-            return bool(text) and self.error == text
+            self._set_failed()
+            end = time.monotonic() + PATIENCE
+            while text not in ("", self.error) and self._read_error() and time.monotonic() < end:
+                time.sleep(0.05)
         self.stop()
-        with contextlib.suppress(RuntimeError, ValueError):
-            self.store.set(ERROR, text)
-            self.store.set(FAILED, "0")
-            others = [f"spml_fast/seen/{rank}" for rank in range(1, self.world)]
+        reported = self._is_reported(text)
+        self._set_failed()
+        self._set_seen()
+        return reported
+
+    def leave(self) -> None:
+        """End the watch of a rank that leaves without a word, once the one that reports why is gone.
+
+        A launcher ends all ranks when the first one is gone, whether it has reported yet or not.
+        """
+        self._set_failed()
+        self.stop()
+        end = time.monotonic() + NOTICE
+        self._find_reporter(end)
+        while time.monotonic() < end and not (self.reporter and self._ended(self.reporter)):
+            time.sleep(0.05)
+
+    def _set_failed(self) -> None:
+        with self._lock, contextlib.suppress(RuntimeError, ValueError):
+            if not (self.failed or self.seen):
+                self.store.set(FAILED, str(self.rank))
+
+    def _read_error(self) -> bool:
+        """Read which rank reports what; False when the store is not to be used any more."""
+        with self._lock, contextlib.suppress(RuntimeError, ValueError):
+            if not self.seen and self.store.check([ERROR]):
+                host, pid, self.error = json.loads(self.store.get(ERROR))
+                self.reporter = Line(host, pid)
+            return not self.seen
+        return False
+
+    def _find_reporter(self, end: float) -> None:
+        """Read until a rank reports an error, no longer than to the time `end`; the store is not used after that."""
+        while self._read_error() and self.reporter is None and time.monotonic() < end:
+            time.sleep(0.05)
+        self._set_seen()
+
+    def _set_seen(self) -> None:
+        """Use the store no more; rank 0, which may hold it, waits for the others to say so."""
+        with self._lock, contextlib.suppress(RuntimeError, ValueError):
+            if self.seen:
+                return
+            self.seen = True
+            if self.rank:
+                self.store.set(_seen_key(self.rank), "1")
+                return
+            others = [_seen_key(rank) for rank in range(1, self.world)]
             end = time.monotonic() + NOTICE
-            # This process may hold the store, which has to be there for the others to read.
             while not self.store.check(others) and time.monotonic() < end:
                 time.sleep(0.05)
-        return False
+
+    def _is_reported(self, text: str) -> bool:
+        """Whether another rank was the first to claim this user's error; else this one is."""
+        with self._lock, contextlib.suppress(RuntimeError, ValueError):
+            if not self.seen:
+                if text and self.store.add(f"{ERROR}/{hashlib.sha256(text.encode()).hexdigest()}", 1) > 1:
+                    return True
+                self.store.set(ERROR, json.dumps([self.own.host, self.own.pid, text]))
+                return False
+        return bool(text) and self.error == text
 
     def stop(self) -> None:
         """End the watch, before the ranks leave."""
@@ -245,6 +301,11 @@ class Peers:
 def _line_key(rank: int) -> str:
     """Where a rank's line is in the store."""
     return f"spml_fast/rank/{rank}"
+
+
+def _seen_key(rank: int) -> str:
+    """Where a rank says that it knows of an error."""
+    return f"spml_fast/seen/{rank}"
 
 
 def process_runs(pid: int) -> bool:
@@ -326,6 +387,7 @@ def reporting() -> Iterator[None]:
         broken = isinstance(error, dist.DistError) or any(word in str(error) for word in BROKEN)
         if isinstance(error, UserError) or not broken:
             if _peers.announce(str(error) if isinstance(error, UserError) else ""):
+                _peers.leave()
                 raise SystemExit(1) from None
             raise
         why = _peers.explain(error)
@@ -334,7 +396,7 @@ def reporting() -> Iterator[None]:
             raise SystemExit(1) from None
         raise UserError(why) from error
     except SystemExit:
-        if _peers is not None and not _peers.failed:
-            _peers.announce()
+        if _peers is not None:
+            _peers.leave()
         stop()
         raise

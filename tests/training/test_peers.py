@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from spml_fast.training import peers as of_ranks
-from spml_fast.training.peers import INTERVAL, Line, Peers, sentence
+from spml_fast.training.peers import INTERVAL, PATIENCE, Line, Peers, sentence
+from tests.support import warm
 from tests.support.paths import ROOT
 from tests.support.runs import Run, environment, rank_variables, read_metrics
 from tests.training.test_training import options, succeed
@@ -103,12 +104,44 @@ open.make_eval_loader = dies
 """
 
 
-def test_ranks_of_other_commands_watch_each_other(small_digits: Path, run_script: Run, tmp_path: Path) -> None:
-    """One sentence where a rank of an evaluation is killed, and where all of them meet the same error."""
+# A rank of an evaluation comes to its weights so many seconds after the others.
+LATE = """
+import os, time
+from spml_fast.runs import open
+
+check_weights = open.check_weights
+
+def late(*given):
+    if os.environ["RANK"] == "RANK":
+        time.sleep(SECONDS)
+    return check_weights(*given)
+
+open.check_weights = late
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run."""
+    run = tmp_path_factory.mktemp("peers") / "run"
+    succeed(warm.run_script("train.py", *options(small_digits, run, train__epochs=1, data__test_split="null")))
+    return run
+
+
+@pytest.fixture
+def damaged(trained: Path, tmp_path: Path) -> Path:
+    """A run whose weights are damaged."""
     run = tmp_path / "run"
-    succeed(run_script("train.py", *options(small_digits, run, train__epochs=1, data__test_split="null")))
+    shutil.copytree(trained, run)
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    return run
+
+
+def test_ranks_of_an_evaluation_watch_each_other(trained: Path, run_script: Run, tmp_path: Path) -> None:
+    """One sentence where one of them is killed."""
     (tmp_path / "dies.py").write_text(DIES)
-    words = ["--run", run, "--split", "test"]
+    words = ["--run", trained, "--split", "test"]
     done = run_script("evaluate.py", "--plugins", tmp_path / "dies.py", *words, ranks=2)
     assert done.returncode != 0 and "gloo" not in done.stderr
     (line,) = done.stderr.splitlines()
@@ -117,12 +150,29 @@ def test_ranks_of_other_commands_watch_each_other(small_digits: Path, run_script
         r"ends; start it again",
         line,
     )
-    weights = run / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    for script in ("evaluate.py", "suggest.py", "diagnose.py"):
-        done = run_script(script, *words, ranks=2)
-        (line,) = done.stderr.splitlines()
-        assert done.returncode == 1 and line.startswith(f"error: {weights} is damaged ("), script
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "suggest.py", "diagnose.py"])
+def test_an_error_that_all_ranks_meet_is_one_sentence(script: str, damaged: Path, run_script: Run) -> None:
+    done = run_script(script, "--run", damaged, "--split", "test", ranks=2)
+    (line,) = done.stderr.splitlines()
+    # On a busy machine rank 0 may come so late that rank 1 says it.
+    said = line.removeprefix("rank 1: ")
+    assert done.returncode == 1 and said.startswith(f"error: {damaged / 'model.safetensors'} is damaged (")
+
+
+@pytest.mark.parametrize(
+    ("late", "seconds"), [(0, 0.8), (0, 1.6), (0, PATIENCE + 0.6), (1, 1.5), (2, 0.8), (2, PATIENCE + 0.6)]
+)
+def test_an_error_that_ranks_meet_one_after_the_other_is_one_sentence(
+    late: int, seconds: float, damaged: Path, run_script: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "late.py").write_text(LATE.replace('"RANK":', f'"{late}":').replace("SECONDS", str(seconds)))
+    words = ["--plugins", tmp_path / "late.py", "--run", damaged, "--split", "test"]
+    done = run_script("evaluate.py", *words, ranks=3)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"error: {damaged / 'model.safetensors'} is damaged (" in line
 
 
 def test_a_port_that_is_taken_is_said() -> None:
