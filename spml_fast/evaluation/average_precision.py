@@ -24,13 +24,14 @@ from spml_fast.evaluation.entries import (
     in_threads,
     row_chunks,
 )
+from spml_fast.evaluation.ranking_keys import Pairs, sorted_keys
 from spml_fast.evaluation.selection import select_entries
 
 # Pairs whose classes are ranked at once, and the most blocks of them.
 PAIR_BLOCK_ENTRIES = 1 << 18
 _MOST_PAIR_BLOCKS = 16
 # Entries whose ranks are counted at once, few enough for what is between the passes to stay close to the processor.
-_NEAR_ENTRIES = 1 << 16
+_NEAR_ENTRIES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,9 @@ def average_precision_pairs(
         class_a, score_a, code_a = class_a[known_entries], score_a[known_entries], code_a[known_entries]
         row_a = None if row_a is None else row_a[known_entries]
     stable = definition != "sklearn"
-    if not stable:
-        row_a = None
     # One part at least, so that there is something to join where there are no pairs.
     parts = [slice(start, start + PAIR_BLOCK_ENTRIES) for start in range(0, len(class_a) or 1, PAIR_BLOCK_ENTRIES)]
+    pairs = Pairs(class_a, score_a, code_a, row_a if stable else None, parts, stable)
     # In parts, since NumPy counts int64 and copies other integers.
     counts = in_threads(lambda part: np.bincount(class_a[part], minlength=num_classes), parts)
     known = sum(counts, np.zeros(num_classes, np.int64))
@@ -200,15 +200,7 @@ def average_precision_pairs(
 
     def fill(block: tuple[int, int]) -> None:
         low, high = block
-        # In parts, for what says which pairs are inside is soon as large as they are.
-        inside = [np.flatnonzero((class_a[part] >= low) & (class_a[part] < high)) for part in parts]
-
-        def taken(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return np.concatenate([array[part][places] for part, places in zip(parts, inside, strict=True)])
-
-        rows = None if row_a is None else taken(row_a)
-        keys = _sorted_keys(taken(class_a) - low, taken(score_a), taken(code_a), rows, high - low, stable)
-        inside.clear()
+        keys = pairs.sorted_keys(low, high, int(known[low:high].sum()))
         first = 0
         for start, stop in _class_blocks(known[low:high], _NEAR_ENTRIES):
             part = slice(low + start, low + stop)
@@ -267,7 +259,7 @@ def _block_ap(
             if row is not None:
                 np.add(rows, start, out=row[out])
         filled = out.stop
-    return _segment_ap(_sorted_keys(class_id, score, code, row, width, stable), known, definition)[0]
+    return _segment_ap(sorted_keys(class_id, score, code, row, width, stable), known, definition)[0]
 
 
 def _whole_block_ap(
@@ -283,55 +275,8 @@ def _whole_block_ap(
         return _block_ap(scores, codes, known, definition)
     chosen = selection.entries
     class_id = chosen // len(scores)
-    keys = _sorted_keys(class_id, score.ravel()[chosen], positive.ravel()[chosen], None, len(known), stable=False)
+    keys = sorted_keys(class_id, score.ravel()[chosen], positive.ravel()[chosen], None, len(known), stable=False)
     return _segment_ap(keys, np.bincount(class_id, minlength=len(known)), definition, selection.skipped)[0]
-
-
-def _descending_bits(score: npt.NDArray[np.floating]) -> npt.NDArray[np.uint32]:
-    """uint32 codes that ascend where the scores descend; equal exactly where the scores are equal."""
-    if score.dtype == np.float64:
-        # No room for 64 bits of score beside the class id: the place among the distinct values orders as exactly.
-        values, place = np.unique(score, return_inverse=True)
-        return (len(values) - 1 - place).astype(np.uint32)
-    # Adding zero makes -0.0 the same as 0.0, which compares equal and so must tie.
-    bits = np.add(score, np.float32(0), dtype=np.float32).view(np.int32)
-    # The bits of non-negative floats ascend with the value: turn them round below the sign. Those of negative floats
-    # descend already, and their sign bit puts them after.
-    bits ^= ~(bits >> 31) & np.int32(0x7FFFFFFF)
-    return bits.view(np.uint32)
-
-
-def _sorted_keys(
-    class_id: npt.NDArray[np.integer],
-    score: npt.NDArray[np.floating],
-    code: npt.NDArray[np.integer],
-    row: npt.NDArray[np.integer] | None,
-    num_classes: int,
-    stable: bool,
-) -> npt.NDArray[np.uint64]:
-    """Known entries in ranking order, uint64 [M]: class id, descending score, (row,) label from high bits to low.
-
-    Bit 0 is the label, so that the negatives of a tie come before its positives when there is no row in between.
-    """
-    keys = class_id.astype(np.uint64)
-    keys <<= 32
-    keys |= _descending_bits(score)
-    label = code.astype(np.uint8)
-    if stable:
-        row_bits = 64 if row is None or not len(row) else int(row.max()).bit_length()
-        if (num_classes - 1).bit_length() + 32 + row_bits + 1 > 64:
-            order = np.argsort(keys, kind="stable") if row is None else np.lexsort((row, keys))
-            keys, label = keys[order], label[order]
-            keys <<= 1
-            keys |= label
-            return keys
-        assert row is not None
-        keys <<= row_bits
-        keys |= row.astype(np.uint64)
-    keys <<= 1
-    keys |= label
-    keys.sort()
-    return keys
 
 
 def _segment_ap(

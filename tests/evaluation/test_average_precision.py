@@ -123,8 +123,9 @@ def test_small_blocks_change_nothing(problem):
     for definition in DEFINITIONS:
         blocked = average_precision(scores, codes, definition)
         classes, score, code, row = pairs_of(scores, codes)
-        whole = average_precision_pairs(classes, score, code, scores.shape[1], definition, row=row)
-        np.testing.assert_array_equal(blocked.ap, whole.ap)
+        for values in (score, score.astype(np.float64)):
+            whole = average_precision_pairs(classes, values, code, scores.shape[1], definition, row=row)
+            np.testing.assert_array_equal(blocked.ap, whole.ap)
     assert evaluate_scores(scores, codes, top_k=2)["OP_top2"] is not None
 
 
@@ -205,6 +206,20 @@ def test_keys_that_just_fit_and_just_do_not(definition, largest):
     far = np.where(row == 39, largest, row)
     found = average_precision_pairs(classes, score, code, 2, definition, row=far)
     np.testing.assert_array_equal(found.ap, average_precision(scores, codes, definition).ap)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("definition", DEFINITIONS)
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint64])
+def test_class_ids_of_any_integer_type(definition, dtype):
+    """A block that begins with a class which their type cannot hold has no pairs."""
+    rng = np.random.default_rng(2)
+    class_id = rng.choice([3, 127], 40).astype(dtype)
+    score, code = rng.random(40, np.float32), rng.integers(0, 2, 40)
+    expected = average_precision_pairs(class_id.astype(np.int64), score, code, 500, definition)
+    found = average_precision_pairs(class_id, score, code, 500, definition)
+    np.testing.assert_array_equal(found.ap, expected.ap)
+    assert np.flatnonzero(found.labelled).tolist() == [3, 127]
 
 
 def test_pairs_without_a_label_leave_the_order_of_the_others():
