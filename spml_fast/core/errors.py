@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -19,6 +21,11 @@ _OUT_OF_MEMORY = (
     "bad alloc",
     "Can't allocate",
 )
+
+# Set once the ranks watch each other (`training/peers.py`), which has one of them report an error.
+ranks_met = threading.Event()
+# Seconds that a launcher needs to notice that a rank has ended, and to end the others.
+_LAUNCHER = 3.0
 
 
 class UserError(Exception):
@@ -37,8 +44,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """Print one sentence to standard error and leave with `status`; ranks other than 0 say which they are."""
+    """Print one sentence to standard error and leave with `status`; ranks other than 0 say which they are.
+
+    Ranks that have not met yet have the same command line, and meet the same errors in it. All but the first of a
+    machine give their launcher time to end them before they say it too.
+    """
     rank = env.rank_name()
+    if env.local_rank() and not ranks_met.is_set():
+        time.sleep(_LAUNCHER)
     # Names of files and classes come from anywhere, and a terminal obeys what it is sent.
     message = without_controls(shortened(message))
     line = f"error: {message}" if rank == "0" else f"rank {rank}: error: {message}"

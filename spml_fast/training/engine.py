@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spml_fast.core import distributed, env
 from spml_fast.core.allocator import keep_freed_memory
-from spml_fast.core.errors import UserError
+from spml_fast.core.errors import UserError, ranks_met
 from spml_fast.core.io import FileRecord
 from spml_fast.training import peers
 from spml_fast.training.async_save import FileContent, HostCopy
@@ -120,6 +120,7 @@ def init_distributed(timeout_minutes: float | None = None) -> torch.device:
             "start with another, as in: deepspeed --master_port 29501 ..."
         ) from error
     peers.start(60 * minutes, trains=timeout_minutes is not None)
+    ranks_met.set()
     return device
 
 

@@ -175,6 +175,15 @@ def test_an_error_that_ranks_meet_one_after_the_other_is_one_sentence(
     assert f"error: {damaged / 'model.safetensors'} is damaged (" in line
 
 
+def test_a_wrong_option_is_said_once(run_script: Run, tmp_path: Path) -> None:
+    """Ranks that have not met have the same command line, and the launcher ends them when the first has said it."""
+    done = run_script("train.py", "--model.head", "gap", "--run.dir", tmp_path / "run", ranks=3, launcher="deepspeed")
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line]
+    assert done.returncode == 1 and said == [
+        "error: model.head: there is no head 'gap'; choose one of cam, ml_decoder, query2label"
+    ]
+
+
 def test_a_port_that_is_taken_is_said() -> None:
     variables = rank_variables(2)[0]
     with socket.socket() as other:
