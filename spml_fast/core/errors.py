@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -51,7 +52,9 @@ def fail(message: str, status: int = 1) -> NoReturn:
     """
     rank = env.rank_name()
     if env.local_rank() and not ranks_met.is_set():
-        time.sleep(_LAUNCHER)
+        # A second Ctrl-C ends the wait.
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(_LAUNCHER)
     # Names of files and classes come from anywhere, and a terminal obeys what it is sent.
     message = without_controls(shortened(message))
     line = f"error: {message}" if rank == "0" else f"rank {rank}: error: {message}"

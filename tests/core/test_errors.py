@@ -27,3 +27,18 @@ def test_who_leaves_an_error_to_the_first_rank(
         errors.fail("no", status=3)
     assert left.value.code == 3 and said_before == ([""] if waits else [])
     assert capsys.readouterr().err == ("rank 1: " if local_rank == "1" else "") + "error: no\n"
+
+
+def test_a_second_interruption_ends_the_wait(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(errors.time, "sleep", interrupted)
+    monkeypatch.setattr(errors, "ranks_met", errors.threading.Event())
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit):
+        errors.fail("interrupted", status=130)
+    assert capsys.readouterr().err == "rank 2: error: interrupted\n"
