@@ -133,6 +133,9 @@ def as_pairs(
     if class_a.min() < 0 or class_a.max() >= num_classes:
         at = int(np.flatnonzero((class_a < 0) | (class_a >= num_classes))[0])
         raise UserError(f"pair {at} names class {class_a[at]}; the classes are 0..{num_classes - 1}")
+    if class_a.dtype == np.uint64:
+        # Older NumPy does not count these.
+        class_a = class_a.astype(np.int64)
     if row_a is not None and row_a.min() < 0:
         raise ValueError(f"pair {int(row_a.argmin())} has the negative row {row_a.min()}")
 
