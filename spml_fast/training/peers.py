@@ -224,7 +224,7 @@ class Peers:
             text: the error, if it is a user's.
 
         Returns:
-            Whether another rank has met the same error and reports it; one sentence is enough.
+            Whether another rank has met the same error and has reported it; one sentence is enough.
         """
         if self.rank:
             self._set_failed()
@@ -232,10 +232,12 @@ class Peers:
             while text not in ("", self.error) and self._read_error() and time.monotonic() < end:
                 time.sleep(0.05)
         self.stop()
-        reported = self._is_reported(text)
+        if self._is_reported(text):
+            self.leave()
+            return True
         self._set_failed()
         self._set_seen()
-        return reported
+        return False
 
     def leave(self) -> None:
         """End the watch of a rank that leaves without a word, once the one that reports why is gone.
@@ -387,7 +389,6 @@ def reporting() -> Iterator[None]:
         broken = isinstance(error, dist.DistError) or any(word in str(error) for word in BROKEN)
         if isinstance(error, UserError) or not broken:
             if _peers.announce(str(error) if isinstance(error, UserError) else ""):
-                _peers.leave()
                 raise SystemExit(1) from None
             raise
         why = _peers.explain(error)
